@@ -1,0 +1,295 @@
+"""llama.py against transformers, against PEFT, and against the literal recipe of the paper."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import llama
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+VARIANTS = {
+    "llama 1: all heads are key heads, untied": dict(num_key_value_heads=6, tie_word_embeddings=False, head_dim=8),
+    "llama 2 70B: grouped, untied": dict(tie_word_embeddings=False),
+    "llama 3.2: grouped, tied, llama3 rope": dict(rope_parameters=LLAMA3),
+    "one key head": dict(num_key_value_heads=1),
+    "linear rope": dict(rope_parameters=dict(rope_type="linear", rope_theta=1000.0, factor=4.0)),
+    "attention and mlp bias": dict(attention_bias=True, mlp_bias=True),
+    "default head_dim": dict(head_dim=None, rms_norm_eps=1e-5),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_transformers(hf, token_ids, name):
+    theirs, folder = hf(**VARIANTS[name])
+    with torch.no_grad():  # transformers starts biases at 0 and norms at 1, where an omission would not show
+        for key, p in theirs.named_parameters():
+            if key.endswith("bias") or "norm" in key:
+                p.normal_(1.0 if "norm" in key else 0.0, 0.3)
+    theirs.save_pretrained(folder)
+    ours, ids = llama.load(folder), token_ids(3, 60)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert expected.abs().max() > 1  # or the comparison says nothing
+        h, _ = ours(ids)
+        torch.testing.assert_close(ours.logits(h), expected, atol=1e-4, rtol=0)
+        past = ours.extend(ids[:, :23])  # and the same from a cache, in two pieces
+        h, past = ours(ids[:, 23:40], past)
+        h, _ = ours(ids[:, 40:], past)
+        torch.testing.assert_close(ours.logits(h), expected[:, 40:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(hf, token_ids, dtype):
+    theirs, folder = hf(dtype)
+    ours, ids = llama.load(folder), token_ids(2, 40)
+    assert ours.embeddings.dtype == dtype
+    with torch.no_grad():
+        exact = llama.load(folder, "float32").logits(llama.load(folder, "float32")(ids)[0])
+        error = (ours.logits(ours(ids)[0]).float() - exact).abs().mean()
+        assert error <= 1.5 * (theirs(ids).logits.float() - exact).abs().mean()  # as near to the truth as theirs
+
+
+def test_transformers_4_spelling_and_redundant_head(hf, token_ids):
+    theirs, folder = hf(rope_parameters=LLAMA3)
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = {**rope, "type": rope.pop("rope_type")}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = torch.zeros(97, 48)  # a tied model's copy is not read
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(5)
+    save_file(weights, folder / "model.safetensors")
+    ours, ids = llama.load(folder), token_ids(1, 50)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)[0]), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_shards(hf, token_ids):
+    theirs, folder = hf()
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    ours, ids = llama.load(folder), token_ids(1, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)[0]), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_tap_is_hidden_states(hf, token_ids):
+    theirs, folder = hf()
+    ours, ids, seen = llama.load(folder), token_ids(2, 12), {}
+    with torch.no_grad():
+        ours(ids, tap=seen.__setitem__)
+        for i, h in enumerate(theirs(ids, output_hidden_states=True).hidden_states):
+            torch.testing.assert_close(seen[i], h, atol=1e-4, rtol=0)
+
+
+def test_weights_are_mapped_not_copied(hf):
+    _, folder = hf(hidden_size=1024, intermediate_size=2048, num_attention_heads=8, head_dim=128, num_hidden_layers=2, vocab_size=8000)
+    before = _private_bytes()
+    model = llama.load(folder)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    assert size > 60e6 and _private_bytes() - before < size / 4
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def _private_bytes() -> int:
+    """Anonymous memory of this process: what a second copy would be."""
+    return int(next(x for x in open("/proc/self/status") if x.startswith("RssAnon")).split()[1]) * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the literal recipe: concatenate rows, run the layer, cut or keep the first n
+
+
+def literal(model, rows, cut, ids):
+    """Hidden states (B, T, D) after the final norm, of one sequence [rows | text] with no cache, in plain operations."""
+    c, w = model.config, dict(model.named_parameters())
+    n, (B, T) = next(iter(rows.values())).shape[0], ids.shape
+    x = w["model.embed_tokens.weight"][ids]
+    with_rows = False
+    norm = lambda x, g: x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * g
+    for i in range(c.num_hidden_layers):
+        if i in rows:
+            x = torch.cat((rows[i].expand(B, -1, -1), x[:, n:] if with_rows else x), dim=1)
+            with_rows = True
+        first = 0 if with_rows else n  # text stands at n.. whether rows are there or not
+        S, p = x.shape[1], f"model.layers.{i}."
+        h = norm(x, w[p + "input_layernorm.weight"])
+        q, k, v = ((h @ w[p + f"self_attn.{name}_proj.weight"].T).view(B, S, -1, c.head_dim) for name in "qkv")
+        f = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
+        angle = (torch.arange(first, first + S).float()[:, None] * f).repeat(1, 2)
+        cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
+        half = lambda t: torch.cat((-t[..., c.head_dim // 2:], t[..., :c.head_dim // 2]), dim=-1)
+        q, k = q * cos + half(q) * sin, k * cos + half(k) * sin
+        k, v = (t.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, dim=2) for t in (k, v))
+        score = torch.einsum("bqhd,bkhd->bhqk", q, k) / c.head_dim**0.5
+        score = score.masked_fill(torch.ones(S, S).triu(1).bool(), -torch.inf)
+        a = torch.einsum("bhqk,bkhd->bqhd", score.softmax(-1), v).reshape(B, S, -1)
+        x = x + a @ w[p + "self_attn.o_proj.weight"].T
+        h = norm(x, w[p + "post_attention_layernorm.weight"])
+        x = x + (F.silu(h @ w[p + "mlp.gate_proj.weight"].T) * (h @ w[p + "mlp.up_proj.weight"].T)) \
+            @ w[p + "mlp.down_proj.weight"].T
+        if cut and with_rows:
+            x, with_rows = x[:, n:], False
+    return norm(x[:, -T:], w["model.norm.weight"])
+
+
+CASES = {"prompt tuning": ([0], False), "prompt tuning, cut": ([0], True), "the paper's deep": ([0, 2, 3], True),
+         "deep, kept": ([0, 2, 3], False), "VPT-deep": ([0, 1, 2, 3], False), "all, cut": ([0, 1, 2, 3], True),
+         "one in the middle": ([2], False), "one in the middle, cut": ([2], True), "last only": ([3], True)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_literal_recipe(hf, token_ids, name):
+    layers, cut = CASES[name]
+    model = llama.load(hf()[1], torch.float64)
+    ids, g = token_ids(3, 11), torch.Generator().manual_seed(1)
+    rows = {i: torch.randn(5, 48, generator=g, dtype=torch.float64).requires_grad_() for i in layers}
+    weight = torch.randn(3, 11, 48, generator=g, dtype=torch.float64)
+    expected = literal(model, rows, cut, ids)
+    gradients = torch.autograd.grad((expected * weight).sum(), list(rows.values()))
+
+    h, _ = model(ids, model.prompt_past(rows, cut))
+    torch.testing.assert_close(h, expected, atol=1e-12, rtol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad((h * weight).sum(), list(rows.values())), gradients):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-11)
+        assert theirs.abs().max() > 1e-3
+
+    past = model.extend(ids[:1, :4], model.prompt_past(rows, cut))  # the beginning once, then two tails of it
+    tails = torch.cat((ids[:1, 4:], ids[1:2, 4:]))
+    h, _ = model(tails, past.take(torch.tensor([0, 0])))
+    both = literal(model, rows, cut, torch.cat((ids[:1, :4].expand(2, -1), tails), dim=1))[:, 4:]
+    torch.testing.assert_close(h, both, atol=1e-12, rtol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(h.square().sum(), list(rows.values())),
+                            torch.autograd.grad(both.square().sum(), list(rows.values()))):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+
+
+def test_prompt_tuning_equals_peft(hf, token_ids):
+    from peft import PromptTuningConfig, get_peft_model
+
+    theirs, folder = hf()
+    ours, ids = llama.load(folder), token_ids(2, 14)
+    tuned = get_peft_model(theirs, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6))
+    rows = tuned.get_prompt_embedding_to_save("default").detach()
+    with torch.no_grad():
+        expected = tuned(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 6:]
+        h, _ = ours(ids, llama.Prompt({0: rows}, cut=False).past(ours))
+    torch.testing.assert_close(ours.logits(h), expected, atol=1e-4, rtol=0)
+
+
+def test_generate(hf, token_ids):
+    theirs, folder = hf()
+    model = llama.load(folder)
+    past = llama.Prompt({0: torch.randn(4, 48), 3: torch.randn(4, 48)}, cut=True).past(model)
+    rows = [token_ids(1, T, seed=T)[0].tolist() for T in (7, 2, 11, 5)]
+    full = llama.generate(model, rows, past, 12)
+    assert all(len(r) == 12 for r in full)
+    for row, answer in zip(rows, full):  # every token is the best one of a forward over all before it
+        h, _ = model(torch.tensor([row + answer]), past)
+        best = model.logits(h[0, len(row) - 1:-1]).argmax(-1).tolist()
+        assert best == answer
+    stop = {full[0][3], full[2][6]}
+    for whole, stopped in zip(full, llama.generate(model, rows, past, 12, stop)):
+        end = next((i for i, t in enumerate(whole) if t in stop), 11)
+        assert stopped == whole[: end + 1]
+    ids = token_ids(1, 6)
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(ids, max_new_tokens=9, do_sample=False)[0, 6:].tolist()
+    assert llama.generate(model, ids.tolist(), None, 9) == [expected]
+    with pytest.raises(llama.ModelError, match="BOS"):
+        llama.generate(model, [[3], []], past, 4)
+
+
+def test_padding_is_never_seen(hf, token_ids):
+    model = llama.load(hf()[1])
+    past = llama.Prompt({0: torch.randn(3, 48)}, cut=False).past(model)
+    shared, tails = token_ids(2, 8), token_ids(2, 4, seed=2)
+    shared[1, 5:] = llama.PAD
+    with torch.no_grad():
+        h, _ = model(tails, model.extend(shared, past))
+        alone, _ = model(tails[1:], model.extend(shared[1:, :5], past))
+    torch.testing.assert_close(h[1:], alone, atol=1e-5, rtol=0)
+
+
+def test_rows_enter_in_the_models_dtype_and_stay_fp32(hf):
+    model = llama.load(hf()[1], "bfloat16")
+    prompt = llama.Prompt({0: torch.randn(3, 48)}, cut=False)
+    past = prompt.past(model)
+    assert past.keys[0].dtype == torch.bfloat16 and prompt.rows[0].dtype == torch.float32
+    past.keys[3].float().square().sum().backward()
+    assert prompt.rows[0].grad.dtype == torch.float32 and prompt.rows[0].grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# folders that cannot be used
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    weights = {k: v.clone() for k, v in weights.items()}
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def to_index(folder, file):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+SPOILT = {
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
+    "other architecture": (lambda f: edit_config(f, model_type="gpt2"), "'gpt2'.*'llama'"),
+    "other activation": (lambda f: edit_config(f, hidden_act="gelu"), "'gelu'"),
+    "unknown rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "'yarn'"),
+    "incomplete rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear"}), "'factor'"),
+    "heads do not divide": (lambda f: edit_config(f, num_key_value_heads=4), "divide"),
+    "absurd size": (lambda f: edit_config(f, hidden_size="48"), "hidden_size is '48'"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
+    "cut short": (cut_short, "cut short"),
+    "a web page": (lambda f: (f / "model.safetensors").write_text("<html>" * 99), "git-lfs pointer or a web page"),
+    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "not a readable safetensors file"),
+    "tensor missing": (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), "lack 1 tensors.*norm"),
+    "other shape": (lambda f: edit_weights(f, lambda w: w.update({"model.norm.weight": torch.ones(7)})), r"\(7,\).*\(48,\)"),
+    "left over": (lambda f: edit_weights(f, lambda w: w.update({"model.extra": torch.ones(7)})), "'model.extra' has no place"),
+    "quantised": (lambda f: edit_weights(f, lambda w: w.update(
+        {"model.norm.weight": torch.ones(48, dtype=torch.int8)})), "int8"),
+    "shard outside": (lambda f: to_index(f, "../model.safetensors"), "not a file name in this folder"),
+    "shard absolute": (lambda f: to_index(f, "/etc/passwd"), "not a file name in this folder"),
+    "shard missing": (lambda f: to_index(f, "model-00001.safetensors"), "model-00001.safetensors: no such file"),
+    "empty index": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text("{}")),
+                    "no weight_map"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_spoilt_folder(hf, name):
+    _, folder = hf()
+    spoil, message = SPOILT[name]
+    spoil(folder)
+    with pytest.raises(llama.ModelError, match=message) as e:
+        llama.load(folder)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("rows", [{}, {4: (3, 48)}, {0: (3, 47)}, {0: (3, 48), 1: (2, 48)}])
+def test_rows_that_do_not_fit(hf, rows):
+    model = llama.load(hf()[1])
+    with pytest.raises(llama.ModelError, match="do not fit a model of 4 layers and width 48"):
+        model.prompt_past({i: torch.zeros(shape) for i, shape in rows.items()}, cut=True)
