@@ -1,0 +1,453 @@
+"""Question-answering and text data in their published formats, as token rows and batches, and their scores.
+
+Needs tokenizers, and torch only in `collate`. It reads files and returns values; it never prints or writes, and
+knows nothing of models.
+
+    examples = read("squad", "train-v1.1.json")                   # [Example(context, question, answers, ...), ...]
+    rows = [encode(e, vocabulary, max_length=512) for e in examples]
+    batch = collate([rows[i] for i in Order([r.context for r in rows], size=32, seed=0)[step]])
+    score(examples[0], "a prediction")                            # {"exact_match": 0.0, "f1": 0.4, ...}
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import glob
+import gzip
+import io
+import json
+import random
+import re
+import string
+from collections import Counter
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+PAD = -1  # an empty place in a batch of token ids
+NO_LABEL = -100  # a place whose prediction is not scored
+
+
+class DataError(ValueError):
+    """Data that cannot be used: the file, what was found, what was expected, in one line."""
+
+
+class Example(NamedTuple):
+    id: str
+    kind: str  # "squad", "math", "hendrycks" or "text"
+    context: str  # "" for arithmetic; the whole text of "text"
+    question: str
+    answers: tuple[str, ...]  # all accepted answers, the first one is trained on; () is unanswerable
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# files
+
+
+def read(kind: str, path: str, limit: int | None = None) -> list[Example]:
+    """All examples of a file, a folder or a glob; `limit` stops the reading of text, which is streamed."""
+    if kind not in READERS:
+        raise DataError(f"data kind {kind!r} is not known: use one of {', '.join(READERS)}")
+    suffixes, reader = READERS[kind]
+    files = _files(str(path), suffixes)
+    examples = list(islice((e for file in files for e in reader(file)), limit if kind == "text" else None))
+    if not examples:
+        raise DataError(f"{path}: no examples in it, expected at least one {kind} example: choose another file")
+    return examples
+
+
+def _files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
+    if Path(path).is_dir():
+        files = sorted(p for p in Path(path).rglob("*") if p.name.endswith(suffixes) and p.is_file())
+        expected = f"a file ending in {' or '.join(suffixes)} below it"
+    elif Path(path).exists():
+        return [Path(path)]
+    else:
+        files = [Path(p) for p in sorted(glob.glob(path, recursive=True)) if Path(p).is_file()]
+        expected = "a file, a folder, or a pattern that matches files"
+    if not files:
+        raise DataError(f"{path}: nothing found, expected {expected}: check the path")
+    return files
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({e}): check the file") from None
+
+
+def _json(text: str, where: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: not JSON ({e}): fetch the file again, or check its kind") from None
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, record) of a JSON array, JSON lines, or an object of columns."""
+    text = _text(path)
+    if text.lstrip()[:1] == "[":
+        rows = _json(text, str(path))
+    elif "\n" in text.strip() and text.lstrip().split("\n", 1)[0].rstrip().endswith("}"):
+        rows = [_json(line, f"{path} line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    else:
+        rows = _json(text, str(path)) if text.strip() else []
+        if isinstance(rows, dict) and rows and all(isinstance(v, list) for v in rows.values()):
+            rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
+        rows = rows if isinstance(rows, list) else [rows]
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path} record {i}: found {type(row).__name__}, expected an object with named fields: "
+                            "check the file's kind")
+        yield f"{path} record {i}", row
+
+
+def _field(row: dict, key: str, type_: type, where: str):
+    if not isinstance(row, dict) or not isinstance(row.get(key), type_):
+        found = f"{key!r} is {type(row[key]).__name__}" if isinstance(row, dict) and key in row else f"no {key!r}"
+        raise DataError(f"{where}: {found}, expected a {type_.__name__}: check that the file is of this kind")
+    return row[key]
+
+
+def _squad(path: Path) -> Iterator[Example]:
+    """SQuAD v1.1 and v2.0 (nested), or the flattened export with one record a question."""
+    text = _text(path)
+    if not text.lstrip().startswith("{") or '"paragraphs"' not in text:
+        for where, row in _records(path):
+            answers = _field(row, "answers", dict, where)
+            yield _question(row, _field(row, "context", str, where), _field(answers, "text", list, where), where)
+        return
+    for a, article in enumerate(_field(_json(text, str(path)), "data", list, str(path))):
+        for p, paragraph in enumerate(_field(article, "paragraphs", list, f"{path} article {a}")):
+            where = f"{path} article {a} paragraph {p}"
+            context = _field(paragraph, "context", str, where)
+            for q in _field(paragraph, "qas", list, where):
+                golds = [_field(g, "text", str, where) for g in _field(q, "answers", list, where)]
+                yield _question(q, context, [] if q.get("is_impossible") else golds, where)
+
+
+def _question(row: dict, context: str, answers: list, where: str) -> Example:
+    if not all(isinstance(a, str) for a in answers):
+        raise DataError(f"{where}: an answer is not a text: check that the file is SQuAD")
+    return Example(str(row.get("id", where)), "squad", context, _field(row, "question", str, where), tuple(answers))
+
+
+def _math(path: Path) -> Iterator[Example]:
+    """DeepMind mathematics: question and answer on alternating lines, or a JSON export of question and answer."""
+    if path.suffix in (".json", ".jsonl"):
+        for i, (where, row) in enumerate(_records(path)):
+            question, answer = (_unbyte(_field(row, key, str, where)) for key in ("question", "answer"))
+            yield Example(f"{path.stem}-{i}", "math", "", question, (answer,))
+        return
+    lines = _text(path).removesuffix("\n").split("\n") if path.stat().st_size else []
+    if len(lines) % 2:
+        raise DataError(f"{path}: {len(lines)} lines, expected a question and an answer in turn, so an even number; "
+                        f"line {len(lines)} has no answer: repair the file")
+    for i in range(0, len(lines), 2):
+        question, answer = lines[i].strip(), lines[i + 1].strip()
+        if not question or not answer:
+            raise DataError(f"{path} line {i + 1 + bool(question)}: empty, expected a question and an answer in "
+                            "turn: repair the file")
+        yield Example(f"{path.stem}-{i // 2}", "math", "", question, (answer,))
+
+
+def _unbyte(text: str) -> str:
+    """The export writes the repr of bytes: b'What is 1 + 1?\\n' -> What is 1 + 1?"""
+    if re.fullmatch(r"b'.*'|b\".*\"", text, re.DOTALL):
+        try:
+            text = ast.literal_eval(text).decode()
+        except (ValueError, SyntaxError, UnicodeDecodeError):
+            pass  # it only looked like one
+    return text.strip()
+
+
+def _hendrycks(path: Path) -> Iterator[Example]:
+    """Hendrycks MATH: one problem a JSON file, or records of them; the answer is the last \\boxed in the solution."""
+    for i, (where, row) in enumerate(_records(path)):
+        answer = last_boxed(_field(row, "solution", str, where))
+        if answer is None:
+            raise DataError(f"{where}: no \\boxed answer in the solution: check that the file is Hendrycks MATH")
+        yield Example(f"{path.parent.name}/{path.stem}" + (f"-{i}" if i else ""), "hendrycks", "",
+                      _field(row, "problem", str, where), (answer,))
+
+
+def last_boxed(solution: str) -> str | None:
+    """The argument of the last \\boxed{..}, \\fbox{..} or \\boxed x, by matching braces."""
+    found = list(re.finditer(r"\\(?:boxed|fbox)\s*", solution))
+    if not found:
+        return None
+    rest = solution[found[-1].end():]
+    if not rest.startswith("{"):
+        return re.split(r"[\s$]", rest, maxsplit=1)[0] or None
+    depth = 0
+    for i, c in enumerate(rest):
+        depth += (c == "{") - (c == "}")
+        if depth == 0:
+            return rest[1:i]
+    return None
+
+
+def _lines_of_text(path: Path) -> Iterator[Example]:
+    """C4 json lines (.json, .jsonl, also .gz), or plain text whose paragraphs are parted by empty lines. Streamed."""
+    def line_by_line():
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            yield from io.TextIOWrapper(f, encoding="utf-8-sig")
+
+    as_json = path.name.removesuffix(".gz").endswith((".json", ".jsonl"))
+    paragraph, count = [], 0
+    try:
+        for number, line in enumerate(line_by_line(), 1):
+            if as_json:
+                if line.strip():
+                    where = f"{path} line {number}"
+                    yield Example(f"{path.stem}-{number}", "text", _field(_json(line, where), "text", str, where), "", ())
+            elif line.strip():
+                paragraph.append(line)
+            elif paragraph:
+                yield Example(f"{path.stem}-{(count := count + 1)}", "text", "".join(paragraph).strip(), "", ())
+                paragraph = []
+    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error) as e:
+        raise DataError(f"{path}: cannot be read ({e}): fetch it again") from None
+    if paragraph:
+        yield Example(f"{path.stem}-{count + 1}", "text", "".join(paragraph).strip(), "", ())
+
+
+READERS = {  # kind -> (endings looked for in a folder, reader of one file)
+    "squad": ((".json", ".jsonl"), _squad),
+    "math": ((".txt", ".json", ".jsonl"), _math),
+    "hendrycks": ((".json", ".jsonl"), _hendrycks),
+    "text": ((".json", ".jsonl", ".json.gz", ".jsonl.gz", ".txt", ".txt.gz"), _lines_of_text),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# tokens
+
+
+class Vocabulary:
+    """A model folder's tokenizer.json, with exactly one BOS in front of every text."""
+
+    def __init__(self, folder: str | Path, bos: int | None, eos: tuple[int, ...] = ()):
+        from tokenizers import Tokenizer
+
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; a model folder needs its tokenizer.json: fetch it")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises bare Exception
+            raise DataError(f"{path}: not a tokenizer ({e}): fetch it again") from None
+        self.tokenizer.no_truncation()  # the file may ask for either, and both would falsify the text
+        self.tokenizer.no_padding()
+        self.bos, self.eos = bos, eos
+
+    @functools.cached_property
+    def size(self) -> int:
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def special(self) -> set[int]:
+        """Ids that no text contains: BOS, EOS, reserved places."""
+        return {i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
+
+    @functools.cached_property
+    def stop(self) -> set[int]:
+        """Ids that end an answer: EOS, and every token with a line break in it, byte-level or sentencepiece."""
+        pieces = ((i, self.tokenizer.id_to_token(i) or "") for i in range(self.size))
+        return {*self.eos, *(i for i, piece in pieces if "Ċ" in piece or "\n" in piece or piece == "<0x0A>")}
+
+    def encode(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text).ids
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Without BOS: a text that stands where prompt rows do."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def first_line(self, ids: list[int]) -> str:
+        """A generated answer: without its line break and what may follow."""
+        return self.decode(ids).split("\n")[0].strip()
+
+
+class Row(NamedTuple):
+    """An example as tokens: BOS, context, question, answer, line break."""
+
+    ids: list[int]
+    start: int  # index of the answer's first token
+    context: str  # rows of one context share their beginning
+    cut: int  # context tokens that did not fit
+
+
+def question_text(context: str, question: str) -> str:
+    """The paper's template; nothing stands before "Question:" when there is no context."""
+    return f"{context}\nQuestion: {question}\nAnswer:" if context else f"Question: {question}\nAnswer:"
+
+
+def encode(example: Example, vocabulary: Vocabulary, max_length: int) -> Row | None:
+    """Tokenise the whole text at once (pieces would merge differently at their seams), then find the answer.
+
+    A row over max_length loses words at the context's end, never in question or answer; None if those alone are
+    too long. An unanswerable question's answer is the empty line. A text is a row without an answer."""
+    if example.kind == "text":
+        ids = vocabulary.encode(example.context)
+        return Row(ids[:max_length], min(len(ids), max_length), example.context, max(len(ids) - max_length, 0))
+    answer = f" {example.answers[0]}\n" if example.answers else "\n"
+    context, cut = example.context, 0
+    while True:
+        before = question_text(context, example.question)
+        ids = vocabulary.encode(before + answer)
+        excess = len(ids) - max_length
+        if excess <= 0:
+            return Row(ids, len(common_beginning([ids, vocabulary.encode(before)])), example.context, cut)
+        offsets = vocabulary.tokenizer.encode(context, add_special_tokens=False).offsets
+        if not offsets:
+            return None
+        keep = max(len(offsets) - excess, 0)
+        context, cut = context[: offsets[keep - 1][1]].rstrip() if keep else "", cut + len(offsets) - keep
+
+
+def common_beginning(rows: list[list[int]]) -> list[int]:
+    """The longest list that all rows start with."""
+    low, high = min(rows), max(rows)  # in lexicographic order these two differ first
+    n = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    return low[:n]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# batches
+
+
+class Order:
+    """order[step] -> the indices of that step's rows; a pure function of (seed, step), so nothing is to be saved.
+
+    contexts holds the context of every row. Every epoch shuffles the contexts, and the questions within each, so
+    questions of one context meet in a batch; share=False shuffles single rows. A batch may span two epochs, so none
+    is short."""
+
+    def __init__(self, contexts: list[str], size: int, seed: int, share: bool = True):
+        self.count, self.size, self.seed = len(contexts), size, seed
+        groups: dict = {}
+        for i, context in enumerate(contexts):
+            groups.setdefault(context if share and context else i, []).append(i)
+        self.groups = list(groups.values())
+        self._epoch = functools.lru_cache(maxsize=2)(self.epoch)
+
+    def epoch(self, number: int) -> list[int]:
+        r = random.Random(f"{self.seed} {number}")
+        groups = [r.sample(g, len(g)) for g in r.sample(self.groups, len(self.groups))]
+        return [i for g in groups for i in g]
+
+    def __getitem__(self, step: int) -> list[int]:
+        places = range(step * self.size, (step + 1) * self.size)
+        return [self._epoch(p // self.count)[p % self.count] for p in places]
+
+
+class Batch(NamedTuple):
+    """A trie of depth two: P distinct beginnings, Q tails that go on from them."""
+
+    shared: "Tensor"  # (P, Tc) int64, PAD on the right; Tc may be 0
+    tails: "Tensor"  # (Q, Tq) int64, PAD on the right
+    parent: "Tensor"  # (Q,) int64: row of `shared` that a tail goes on from
+    labels: "Tensor"  # (Q, Tq) int64: the token that follows where it is the answer's, else NO_LABEL
+
+    def to(self, device) -> Batch:
+        return Batch(*(t.to(device) for t in self))
+
+
+def collate(rows: list[Row], answers: bool = True, share: bool = True) -> Batch:
+    """Rows -> a trie, in their order. Causality makes it exact: what a beginning computes does not depend on its tail.
+
+    answers=False leaves the answers out, to be generated. At least the last token before an answer is in its tail,
+    for it predicts the answer's first token."""
+    import torch
+
+    groups: dict = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.context if share else i, []).append(i)
+    shared, tails, labels, parent = [], [None] * len(rows), [None] * len(rows), [0] * len(rows)
+    for members in groups.values():
+        beginning = common_beginning([rows[i].ids[: rows[i].start - 1] for i in members])
+        for i in members:
+            row, c = rows[i], len(beginning)
+            tails[i] = row.ids[c:-1] if answers else row.ids[c: row.start]
+            labels[i] = [t if place >= row.start else NO_LABEL for place, t in enumerate(row.ids[c + 1:], c + 1)]
+            labels[i] = labels[i][: len(tails[i])]
+            parent[i] = len(shared)
+        shared.append(beginning)
+
+    def padded(lists, value):
+        T = max(map(len, lists))
+        return torch.tensor([x + [value] * (T - len(x)) for x in lists], dtype=torch.int64).view(len(lists), T)
+
+    return Batch(padded(shared, PAD), padded(tails, PAD), torch.tensor(parent), padded(labels, NO_LABEL))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# scores
+
+
+def score(example: Example, prediction: str | None) -> dict[str, float]:
+    """Scores of one answer, 0 to 1, the best over the accepted answers. None, a missing prediction, counts 0."""
+    judge = _score_text if example.kind == "squad" else functools.partial(_score_value, example.question)
+    if prediction is None:
+        return dict.fromkeys(judge("x", "x"), 0.0)
+    return _best([judge(prediction, gold) for gold in _golds(example)])
+
+
+def mean_scores(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Means in percent, as the SQuAD script gives them."""
+    return {key: 100 * sum(s[key] for s in scores) / len(scores) for key in scores[0]} if scores else {}
+
+
+def _golds(example: Example) -> list[str]:
+    """v2.0's rule: golds that are empty after normalisation are dropped, and if none is left the empty answer is it."""
+    if example.kind != "squad":
+        return list(example.answers)
+    return [a for a in example.answers if normalize(a)] or [""]
+
+
+def _best(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Exact match and F1 each over all golds, as the official script; precision and recall are of the best F1."""
+    top = max(scores, key=lambda s: s.get("f1", 0.0))
+    return {key: top[key] if key in ("precision", "recall") else max(s[key] for s in scores) for key in top}
+
+
+def normalize(text: str) -> str:
+    """SQuAD's normalisation, in its order: lower case, ASCII punctuation out, articles out, spaces squeezed."""
+    text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _score_text(prediction: str, gold: str) -> dict[str, float]:
+    p, g = normalize(prediction).split(), normalize(gold).split()
+    same = sum((Counter(p) & Counter(g)).values())
+    if not p or not g:  # v2.0: an empty answer is right only where an empty one is expected
+        same_empty = float(p == g)
+        return {"exact_match": same_empty, "precision": same_empty, "recall": same_empty, "f1": same_empty}
+    precision, recall = same / len(p), same / len(g)
+    return {"exact_match": float(p == g), "precision": precision, "recall": recall,
+            "f1": 2 * precision * recall / (precision + recall) if same else 0.0}
+
+
+def _score_value(question: str, prediction: str, gold: str) -> dict[str, float]:
+    """accuracy: the same string, DeepMind's own measure. accuracy_value: the same number."""
+    exact = prediction.strip() == gold.strip()
+    in_base = re.search(r"\bbase\s+[0-9]+", question, re.IGNORECASE)  # 98 in base 14 is not the decimal 98.0
+    same = exact or (not in_base and None is not value(prediction) == value(gold))
+    return {"accuracy": float(exact), "accuracy_value": float(same)}
+
+
+def value(text: str) -> Fraction | None:
+    """An integer, a decimal or a fraction, also as LaTeX writes them; None for anything else."""
+    text = re.sub(r"\\left|\\right|\\[!,;]|[\s${}]", "", re.sub(r"\\[dt]?frac\{(.+?)\}\{(.+?)\}", r"\1/\2", text))
+    if len(text) > 1000 or not re.fullmatch(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(/[+-]?[0-9]+)?", text):
+        return None
+    numerator, _, denominator = text.partition("/")
+    denominator = Fraction(denominator or 1)
+    return Fraction(numerator) / denominator if denominator else None

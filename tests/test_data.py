@@ -1,0 +1,291 @@
+"""data.py: formats, tokens, tries and scores."""
+
+import gzip
+import json
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import data
+import llama
+from train import answer_loss
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# formats
+
+NESTED = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": "In Ülm lives a cat.", "qas": [
+    {"id": "1", "question": "Who?", "answers": [{"text": "a cat", "answer_start": 13}, {"text": "cat", "answer_start": 15}]},
+    {"id": "2", "question": "Why?", "is_impossible": True, "answers": [], "plausible_answers": [{"text": "x"}]}]}]}]}
+FLAT = [{"id": q["id"], "title": "t", "context": "In Ülm lives a cat.", "question": q["question"],
+         "answers": {"text": [a["text"] for a in q["answers"]], "answer_start": []}}
+        for q in NESTED["data"][0]["paragraphs"][0]["qas"]]
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps(NESTED), "\ufeff" + json.dumps(NESTED, indent=2, ensure_ascii=False), json.dumps(FLAT),
+    "\n".join(map(json.dumps, FLAT)), "\r\n".join(map(json.dumps, FLAT)) + "\r\n",
+    json.dumps({key: [row[key] for row in FLAT] for key in FLAT[0]})])
+def test_squad(tmp_path, text):
+    first, second = data.read("squad", write(tmp_path / "x.json", text))
+    assert first == data.Example("1", "squad", "In Ülm lives a cat.", "Who?", ("a cat", "cat"))
+    assert second.answers == ()
+
+
+def test_math(tmp_path):
+    write(tmp_path / "arithmetic__b.txt", "What is 1 + 1?\n2\n-3 * -129\n387\n")
+    write(tmp_path / "arithmetic__a.txt", "Divide 59 by 9.\r\n59/9\r\n")
+    folder = [(e.question, e.answers[0]) for e in data.read("math", str(tmp_path))]
+    assert folder == [("Divide 59 by 9.", "59/9"), ("What is 1 + 1?", "2"), ("-3 * -129", "387")]
+    assert len(data.read("math", str(tmp_path / "*__b.txt"))) == 2
+    rows = [{"question": "b'What is \"1\" + 1?\\n'", "answer": "b'2\\n'"}, {"question": "b", "answer": "b'x"}]
+    found = data.read("math", write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))))
+    assert [(e.question, e.answers) for e in found] == [('What is "1" + 1?', ("2",)), ("b", ("b'x",))]
+
+
+@pytest.mark.parametrize("solution, answer", [
+    (r"so \boxed{1}, no, \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"$\boxed 7$", "7"), (r"\fbox{a{b}c}", "a{b}c"),
+    (r"\boxed {x^{2}}", "x^{2}"), ("none", None), (r"\boxed{1", None)])
+def test_hendrycks(tmp_path, solution, answer):
+    assert data.last_boxed(solution) == answer
+    (tmp_path / "algebra").mkdir()
+    write(tmp_path / "algebra" / "1.json", json.dumps({"problem": "p", "level": "Level 1", "solution": solution}))
+    if answer is None:
+        with pytest.raises(data.DataError, match="boxed"):
+            data.read("hendrycks", str(tmp_path))
+    else:
+        assert data.read("hendrycks", str(tmp_path)) == [data.Example("algebra/1", "hendrycks", "", "p", (answer,))]
+
+
+def test_text_is_streamed(tmp_path):
+    lines = [json.dumps({"text": f"page {i}", "timestamp": "", "url": ""}) + "\n" for i in range(6)]
+    two_members = gzip.compress("".join(lines[:3]).encode()) + gzip.compress("".join(lines[3:]).encode())
+    path = write(tmp_path / "c4-train.00000-of-01024.json.gz", two_members)
+    assert [e.context for e in data.read("text", path)] == [f"page {i}" for i in range(6)]
+    broken = write(tmp_path / "broken.json.gz", two_members[:-9])  # the end is never reached
+    assert len(data.read("text", broken, limit=2)) == 2
+    with pytest.raises(data.DataError, match="broken"):
+        data.read("text", broken)
+    plain = write(tmp_path / "plain.txt", "one\ntwo\n\n\nthree\n")
+    assert [e.context for e in data.read("text", plain)] == ["one\ntwo", "three"]
+
+
+BAD = {
+    "squad: arithmetic": ("squad", "x.json", "What is 1?\n1\n", "not JSON"),
+    "squad: other json": ("squad", "x.json", '{"a": 1}', "no 'answers', expected a dict"),
+    "squad: no answers": ("squad", "x.json", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q"}]}]}]}',
+                          "article 0 paragraph 0: no 'answers'"),
+    "squad: wrong type": ("squad", "x.json", '{"data": [{"paragraphs": [{"context": 3, "qas": []}]}]}', "'context' is int"),
+    "squad: empty": ("squad", "x.json", '{"data": [{"paragraphs": []}]}', "no examples"),
+    "math: odd": ("math", "x.txt", "1 + 1\n2\n1 + 2\n", "3 lines.*even number; line 3 has no answer"),
+    "math: blank": ("math", "x.txt", "1 + 1\n2\n\n3\n", "line 3: empty"),
+    "math: empty": ("math", "x.txt", "", "no examples"),
+    "math: binary": ("math", "x.txt", b"\xff\xfe\x00", "UTF-8"),
+    "text: not json": ("text", "x.jsonl", '{"text": "a"}\n{"text"\n', "line 2: not JSON"),
+    "text: no text": ("text", "x.jsonl", '{"body": "a"}\n', "line 1: no 'text'"),
+    "text: not gzip": ("text", "x.json.gz", "plain", "cannot be read"),
+    "deep": ("squad", "x.json", "[" * 100_000, "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(tmp_path, name):
+    kind, file, text, message = BAD[name]
+    with pytest.raises(data.DataError, match=message) as e:
+        data.read(kind, write(tmp_path / file, text))
+    assert file in str(e.value) and "\n" not in str(e.value)
+
+
+def test_nothing_found(tmp_path):
+    for path in (tmp_path / "absent", tmp_path / "*.txt", tmp_path):
+        with pytest.raises(data.DataError, match="nothing found"):
+            data.read("math", str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# tokens
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    """One token a character, a few merges across every seam of the template, BOS from the post-processor."""
+    merges = [("r", ":"), ("?", "Ċ"), (":", "Ġ"), ("e", "r:"), ("Ġ", "x")]
+    tokens = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    t = Tokenizer(models.BPE({piece: i for i, piece in enumerate(tokens)}, merges))
+    t.add_special_tokens(["<bos>", "<eos>"])
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    t.enable_truncation(5)  # published tokenizers carry such settings; they must not apply
+    t.enable_padding(length=50)
+    t.save(str(tmp_path / "tokenizer.json"))
+    from tokenizers.decoders import ByteLevel
+
+    v = data.Vocabulary(tmp_path, bos=0, eos=(1,))
+    v.tokenizer.decoder = ByteLevel()
+    return v
+
+
+def squad(context="c", question="q", *answers, id="0"):
+    return data.Example(id, "squad", context, question, answers or ("x",))
+
+
+def test_rows(vocabulary):
+    assert vocabulary.special == {0, 1} and len(vocabulary.stop) == 3
+    row = data.encode(squad("ab", "Wer?", "Ülm", "other"), vocabulary, 1000)
+    assert row.ids.count(0) == 1 and row.ids[0] == 0
+    assert vocabulary.decode(row.ids) == "ab\nQuestion: Wer?\nAnswer: Ülm\n"
+    assert vocabulary.decode(row.ids[row.start:]).endswith(" Ülm\n")
+    assert row.ids == vocabulary.encode("ab\nQuestion: Wer?\nAnswer: Ülm\n")  # whole, not in pieces
+    unanswerable = data.encode(data.Example("0", "squad", "ab", "q", ()), vocabulary, 1000)
+    assert vocabulary.decode(unanswerable.ids[unanswerable.start:]) == "\n"
+    v = data.Vocabulary.__new__(data.Vocabulary)
+    v.tokenizer, v.bos = vocabulary.tokenizer, None
+    assert v.encode("a") == vocabulary.encode("a")  # a tokenizer that adds BOS itself gets no second one
+    v.tokenizer.post_processor, v.bos = processors.ByteLevel(), 0
+    assert v.encode("a") == vocabulary.encode("a")  # and one that does not gets it
+
+
+@pytest.mark.parametrize("length", [60, 45, 41, 40])
+def test_only_the_context_is_cut(vocabulary, length):
+    context = "one two three four five six"
+    full = data.encode(squad(context, "Why?", "six"), vocabulary, 1000)
+    row = data.encode(squad(context, "Why?", "six"), vocabulary, length)
+    text = vocabulary.decode(row.ids)
+    assert len(row.ids) <= length and text.endswith("Question: Why?\nAnswer: six\n")
+    kept = text.removesuffix("Question: Why?\nAnswer: six\n").rstrip("\n")
+    assert context.startswith(kept) and (row.cut > 0) == (kept != context)
+    assert len(full.ids) > 41
+
+
+def test_a_text_is_a_row_without_an_answer(vocabulary):
+    row = data.encode(data.Example("0", "text", "some text", "", ()), vocabulary, 6)
+    assert row.ids == vocabulary.encode("some text")[:6] and row.start == 6 and row.cut == 4
+
+
+def test_a_question_too_long_by_itself(vocabulary):
+    assert data.encode(squad("context", "q" * 50), vocabulary, 40) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# batches
+
+
+def test_order_is_a_pure_function_that_visits_all():
+    contexts = [f"c{i // 4}" for i in range(22)]
+    order = data.Order(contexts, 8, seed=3)
+    stream = [i for step in range(11) for i in order[step]]
+    assert all(sorted(stream[22 * e: 22 * e + 22]) == list(range(22)) for e in range(4))
+    assert stream[:22] != stream[22:44]
+    fresh = data.Order(contexts, 8, seed=3)
+    assert [fresh[step] for step in (9, 2, 5)] == [order[step] for step in (9, 2, 5)]  # in any order, from anew
+    assert data.Order(contexts, 8, seed=4)[0] != order[0]
+    groups = [contexts[i] for i in order.epoch(0)]
+    assert sum(a != b for a, b in zip(groups, groups[1:])) == 5  # questions of a context stand together
+    mixed = [contexts[i] for i in data.Order(contexts, 8, seed=3, share=False).epoch(0)]
+    assert sum(a != b for a, b in zip(mixed, mixed[1:])) > 8
+
+
+def random_rows(g, shapes):
+    """shapes: (context length, question length, answer length) of rows; equal context lengths share a context."""
+    contexts = {c: [0] + [g.randrange(2, 97) for _ in range(c)] for c, _, _ in shapes}
+    rows = []
+    for c, q, a in shapes:
+        ids = contexts[c] + [g.randrange(2, 97) for _ in range(q + a)]
+        rows.append(data.Row(ids, 1 + c + q, str(c), 0))
+    return rows
+
+
+SHAPES = {"ragged": [(9, 3, 2), (9, 5, 4), (4, 2, 1), (9, 1, 6), (4, 7, 3), (13, 2, 2)], "one question": [(8, 3, 2)],
+          "no context": [(0, 3, 2), (0, 5, 1), (0, 2, 4)], "each its own": [(3, 2, 2), (5, 4, 1), (7, 1, 3)],
+          "same twice": [(6, 1, 1), (6, 1, 1)]}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("cut", [True, False])
+def test_trie_equals_plain(hf, name, cut):
+    """Loss, gradient and generated tokens of the trie are those of every example alone."""
+    model = llama.load(hf()[1], torch.float64)
+    rows = random_rows(random.Random(5), SHAPES[name])
+    prompt = llama.Prompt({i: torch.randn(4, 48, generator=torch.Generator().manual_seed(i)) for i in (0, 3)}, cut)
+    prompt.double()
+
+    def loss_and_gradient(batches):
+        prompt.zero_grad()
+        parts = [answer_loss(model, prompt.past(model), b) for b in batches]
+        (sum(loss for loss, _ in parts) / sum(n for _, n in parts)).backward()
+        return sum(loss.item() for loss, _ in parts), torch.cat([r.grad.flatten() for r in prompt.rows.values()])
+
+    trie = data.collate(rows)
+    assert len(trie.shared) == len({r.context for r in rows})
+    loss, gradient = loss_and_gradient([trie])
+    plain_loss, plain_gradient = 0.0, 0.0
+    for row in rows:  # the plain way: whole rows, all logits, labels shifted by hand
+        prompt.zero_grad()
+        ids = torch.tensor([row.ids])
+        h, _ = model(ids[:, :-1], prompt.past(model))
+        losses = torch.nn.functional.cross_entropy(model.logits(h)[0], ids[0, 1:], reduction="none")
+        one = losses[row.start - 1:].sum()
+        one.backward()
+        plain_loss += one.item()
+        plain_gradient = plain_gradient + torch.cat([r.grad.flatten() for r in prompt.rows.values()])
+    tokens = sum(len(r.ids) - r.start for r in rows)
+    assert loss == pytest.approx(plain_loss, rel=1e-12)
+    torch.testing.assert_close(gradient, plain_gradient / tokens, rtol=1e-10, atol=1e-13)
+    other_loss, other_gradient = loss_and_gradient([data.collate(rows, share=False)])
+    assert other_loss == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(other_gradient, gradient, rtol=1e-10, atol=1e-13)
+
+    batch = data.collate(rows, answers=False)
+    past = model.extend(batch.shared, prompt.past(model)).take(batch.parent)
+    tails = [t[t != data.PAD].tolist() for t in batch.tails]
+    assert llama.generate(model, tails, past, 5) == [
+        llama.generate(model, [row.ids[:row.start]], prompt.past(model), 5)[0] for row in rows]
+
+
+def test_the_first_answer_token_is_predicted_from_the_token_before_it():
+    row = data.Row([0, 11, 12, 13, 21, 22], 4, "c", 0)  # 21 22 is the answer
+    batch = data.collate([row])
+    assert batch.shared.tolist() == [[0, 11, 12]] and batch.tails.tolist() == [[13, 21]]
+    assert batch.labels.tolist() == [[21, 22]]
+    assert data.collate([row], answers=False).tails.tolist() == [[13]]
+    two = data.collate([row, data.Row([0, 11, 14, 21], 3, "c", 0)])
+    assert two.shared.tolist() == [[0, 11]] and two.labels.tolist() == [[-100, 21, 22], [21, -100, -100]]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# scores
+
+
+@pytest.mark.parametrize("prediction, golds, em, f1", [
+    ("The  Cat!", ["cat"], 1, 1), ("a cat, the dog", ["cat"], 0, 2 / 3), ("dog", ["cat"], 0, 0),
+    ("cat cat", ["cat"], 0, 2 / 3), ("an", ["the"], 1, 1), ("", [], 1, 1), ("cat", [], 0, 0), ("", ["cat"], 0, 0),
+    ("big red", ["red", "big red car"], 0, 0.8), ("U.S.A.", ["USA"], 1, 1), ("“cat”", ["cat"], 0, 0),
+    ("theatre", ["a theatre"], 1, 1), (None, ["cat"], 0, 0), (None, [], 0, 0), ("x", ["the", "x"], 1, 1)])
+def test_squad_scores(prediction, golds, em, f1):
+    """Worked by hand from the rules of evaluate-v2.0.py."""
+    found = data.score(data.Example("0", "squad", "c", "q", tuple(golds)), prediction)
+    assert (found["exact_match"], found["f1"]) == (em, pytest.approx(f1))
+
+
+def test_precision_and_recall():
+    found = data.score(squad("c", "q", "red cat", "blue"), "red dog car")
+    assert found["precision"] == pytest.approx(1 / 3) and found["recall"] == pytest.approx(1 / 2)
+    assert data.mean_scores([{"f1": 0.0}, {"f1": 0.5}]) == {"f1": 25.0}
+
+
+@pytest.mark.parametrize("question, prediction, gold, exact, same", [
+    ("1 + 1", "2", "2", 1, 1), ("1 + 1", " 2 ", "2", 1, 1), ("q", "0.50", "1/2", 0, 1), ("q", "2/4", "1/2", 0, 1),
+    ("q", "-3.0", "-3", 0, 1), ("q", "3", "-3", 0, 0), ("q", "1/0", "1/0", 1, 1), ("q", "1/0", "2/0", 0, 0),
+    ("q", "6*sqrt(2)", "6*sqrt(2)", 1, 1), ("q", "sqrt(4)", "2", 0, 0), ("q", "", "0", 0, 0), ("q", "1e3", "1000", 0, 0),
+    ("In base 14, what is 1 + 1?", "98.0", "98", 0, 0), ("In base 14, what is 1 + 1?", "98", "98", 1, 1),
+    ("q", r"\frac{1}{2}", "0.5", 0, 1), ("q", "٣", "3", 0, 0)])
+def test_value_scores(question, prediction, gold, exact, same):
+    found = data.score(data.Example("0", "math", "", question, (gold,)), prediction)
+    assert found == {"accuracy": exact, "accuracy_value": same}
