@@ -141,18 +141,20 @@ class Fitted:
             raise PriorError(f"a Gaussian cannot be fitted on {N} reference rows: give a larger reference")
         if shrinkage > 1:
             raise PriorError(f"shrinkage is {shrinkage}, expected 0 to 1, or -1 for the Ledoit-Wolf optimum")
-        mean = reference.double().mean(0)
-        x = reference.double() - mean
+        mean = reference.mean(0, dtype=torch.float64)
         if not torch.isfinite(mean).all():
             raise PriorError("the reference has values that are not finite: find the rows and leave them out")
-        covariance = x.T @ x / N
-        trace = covariance.trace()
+        covariance, fourth = torch.zeros(D, D, dtype=torch.float64, device=reference.device), 0.0
+        for block in reference.split(8192):  # a vocabulary of 128k in fp64 at once would be gigabytes
+            x = block.double() - mean
+            covariance += x.T @ x / N
+            fourth += x.square().sum(1).square().sum() / N
+        trace, square = covariance.trace(), covariance.square().sum()
         if not trace > 0:
             raise PriorError("all reference rows are equal, so there is no spread to fit: give another reference")
-        if shrinkage < 0:  # Ledoit and Wolf 2004, lemma 3.2 to 3.4, in norms over D
-            spread = covariance.square().sum() - trace**2 / D
-            noise = (x.square().sum(1).square().sum() / N - covariance.square().sum()) / N
-            shrinkage = float((noise / spread).clamp(0, 1)) if spread > 0 else 1.0
+        if shrinkage < 0:  # Ledoit and Wolf 2004, lemmas 3.2 to 3.4
+            spread = square - trace**2 / D
+            shrinkage = float(((fourth - square) / N / spread).clamp(0, 1)) if spread > 0 else 1.0
         variance, basis = torch.linalg.eigh(covariance)
         variance, basis = variance.flip(0), basis.flip(1)
         variance = (1 - shrinkage) * variance + shrinkage * trace / D

@@ -1,0 +1,648 @@
+"""promptprior: tune the prompt of a frozen LLaMA from a chosen prior, and see where it ends up.
+
+    python promptprior.py train --prior exclusion --deep-layers 3
+    python promptprior.py plot runs/squad-exclusion-deep3-seed0
+
+This file is the command line: it reads arguments, puts the modules together, prints and draws. Modules that import
+torch are imported inside the functions that need them, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import data
+import priors
+
+TINY = Path(__file__).resolve().parent / "tiny"
+BUNDLED = {"squad": ("squad/train.json", "squad/dev.json"), "math": ("math/train-easy", "math/interpolate"),
+           "text": ("text", "text")}  # kind -> training and evaluation data under tiny/
+TOKENS = 20  # rows a layer, as in the paper
+BUNDLED_TEXT = "short answer"  # the header that the bundled model was pre-trained with
+
+# flag -> (default, help); a default of None is explained in the help
+MODEL = {
+    "model": ("tiny", "model folder in Hugging Face's layout; tiny is the bundled one"),
+    "device": (None, "cpu, cuda, cuda:1 ... (cuda when there is one)"),
+    "dtype": (None, "float32, bfloat16 or float16 of the frozen weights (bfloat16 on cuda, else float32)"),
+    "seed": (0, "seed of the prior's draw and of the data's order"),
+}
+PRIOR = {
+    "prior": ("vocab", "prior of the rows, NAME or NAME:option=value,...; see below"),
+    "reference": ("vocab", "what priors are fitted on: vocab (each token once) or a data SPEC (tokens as the data uses "
+                           "them). Rows at deep layers are fitted on activations, of that SPEC or of --data"),
+    "reference_rows": (20000, "most rows of a reference taken from data"),
+    "text": (None, "the text of the prior text, also scored as a plain text prompt ('short answer' for tiny)"),
+    "tokens": (TOKENS, "rows at the token embeddings; 0 for none, then deep layers have 20"),
+    "deep_layers": (0, "how many of the last layers own rows too"),
+}
+DATA = {
+    "data": ("squad", "training data, a SPEC: squad:PATH, math:PATH, hendrycks:PATH or text:PATH, a file, folder or "
+                      "pattern; squad, math and text alone are the bundled ones"),
+    "eval_data": (None, "evaluation data, a SPEC (the bundled one's, or a tenth of --data held out)"),
+    "eval_limit": (200, "most questions evaluated; 0 for all"),
+    "max_length": (None, "most tokens of context, question and answer; longer contexts are cut (1024, or what fits)"),
+    "max_new": (32, "most tokens of a generated answer"),
+    "batch_size": (16, "examples a step"),
+}
+TRAIN = {
+    "steps": (200, "training steps"),
+    "lr": (None, "peak learning rate of AdamW (the prior's own, see below)"),
+    "warmup": (10, "steps of linear warm-up"),
+    "clip": (1.0, "largest norm of the gradient"),
+    "prior_weight": (0.0, "weight of the prior's log density in the loss; 1 gives the MAP estimate"),
+    "eval_every": (None, "steps between evaluations and checkpoints (a quarter of --steps)"),
+    "out": (None, "the run's folder (runs/ and a name made of the settings)"),
+}
+SAMPLE = {"data": DATA["data"], "max_length": DATA["max_length"], "max_new": DATA["max_new"],
+          "out": (None, "folder for the rows and a figure for every layer; without it nothing is written")}
+SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep prompt tuning (default with --deep-layers)",
+            "keep": "let the rows' outputs go on through the layers, as in prompt tuning (default without)"}
+
+LEARNING_RATE = {"isotropic": 1e-2, "xavier": 1e-2, "vocab": 1e-2, "text": 1e-2, "fitted": 1e-2, "exclusion": 1e-2}
+
+
+class UserError(ValueError):
+    """A mistake on the command line: what, and the remedy, in one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# what a command works with
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
+    """What the user gave over the defaults of the groups, and the defaults that follow from other settings."""
+    a = SimpleNamespace(**{flag: default for group in groups for flag, (default, _) in group.items()},
+                        cut=None, share=True, keep_unanswerable=False)
+    vars(a).update(given)
+    for flag, value in vars(a).items():
+        if isinstance(value, int) and value < 0 or value == 0 and flag in ("batch_size", "max_new", "eval_every", "max_length"):
+            raise UserError(f"--{flag.replace('_', '-')} {value}: expected a positive number")
+    if a.device is None:
+        import torch
+
+        a.device = "cuda" if torch.cuda.is_available() else "cpu"
+    a.dtype = a.dtype or ("bfloat16" if a.device.startswith("cuda") else "float32")
+    if a.text is None:
+        a.text = BUNDLED_TEXT if a.model == "tiny" else ""
+    name = priors.parse(a.prior)[0]
+    a.cut = bool(a.deep_layers) if a.cut is None else a.cut
+    if groups[-1] is TRAIN:
+        a.lr = LEARNING_RATE[name] if a.lr is None else a.lr
+        a.eval_every = a.eval_every or max(1, a.steps // 4)
+        a.eval_data = a.data if a.eval_data is None and a.data in BUNDLED else a.eval_data
+        if a.prior_weight and not priors.PRIORS[name].has_density:
+            raise UserError(f"--prior-weight: the prior {name} has no density to follow: use one of "
+                            f"{', '.join(n for n, p in priors.PRIORS.items() if p.has_density)}")
+    return a
+
+
+def model_folder(a: SimpleNamespace) -> Path:
+    return TINY if a.model == "tiny" else Path(a.model)
+
+
+def load_model(a: SimpleNamespace):
+    """The frozen model and its tokenizer; settles a.max_length by the model's positions."""
+    import torch
+
+    import llama
+
+    folder = model_folder(a)
+    if not folder.is_dir():
+        raise UserError(f"--model {a.model}: no such folder: download the model with `hf download {a.model} "
+                        "--local-dir DIR` and give DIR")
+    if a.dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {a.dtype}: use float32, bfloat16 or float16")
+    try:
+        torch.zeros(0, device=a.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {a.device}: {str(e).splitlines()[0]}: use cpu") from None
+    model = llama.load(folder, a.dtype, a.device)
+    c = model.config
+    vocabulary = data.Vocabulary(folder, c.bos_token_id, c.eos_token_id)
+    if vocabulary.size > c.vocab_size:
+        raise UserError(f"{folder}: tokenizer.json has {vocabulary.size} tokens and the model embeds {c.vocab_size}: "
+                        "the two are not of one model; fetch both again")
+    room = c.max_position_embeddings - rows_per_layer(a) - a.max_new
+    a.max_length = a.max_length or min(1024, room)
+    if not 0 < a.max_length <= room:
+        raise UserError(f"--max-length {a.max_length}: the model has {c.max_position_embeddings} positions, of which "
+                        f"{max(room, 0)} are left for text beside --tokens {rows_per_layer(a)} and --max-new {a.max_new}")
+    return model, vocabulary
+
+
+def rows_per_layer(a: SimpleNamespace) -> int:
+    return a.tokens or TOKENS
+
+
+def layers_with_rows(a: SimpleNamespace, model) -> list[int]:
+    L = model.config.num_hidden_layers
+    if a.deep_layers > L or not (a.tokens or a.deep_layers):
+        raise UserError(f"--tokens {a.tokens} --deep-layers {a.deep_layers}: the model has {L} layers; give 0 to {L} "
+                        "deep layers, and rows at the tokens, at deep layers, or both")
+    return sorted({*([0] if a.tokens else []), *range(L - a.deep_layers, L)})
+
+
+def parse_spec(spec: str, split: int) -> tuple[str, str]:
+    """"squad:PATH" -> ("squad", PATH); "squad" -> the bundled one's split 0 (train) or 1 (eval)."""
+    kind, _, path = spec.partition(":")
+    if kind not in data.READERS:
+        raise UserError(f"data {spec!r}: unknown kind {kind!r}: write KIND:PATH with KIND one of "
+                        f"{', '.join(data.READERS)}")
+    if not path and kind not in BUNDLED:
+        raise UserError(f"data {spec!r}: there is no bundled {kind} data: write {kind}:PATH")
+    return kind, path or str(TINY / BUNDLED[kind][split])
+
+
+def read_questions(spec: str, split: int, keep_unanswerable: bool) -> list[data.Example]:
+    kind, path = parse_spec(spec, split)
+    if kind == "text":
+        raise UserError(f"data {spec!r}: text has no questions and answers to train or evaluate on: use it with "
+                        "--reference, and squad, math or hendrycks here")
+    examples = data.read(kind, path)
+    kept = examples if keep_unanswerable else [e for e in examples if e.answers]
+    if not kept:
+        raise UserError(f"{path}: no answerable question in it: use --keep-unanswerable, or other data")
+    if len(kept) < len(examples):
+        say(f"{path}: {len(examples) - len(kept)} of {len(examples)} questions are unanswerable and dropped "
+            "(--keep-unanswerable keeps them)")
+    return kept
+
+
+def some_of(examples: list[data.Example], count: int) -> list[int]:
+    """Indices of `count` examples (0: all), whole contexts as far as may be, always the same ones."""
+    return sorted(data.Order([e.context for e in examples], 1, seed=0).epoch(0)[:count or None])
+
+
+def held_out(examples: list[data.Example], count: int) -> tuple[list[data.Example], list[data.Example]]:
+    """Training and evaluation examples that share no context."""
+    contexts = {examples[i].context or i for i in some_of(examples, count)}
+    sides = ([], [])
+    for i, e in enumerate(examples):
+        sides[(e.context or i) in contexts].append(e)
+    if not sides[0]:
+        raise UserError(f"all {len(examples)} questions share one context, so none can be held out: give --eval-data")
+    say(f"{len(sides[1])} of {len(examples)} questions held out for evaluation (no --eval-data)")
+    return sides
+
+
+def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int, what: str):
+    """Examples with their token rows, without those that do not fit; says what was cut."""
+    from train import Questions
+
+    rows = [data.encode(e, vocabulary, max_length) for e in examples]
+    cut = [r.cut for r in rows if r and r.cut]
+    if cut:
+        say(f"{what}: {len(cut)} of {len(rows)} contexts cut at their end to fit {max_length} tokens, "
+            f"{sum(cut) / len(cut):.0f} tokens on average (--max-length)")
+    if None in rows:
+        say(f"{what}: {rows.count(None)} questions dropped, longer than {max_length} tokens without any context")
+    pairs = [(e, r) for e, r in zip(examples, rows) if r]
+    if not pairs:
+        raise UserError(f"{what}: no question fits {max_length} tokens: raise --max-length")
+    return Questions(*map(list, zip(*pairs)))
+
+
+def plain_pasts(a: SimpleNamespace, model, vocabulary) -> dict[str, tuple[str, object]]:
+    """What a trained prompt stands beside, {split: (name, Past)}: no prompt, and a text prompt if there is a text."""
+    import torch
+
+    pasts = {"baseline": ("no prompt", model.empty())}
+    if a.text:
+        ids = torch.tensor([vocabulary.encode_plain(a.text)], device=a.device)
+        pasts["text"] = (f"text prompt {a.text!r}", model.extend(ids))
+    return pasts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# references and priors
+
+
+def collect(model, rows: list[list[int]], layers: list[int], limit: int, first: int = 1) -> dict[int, "Tensor"]:
+    """The inputs of layers for token rows, {layer: (N, D)} fp32 on the CPU, N at most `limit`. Every row counts from
+    its token `first` on: a row's BOS has an enormous norm that would swamp any statistics."""
+    import torch
+
+    import llama
+
+    found, count = {i: [] for i in layers}, 0
+    for start in range(0, len(rows), 8):
+        if count >= limit:
+            break
+        ids = llama.pad(rows[start:start + 8]).to(model.embeddings.device)
+        real = (ids != llama.PAD) & (torch.arange(ids.shape[1], device=ids.device) >= first)
+        with torch.no_grad():
+            model(ids, tap=lambda i, x: i in found and found[i].append(x[real].float().cpu()))
+        count += int(real.sum())
+    return {i: torch.cat(parts)[:limit] for i, parts in found.items()}
+
+
+def reference_rows(a: SimpleNamespace, spec: str, vocabulary) -> list[list[int]]:
+    """Token rows of a SPEC, in an order made from the seed, one question a context, a.reference_rows tokens or more."""
+    kind, path = parse_spec(spec, 0)
+    examples, rows, count, seen = data.read(kind, path, limit=a.reference_rows), [], 0, set()
+    for i in data.Order([e.context for e in examples], 1, a.seed).epoch(0):
+        row = None if (examples[i].context or i) in seen else data.encode(examples[i], vocabulary, a.max_length)
+        seen.add(examples[i].context or i)
+        if row:
+            rows.append(row.ids)
+            count += len(row.ids) - 1
+            if count >= a.reference_rows:
+                break
+    return rows
+
+
+def references(a: SimpleNamespace, model, vocabulary, layers: list[int]) -> dict[int, tuple["Tensor", str]]:
+    """The population (N, D) that each layer's prior is fitted on, and its name."""
+    import torch
+
+    if priors.parse(a.prior)[0] == "text":
+        ids = vocabulary.encode_plain(a.text)
+        if not ids:
+            raise UserError("--prior text needs --text, the text whose tokens the rows begin as")
+        return {i: (x, f"tokens of {a.text!r}") for i, x in collect(model, [ids], layers, len(ids), first=0).items()}
+    found = {}
+    if a.reference == "vocab" and 0 in layers:
+        ordinary = sorted(set(range(vocabulary.size)) - vocabulary.special)
+        found[0] = (model.embeddings[ordinary].float().cpu(), f"vocabulary, {len(ordinary)} tokens")
+    rest = [i for i in layers if i not in found]
+    if rest:
+        spec = a.data if a.reference == "vocab" else a.reference
+        for i, x in collect(model, reference_rows(a, spec, vocabulary), rest, a.reference_rows).items():
+            found[i] = (x, f"{f'layer {i} inputs' if i else 'token embeddings'} of {spec}, {len(x)} tokens")
+    return dict(sorted(found.items()))
+
+
+def draw(a: SimpleNamespace, found: dict) -> tuple[dict[int, "Tensor"], dict[int, object], list[dict]]:
+    """Fit the prior on each layer's reference, draw the rows, and say how they stand to the reference."""
+    import torch
+
+    name, options = priors.parse(a.prior)
+    rows, fitted, reports = {}, {}, []
+    for i, (reference, reference_name) in found.items():
+        fitted[i] = priors.PRIORS[name].fit(reference, **options)
+        rows[i] = fitted[i].sample(rows_per_layer(a), torch.Generator().manual_seed(1000 * a.seed + i))
+        ratio, about = norm_ratio(rows[i], reference), fitted[i].report()
+        reports.append({"layer": i, "reference": reference_name, "norm_ratio": ratio, **about})
+        say(f"layer {i}: {a.prior} on {reference_name}: "
+            + ", ".join(f"{key} {value:.4g}" for key, value in {"init-to-token norm ratio": ratio, **about}.items()))
+        if ratio > 5:
+            say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and may train badly")
+    return rows, fitted, reports
+
+
+def norm_ratio(rows, reference) -> float:
+    """Mean norm of the rows over mean norm of the reference: 1 is on scale, PEFT's random default is near 45."""
+    return float(rows.norm(dim=1).mean() / reference.norm(dim=1).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# tables and figures
+
+TITLES = {"loss": "loss", "exact_match": "exact match", "precision": "precision", "recall": "recall", "f1": "F1",
+          "accuracy": "accuracy", "accuracy_value": "same value"}
+
+
+def table(rows: list[tuple[str, dict[str, float]]]) -> str:
+    """Names and scores as aligned columns."""
+    keys = [k for k in TITLES if any(k in scores for _, scores in rows)]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"  {TITLES[k]:>{max(len(TITLES[k]), 6)}}" for k in keys)]
+    for name, scores in rows:
+        cells = (f"{scores[k]:.3f}" if k == "loss" else f"{scores[k]:.1f}" for k in keys)
+        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>{max(len(TITLES[k]), 6)}}" for k, cell in zip(keys, cells)))
+    return "\n".join(lines)
+
+
+def final_table(a: SimpleNamespace, metrics: list[dict]) -> str:
+    names = {"baseline": "no prompt", "text": f"text prompt {a.text!r}"}
+    evals = [m for m in metrics if m["split"] == "eval"]
+    return table([(names[m["split"]], m) for m in metrics if m["split"] in names]
+                 + [(f"{a.prior} prior, untrained", evals[0])]
+                 + [(f"{a.prior} prior, {m['step']} steps", m) for m in evals[-1:] if m["step"]])
+
+
+def layer_figure(i: int, reference, name: str, series: list[tuple[str, "Tensor"]], caption: str) -> str:
+    """The principal plane of a layer's reference, the draw and, if there is a second series, where its rows went."""
+    import viz
+
+    reference = reference.numpy()
+    plane = viz.pca(reference)
+    flat = [viz.project(plane, rows.numpy()) for _, rows in series]
+    looks = ((viz.BLUE, True), (viz.VERMILION, False))
+    return viz.scatter(viz.project(plane, reference), name.rsplit(",", 1)[0],
+                       [viz.Series(label, points, *look) for (label, _), points, look in zip(series, flat, looks)],
+                       viz.axis_names(plane), tuple(flat) if len(flat) == 2 else None,
+                       title=f"Layer {i}, its input" if i else "Token embeddings", caption=caption)
+
+
+def draw_run(run, a: SimpleNamespace, found: dict, end: dict) -> list[str]:
+    """figures/layer-NN.svg for every layer that owns rows."""
+    start, names = run.rows("prompts/000000.safetensors"), []
+    for i, (reference, name) in found.items():
+        moved = (end[i] - start[i]).norm(dim=1).mean().item()
+        caption = (f"{run.path.name}: prior {a.prior}, seed {a.seed}, {a.steps} steps on {a.data}, model "
+                   f"{model_folder(a).name}. {len(end[i])} rows in the principal plane of {name}, fitted without them. "
+                   f"A row moved {moved:.3g} on average; mean norms: reference {reference.norm(dim=1).mean():.3g}, "
+                   f"draw {start[i].norm(dim=1).mean():.3g}, trained {end[i].norm(dim=1).mean():.3g}.")
+        svg = layer_figure(i, reference, name, [("prior draw", start[i]), ("trained rows", end[i])], caption)
+        names.append(f"figures/layer-{i:02d}.svg")
+        run.write(names[-1], svg.encode())
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# commands
+
+
+def command_train(given: dict) -> None:
+    from train import Run
+
+    resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
+    if not resume:
+        a = settings_of(given, MODEL, PRIOR, DATA, TRAIN)
+        a.out = a.out or free_name(a)
+        if Path(a.out).exists() and not overwrite and not (Path(a.out).is_dir() and not any(Path(a.out).iterdir())):
+            raise UserError(f"{a.out} exists: go on with it by --resume, replace it by --overwrite, or choose another --out")
+        return train_run(Run(Path(a.out)), a, False)
+    if "out" not in given:
+        raise UserError("--resume needs --out, the folder of the run to go on with")
+    run = Run(Path(given["out"]))
+    stored = run.config()["settings"]
+    other = [f"--{k.replace('_', '-')} {v} (the run has {stored.get(k)})" for k, v in given.items()
+             if k != "out" and stored.get(k) != v]
+    if other:
+        raise UserError(f"{run.path}: a run goes on with its own settings, not with {'; '.join(other)}: leave them out, "
+                        "or start another run")
+    train_run(run, SimpleNamespace(**{**stored, "out": given["out"]}), (run.path / "checkpoint.safetensors").exists())
+
+
+def free_name(a: SimpleNamespace) -> str:
+    """runs/ and the settings that tell runs apart, numbered if taken."""
+    prior = "".join(c if c.isalnum() else "-" for c in a.prior)
+    name = f"runs/{a.data.split(':')[0]}-{prior}{f'-deep{a.deep_layers}' if a.deep_layers else ''}-seed{a.seed}"
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if not Path(n).exists())
+
+
+def train_run(run, a: SimpleNamespace, resume: bool) -> None:
+    """Everything is read and checked before the first byte of the run is written."""
+    import torch
+
+    import llama
+    from train import evaluate, train
+
+    began = time.time()
+    model, vocabulary = load_model(a)
+    layers = layers_with_rows(a, model)
+    examples = read_questions(a.data, 0, a.keep_unanswerable)
+    if a.eval_data is None:
+        examples, evals = held_out(examples, min(max(len(examples) // 10, 1), a.eval_limit or len(examples)))
+    else:
+        evals = read_questions(a.eval_data, 1, a.keep_unanswerable)
+        evals = [evals[i] for i in some_of(evals, a.eval_limit)]
+    questions = encode(examples, vocabulary, a.max_length, "training")
+    evals = encode(evals, vocabulary, a.max_length, "evaluation")
+    say(f"model {a.model}: {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {a.dtype} on "
+        f"{a.device}; {len(questions.rows)} questions to train on, {len(evals.rows)} to evaluate")
+    found = references(a, model, vocabulary, layers)
+    start, fitted, reports = draw(a, found)
+    prompt = llama.Prompt(start, a.cut).to(a.device)
+    prompt.past(model)  # refuses rows that do not fit
+
+    def scores(past, name):
+        return evaluate(model, vocabulary, past, evals, a, name)
+
+    if not resume:
+        run.clear()
+        paths = {"model": model_folder(a), **{key: Path(parse_spec(spec, split)[1]) for key, spec, split in (
+            ("data", a.data, 0), ("eval_data", a.eval_data, 1)) if spec}}
+        run.write_json("config.json", {
+            "settings": vars(a), "layers": layers, "priors": reports, "threads": torch.get_num_threads(),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+            "sha256": {key: checksum(path) for key, path in paths.items() if path.exists()}})
+        for split, (name, past) in plain_pasts(a, model, vocabulary).items():
+            run.log({"split": split, **scores(past, name)[0]})
+
+    order = data.Order([r.context for r in questions.rows], a.batch_size, a.seed, a.share)
+    answer_tokens = sum(len(r.ids) - r.start for r in questions.rows)
+
+    def penalty(rows):  # the loss is a mean over answer tokens, so -log p is divided by their number: weight 1 is MAP
+        return -sum(fitted[i].log_prob(r.cpu()).sum() for i, r in rows.items()).to(a.device) / answer_tokens
+
+    train(run, a, model, prompt, lambda step: questions.batch(order[step], a), penalty if a.prior_weight else None,
+          lambda step: scores(prompt.past(model), f"step {step}"), resume)
+
+    end = {i: r.detach().cpu() for i, r in prompt.rows.items()}
+    figures = draw_run(run, a, found, end)
+    print(f"\n{len(evals.rows)} questions of {a.eval_data or f'{a.data}, held out'}; scores in percent, loss in nats a "
+          f"token\n\n{final_table(a, run.metrics())}\n")
+    for i in layers:
+        print(f"layer {i}: rows moved {(end[i] - start[i]).norm(dim=1).mean():.3g} on average; their norm over the "
+              f"reference's {norm_ratio(start[i], found[i][0]):.3g} -> {norm_ratio(end[i], found[i][0]):.3g}")
+    print(f"{time.time() - began:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, metrics.jsonl, "
+          f"{', '.join(figures)}")
+
+
+def checksum(path: Path) -> str:
+    """sha256 of a file, or of the checksums of a folder's files in order."""
+    h = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as f:
+                h.update(hashlib.file_digest(f, "sha256").digest())
+    return h.hexdigest()
+
+
+def open_run(path: str, given: dict):
+    """A trained run: its folder, settings, model, tokenizer and prompt."""
+    import llama
+    from train import Run
+
+    run = Run(Path(path))
+    a = SimpleNamespace(**{**run.config()["settings"], **given})
+    rows = run.rows("prompt.safetensors")
+    model, vocabulary = load_model(a)
+    prompt = llama.Prompt(rows, a.cut).to(a.device)
+    prompt.past(model)  # refuses rows that do not fit
+    return run, a, model, vocabulary, prompt
+
+
+def command_eval(given: dict) -> None:
+    from train import evaluate
+
+    as_json, spec = given.pop("json", False), given.pop("data", None)
+    run, a, model, vocabulary, prompt = open_run(given.pop("run"), given)
+    spec = spec or a.eval_data
+    if spec is None:
+        raise UserError(f"{run.path} was evaluated on a part of its own data: name data by --data SPEC")
+    evals = read_questions(spec, 1, a.keep_unanswerable)
+    evals = [evals[i] for i in some_of(evals, a.eval_limit)]
+    evals = encode(evals, vocabulary, a.max_length, spec)
+    pasts = [*plain_pasts(a, model, vocabulary).values(), (f"{a.prior} prior, trained", prompt.past(model))]
+    rows = [(name, evaluate(model, vocabulary, past, evals, a, name)[0]) for name, past in pasts]
+    if as_json:
+        print(json.dumps({"run": str(run.path), "data": spec, "questions": len(evals.rows), "scores": dict(rows)}))
+    else:
+        print(f"{run.path} on {len(evals.rows)} questions of {spec}; scores in percent, loss in nats a token\n\n{table(rows)}")
+
+
+def command_generate(given: dict) -> None:
+    import torch
+
+    import llama
+
+    text, path = given.pop("prompt_text"), given.pop("run")
+    _, a, model, vocabulary, prompt = open_run(path, given)
+    with torch.no_grad():
+        past = prompt.past(model)
+    print(vocabulary.first_line(llama.generate(model, [vocabulary.encode(text)], past, a.max_new, vocabulary.stop)[0]))
+
+
+def command_sample(given: dict) -> None:
+    from train import Run, rows_to_bytes
+
+    as_json = given.pop("json", False)
+    a = settings_of(given, MODEL, PRIOR, SAMPLE)
+    run = Run(Path(a.out)) if a.out else None
+    if run and run.path.exists():
+        raise UserError(f"{run.path} exists: choose another --out")
+    model, vocabulary = load_model(a)
+    found = references(a, model, vocabulary, layers_with_rows(a, model))
+    rows, _, reports = draw(a, found)
+    if run:
+        run.write("rows.safetensors", rows_to_bytes(rows, {"settings": json.dumps(vars(a))}))
+        for i, (reference, name) in found.items():
+            caption = f"{len(rows[i])} draws of the prior {a.prior}, seed {a.seed}, model {model_folder(a).name}; on {name}."
+            svg = layer_figure(i, reference, name, [(f"draws of {a.prior}", rows[i])], caption)
+            run.write(f"figures/layer-{i:02d}.svg", svg.encode())
+        say(f"{run.path}: rows.safetensors, {', '.join(f'figures/layer-{i:02d}.svg' for i in found)}")
+    else:
+        say("nothing written (--out DIR keeps the rows and a figure for every layer)")
+    if as_json:
+        print(json.dumps(reports))
+
+
+def command_plot(given: dict) -> None:
+    for path in given.pop("runs"):
+        run, a, model, vocabulary, prompt = open_run(path, given)
+        found = references(a, model, vocabulary, list(prompt.rows))
+        for name in draw_run(run, a, found, {i: r.detach().cpu() for i, r in prompt.rows.items()}):
+            print(run.path / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+def prior_help() -> str:
+    lines = ["priors and their options:"]
+    for name, prior in priors.PRIORS.items():
+        shown = name + "".join(f"{',:'[i == 0]}{k}={v:g}" for i, (k, v) in enumerate(priors.options(name).items()))
+        about = " ".join(prior.__doc__.split("\n\n")[0].split())
+        lines.append(f"  {shown}  (lr {LEARNING_RATE[name]:g})\n"
+                     + textwrap.fill(about, 76, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"promptprior: error: {message}: see `{self.prog} --help`\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="promptprior.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+                                epilog="`promptprior.py COMMAND --help` lists a command's options.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, groups: list[dict], epilog: str = ""):
+        c = commands.add_parser(name, help=help, description=help, argument_default=argparse.SUPPRESS, epilog=epilog,
+                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        for flag, (default, text) in (item for group in groups for item in group.items()):
+            kind = float if flag in ("lr", "clip", "prior_weight") else int if flag in (
+                "max_length", "eval_every") or isinstance(default, int) else str
+            shown = f"{text} ({default})" if default is not None else text
+            c.add_argument("--" + flag.replace("_", "-"), type=kind, metavar=flag.upper().split("_")[-1],
+                           help=shown.replace("%", "%%"))
+        return c
+
+    c = command("train", "Tune a prompt, starting from a draw of a prior.", [MODEL, PRIOR, DATA, TRAIN], prior_help())
+    which = c.add_mutually_exclusive_group()
+    which.add_argument("--cut", action="store_true", help=SWITCHES["cut"])
+    which.add_argument("--keep", dest="cut", action="store_false", help=SWITCHES["keep"])
+    c.add_argument("--no-share", dest="share", action="store_false",
+                   help="shuffle single questions and compute every context anew; the same loss, only slower")
+    c.add_argument("--keep-unanswerable", action="store_true", help="train on unanswerable questions too, with no answer")
+    c.add_argument("--resume", action="store_true", help="go on with the run in --out, to the same bytes")
+    c.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+
+    some = {k: (None, text) for k, (_, text) in MODEL.items() if k in ("model", "device", "dtype")}
+    c = command("eval", "Score a run's prompt beside no prompt and a text prompt.", [some])
+    c.add_argument("run", metavar="RUN", help="a run's folder")
+    c.add_argument("--data", help="data to evaluate on, a SPEC (the run's evaluation data)")
+    c.add_argument("--limit", dest="eval_limit", type=int, help="most questions, 0 for all (the run's)")
+    c.add_argument("--json", action="store_true", help="print JSON")
+
+    c = command("generate", "Continue a text under a run's prompt, to the end of the line.", [some])
+    c.add_argument("run", metavar="RUN", help="a run's folder")
+    c.add_argument("prompt_text", metavar="TEXT", help="the text to go on from")
+    c.add_argument("--max-new", type=int, help="most tokens (the run's)")
+
+    c = command("sample", "Draw rows from a prior, report on them and picture them.",
+                [MODEL, PRIOR, SAMPLE], prior_help())
+    c.add_argument("--json", action="store_true", help="print JSON")
+
+    c = command("plot", "Draw a run: the reference, the prior's draw and the trained rows, per layer.", [some])
+    c.add_argument("runs", metavar="RUN", nargs="+", help="runs' folders")
+    return p
+
+
+COMMANDS = {"train": command_train, "eval": command_eval, "generate": command_generate, "sample": command_sample,
+            "plot": command_plot}
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = vars(parser().parse_args(argv))
+    try:
+        COMMANDS[given.pop("command")](given)
+    except (Exception, KeyboardInterrupt) as e:
+        status = exit_status(e)
+        if status is None:
+            raise
+        say(f"promptprior: error: {' '.join(str(e).split()) or 'stopped'}")
+        if status < 0:  # end by the signal itself, so that a calling shell or scheduler sees it
+            signal.signal(-status, signal.SIG_DFL)
+            os.kill(os.getpid(), -status)
+        return status
+    return 0
+
+
+def exit_status(e: Exception) -> int | None:
+    """2 for a user's mistake, 1 for what failed under way, minus a signal's number; None for a fault of ours."""
+    if isinstance(e, KeyboardInterrupt):
+        return -signal.SIGINT
+    if isinstance(e, (UserError, data.DataError, priors.PriorError)):
+        return 2
+    modules = sys.modules
+    if "train" in modules and isinstance(e, modules["train"].Stopped):
+        return e.status
+    known = (("llama", "ModelError"), ("train", "RunError"), ("viz", "PictureError"))
+    if any(name in modules and isinstance(e, getattr(modules[name], kind)) for name, kind in known):
+        return 2
+    return 1 if isinstance(e, OSError) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

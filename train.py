@@ -1,0 +1,303 @@
+"""Training the prompt of a frozen model: the run's folder, the loop, the evaluation.
+
+    run = Run(Path("runs/first"))
+    train(run, settings, model, prompt, batch_of, penalty, evaluate)    # writes all of the run's folder but its figures
+
+A run's folder is described in the README. Its files are replaced whole or not at all, and what resuming needs is in
+one of them, checkpoint.safetensors, together with the checksum of its contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_tensors, save as save_tensors
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import llama
+
+
+class RunError(ValueError):
+    """A run's folder that cannot be used: what, where, and the remedy, in one line."""
+
+
+class Stopped(Exception):
+    """Training ended early; the folder is whole. status is the exit status, or minus the signal's number."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# files
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file whole: temporary in the same folder, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def rows_to_bytes(rows: dict[int, Tensor], about: dict[str, str]) -> bytes:
+    return save_tensors({f"layers.{i}": r.detach().float().cpu().contiguous() for i, r in rows.items()}, about)
+
+
+class Run:
+    """A run's folder."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def write(self, name: str, content: bytes) -> None:
+        write_file(self.path / name, content)
+
+    def write_json(self, name: str, value) -> None:
+        self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def config(self) -> dict:
+        try:
+            config = json.loads((self.path / "config.json").read_text())
+        except FileNotFoundError:
+            raise RunError(f"{self.path}: no config.json, so no run is here: give the folder that train made") from None
+        except (OSError, ValueError) as e:
+            raise RunError(f"{self.path / 'config.json'}: cannot be read ({e})") from None
+        if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
+            raise RunError(f"{self.path / 'config.json'}: no settings in it, so this is not a run of promptprior")
+        return config
+
+    def clear(self) -> None:
+        """Remove what an earlier run left here, and nothing else."""
+        for pattern in ("metrics.jsonl", "*.safetensors", "prompts/*.safetensors", "predictions.jsonl", "figures/layer-*.svg"):
+            for old in self.path.glob(pattern):
+                old.unlink()
+
+    def rows(self, name: str) -> dict[int, Tensor]:
+        """Prompt rows {layer: (n, D)} of prompt.safetensors or prompts/NNNNNN.safetensors."""
+        path = self.path / name
+        try:
+            with safe_open(path, framework="pt") as f:
+                rows = {int(key.removeprefix("layers.")): f.get_tensor(key) for key in f.keys()}
+        except FileNotFoundError:
+            raise RunError(f"{path}: no such file; training has not come that far: train it with --resume") from None
+        except (SafetensorError, OSError, ValueError) as e:
+            raise RunError(f"{path}: not prompt rows ({str(e).splitlines()[0]})") from None
+        return dict(sorted(rows.items()))
+
+    def log(self, record: dict) -> None:
+        with open(self.path / "metrics.jsonl", "ab") as f:
+            f.write((json.dumps(record) + "\n").encode())
+
+    def metrics(self) -> list[dict]:
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def save_checkpoint(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """All that resuming needs in one file, so that no two files can disagree: the state is in its metadata."""
+        log = self.path / "metrics.jsonl"
+        with open(log, "ab") as f:
+            os.fsync(f.fileno())
+        state = {"step": step, "metrics_bytes": log.stat().st_size}
+        content = save_tensors(tensors, {"state": json.dumps(state), "sha256": _digest(tensors, state)})
+        self.write("checkpoint.safetensors", content)
+
+    def load_checkpoint(self) -> tuple[int, dict[str, Tensor]]:
+        """The step reached and its tensors; metrics.jsonl is cut back to that step."""
+        path = self.path / "checkpoint.safetensors"
+        try:
+            content = path.read_bytes()
+            with safe_open(path, framework="pt") as f:
+                about = f.metadata() or {}
+            tensors, state = load_tensors(content), json.loads(about["state"])
+        except FileNotFoundError:
+            raise RunError(f"{path}: no such file, so there is nothing to resume: train again with --overwrite") from None
+        except (SafetensorError, OSError, ValueError, KeyError) as e:
+            raise RunError(f"{path}: not a checkpoint ({str(e).splitlines()[0]}): train again with --overwrite") from None
+        if about.get("sha256") != _digest(tensors, state):
+            raise RunError(f"{path}: its contents do not match their checksum, the file is damaged: "
+                           "train again with --overwrite")
+        os.truncate(self.path / "metrics.jsonl", state["metrics_bytes"])
+        return state["step"], tensors
+
+
+def _digest(tensors: dict[str, Tensor], state: dict) -> str:
+    h = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    for name in sorted(tensors):
+        h.update(name.encode() + tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# loss and scores
+
+
+def answer_loss(model: llama.Llama, past: llama.Past, batch: data.Batch) -> tuple[Tensor, int]:
+    """Summed cross-entropy in nats over the answers' tokens, and their number. Logits are made there only."""
+    past = model.extend(batch.shared, past)
+    h, _ = model(batch.tails, past.take(batch.parent))
+    scored = batch.labels != data.NO_LABEL
+    logits = model.logits(h[scored])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, batch.labels[scored], reduction="sum"), len(logits)
+
+
+class Questions(NamedTuple):
+    """What a prompt is trained or scored on: examples and the same as token rows."""
+
+    examples: list[data.Example]
+    rows: list[data.Row]
+
+    def batch(self, places: list[int], a: SimpleNamespace, answers: bool = True) -> data.Batch:
+        return data.collate([self.rows[i] for i in places], answers, a.share).to(a.device)
+
+
+@torch.no_grad()
+def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past, questions: Questions,
+             a: SimpleNamespace, name: str) -> tuple[dict[str, float], list[dict]]:
+    """Loss (nats a token) and scores (percent) of greedy answers, and the predictions one by one."""
+    total, count, scores, predictions = 0.0, 0, [], []
+    places = range(len(questions.rows))
+    with tqdm(total=len(places), desc=name, unit=" questions", leave=False, disable=None) as bar:
+        for some in (places[i:i + a.batch_size] for i in places[::a.batch_size]):
+            loss, tokens = answer_loss(model, past, questions.batch(some, a))
+            total, count = total + loss.item(), count + tokens
+            batch = questions.batch(some, a, answers=False)
+            before = model.extend(batch.shared, past).take(batch.parent)
+            tails = [tail[tail != data.PAD].tolist() for tail in batch.tails]
+            for i, ids in zip(some, llama.generate(model, tails, before, a.max_new, vocabulary.stop)):
+                example, prediction = questions.examples[i], vocabulary.first_line(ids)
+                scores.append(data.score(example, prediction))
+                predictions.append({"id": example.id, "question": example.question, "prediction": prediction,
+                                    "answers": list(example.answers),
+                                    **{key: round(100 * s, 2) for key, s in scores[-1].items()}})
+            bar.update(len(some))
+    return {"loss": total / count, **data.mean_scores(scores)}, predictions
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """The share of the peak: linear warm-up, then half a cosine down to a tenth."""
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    return rise * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama.Prompt,
+          batch_of: Callable[[int], data.Batch], penalty: Callable[[dict[int, Tensor]], Tensor] | None,
+          evaluate: Callable[[int], tuple[dict, list[dict]]], resume: bool) -> None:
+    """AdamW on the rows. Minimises loss per answer token + prior_weight * penalty(rows); see README, MAP.
+
+    batch_of(step) must be a pure function of the step. evaluate(step) scores the prompt as it is. Raises Stopped on
+    SIGINT and SIGTERM, after the step, and when the loss is not finite."""
+    a = settings
+    about = {"settings": json.dumps({k: v for k, v in vars(a).items() if k != "out"})}  # the same bytes anywhere
+    optimiser = torch.optim.AdamW(prompt.parameters(), lr=a.lr, weight_decay=0.0)
+
+    def record(step: int) -> None:
+        """Score the rows as they are and write them down."""
+        metrics, predictions = evaluate(step)
+        run.log({"step": step, "split": "eval", **metrics})
+        run.write(f"prompts/{step:06d}.safetensors", rows_to_bytes(prompt.rows, about))
+        run.write("prompt.safetensors", rows_to_bytes(prompt.rows, about))
+        run.write("predictions.jsonl", b"".join((json.dumps(p) + "\n").encode() for p in predictions))
+
+    if resume:
+        first, tensors = run.load_checkpoint()
+        _restore(prompt, optimiser, tensors, run.path)
+    else:
+        first = 0
+        record(0)
+        run.save_checkpoint(0, _state(prompt, optimiser))
+
+    signals: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=a.steps, initial=first, desc="train", unit=" steps", disable=None)
+    try:
+        saved = first
+        for step in range(first, a.steps):
+            start = time.perf_counter()
+            lr = a.lr * learning_rate(step, a.steps, a.warmup)
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+            batch = batch_of(step)
+            total, count = answer_loss(model, prompt.past(model), batch)
+            loss = total / count
+            extra = a.prior_weight * penalty(prompt.rows) if penalty else torch.zeros(())
+            (loss + extra).backward()
+            norm = torch.nn.utils.clip_grad_norm_(prompt.parameters(), a.clip)
+            if not math.isfinite(loss.item() + extra.item() + norm.item()):
+                raise Stopped(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} at step {step + 1}: not finite, "
+                              f"stopped before it could spoil the rows; {run.path}/checkpoint.safetensors holds step "
+                              f"{saved}: lower --lr (now {a.lr:g})", 1)
+            optimiser.step()
+            optimiser.zero_grad()
+            seconds = time.perf_counter() - start
+            line = {"step": step + 1, "split": "train", "loss": loss.item(), "lr": lr, "grad_norm": norm.item(),
+                    "examples_per_second": round(len(batch.tails) / seconds, 2), "seconds": round(seconds, 4)}
+            run.log({**line, "penalty": extra.item()} if penalty else line)
+            bar.update()
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            done = step + 1
+            scored = done % a.eval_every == 0 or done == a.steps
+            if scored:
+                record(done)
+            if scored or signals:
+                run.save_checkpoint(done, _state(prompt, optimiser))
+                saved = done
+            if signals and done < a.steps:
+                run.write("prompt.safetensors", rows_to_bytes(prompt.rows, about))
+                raise Stopped(f"stopped by {signal.Signals(signals[0]).name} after step {done} of {a.steps}, all is saved; "
+                              f"go on with: train --out {run.path} --resume", -signals[0])
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _state(prompt: llama.Prompt, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {f"rows.{name}": p.detach() for name, p in prompt.named_parameters()}
+    for name, p in prompt.named_parameters():
+        tensors |= {f"{key}.{name}": value for key, value in optimiser.state[p].items()}
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def _restore(prompt: llama.Prompt, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
+    for name, p in prompt.named_parameters():
+        rows = tensors.get(f"rows.{name}")
+        if rows is None or rows.shape != p.shape:
+            raise RunError(f"{path}/checkpoint.safetensors: rows {name!r} are missing or of another shape than "
+                           f"{tuple(p.shape)}: this checkpoint is of another run")
+        p.data.copy_(rows)
+        moments = {key: tensors[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                   if f"{key}.{name}" in tensors}
+        if moments:
+            optimiser.state[p] = {key: t if key == "step" else t.to(p.device) for key, t in moments.items()}
