@@ -48,24 +48,22 @@ class Example(NamedTuple):
 
 def read(kind: str, path: str, limit: int | None = None) -> list[Example]:
     """All examples of a file, a folder or a glob; `limit` stops the reading of text, which is streamed."""
-    if kind not in READERS:
-        raise DataError(f"data kind {kind!r} is not known: use one of {', '.join(READERS)}")
-    suffixes, reader = READERS[kind]
-    files = _files(str(path), suffixes)
-    examples = list(islice((e for file in files for e in reader(file)), limit if kind == "text" else None))
+    reader = READERS[kind][1]
+    examples = list(islice((e for file in files_of(kind, path) for e in reader(file)), limit if kind == "text" else None))
     if not examples:
         raise DataError(f"{path}: no examples in it, expected at least one {kind} example: choose another file")
     return examples
 
 
-def _files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
+def files_of(kind: str, path: str) -> list[Path]:
+    """The files that a path stands for: itself, those of its kind in a folder, or those that a glob matches."""
+    suffixes = READERS[kind][0]
     if Path(path).is_dir():
         files = sorted(p for p in Path(path).rglob("*") if p.name.endswith(suffixes) and p.is_file())
         expected = f"a file ending in {' or '.join(suffixes)} below it"
-    elif Path(path).exists():
-        return [Path(path)]
     else:
-        files = [Path(p) for p in sorted(glob.glob(path, recursive=True)) if Path(p).is_file()]
+        found = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
+        files = [Path(p) for p in found if not Path(p).is_dir()]
         expected = "a file, a folder, or a pattern that matches files"
     if not files:
         raise DataError(f"{path}: nothing found, expected {expected}: check the path")
@@ -96,6 +94,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict]]:
     else:
         rows = _json(text, str(path)) if text.strip() else []
         if isinstance(rows, dict) and rows and all(isinstance(v, list) for v in rows.values()):
+            if len(set(map(len, rows.values()))) > 1:
+                raise DataError(f"{path}: its columns differ in length: fetch the file again")
             rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
         rows = rows if isinstance(rows, list) else [rows]
     for i, row in enumerate(rows, 1):
@@ -140,7 +140,7 @@ def _math(path: Path) -> Iterator[Example]:
     if path.suffix in (".json", ".jsonl"):
         for i, (where, row) in enumerate(_records(path)):
             question, answer = (_unbyte(_field(row, key, str, where)) for key in ("question", "answer"))
-            yield Example(f"{path.stem}-{i}", "math", "", question, (answer,))
+            yield Example(f"{path.parent.name}/{path.stem}-{i}", "math", "", question, (answer,))
         return
     lines = _text(path).removesuffix("\n").split("\n") if path.stat().st_size else []
     if len(lines) % 2:
@@ -151,7 +151,7 @@ def _math(path: Path) -> Iterator[Example]:
         if not question or not answer:
             raise DataError(f"{path} line {i + 1 + bool(question)}: empty, expected a question and an answer in "
                             "turn: repair the file")
-        yield Example(f"{path.stem}-{i // 2}", "math", "", question, (answer,))
+        yield Example(f"{path.parent.name}/{path.stem}-{i // 2}", "math", "", question, (answer,))
 
 
 def _unbyte(text: str) -> str:
@@ -243,6 +243,10 @@ class Vocabulary:
         self.tokenizer.no_truncation()  # the file may ask for either, and both would falsify the text
         self.tokenizer.no_padding()
         self.bos, self.eos = bos, eos
+        added = self.tokenizer.encode("").ids
+        if added and added != [bos] and (bos is not None or len(added) > 1):
+            raise DataError(f"{path}: puts tokens {added} around a text and config.json says BOS is {bos}, expected that "
+                            "alone: the two are not of one model; fetch both again")
 
     @functools.cached_property
     def size(self) -> int:
@@ -276,10 +280,11 @@ class Vocabulary:
 
 
 class Row(NamedTuple):
-    """An example as tokens: BOS, context, question, answer, line break."""
+    """An example as tokens."""
 
-    ids: list[int]
-    start: int  # index of the answer's first token
+    ids: list[int]  # BOS, context, question, answer, line break
+    start: int  # index of the answer's first token in ids
+    question: list[int]  # the same without the answer, as it is asked: ids[:start], unless the seam merges
     context: str  # rows of one context share their beginning
     cut: int  # context tokens that did not fit
 
@@ -293,23 +298,27 @@ def encode(example: Example, vocabulary: Vocabulary, max_length: int) -> Row | N
     """Tokenise the whole text at once (pieces would merge differently at their seams), then find the answer.
 
     A row over max_length loses words at the context's end, never in question or answer; None if those alone are
-    too long. An unanswerable question's answer is the empty line. A text is a row without an answer."""
+    too long. An unanswerable question's answer is a space, which no tokenizer merges with the colon before it.
+    A text is a row without a question."""
     if example.kind == "text":
         ids = vocabulary.encode(example.context)
-        return Row(ids[:max_length], min(len(ids), max_length), example.context, max(len(ids) - max_length, 0))
-    answer = f" {example.answers[0]}\n" if example.answers else "\n"
+        cut = max(len(ids) - max_length, 0)
+        return Row(ids[:max_length], len(ids) - cut, ids[:max_length], example.context, cut)
+    answer = f" {example.answers[0] if example.answers else ''}\n"
     context, cut = example.context, 0
     while True:
-        before = question_text(context, example.question)
-        ids = vocabulary.encode(before + answer)
+        question = question_text(context, example.question)
+        ids = vocabulary.encode(question + answer)
         excess = len(ids) - max_length
         if excess <= 0:
-            return Row(ids, len(common_beginning([ids, vocabulary.encode(before)])), example.context, cut)
-        offsets = vocabulary.tokenizer.encode(context, add_special_tokens=False).offsets
-        if not offsets:
+            asked = vocabulary.encode(question)
+            return Row(ids, len(common_beginning([ids, asked])), asked, example.context, cut)
+        if not context:
             return None
+        offsets = vocabulary.tokenizer.encode(context, add_special_tokens=False).offsets
         keep = max(len(offsets) - excess, 0)
-        context, cut = context[: offsets[keep - 1][1]].rstrip() if keep else "", cut + len(offsets) - keep
+        shorter = context[: offsets[keep][0]].rstrip()  # tokens of one character have one offset: drop it whole
+        context, cut = shorter if shorter != context else context[:-1], cut + len(offsets) - keep
 
 
 def common_beginning(rows: list[list[int]]) -> list[int]:
@@ -352,40 +361,41 @@ class Batch(NamedTuple):
     """A trie of depth two: P distinct beginnings, Q tails that go on from them."""
 
     shared: "Tensor"  # (P, Tc) int64, PAD on the right; Tc may be 0
-    tails: "Tensor"  # (Q, Tq) int64, PAD on the right
+    tails: "Tensor"  # (Q, Tq) int64, PAD on the right: the rest of the question, and the answer
     parent: "Tensor"  # (Q,) int64: row of `shared` that a tail goes on from
     labels: "Tensor"  # (Q, Tq) int64: the token that follows where it is the answer's, else NO_LABEL
+    asked: list[list[int]]  # Q tails without the answer, to generate from
 
     def to(self, device) -> Batch:
-        return Batch(*(t.to(device) for t in self))
+        return Batch(*(t.to(device) for t in self[:4]), self.asked)
 
 
-def collate(rows: list[Row], answers: bool = True, share: bool = True) -> Batch:
+def collate(rows: list[Row], share: bool = True) -> Batch:
     """Rows -> a trie, in their order. Causality makes it exact: what a beginning computes does not depend on its tail.
 
-    answers=False leaves the answers out, to be generated. At least the last token before an answer is in its tail,
-    for it predicts the answer's first token."""
+    At least the last token before an answer is in its tail, for it predicts the answer's first token."""
     import torch
 
     groups: dict = {}
     for i, row in enumerate(rows):
         groups.setdefault(row.context if share else i, []).append(i)
-    shared, tails, labels, parent = [], [None] * len(rows), [None] * len(rows), [0] * len(rows)
+    shared, tails, labels, asked, parent = [], {}, {}, {}, {}
     for members in groups.values():
         beginning = common_beginning([rows[i].ids[: rows[i].start - 1] for i in members])
+        c = len(beginning)
         for i in members:
-            row, c = rows[i], len(beginning)
-            tails[i] = row.ids[c:-1] if answers else row.ids[c: row.start]
-            labels[i] = [t if place >= row.start else NO_LABEL for place, t in enumerate(row.ids[c + 1:], c + 1)]
-            labels[i] = labels[i][: len(tails[i])]
-            parent[i] = len(shared)
+            row = rows[i]
+            tails[i], asked[i], parent[i] = row.ids[c:-1], row.question[c:], len(shared)
+            labels[i] = [NO_LABEL] * (row.start - c - 1) + row.ids[row.start:]
         shared.append(beginning)
 
     def padded(lists, value):
         T = max(map(len, lists))
         return torch.tensor([x + [value] * (T - len(x)) for x in lists], dtype=torch.int64).view(len(lists), T)
 
-    return Batch(padded(shared, PAD), padded(tails, PAD), torch.tensor(parent), padded(labels, NO_LABEL))
+    in_order = lambda found: [found[i] for i in range(len(rows))]
+    return Batch(padded(shared, PAD), padded(in_order(tails), PAD), torch.tensor(in_order(parent)),
+                 padded(in_order(labels), NO_LABEL), in_order(asked))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -420,7 +430,7 @@ def _best(scores: list[dict[str, float]]) -> dict[str, float]:
 
 def normalize(text: str) -> str:
     """SQuAD's normalisation, in its order: lower case, ASCII punctuation out, articles out, spaces squeezed."""
-    text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    text = text.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -444,8 +454,8 @@ def _score_value(question: str, prediction: str, gold: str) -> dict[str, float]:
 
 
 def value(text: str) -> Fraction | None:
-    """An integer, a decimal or a fraction, also as LaTeX writes them; None for anything else."""
-    text = re.sub(r"\\left|\\right|\\[!,;]|[\s${}]", "", re.sub(r"\\[dt]?frac\{(.+?)\}\{(.+?)\}", r"\1/\2", text))
+    """An integer, a decimal or a fraction, a/b or \\frac{a}{b}; None for anything else."""
+    text = re.sub(r"^([+-]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text.strip())
     if len(text) > 1000 or not re.fullmatch(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(/[+-]?[0-9]+)?", text):
         return None
     numerator, _, denominator = text.partition("/")

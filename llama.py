@@ -70,7 +70,7 @@ def read_config(path: Path) -> Config:
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ModelError(f"{path}: the rope settings are {rope!r}, not an object: repair the file")
-    rope = {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}  # "type" is the old spelling
+    rope = {**rope, "rope_type": str(rope.get("rope_type", rope.get("type", "default")))}  # "type" is the old spelling
     needs = {"default": (), "linear": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if rope["rope_type"] not in needs:
@@ -80,16 +80,28 @@ def read_config(path: Path) -> Config:
         if not isinstance(rope.get(key), (int, float)) or not rope[key] > 0:
             raise ModelError(f"{path}: rope type {rope['rope_type']!r} needs a positive number {key!r}, "
                              f"found {rope.get(key)!r}: repair the file")
+    if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise ModelError(f"{path}: llama3 rope needs low_freq_factor below high_freq_factor: repair the file")
     heads, width = c.get("num_attention_heads"), c.get("hidden_size")
     if isinstance(heads, int) and isinstance(width, int) and heads > 0:
         c["head_dim"] = c.get("head_dim") or width // heads
     c["num_key_value_heads"] = c.get("num_key_value_heads") or heads
     c["rope_theta"] = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
     c["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    c.setdefault("vocab_size", 32000)
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "vocab_size"):
-        if type(c.get(key)) is not int or c[key] < 1:
-            raise ModelError(f"{path}: {key} is {c.get(key)!r}, expected a positive whole number: repair the file")
+                "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"):
+        if type(c.setdefault(key, 2048 if key == "max_position_embeddings" else None)) is not int or c[key] < 1:
+            raise ModelError(f"{path}: {key} is {c[key]!r}, expected a positive whole number: repair the file")
+    for key in ("rope_theta", "rms_norm_eps"):
+        if type(c.setdefault(key, 1e-6)) not in (int, float) or not c[key] > 0:
+            raise ModelError(f"{path}: {key} is {c[key]!r}, expected a positive number: repair the file")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if type(c.setdefault(key, False)) is not bool:
+            raise ModelError(f"{path}: {key} is {c[key]!r}, expected true or false: repair the file")
+    if c.get("bos_token_id") is not None and (
+            type(c["bos_token_id"]) is not int or not 0 <= c["bos_token_id"] < c["vocab_size"]):
+        raise ModelError(f"{path}: bos_token_id is {c['bos_token_id']!r}, expected a token below {c['vocab_size']}")
     generation = path.with_name("generation_config.json")  # chat models name further ends there
     eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
     eos = c.get("eos_token_id") if eos is None else eos

@@ -76,7 +76,7 @@ class Xavier:
         return x.new_full((x.shape[0],), -x.shape[1] * math.log(2 * a)).masked_fill(~inside, -math.inf)
 
     def report(self) -> dict[str, float]:
-        return {"bound_20_rows": self.bound(20)}
+        return {}
 
 
 class Vocab:
@@ -101,8 +101,8 @@ class Vocab:
 
     def log_prob(self, x):
         """log of a row's share of the reference, -inf for anything that is not in it."""
-        count = (x[:, None] == self.reference[None]).all(2).sum(1) if len(x) else x.new_zeros(0)
-        return count.to(x.dtype).log() - math.log(len(self.reference))
+        count = x.new_tensor([(self.reference == row).all(1).sum() for row in x])
+        return count.log() - math.log(len(self.reference))
 
     def report(self) -> dict[str, float]:
         return {"reference_rows": float(len(self.reference))}
@@ -251,15 +251,16 @@ class Exclusion(Fitted):
         return (self.mean + z * self.scale @ self.basis.T).float()
 
     def log_prob(self, x):
-        """Exact outside the excluded radius. Inside, where the true density is 0, it goes on as a steep slope, so
-        that MAP pushes a row that strays inside out again instead of stopping on an infinite loss."""
+        """Exact outside the excluded radius, but for a sliver at its edge. Inside, where the true density is 0, it
+        goes on as a steep slope, so that MAP pushes a row that strays inside out again instead of stopping on an
+        infinite loss."""
         import torch
 
         z = self.whiten(x)
         square = z[:, : self.dim].square().sum(1)
         # log(pdf / pdf_wide), negative outside; near 0 and above, log(1 - e^u) is continued by its tangent
         u = math.log(self.c) - square / 2 * (1 - 1 / self.c_dim)
-        edge = -0.01
+        edge = -1e-4
         at = u.clamp(max=edge)
         log_kept = torch.log(-torch.expm1(at)) + (u - at) * (math.exp(edge) / math.expm1(edge))
         log_wide = self._log_normal(z) + square / 2 * (1 - 1 / self.c_dim) - math.log(self.c)
@@ -303,6 +304,8 @@ def parse(spec: str) -> tuple[str, dict[str, object]]:
             raise PriorError(f"prior {name!r} has no option {key!r}: it has {', '.join(known) or 'none'}")
         try:
             given[key] = type(known[key])(text)
+            if not math.isfinite(given[key]):
+                raise ValueError
         except ValueError:
-            raise PriorError(f"prior {name}: {key}={text!r} is not a {type(known[key]).__name__}") from None
+            raise PriorError(f"prior {name}: {key}={text!r} is not a finite {type(known[key]).__name__}") from None
     return name, given

@@ -17,6 +17,7 @@ import signal
 import sys
 import textwrap
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,12 +64,16 @@ TRAIN = {
     "eval_every": (None, "steps between evaluations and checkpoints (a quarter of --steps)"),
     "out": (None, "the run's folder (runs/ and a name made of the settings)"),
 }
-SAMPLE = {"data": DATA["data"], "max_length": DATA["max_length"], "max_new": DATA["max_new"],
-          "out": (None, "folder for the rows and a figure for every layer; without it nothing is written")}
+SAMPLE = {"out": (None, "folder for the rows and a figure for every layer; without it nothing is written")}
+POSITIVE = {"batch_size", "max_new", "eval_every", "max_length", "reference_rows", "lr", "clip"}
+NOT_NEGATIVE = {"steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight"}
 SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep prompt tuning (default with --deep-layers)",
             "keep": "let the rows' outputs go on through the layers, as in prompt tuning (default without)"}
 
 LEARNING_RATE = {"isotropic": 1e-2, "xavier": 1e-2, "vocab": 1e-2, "text": 1e-2, "fitted": 1e-2, "exclusion": 1e-2}
+
+
+MODULES = {"llama", "data", "priors", "viz", "train", __name__}  # their own ValueErrors are the user's mistakes
 
 
 class UserError(ValueError):
@@ -88,9 +93,7 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
     a = SimpleNamespace(**{flag: default for group in groups for flag, (default, _) in group.items()},
                         cut=None, share=True, keep_unanswerable=False)
     vars(a).update(given)
-    for flag, value in vars(a).items():
-        if isinstance(value, int) and value < 0 or value == 0 and flag in ("batch_size", "max_new", "eval_every", "max_length"):
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected a positive number")
+    check_ranges(a)
     if a.device is None:
         import torch
 
@@ -100,14 +103,27 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
         a.text = BUNDLED_TEXT if a.model == "tiny" else ""
     name = priors.parse(a.prior)[0]
     a.cut = bool(a.deep_layers) if a.cut is None else a.cut
+    a.eval_data = a.data if a.eval_data is None and a.data in BUNDLED else a.eval_data
+    a.model = a.model if a.model == "tiny" else os.path.abspath(a.model)  # a run is opened from any folder
+    for key in ("data", "eval_data", "reference"):
+        kind, colon, path = (getattr(a, key) or "").partition(":")
+        if path:
+            setattr(a, key, f"{kind}:{os.path.abspath(path)}")
     if groups[-1] is TRAIN:
         a.lr = LEARNING_RATE[name] if a.lr is None else a.lr
         a.eval_every = a.eval_every or max(1, a.steps // 4)
-        a.eval_data = a.data if a.eval_data is None and a.data in BUNDLED else a.eval_data
         if a.prior_weight and not priors.PRIORS[name].has_density:
             raise UserError(f"--prior-weight: the prior {name} has no density to follow: use one of "
                             f"{', '.join(n for n, p in priors.PRIORS.items() if p.has_density)}")
     return a
+
+
+def check_ranges(a: SimpleNamespace) -> None:
+    for flag, value in vars(a).items():
+        if flag in POSITIVE and value is not None and not 0 < value < 2**40 or \
+                flag in NOT_NEGATIVE and not 0 <= value < 2**40:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: expected a number above 0"
+                            + " or 0" * (flag in NOT_NEGATIVE))
 
 
 def model_folder(a: SimpleNamespace) -> Path:
@@ -122,8 +138,8 @@ def load_model(a: SimpleNamespace):
 
     folder = model_folder(a)
     if not folder.is_dir():
-        raise UserError(f"--model {a.model}: no such folder: download the model with `hf download {a.model} "
-                        "--local-dir DIR` and give DIR")
+        raise UserError(f"--model {a.model}: no such folder: download a model with `hf download NAME --local-dir DIR` "
+                        "and give DIR")
     if a.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {a.dtype}: use float32, bfloat16 or float16")
     try:
@@ -136,11 +152,12 @@ def load_model(a: SimpleNamespace):
     if vocabulary.size > c.vocab_size:
         raise UserError(f"{folder}: tokenizer.json has {vocabulary.size} tokens and the model embeds {c.vocab_size}: "
                         "the two are not of one model; fetch both again")
-    room = c.max_position_embeddings - rows_per_layer(a) - a.max_new
-    a.max_length = a.max_length or min(1024, room)
+    beside = max(rows_per_layer(a), len(vocabulary.encode_plain(a.text))) + a.max_new
+    room = c.max_position_embeddings - beside
+    a.max_length = a.max_length or min(1024, max(room, 0))
     if not 0 < a.max_length <= room:
-        raise UserError(f"--max-length {a.max_length}: the model has {c.max_position_embeddings} positions, of which "
-                        f"{max(room, 0)} are left for text beside --tokens {rows_per_layer(a)} and --max-new {a.max_new}")
+        raise UserError(f"--max-length {a.max_length}: the model has {c.max_position_embeddings} positions, and --tokens "
+                        f"or --text with --max-new takes {beside} of them, which leaves {max(room, 0)}")
     return model, vocabulary
 
 
@@ -182,21 +199,29 @@ def read_questions(spec: str, split: int, keep_unanswerable: bool) -> list[data.
     return kept
 
 
-def some_of(examples: list[data.Example], count: int) -> list[int]:
-    """Indices of `count` examples (0: all), whole contexts as far as may be, always the same ones."""
-    return sorted(data.Order([e.context for e in examples], 1, seed=0).epoch(0)[:count or None])
+def topic(e: data.Example) -> str:
+    """Examples of one topic are never divided between training and evaluation."""
+    return e.context or e.question
 
 
-def held_out(examples: list[data.Example], count: int) -> tuple[list[data.Example], list[data.Example]]:
-    """Training and evaluation examples that share no context."""
-    contexts = {examples[i].context or i for i in some_of(examples, count)}
-    sides = ([], [])
-    for i, e in enumerate(examples):
-        sides[(e.context or i) in contexts].append(e)
-    if not sides[0]:
-        raise UserError(f"all {len(examples)} questions share one context, so none can be held out: give --eval-data")
-    say(f"{len(sides[1])} of {len(examples)} questions held out for evaluation (no --eval-data)")
-    return sides
+def some_of(examples: list[data.Example], count: int) -> list[data.Example]:
+    """`count` examples (0: all), whole topics as far as may be, always the same ones, in the order of the data."""
+    return [examples[i] for i in sorted(data.Order(list(map(topic, examples)), 1, seed=0).epoch(0)[:count or None])]
+
+
+def training_and_evaluation(a: SimpleNamespace) -> tuple[list[data.Example], list[data.Example]]:
+    """The examples of a run. Without --eval-data a tenth of the training data is held out, by whole topics."""
+    examples = read_questions(a.data, 0, a.keep_unanswerable)
+    if a.eval_data is not None:
+        return examples, some_of(read_questions(a.eval_data, 1, a.keep_unanswerable), a.eval_limit)
+    count = max(len(examples) // 10, 1)
+    held = set(map(topic, some_of(examples, min(count, a.eval_limit or count))))
+    evals = [e for e in examples if topic(e) in held]
+    if len(evals) == len(examples):
+        raise UserError(f"--data {a.data}: all {len(examples)} questions share one context, so none can be held out: "
+                        "give --eval-data")
+    say(f"{len(evals)} of {len(examples)} questions held out for evaluation (no --eval-data)")
+    return [e for e in examples if topic(e) not in held], evals
 
 
 def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int, what: str):
@@ -216,6 +241,10 @@ def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length
     return Questions(*map(list, zip(*pairs)))
 
 
+def text_name(a: SimpleNamespace) -> str:
+    return f"text prompt {textwrap.shorten(a.text, 40)!r}"
+
+
 def plain_pasts(a: SimpleNamespace, model, vocabulary) -> dict[str, tuple[str, object]]:
     """What a trained prompt stands beside, {split: (name, Past)}: no prompt, and a text prompt if there is a text."""
     import torch
@@ -223,7 +252,7 @@ def plain_pasts(a: SimpleNamespace, model, vocabulary) -> dict[str, tuple[str, o
     pasts = {"baseline": ("no prompt", model.empty())}
     if a.text:
         ids = torch.tensor([vocabulary.encode_plain(a.text)], device=a.device)
-        pasts["text"] = (f"text prompt {a.text!r}", model.extend(ids))
+        pasts["text"] = (text_name(a), model.extend(ids))
     return pasts
 
 
@@ -250,23 +279,21 @@ def collect(model, rows: list[list[int]], layers: list[int], limit: int, first: 
     return {i: torch.cat(parts)[:limit] for i, parts in found.items()}
 
 
-def reference_rows(a: SimpleNamespace, spec: str, vocabulary) -> list[list[int]]:
-    """Token rows of a SPEC, in an order made from the seed, one question a context, a.reference_rows tokens or more."""
-    kind, path = parse_spec(spec, 0)
-    examples, rows, count, seen = data.read(kind, path, limit=a.reference_rows), [], 0, set()
+def reference_rows(a: SimpleNamespace, examples: list[data.Example], vocabulary) -> list[list[int]]:
+    """Token rows in an order made from the seed, one question a context, of a.reference_rows tokens or a little more."""
+    rows, count, seen = [], 0, set()
     for i in data.Order([e.context for e in examples], 1, a.seed).epoch(0):
-        row = None if (examples[i].context or i) in seen else data.encode(examples[i], vocabulary, a.max_length)
-        seen.add(examples[i].context or i)
-        if row:
+        row = None if topic(examples[i]) in seen else data.encode(examples[i], vocabulary, a.max_length)
+        seen.add(topic(examples[i]))
+        if row and count < a.reference_rows:
             rows.append(row.ids)
             count += len(row.ids) - 1
-            if count >= a.reference_rows:
-                break
     return rows
 
 
-def references(a: SimpleNamespace, model, vocabulary, layers: list[int]) -> dict[int, tuple["Tensor", str]]:
-    """The population (N, D) that each layer's prior is fitted on, and its name."""
+def references(a: SimpleNamespace, model, vocabulary, layers: list[int], examples: list[data.Example] | None = None):
+    """The population that each layer's prior is fitted on, {layer: ((N, D) fp32, its name)}. examples are the training
+    data, if they are read already: of those activations are taken, unless --reference names others."""
     import torch
 
     if priors.parse(a.prior)[0] == "text":
@@ -274,16 +301,24 @@ def references(a: SimpleNamespace, model, vocabulary, layers: list[int]) -> dict
         if not ids:
             raise UserError("--prior text needs --text, the text whose tokens the rows begin as")
         return {i: (x, f"tokens of {a.text!r}") for i, x in collect(model, [ids], layers, len(ids), first=0).items()}
-    found = {}
+    found, spec = {}, a.data if a.reference == "vocab" else a.reference
     if a.reference == "vocab" and 0 in layers:
         ordinary = sorted(set(range(vocabulary.size)) - vocabulary.special)
-        found[0] = (model.embeddings[ordinary].float().cpu(), f"vocabulary, {len(ordinary)} tokens")
+        found[0] = (model.embeddings[ordinary].float().cpu(), "vocabulary")
     rest = [i for i in layers if i not in found]
     if rest:
-        spec = a.data if a.reference == "vocab" else a.reference
-        for i, x in collect(model, reference_rows(a, spec, vocabulary), rest, a.reference_rows).items():
-            found[i] = (x, f"{f'layer {i} inputs' if i else 'token embeddings'} of {spec}, {len(x)} tokens")
+        if spec != a.data:
+            examples = data.read(*parse_spec(spec, 0), limit=a.reference_rows)
+        rows = reference_rows(a, examples or training_and_evaluation(a)[0], vocabulary)
+        for i, x in collect(model, rows, rest, a.reference_rows).items():
+            found[i] = (x, f"{f'layer {i} inputs' if i else 'token embeddings'} of {spec_name(spec)}")
     return dict(sorted(found.items()))
+
+
+def spec_name(spec: str) -> str:
+    """A SPEC without its folders, for captions."""
+    kind, colon, path = spec.partition(":")
+    return kind + colon + Path(path).name
 
 
 def draw(a: SimpleNamespace, found: dict) -> tuple[dict[int, "Tensor"], dict[int, object], list[dict]]:
@@ -295,9 +330,11 @@ def draw(a: SimpleNamespace, found: dict) -> tuple[dict[int, "Tensor"], dict[int
     for i, (reference, reference_name) in found.items():
         fitted[i] = priors.PRIORS[name].fit(reference, **options)
         rows[i] = fitted[i].sample(rows_per_layer(a), torch.Generator().manual_seed(1000 * a.seed + i))
+        if not torch.isfinite(rows[i]).all():
+            raise priors.PriorError(f"{a.prior}: drew rows that are not finite: give its options smaller values")
         ratio, about = norm_ratio(rows[i], reference), fitted[i].report()
-        reports.append({"layer": i, "reference": reference_name, "norm_ratio": ratio, **about})
-        say(f"layer {i}: {a.prior} on {reference_name}: "
+        reports.append({"layer": i, "reference": reference_name, "rows": len(reference), "norm_ratio": ratio, **about})
+        say(f"layer {i}: {a.prior} on {reference_name}, {len(reference)} rows: "
             + ", ".join(f"{key} {value:.4g}" for key, value in {"init-to-token norm ratio": ratio, **about}.items()))
         if ratio > 5:
             say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and may train badly")
@@ -328,7 +365,7 @@ def table(rows: list[tuple[str, dict[str, float]]]) -> str:
 
 
 def final_table(a: SimpleNamespace, metrics: list[dict]) -> str:
-    names = {"baseline": "no prompt", "text": f"text prompt {a.text!r}"}
+    names = {"baseline": "no prompt", "text": text_name(a)}
     evals = [m for m in metrics if m["split"] == "eval"]
     return table([(names[m["split"]], m) for m in metrics if m["split"] in names]
                  + [(f"{a.prior} prior, untrained", evals[0])]
@@ -337,14 +374,18 @@ def final_table(a: SimpleNamespace, metrics: list[dict]) -> str:
 
 def layer_figure(i: int, reference, name: str, series: list[tuple[str, "Tensor"]], caption: str) -> str:
     """The principal plane of a layer's reference, the draw and, if there is a second series, where its rows went."""
+    import numpy as np
+
     import viz
 
+    points = [rows.numpy() for _, rows in series]
     reference = reference.numpy()
-    plane = viz.pca(reference)
-    flat = [viz.project(plane, rows.numpy()) for _, rows in series]
+    # a text prompt of a token or two spans no plane of its own
+    plane = viz.pca(reference if len(reference) > 2 else np.concatenate([reference, *points]))
+    flat = [viz.project(plane, rows) for rows in points]
     looks = ((viz.BLUE, True), (viz.VERMILION, False))
-    return viz.scatter(viz.project(plane, reference), name.rsplit(",", 1)[0],
-                       [viz.Series(label, points, *look) for (label, _), points, look in zip(series, flat, looks)],
+    return viz.scatter(viz.project(plane, reference), name,
+                       [viz.Series(label, xy, *look) for (label, _), xy, look in zip(series, flat, looks)],
                        viz.axis_names(plane), tuple(flat) if len(flat) == 2 else None,
                        title=f"Layer {i}, its input" if i else "Token embeddings", caption=caption)
 
@@ -352,10 +393,12 @@ def layer_figure(i: int, reference, name: str, series: list[tuple[str, "Tensor"]
 def draw_run(run, a: SimpleNamespace, found: dict, end: dict) -> list[str]:
     """figures/layer-NN.svg for every layer that owns rows."""
     start, names = run.rows("prompts/000000.safetensors"), []
+    steps = max((m["step"] for m in run.metrics() if "step" in m), default=0)
     for i, (reference, name) in found.items():
         moved = (end[i] - start[i]).norm(dim=1).mean().item()
-        caption = (f"{run.path.name}: prior {a.prior}, seed {a.seed}, {a.steps} steps on {a.data}, model "
-                   f"{model_folder(a).name}. {len(end[i])} rows in the principal plane of {name}, fitted without them. "
+        caption = (f"{run.path.name}: prior {a.prior}, seed {a.seed}, {steps} steps on {spec_name(a.data)}, model "
+                   f"{model_folder(a).name}. {len(end[i])} rows in the principal plane of the reference ({name}, "
+                   f"{len(reference)} rows), fitted without them. "
                    f"A row moved {moved:.3g} on average; mean norms: reference {reference.norm(dim=1).mean():.3g}, "
                    f"draw {start[i].norm(dim=1).mean():.3g}, trained {end[i].norm(dim=1).mean():.3g}.")
         svg = layer_figure(i, reference, name, [("prior draw", start[i]), ("trained rows", end[i])], caption)
@@ -375,19 +418,26 @@ def command_train(given: dict) -> None:
     if not resume:
         a = settings_of(given, MODEL, PRIOR, DATA, TRAIN)
         a.out = a.out or free_name(a)
-        if Path(a.out).exists() and not overwrite and not (Path(a.out).is_dir() and not any(Path(a.out).iterdir())):
-            raise UserError(f"{a.out} exists: go on with it by --resume, replace it by --overwrite, or choose another --out")
-        return train_run(Run(Path(a.out)), a, False)
+        run = Run(Path(a.out))
+        if run.path.exists() and not (run.path.is_dir() and not any(run.path.iterdir())):
+            run.config()  # what is not a run is never overwritten
+            if not overwrite:
+                raise UserError(f"{run.path} exists: go on with it by --resume, replace it by --overwrite, or choose "
+                                "another --out")
+        return train_run(run, a, None)
     if "out" not in given:
         raise UserError("--resume needs --out, the folder of the run to go on with")
     run = Run(Path(given["out"]))
-    stored = run.config()["settings"]
+    config = run.config()
+    stored = config["settings"]
     other = [f"--{k.replace('_', '-')} {v} (the run has {stored.get(k)})" for k, v in given.items()
              if k != "out" and stored.get(k) != v]
     if other:
         raise UserError(f"{run.path}: a run goes on with its own settings, not with {'; '.join(other)}: leave them out, "
                         "or start another run")
-    train_run(run, SimpleNamespace(**{**stored, "out": given["out"]}), (run.path / "checkpoint.safetensors").exists())
+    if not (run.path / "checkpoint.safetensors").exists():
+        config = None  # it was stopped before its first checkpoint: from the start
+    train_run(run, SimpleNamespace(**{**stored, "out": given["out"]}), config)
 
 
 def free_name(a: SimpleNamespace) -> str:
@@ -397,27 +447,30 @@ def free_name(a: SimpleNamespace) -> str:
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if not Path(n).exists())
 
 
-def train_run(run, a: SimpleNamespace, resume: bool) -> None:
-    """Everything is read and checked before the first byte of the run is written."""
+def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
+    """Everything is read and checked before the first byte of the run is written. resumed is the config.json of the
+    run to go on with, None for a new one."""
     import torch
 
     import llama
-    from train import evaluate, train
+    from train import RunError, evaluate, train
 
     began = time.time()
     model, vocabulary = load_model(a)
     layers = layers_with_rows(a, model)
-    examples = read_questions(a.data, 0, a.keep_unanswerable)
-    if a.eval_data is None:
-        examples, evals = held_out(examples, min(max(len(examples) // 10, 1), a.eval_limit or len(examples)))
-    else:
-        evals = read_questions(a.eval_data, 1, a.keep_unanswerable)
-        evals = [evals[i] for i in some_of(evals, a.eval_limit)]
+    examples, evals = training_and_evaluation(a)
+    sums = checksums(a)
+    if resumed:
+        torch.set_num_threads(resumed["threads"])  # the same sums in the same order
+        changed = [key for key, value in sums.items() if resumed["sha256"].get(key) != value]
+        if changed:
+            raise RunError(f"{run.path}: the {' and the '.join(changed)} changed since the run began, so it cannot go on "
+                           "to the same end: restore the files, or start another run")
     questions = encode(examples, vocabulary, a.max_length, "training")
     evals = encode(evals, vocabulary, a.max_length, "evaluation")
-    say(f"model {a.model}: {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {a.dtype} on "
-        f"{a.device}; {len(questions.rows)} questions to train on, {len(evals.rows)} to evaluate")
-    found = references(a, model, vocabulary, layers)
+    say(f"model {model_folder(a).name}: {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, "
+        f"{a.dtype} on {a.device}; {len(questions.rows)} questions to train on, {len(evals.rows)} to evaluate")
+    found = references(a, model, vocabulary, layers, examples)
     start, fitted, reports = draw(a, found)
     prompt = llama.Prompt(start, a.cut).to(a.device)
     prompt.past(model)  # refuses rows that do not fit
@@ -425,14 +478,12 @@ def train_run(run, a: SimpleNamespace, resume: bool) -> None:
     def scores(past, name):
         return evaluate(model, vocabulary, past, evals, a, name)
 
-    if not resume:
+    if not resumed:
         run.clear()
-        paths = {"model": model_folder(a), **{key: Path(parse_spec(spec, split)[1]) for key, spec, split in (
-            ("data", a.data, 0), ("eval_data", a.eval_data, 1)) if spec}}
         run.write_json("config.json", {
             "settings": vars(a), "layers": layers, "priors": reports, "threads": torch.get_num_threads(),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-            "sha256": {key: checksum(path) for key, path in paths.items() if path.exists()}})
+            "versions": {"python": sys.version.split()[0], **{p: version(p) for p in (
+                "torch", "safetensors", "tokenizers", "numpy")}}, "sha256": sums})
         for split, (name, past) in plain_pasts(a, model, vocabulary).items():
             run.log({"split": split, **scores(past, name)[0]})
 
@@ -443,27 +494,32 @@ def train_run(run, a: SimpleNamespace, resume: bool) -> None:
         return -sum(fitted[i].log_prob(r.cpu()).sum() for i, r in rows.items()).to(a.device) / answer_tokens
 
     train(run, a, model, prompt, lambda step: questions.batch(order[step], a), penalty if a.prior_weight else None,
-          lambda step: scores(prompt.past(model), f"step {step}"), resume)
+          lambda step: scores(prompt.past(model), f"step {step}"), bool(resumed))
 
     end = {i: r.detach().cpu() for i, r in prompt.rows.items()}
-    figures = draw_run(run, a, found, end)
-    print(f"\n{len(evals.rows)} questions of {a.eval_data or f'{a.data}, held out'}; scores in percent, loss in nats a "
+    print(f"\n{len(evals.rows)} questions of {spec_name(a.eval_data) if a.eval_data else 'the training data, held out'}; scores in percent, loss in nats a "
           f"token\n\n{final_table(a, run.metrics())}\n")
     for i in layers:
         print(f"layer {i}: rows moved {(end[i] - start[i]).norm(dim=1).mean():.3g} on average; their norm over the "
               f"reference's {norm_ratio(start[i], found[i][0]):.3g} -> {norm_ratio(end[i], found[i][0]):.3g}")
     print(f"{time.time() - began:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, metrics.jsonl, "
-          f"{', '.join(figures)}")
+          f"{', '.join(draw_run(run, a, found, end))}")
 
 
-def checksum(path: Path) -> str:
-    """sha256 of a file, or of the checksums of a folder's files in order."""
-    h = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with open(file, "rb") as f:
+def checksums(a: SimpleNamespace) -> dict[str, str]:
+    """sha256 over the checksums of all files read: of the model, the training data and the evaluation data."""
+    folder = model_folder(a)
+    files = {"model": sorted({*folder.glob("*.safetensors"), *folder.glob("*.json")})}
+    files |= {key: data.files_of(*parse_spec(spec, split)) for key, spec, split in (
+        ("data", a.data, 0), ("eval_data", a.eval_data, 1)) if spec}
+    out = {}
+    for key, paths in files.items():
+        h = hashlib.sha256()
+        for path in paths:
+            with open(path, "rb") as f:
                 h.update(hashlib.file_digest(f, "sha256").digest())
-    return h.hexdigest()
+        out[key] = h.hexdigest()
+    return out
 
 
 def open_run(path: str, given: dict):
@@ -473,6 +529,7 @@ def open_run(path: str, given: dict):
 
     run = Run(Path(path))
     a = SimpleNamespace(**{**run.config()["settings"], **given})
+    check_ranges(a)
     rows = run.rows("prompt.safetensors")
     model, vocabulary = load_model(a)
     prompt = llama.Prompt(rows, a.cut).to(a.device)
@@ -485,11 +542,11 @@ def command_eval(given: dict) -> None:
 
     as_json, spec = given.pop("json", False), given.pop("data", None)
     run, a, model, vocabulary, prompt = open_run(given.pop("run"), given)
-    spec = spec or a.eval_data
     if spec is None:
-        raise UserError(f"{run.path} was evaluated on a part of its own data: name data by --data SPEC")
-    evals = read_questions(spec, 1, a.keep_unanswerable)
-    evals = [evals[i] for i in some_of(evals, a.eval_limit)]
+        evals = training_and_evaluation(a)[1]
+    else:
+        evals = some_of(read_questions(spec, 1, a.keep_unanswerable), a.eval_limit)
+    spec = spec or a.eval_data or f"{a.data}, held out"
     evals = encode(evals, vocabulary, a.max_length, spec)
     pasts = [*plain_pasts(a, model, vocabulary).values(), (f"{a.prior} prior, trained", prompt.past(model))]
     rows = [(name, evaluate(model, vocabulary, past, evals, a, name)[0]) for name, past in pasts]
@@ -508,14 +565,18 @@ def command_generate(given: dict) -> None:
     _, a, model, vocabulary, prompt = open_run(path, given)
     with torch.no_grad():
         past = prompt.past(model)
-    print(vocabulary.first_line(llama.generate(model, [vocabulary.encode(text)], past, a.max_new, vocabulary.stop)[0]))
+    ids = vocabulary.encode(text)
+    room = model.config.max_position_embeddings - rows_per_layer(a) - a.max_new
+    if len(ids) > room:
+        raise UserError(f"the text has {len(ids)} tokens, and {room} fit beside the prompt and --max-new: shorten it")
+    print(vocabulary.first_line(llama.generate(model, [ids], past, a.max_new, vocabulary.stop)[0]))
 
 
 def command_sample(given: dict) -> None:
     from train import Run, rows_to_bytes
 
     as_json = given.pop("json", False)
-    a = settings_of(given, MODEL, PRIOR, SAMPLE)
+    a = settings_of(given, MODEL, PRIOR, DATA, SAMPLE)
     run = Run(Path(a.out)) if a.out else None
     if run and run.path.exists():
         raise UserError(f"{run.path} exists: choose another --out")
@@ -601,7 +662,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--max-new", type=int, help="most tokens (the run's)")
 
     c = command("sample", "Draw rows from a prior, report on them and picture them.",
-                [MODEL, PRIOR, SAMPLE], prior_help())
+                [MODEL, PRIOR, DATA, SAMPLE], prior_help())
     c.add_argument("--json", action="store_true", help="print JSON")
 
     c = command("plot", "Draw a run: the reference, the prior's draw and the trained rows, per layer.", [some])
@@ -629,19 +690,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def exit_status(e: Exception) -> int | None:
+def exit_status(e: BaseException) -> int | None:
     """2 for a user's mistake, 1 for what failed under way, minus a signal's number; None for a fault of ours."""
     if isinstance(e, KeyboardInterrupt):
         return -signal.SIGINT
-    if isinstance(e, (UserError, data.DataError, priors.PriorError)):
+    if isinstance(e, ValueError) and type(e).__module__ in MODULES:
         return 2
-    modules = sys.modules
-    if "train" in modules and isinstance(e, modules["train"].Stopped):
-        return e.status
-    known = (("llama", "ModelError"), ("train", "RunError"), ("viz", "PictureError"))
-    if any(name in modules and isinstance(e, getattr(modules[name], kind)) for name, kind in known):
-        return 2
-    return 1 if isinstance(e, OSError) else None
+    return getattr(e, "status", 1 if isinstance(e, OSError) else None)  # train.Stopped brings its own
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_tensors, save as save_tensors
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -67,7 +67,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def rows_to_bytes(rows: dict[int, Tensor], about: dict[str, str]) -> bytes:
-    return save_tensors({f"layers.{i}": r.detach().float().cpu().contiguous() for i, r in rows.items()}, about)
+    return save({f"layers.{i}": r.detach().float().cpu().contiguous() for i, r in rows.items()}, about)
 
 
 class Run:
@@ -89,13 +89,15 @@ class Run:
             raise RunError(f"{self.path}: no config.json, so no run is here: give the folder that train made") from None
         except (OSError, ValueError) as e:
             raise RunError(f"{self.path / 'config.json'}: cannot be read ({e})") from None
-        if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
-            raise RunError(f"{self.path / 'config.json'}: no settings in it, so this is not a run of promptprior")
+        settings = config.get("settings") if isinstance(config, dict) else None
+        if not isinstance(settings, dict) or not {"model", "prior", "data", "tokens", "cut"} <= settings.keys():
+            raise RunError(f"{self.path / 'config.json'}: no settings of a run in it, so this is not a run's folder")
         return config
 
     def clear(self) -> None:
         """Remove what an earlier run left here, and nothing else."""
-        for pattern in ("metrics.jsonl", "*.safetensors", "prompts/*.safetensors", "predictions.jsonl", "figures/layer-*.svg"):
+        for pattern in ("metrics.jsonl", "prompt.safetensors", "checkpoint.safetensors", "predictions.jsonl",
+                        "prompts/??????.safetensors", "figures/layer-*.svg"):
             for old in self.path.glob(pattern):
                 old.unlink()
 
@@ -125,19 +127,17 @@ class Run:
         with open(log, "ab") as f:
             os.fsync(f.fileno())
         state = {"step": step, "metrics_bytes": log.stat().st_size}
-        content = save_tensors(tensors, {"state": json.dumps(state), "sha256": _digest(tensors, state)})
+        content = save(tensors, {"state": json.dumps(state), "sha256": _digest(tensors, state)})
         self.write("checkpoint.safetensors", content)
 
     def load_checkpoint(self) -> tuple[int, dict[str, Tensor]]:
         """The step reached and its tensors; metrics.jsonl is cut back to that step."""
         path = self.path / "checkpoint.safetensors"
         try:
-            content = path.read_bytes()
             with safe_open(path, framework="pt") as f:
                 about = f.metadata() or {}
-            tensors, state = load_tensors(content), json.loads(about["state"])
-        except FileNotFoundError:
-            raise RunError(f"{path}: no such file, so there is nothing to resume: train again with --overwrite") from None
+                tensors = {key: f.get_tensor(key).clone() for key in f.keys()}  # not mapped: the file is replaced
+            state = json.loads(about["state"])
         except (SafetensorError, OSError, ValueError, KeyError) as e:
             raise RunError(f"{path}: not a checkpoint ({str(e).splitlines()[0]}): train again with --overwrite") from None
         if about.get("sha256") != _digest(tensors, state):
@@ -159,8 +159,9 @@ def _digest(tensors: dict[str, Tensor], state: dict) -> str:
 
 
 def answer_loss(model: llama.Llama, past: llama.Past, batch: data.Batch) -> tuple[Tensor, int]:
-    """Summed cross-entropy in nats over the answers' tokens, and their number. Logits are made there only."""
-    past = model.extend(batch.shared, past)
+    """Summed cross-entropy in nats over the answers' tokens, and their number. Logits are made there only.
+
+    past holds the prompt and the batch's shared beginnings: model.extend(batch.shared, prompt.past(model))."""
     h, _ = model(batch.tails, past.take(batch.parent))
     scored = batch.labels != data.NO_LABEL
     logits = model.logits(h[scored])
@@ -174,8 +175,8 @@ class Questions(NamedTuple):
     examples: list[data.Example]
     rows: list[data.Row]
 
-    def batch(self, places: list[int], a: SimpleNamespace, answers: bool = True) -> data.Batch:
-        return data.collate([self.rows[i] for i in places], answers, a.share).to(a.device)
+    def batch(self, places: list[int], a: SimpleNamespace) -> data.Batch:
+        return data.collate([self.rows[i] for i in places], a.share).to(a.device)
 
 
 @torch.no_grad()
@@ -186,12 +187,12 @@ def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past, 
     places = range(len(questions.rows))
     with tqdm(total=len(places), desc=name, unit=" questions", leave=False, disable=None) as bar:
         for some in (places[i:i + a.batch_size] for i in places[::a.batch_size]):
-            loss, tokens = answer_loss(model, past, questions.batch(some, a))
+            batch = questions.batch(some, a)
+            before = model.extend(batch.shared, past)
+            loss, tokens = answer_loss(model, before, batch)
             total, count = total + loss.item(), count + tokens
-            batch = questions.batch(some, a, answers=False)
-            before = model.extend(batch.shared, past).take(batch.parent)
-            tails = [tail[tail != data.PAD].tolist() for tail in batch.tails]
-            for i, ids in zip(some, llama.generate(model, tails, before, a.max_new, vocabulary.stop)):
+            answers = llama.generate(model, batch.asked, before.take(batch.parent), a.max_new, vocabulary.stop)
+            for i, ids in zip(some, answers):
                 example, prediction = questions.examples[i], vocabulary.first_line(ids)
                 scores.append(data.score(example, prediction))
                 predictions.append({"id": example.id, "question": example.question, "prediction": prediction,
@@ -239,7 +240,14 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
         run.save_checkpoint(0, _state(prompt, optimiser))
 
     signals: list[int] = []
-    handlers = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def heed(number, frame):
+        signals.append(number)
+        signal.signal(number, handlers[number])  # a second one acts at once; the last checkpoint is whole
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, heed)
     bar = tqdm(total=a.steps, initial=first, desc="train", unit=" steps", disable=None)
     try:
         saved = first
@@ -249,7 +257,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
             for group in optimiser.param_groups:
                 group["lr"] = lr
             batch = batch_of(step)
-            total, count = answer_loss(model, prompt.past(model), batch)
+            total, count = answer_loss(model, model.extend(batch.shared, prompt.past(model)), batch)
             loss = total / count
             extra = a.prior_weight * penalty(prompt.rows) if penalty else torch.zeros(())
             (loss + extra).backward()
@@ -273,7 +281,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
             if scored or signals:
                 run.save_checkpoint(done, _state(prompt, optimiser))
                 saved = done
-            if signals and done < a.steps:
+            if signals:
                 run.write("prompt.safetensors", rows_to_bytes(prompt.rows, about))
                 raise Stopped(f"stopped by {signal.Signals(signals[0]).name} after step {done} of {a.steps}, all is saved; "
                               f"go on with: train --out {run.path} --resume", -signals[0])

@@ -91,6 +91,7 @@ BAD = {
     "text: not json": ("text", "x.jsonl", '{"text": "a"}\n{"text"\n', "line 2: not JSON"),
     "text: no text": ("text", "x.jsonl", '{"body": "a"}\n', "line 1: no 'text'"),
     "text: not gzip": ("text", "x.json.gz", "plain", "cannot be read"),
+    "ragged columns": ("math", "x.json", '{"question": ["a", "b"], "answer": ["1"]}', "differ in length"),
     "deep": ("squad", "x.json", "[" * 100_000, "not JSON"),
 }
 
@@ -116,7 +117,7 @@ def test_nothing_found(tmp_path):
 @pytest.fixture
 def vocabulary(tmp_path):
     """One token a character, a few merges across every seam of the template, BOS from the post-processor."""
-    merges = [("r", ":"), ("?", "Ċ"), (":", "Ġ"), ("e", "r:"), ("Ġ", "x")]
+    merges = [("r", ":"), ("?", "Ċ"), (":", "Ċ"), ("e", "r:"), ("Ġ", "x")]
     tokens = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
     t = Tokenizer(models.BPE({piece: i for i, piece in enumerate(tokens)}, merges))
     t.add_special_tokens(["<bos>", "<eos>"])
@@ -136,20 +137,31 @@ def squad(context="c", question="q", *answers, id="0"):
     return data.Example(id, "squad", context, question, answers or ("x",))
 
 
-def test_rows(vocabulary):
-    assert vocabulary.special == {0, 1} and len(vocabulary.stop) == 3
+def test_rows(vocabulary, tmp_path):
+    assert vocabulary.special == {0, 1} and len(vocabulary.stop) == 4
     row = data.encode(squad("ab", "Wer?", "Ülm", "other"), vocabulary, 1000)
     assert row.ids.count(0) == 1 and row.ids[0] == 0
     assert vocabulary.decode(row.ids) == "ab\nQuestion: Wer?\nAnswer: Ülm\n"
     assert vocabulary.decode(row.ids[row.start:]).endswith(" Ülm\n")
     assert row.ids == vocabulary.encode("ab\nQuestion: Wer?\nAnswer: Ülm\n")  # whole, not in pieces
     unanswerable = data.encode(data.Example("0", "squad", "ab", "q", ()), vocabulary, 1000)
-    assert vocabulary.decode(unanswerable.ids[unanswerable.start:]) == "\n"
+    assert vocabulary.decode(unanswerable.ids[unanswerable.start:]) == " \n"
     v = data.Vocabulary.__new__(data.Vocabulary)
     v.tokenizer, v.bos = vocabulary.tokenizer, None
     assert v.encode("a") == vocabulary.encode("a")  # a tokenizer that adds BOS itself gets no second one
     v.tokenizer.post_processor, v.bos = processors.ByteLevel(), 0
     assert v.encode("a") == vocabulary.encode("a")  # and one that does not gets it
+    with pytest.raises(data.DataError, match=r"tokens \[0\].*BOS is 5"):
+        data.Vocabulary(tmp_path, bos=5)
+
+
+def test_what_is_asked_does_not_depend_on_the_answer(vocabulary):
+    """Llama 3 has a token for a colon and a line break: an empty answer must not merge with the cue before it."""
+    rows = [data.encode(e, vocabulary, 1000) for e in (squad("c", "q", "x"), data.Example("0", "squad", "c", "q", ()))]
+    assert rows[0].question == rows[1].question == vocabulary.encode("c\nQuestion: q\nAnswer:")
+    assert all(r.ids[:r.start] == r.question for r in rows)
+    merged = data.encode(squad("c", "q", "\n"), vocabulary, 1000)  # an answer may still merge; it is asked the same
+    assert data.collate([merged]).asked[0][-1] == rows[0].question[-1]
 
 
 @pytest.mark.parametrize("length", [60, 45, 41, 40])
@@ -162,6 +174,14 @@ def test_only_the_context_is_cut(vocabulary, length):
     kept = text.removesuffix("Question: Why?\nAnswer: six\n").rstrip("\n")
     assert context.startswith(kept) and (row.cut > 0) == (kept != context)
     assert len(full.ids) > 41
+
+
+@pytest.mark.parametrize("context", ["😀" * 9, "a\u200b " * 9, "  \n" * 9, "x" * 30 + "\U0001f600"])
+def test_cutting_ends_on_characters_of_many_tokens(vocabulary, context):
+    """Tokens of one character share their offsets, and those of spaces may be empty: cutting must still go on."""
+    for length in range(32, 48):
+        row = data.encode(squad(context, "Why?", "six"), vocabulary, length)
+        assert row is None or len(row.ids) <= length and vocabulary.decode(row.ids).endswith("Answer: six\n")
 
 
 def test_a_text_is_a_row_without_an_answer(vocabulary):
@@ -198,7 +218,7 @@ def random_rows(g, shapes):
     rows = []
     for c, q, a in shapes:
         ids = contexts[c] + [g.randrange(2, 97) for _ in range(q + a)]
-        rows.append(data.Row(ids, 1 + c + q, str(c), 0))
+        rows.append(data.Row(ids, 1 + c + q, ids[:1 + c + q], str(c), 0))
     return rows
 
 
@@ -218,7 +238,7 @@ def test_trie_equals_plain(hf, name, cut):
 
     def loss_and_gradient(batches):
         prompt.zero_grad()
-        parts = [answer_loss(model, prompt.past(model), b) for b in batches]
+        parts = [answer_loss(model, model.extend(b.shared, prompt.past(model)), b) for b in batches]
         (sum(loss for loss, _ in parts) / sum(n for _, n in parts)).backward()
         return sum(loss.item() for loss, _ in parts), torch.cat([r.grad.flatten() for r in prompt.rows.values()])
 
@@ -242,20 +262,18 @@ def test_trie_equals_plain(hf, name, cut):
     assert other_loss == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(other_gradient, gradient, rtol=1e-10, atol=1e-13)
 
-    batch = data.collate(rows, answers=False)
-    past = model.extend(batch.shared, prompt.past(model)).take(batch.parent)
-    tails = [t[t != data.PAD].tolist() for t in batch.tails]
-    assert llama.generate(model, tails, past, 5) == [
+    past = model.extend(trie.shared, prompt.past(model)).take(trie.parent)
+    assert llama.generate(model, trie.asked, past, 5) == [
         llama.generate(model, [row.ids[:row.start]], prompt.past(model), 5)[0] for row in rows]
 
 
 def test_the_first_answer_token_is_predicted_from_the_token_before_it():
-    row = data.Row([0, 11, 12, 13, 21, 22], 4, "c", 0)  # 21 22 is the answer
+    row = data.Row([0, 11, 12, 13, 21, 22], 4, [0, 11, 12, 13], "c", 0)  # 21 22 is the answer
     batch = data.collate([row])
     assert batch.shared.tolist() == [[0, 11, 12]] and batch.tails.tolist() == [[13, 21]]
     assert batch.labels.tolist() == [[21, 22]]
-    assert data.collate([row], answers=False).tails.tolist() == [[13]]
-    two = data.collate([row, data.Row([0, 11, 14, 21], 3, "c", 0)])
+    assert batch.asked == [[13]]
+    two = data.collate([row, data.Row([0, 11, 14, 21], 3, [0, 11, 14], "c", 0)])
     assert two.shared.tolist() == [[0, 11]] and two.labels.tolist() == [[-100, 21, 22], [21, -100, -100]]
 
 
@@ -285,7 +303,7 @@ def test_precision_and_recall():
     ("q", "-3.0", "-3", 0, 1), ("q", "3", "-3", 0, 0), ("q", "1/0", "1/0", 1, 1), ("q", "1/0", "2/0", 0, 0),
     ("q", "6*sqrt(2)", "6*sqrt(2)", 1, 1), ("q", "sqrt(4)", "2", 0, 0), ("q", "", "0", 0, 0), ("q", "1e3", "1000", 0, 0),
     ("In base 14, what is 1 + 1?", "98.0", "98", 0, 0), ("In base 14, what is 1 + 1?", "98", "98", 1, 1),
-    ("q", r"\frac{1}{2}", "0.5", 0, 1), ("q", "٣", "3", 0, 0)])
+    ("q", r"\frac{1}{2}", "0.5", 0, 1), ("q", "1 2", "12", 0, 0), ("q", r"3\frac{1}{2}", "7/2", 0, 0), ("q", "٣", "3", 0, 0)])
 def test_value_scores(question, prediction, gold, exact, same):
     found = data.score(data.Example("0", "math", "", question, (gold,)), prediction)
     assert found == {"accuracy": exact, "accuracy_value": same}

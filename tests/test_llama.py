@@ -88,6 +88,16 @@ def test_tap_is_hidden_states(hf, token_ids):
             torch.testing.assert_close(seen[i], h, atol=1e-4, rtol=0)
 
 
+def test_never_two_copies(hf):
+    """bf16 on disk, fp32 in memory: the anonymous memory grows by the fp32 weights and no more."""
+    _, folder = hf(torch.bfloat16, hidden_size=1024, intermediate_size=2048, num_attention_heads=8, head_dim=128,
+                   num_hidden_layers=4, vocab_size=8000)
+    before = _private_bytes()
+    model = llama.load(folder, "float32")
+    size = sum(p.numel() * 4 for p in model.parameters())
+    assert size > 100e6 and _private_bytes() - before < 1.25 * size
+
+
 def test_weights_are_mapped_not_copied(hf):
     _, folder = hf(hidden_size=1024, intermediate_size=2048, num_attention_heads=8, head_dim=128, num_hidden_layers=2, vocab_size=8000)
     before = _private_bytes()
@@ -261,6 +271,9 @@ SPOILT = {
     "incomplete rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear"}), "'factor'"),
     "heads do not divide": (lambda f: edit_config(f, num_key_value_heads=4), "divide"),
     "absurd size": (lambda f: edit_config(f, hidden_size="48"), "hidden_size is '48'"),
+    "theta is a text": (lambda f: edit_config(f, rope_parameters=None, rope_theta="1e4"), "rope_theta is '1e4'"),
+    "tied is a text": (lambda f: edit_config(f, tie_word_embeddings="false"), "tie_word_embeddings is 'false'"),
+    "BOS outside": (lambda f: edit_config(f, bos_token_id=97), "bos_token_id is 97.*below 97"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "cut short": (cut_short, "cut short"),
     "a web page": (lambda f: (f / "model.safetensors").write_text("<html>" * 99), "git-lfs pointer or a web page"),

@@ -178,7 +178,8 @@ def test_has_density_is_what_map_needs():
 
 @pytest.mark.parametrize("spec, message", [
     ("gauss", "'gauss' is not known: use one of isotropic"), ("exclusion:d=3", "no option 'd': it has c, k, shrinkage"),
-    ("xavier:a=1", "it has none"), ("exclusion:k=two", "k='two' is not a int")])
+    ("xavier:a=1", "it has none"), ("exclusion:k=two", "k='two' is not a finite int"),
+    ("exclusion:c=inf", "c='inf' is not a finite float")])
 def test_bad_specs(spec, message):
     with pytest.raises(priors.PriorError, match=message):
         priors.parse(spec)

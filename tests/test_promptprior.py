@@ -73,48 +73,65 @@ def test_eval_gives_the_scores_of_training(trained, capsys):
 def test_generate_and_plot(trained, capsys):
     assert run("generate", trained, "Question: What is 1 + 1?\nAnswer:") == 0
     assert capsys.readouterr().out.count("\n") == 1
+    assert run("generate", trained, "word " * 500) == 2 and "shorten it" in capsys.readouterr().err
+    assert run("eval", trained, "--limit", -1) == 2
     before = (trained / "figures/layer-03.svg").read_bytes()
     (trained / "figures/layer-03.svg").unlink()
     assert run("plot", trained) == 0
     assert (trained / "figures/layer-03.svg").read_bytes() == before
 
 
-def interrupt_at(step, monkeypatch, number):
-    """Send this process a signal while step's batch is being made."""
-    original, calls = data.Order.__getitem__, []
-
-    def getitem(self, at):
-        if at == step and not calls:
-            calls.append(at)
-            os.kill(os.getpid(), number)
-        return original(self, at)
-
-    monkeypatch.setattr(data.Order, "__getitem__", getitem)
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is caught, nothing is tidied up."""
 
 
 @pytest.mark.parametrize("arguments", [["--prior", "vocab"], ["--prior", "fitted", "--prior-weight", "1", "--deep-layers", "1"],
                                        ["--prior", "isotropic", "--dtype", "bfloat16", "--data", "math"]])
 def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
+    """Stopped by signals and killed between checkpoints, with lines in the log that no checkpoint knows of."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run("train", "--out", whole, *FEW, *arguments) == 0
-    given = vars(promptprior.parser().parse_args(["train", "--out", str(parts), *FEW, *arguments]))
-    for step, number in ((2, signal.SIGTERM), (1, signal.SIGINT), (3, signal.SIGINT)):  # the second is never reached again
-        with monkeypatch.context() as m:
-            interrupt_at(step, m, number)
-            try:
-                promptprior.command_train({k: v for k, v in given.items() if k != "command"})
-            except train.Stopped as e:
-                assert e.status == -number and "--resume" in str(e)
-        given = {"command": "train", "out": str(parts), "resume": True}
+    few = [*FEW, "--steps", "7", "--eval-every", "3"]
+    assert run("train", "--out", whole, *few, *arguments) == 0
+    original, stops = data.Order.__getitem__, []
+
+    def getitem(self, step):
+        if stops and stops[0][0] == step:
+            _, how = stops.pop()
+            if how is Killed:
+                raise Killed
+            os.kill(os.getpid(), how)
+        return original(self, step)
+
+    monkeypatch.setattr(data.Order, "__getitem__", getitem)
+    given = {"out": str(parts), **{k: v for k, v in vars(promptprior.parser().parse_args(
+        ["train", *few, *arguments])).items() if k != "command"}}
+    for step, how in ((0, Killed), (2, Killed), (1, signal.SIGINT), (4, Killed), (5, signal.SIGTERM)):
+        stops.append((step, how))
+        with pytest.raises((Killed, train.Stopped)) as e:
+            promptprior.command_train(dict(given))
+        assert not stops and (how is Killed or e.value.status == -how and "--resume" in str(e.value))
+        given = {"out": str(parts), "resume": True}
     assert run("train", "--out", parts, "--resume") == 0
     names = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
     assert names == {p.relative_to(parts) for p in parts.rglob("*") if p.is_file()}
-    for name in names - {Path("config.json"), Path("metrics.jsonl")}:
-        if name.suffix != ".svg" and name.name != "checkpoint.safetensors":  # they hold the folder's name, byte counts
+    for name in names - {Path("config.json"), Path("metrics.jsonl"), Path("checkpoint.safetensors")}:
+        if name.suffix != ".svg":  # it names its run
             assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
     clock = ("seconds", "examples_per_second")
     strip = lambda folder: [{k: v for k, v in m.items() if k not in clock} for m in metrics(folder)]
     assert strip(whole) == strip(parts)
+    ends = [train.Run(folder).load_checkpoint() for folder in (whole, parts)]
+    assert ends[0][0] == ends[1][0] == 7 and all(torch.equal(t, ends[1][1][k]) for k, t in ends[0][1].items())
+
+
+def test_resume_refuses_changed_data(tmp_path, capsys):
+    path = tmp_path / "sums.txt"
+    path.write_text("1 + 1\n2\n2 + 2\n4\n3 + 3\n6\n")
+    out = tmp_path / "o"
+    assert run("train", "--data", f"math:{path}", "--out", out, *FEW) == 0
+    path.write_text(path.read_text().replace("6", "7"))
+    assert run("train", "--out", out, "--resume") == 2
+    assert "the data changed" in capsys.readouterr().err
 
 
 def test_resume_refuses_other_settings_and_a_damaged_checkpoint(trained, tmp_path, capsys):
@@ -138,6 +155,35 @@ def test_an_existing_run_is_not_overwritten(trained, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err and (trained / "config.json").read_bytes() == before
 
 
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
+    out = tmp_path / "o"
+    assert run("train", "--out", out, *FEW, "--deep-layers", 1) == 0
+    (out / "notes.txt").write_text("mine")
+    assert run("train", "--out", out, *FEW, "--steps", 2, "--overwrite") == 0
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert "notes.txt" in names and "prompts/000004.safetensors" not in names and "figures/layer-05.svg" not in names
+    other = tmp_path / "model"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    (other / "model.safetensors").write_bytes(b"precious")
+    for path in (other, other / "model.safetensors"):
+        assert run("train", "--out", path, *FEW, "--overwrite") == 2
+        assert "promptprior: error" in capsys.readouterr().err
+    assert (other / "model.safetensors").read_bytes() == b"precious" and len(list(other.iterdir())) == 2
+
+
+def test_sharing_and_keeping(tmp_path):
+    """--no-share meets other examples in a batch, but scores alike; --keep and --cut are different prompts."""
+    losses = {}
+    for flags in (("--cut",), ("--keep",), ("--keep", "--no-share")):
+        out = tmp_path / "".join(flags)
+        assert run("train", "--out", out, *FEW, *flags, "--deep-layers", 1) == 0
+        m = metrics(out)
+        losses[flags] = [x["loss"] for x in m if x["split"] in ("baseline", "eval")][:2]
+    assert losses[("--keep",)] == pytest.approx(losses[("--keep", "--no-share")], rel=1e-5)
+    assert losses[("--keep",)][1] != pytest.approx(losses[("--cut",)][1], rel=1e-3)
+
+
 def test_map_keeps_rows_near_the_prior(tmp_path):
     """A heavy prior weight pulls the rows up the prior's density; without it they go where the loss leads."""
     import priors
@@ -147,7 +193,7 @@ def test_map_keeps_rows_near_the_prior(tmp_path):
         out = tmp_path / f"w{weight}"
         assert run("train", "--prior", "fitted", "--prior-weight", weight, "--out", out, "--steps", 20, "--eval-every", 20,
                    "--eval-limit", 2, "--batch-size", 2, "--max-new", 2, "--lr", 0.02) == 0
-        a = promptprior.settings_of({"prior": "fitted"}, promptprior.MODEL, promptprior.PRIOR, promptprior.SAMPLE)
+        a = promptprior.settings_of({"prior": "fitted"}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE)
         model, vocabulary = promptprior.load_model(a)
         reference = promptprior.references(a, model, vocabulary, [0])[0][0]
         fitted = priors.Fitted.fit(reference)
@@ -166,7 +212,7 @@ def test_sample(tmp_path, capsys):
 
 def test_text_prior_is_the_text_prompt(tmp_path):
     """Rows that begin as a text's tokens score, untrained, exactly what the text itself scores."""
-    a = promptprior.settings_of({}, promptprior.MODEL, promptprior.PRIOR, promptprior.SAMPLE)
+    a = promptprior.settings_of({}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE)
     model, vocabulary = promptprior.load_model(a)
     ids = vocabulary.encode_plain("short answer")
     assert run("train", "--prior", "text", "--tokens", len(ids), "--steps", 0, "--out", tmp_path / "t", "--eval-limit", 8) == 0
@@ -177,7 +223,7 @@ def test_text_prior_is_the_text_prompt(tmp_path):
 
 
 def test_activations_leave_out_bos_and_padding():
-    a = promptprior.settings_of({}, promptprior.MODEL, promptprior.PRIOR, promptprior.SAMPLE)
+    a = promptprior.settings_of({}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE)
     model, vocabulary = promptprior.load_model(a)
     rows = [vocabulary.encode("one two"), vocabulary.encode("a much longer text than that")]
     found = promptprior.collect(model, rows, [0, 2], limit=10**6)
@@ -189,13 +235,25 @@ def test_activations_leave_out_bos_and_padding():
     assert len(promptprior.collect(model, rows, [0, 2], limit=7)[2]) == 7
 
 
-def test_held_out_questions_share_no_context():
-    examples = data.read("squad", str(HERE / "tiny/squad/train.json"))
-    train_side, eval_side = promptprior.held_out(examples, len(examples) // 10)
-    assert len(train_side) + len(eval_side) == len(examples) and len(eval_side) >= len(examples) // 10
-    assert not {e.context for e in train_side} & {e.context for e in eval_side}
-    sums = data.read("math", str(HERE / "tiny/math/train-easy"))
-    assert len(promptprior.held_out(sums, 50)[1]) == 50
+def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
+    """A tenth of a real path is held out, and eval and plot find the same tenth again, from another folder."""
+    monkeypatch.chdir(HERE)
+    out = tmp_path / "o"
+    for spec in ("squad:tiny/squad/train.json", "math:tiny/math/train-easy/*_mul.txt"):
+        a = promptprior.settings_of({"data": spec}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE)
+        train_side, eval_side = promptprior.training_and_evaluation(a)
+        total = len(data.read(*promptprior.parse_spec(a.data, 0)))
+        assert len(train_side) + len(eval_side) == total and total // 10 <= len(eval_side) < total // 10 + 6
+        assert not set(map(promptprior.topic, train_side)) & set(map(promptprior.topic, eval_side))
+    assert run("train", "--data", "math:tiny/math/train-easy/*_mul.txt", "--out", out, "--deep-layers", 1, *FEW) == 0
+    assert len(json.loads((out / "config.json").read_text())["sha256"]["data"]) == 64
+    figure = (out / "figures/layer-05.svg").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run("eval", out, "--json") == 0 and run("plot", out) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[0])["scores"]
+    assert scores["vocab prior, trained"]["loss"] == pytest.approx(metrics(out)[-1]["loss"])
+    assert (out / "figures/layer-05.svg").read_bytes() == figure
 
 
 def test_help_without_torch():
@@ -244,6 +302,12 @@ MISTAKES = {
     "resume nothing": (["--resume"], "--resume needs --out"),
     "no batch": (["--batch-size", 0], "--batch-size 0"),
     "negative": (["--steps", -1], "--steps -1"),
+    "no learning rate": (["--lr", "nan"], "--lr nan"),
+    "no clipping": (["--clip", 0], "--clip 0"),
+    "prior of infinite width": (["--prior", "isotropic:std=inf"], "not a finite float"),
+    "prior that overflows": (["--prior", "isotropic:std=1e300"], "not finite"),
+    "seed": (["--seed", 10**20], "--seed 1000"),
+    "a long text": (["--text", "word " * 400], "512 positions"),
     "too long": (["--max-length", 600], "512 positions"),
     "text prior without text": (["--prior", "text", "--text", ""], "needs --text"),
 }
@@ -274,9 +338,16 @@ def test_only_unanswerable(tmp_path, capsys):
 
 
 def test_a_run_that_is_none(tmp_path, capsys):
-    for command in (["eval", tmp_path], ["plot", tmp_path], ["generate", tmp_path, "x"]):
+    for command in (["eval", tmp_path], ["plot", tmp_path], ["generate", tmp_path, "x"], ["train", "--resume", "--out", tmp_path]):
         assert run(*command) == 2
         assert "no config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"settings": {}}')
+    assert run("train", "--resume", "--out", tmp_path) == 2 and "not a run" in capsys.readouterr().err
+
+
+def test_a_text_prior_of_one_token(tmp_path):
+    assert run("train", "--prior", "text", "--text", "a", "--out", tmp_path / "o", *FEW) == 0
+    ET.fromstring((tmp_path / "o/figures/layer-00.svg").read_text())
 
 
 def test_a_model_smaller_than_its_tokenizer(hf, capsys, tmp_path):
