@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -120,10 +121,11 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
 
 def check_ranges(a: SimpleNamespace) -> None:
     for flag, value in vars(a).items():
-        if flag in POSITIVE and value is not None and not 0 < value < 2**40 or \
-                flag in NOT_NEGATIVE and not 0 <= value < 2**40:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected a number above 0"
-                            + " or 0" * (flag in NOT_NEGATIVE))
+        most = math.inf if isinstance(value, float) else 2**40  # a seed is a 64-bit number
+        if flag in POSITIVE and value is not None and not 0 < value < most:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: expected more than 0, and less than {most}")
+        if flag in NOT_NEGATIVE and not 0 <= value < most:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: expected 0 or more, and less than {most}")
 
 
 def model_folder(a: SimpleNamespace) -> Path:
