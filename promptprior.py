@@ -58,7 +58,8 @@ DATA = {
 }
 TRAIN = {
     "steps": (200, "training steps"),
-    "lr": (None, "peak learning rate of AdamW (the prior's own, see below)"),
+    "lr": (None, "peak learning rate of AdamW (at every layer a twentieth of its reference's root mean "
+                 "square, which is 1e-3 at the token embeddings of LLaMA 3.2 1B)"),
     "warmup": (10, "steps of linear warm-up"),
     "clip": (1.0, "largest norm of the gradient"),
     "prior_weight": (0.0, "weight of the prior's log density in the loss; 1 gives the MAP estimate"),
@@ -70,9 +71,6 @@ POSITIVE = {"batch_size", "max_new", "eval_every", "max_length", "reference_rows
 NOT_NEGATIVE = {"steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight"}
 SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep prompt tuning (default with --deep-layers)",
             "keep": "let the rows' outputs go on through the layers, as in prompt tuning (default without)"}
-
-LEARNING_RATE = {"isotropic": 1e-2, "xavier": 1e-2, "vocab": 1e-2, "text": 1e-2, "fitted": 1e-2, "exclusion": 1e-2}
-
 
 MODULES = {"llama", "data", "priors", "viz", "train", __name__}  # their own ValueErrors are the user's mistakes
 
@@ -111,7 +109,6 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
         if path:
             setattr(a, key, f"{kind}:{os.path.abspath(path)}")
     if groups[-1] is TRAIN:
-        a.lr = LEARNING_RATE[name] if a.lr is None else a.lr
         a.eval_every = a.eval_every or max(1, a.steps // 4)
         if a.prior_weight and not priors.PRIORS[name].has_density:
             raise UserError(f"--prior-weight: the prior {name} has no density to follow: use one of "
@@ -474,8 +471,8 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
         f"{a.dtype} on {a.device}; {len(questions.rows)} questions to train on, {len(evals.rows)} to evaluate")
     found = references(a, model, vocabulary, layers, examples)
     start, fitted, reports = draw(a, found)
+    rates = {i: a.lr or float(x.square().mean().sqrt()) / 20 for i, (x, _) in found.items()}
     prompt = llama.Prompt(start, a.cut).to(a.device)
-    prompt.past(model)  # refuses rows that do not fit
 
     def scores(past, name):
         return evaluate(model, vocabulary, past, evals, a, name)
@@ -483,7 +480,7 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     if not resumed:
         run.clear()
         run.write_json("config.json", {
-            "settings": vars(a), "layers": layers, "priors": reports, "threads": torch.get_num_threads(),
+            "settings": vars(a), "priors": reports, "learning_rates": rates, "threads": torch.get_num_threads(),
             "versions": {"python": sys.version.split()[0], **{p: version(p) for p in (
                 "torch", "safetensors", "tokenizers", "numpy")}}, "sha256": sums})
         for split, (name, past) in plain_pasts(a, model, vocabulary).items():
@@ -495,7 +492,7 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     def penalty(rows):  # the loss is a mean over answer tokens, so -log p is divided by their number: weight 1 is MAP
         return -sum(fitted[i].log_prob(r.cpu()).sum() for i, r in rows.items()).to(a.device) / answer_tokens
 
-    train(run, a, model, prompt, lambda step: questions.batch(order[step], a), penalty if a.prior_weight else None,
+    train(run, a, model, prompt, rates, lambda step: questions.batch(order[step], a), penalty if a.prior_weight else None,
           lambda step: scores(prompt.past(model), f"step {step}"), bool(resumed))
 
     end = {i: r.detach().cpu() for i, r in prompt.rows.items()}
@@ -615,8 +612,7 @@ def prior_help() -> str:
     for name, prior in priors.PRIORS.items():
         shown = name + "".join(f"{',:'[i == 0]}{k}={v:g}" for i, (k, v) in enumerate(priors.options(name).items()))
         about = " ".join(prior.__doc__.split("\n\n")[0].split())
-        lines.append(f"  {shown}  (lr {LEARNING_RATE[name]:g})\n"
-                     + textwrap.fill(about, 76, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append(f"  {shown}\n" + textwrap.fill(about, 76, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
 
 

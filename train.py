@@ -206,22 +206,23 @@ def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past, 
 # the loop
 
 
-def learning_rate(step: int, steps: int, warmup: int) -> float:
+def schedule(step: int, steps: int, warmup: int) -> float:
     """The share of the peak: linear warm-up, then half a cosine down to a tenth."""
     rise = min(1.0, (step + 1) / max(warmup, 1))
     return rise * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama.Prompt,
+def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama.Prompt, rates: dict[int, float],
           batch_of: Callable[[int], data.Batch], penalty: Callable[[dict[int, Tensor]], Tensor] | None,
           evaluate: Callable[[int], tuple[dict, list[dict]]], resume: bool) -> None:
-    """AdamW on the rows. Minimises loss per answer token + prior_weight * penalty(rows); see README, MAP.
+    """AdamW on the rows, with a peak learning rate {layer: rate} for each layer's. Minimises loss per answer token + prior_weight * penalty(rows); see README, MAP.
 
     batch_of(step) must be a pure function of the step. evaluate(step) scores the prompt as it is. Raises Stopped on
     SIGINT and SIGTERM, after the step, and when the loss is not finite."""
     a = settings
     about = {"settings": json.dumps({k: v for k, v in vars(a).items() if k != "out"})}  # the same bytes anywhere
-    optimiser = torch.optim.AdamW(prompt.parameters(), lr=a.lr, weight_decay=0.0)
+    optimiser = torch.optim.AdamW([{"params": [r], "lr": rates[i], "peak": rates[i]} for i, r in prompt.rows.items()],
+                                  weight_decay=0.0)
 
     def record(step: int) -> None:
         """Score the rows as they are and write them down."""
@@ -253,9 +254,8 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
         saved = first
         for step in range(first, a.steps):
             start = time.perf_counter()
-            lr = a.lr * learning_rate(step, a.steps, a.warmup)
             for group in optimiser.param_groups:
-                group["lr"] = lr
+                group["lr"] = group["peak"] * schedule(step, a.steps, a.warmup)
             batch = batch_of(step)
             total, count = answer_loss(model, model.extend(batch.shared, prompt.past(model)), batch)
             loss = total / count
@@ -265,11 +265,11 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
             if not math.isfinite(loss.item() + extra.item() + norm.item()):
                 raise Stopped(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} at step {step + 1}: not finite, "
                               f"stopped before it could spoil the rows; {run.path}/checkpoint.safetensors holds step "
-                              f"{saved}: lower --lr (now {a.lr:g})", 1)
+                              f"{saved}: lower --lr (now {max(rates.values()):.3g})", 1)
             optimiser.step()
             optimiser.zero_grad()
             seconds = time.perf_counter() - start
-            line = {"step": step + 1, "split": "train", "loss": loss.item(), "lr": lr, "grad_norm": norm.item(),
+            line = {"step": step + 1, "split": "train", "loss": loss.item(), "lr": optimiser.param_groups[0]["lr"], "grad_norm": norm.item(),
                     "examples_per_second": round(len(batch.tails) / seconds, 2), "seconds": round(seconds, 4)}
             run.log({**line, "penalty": extra.item()} if penalty else line)
             bar.update()

@@ -102,13 +102,15 @@ def scatter(background: np.ndarray, background_name: str, series: list[Series], 
     points = np.concatenate([background, *(s.points for s in series)])
     if not len(points) or not np.isfinite(points).all():
         raise PictureError("no points, or points that are not finite: leave those out")
-    left, top, side = 70, 44, 460  # a square plot, the legend to its right, where it covers nothing
+    left, top, side = 70, 44, 460  # the legend stands to the right of the plot, where it covers nothing
     low, high = _limits(points)
-    x_of = lambda v: left + (np.asarray(v) - low[0]) / (high[0] - low[0]) * side
-    y_of = lambda v: top + side - (np.asarray(v) - low[1]) / (high[1] - low[1]) * side
+    scale = side / (high[0] - low[0])
+    tall = round((high[1] - low[1]) * scale)
+    x_of = lambda v: left + (np.asarray(v) - low[0]) * scale
+    y_of = lambda v: top + tall - (np.asarray(v) - low[1]) * scale
 
     notes = textwrap.wrap(_clean(caption), 116)
-    width, height = 720, top + side + 58 + 15 * len(notes)
+    width, height = 720, top + tall + 58 + 15 * len(notes)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
            f'viewBox="0 0 {width} {height}" width="178mm" role="img" aria-label="{_attribute(title)}">',
            f"<style>{STYLE}</style>", f'<rect class="paper" width="{width}" height="{height}"/>',
@@ -117,22 +119,22 @@ def scatter(background: np.ndarray, background_name: str, series: list[Series], 
         for tick in _ticks(low[axis], high[axis]):
             p, label = float(place(tick)), f"{tick:.6g}".replace("-", "\u2212")
             if axis == 0:
-                out.append(f'<path class="grid" d="M{p:.2f} {top}v{side}"/><path class="tick" d="M{p:.2f} {top + side}v5"/>'
-                           f'<text x="{p:.2f}" y="{top + side + 19}" text-anchor="middle">{label}</text>')
+                out.append(f'<path class="grid" d="M{p:.2f} {top}v{tall}"/><path class="tick" d="M{p:.2f} {top + tall}v5"/>'
+                           f'<text x="{p:.2f}" y="{top + tall + 19}" text-anchor="middle">{label}</text>')
             else:
                 out.append(f'<path class="grid" d="M{left} {p:.2f}h{side}"/><path class="tick" d="M{left - 5} {p:.2f}h5"/>'
                            f'<text x="{left - 9}" y="{p + 4:.2f}" text-anchor="end">{label}</text>')
-    image = base64.b64encode(density_png(x_of(background[:, 0]) - left, y_of(background[:, 1]) - top, side)).decode()
-    out.append(f'<image x="{left}" y="{top}" width="{side}" height="{side}" '
+    image = base64.b64encode(density_png(x_of(background[:, 0]) - left, y_of(background[:, 1]) - top, side, tall)).decode()
+    out.append(f'<image x="{left}" y="{top}" width="{side}" height="{tall}" '
                f'xlink:href="data:image/png;base64,{image}"/>')
     if lines is not None:
         for (xa, ya), (xb, yb) in zip(*lines):
             out.append(f'<path class="path" d="M{x_of(xa):.2f} {y_of(ya):.2f}L{x_of(xb):.2f} {y_of(yb):.2f}"/>')
     for s in series:
         out += [_marker(x, y, s) for x, y in zip(x_of(s.points[:, 0]), y_of(s.points[:, 1]))]
-    out.append(f'<rect class="frame" x="{left}" y="{top}" width="{side}" height="{side}"/>')
-    out.append(f'<text x="{left + side / 2}" y="{top + side + 40}" text-anchor="middle">{_clean_xml(axes[0])}</text>')
-    out.append(f'<text transform="translate(20 {top + side / 2}) rotate(-90)" text-anchor="middle">{_clean_xml(axes[1])}</text>')
+    out.append(f'<rect class="frame" x="{left}" y="{top}" width="{side}" height="{tall}"/>')
+    out.append(f'<text x="{left + side / 2}" y="{top + tall + 40}" text-anchor="middle">{_clean_xml(axes[0])}</text>')
+    out.append(f'<text transform="translate(20 {top + tall / 2}) rotate(-90)" text-anchor="middle">{_clean_xml(axes[1])}</text>')
     x, y = left + side + 22, top + 12
     swatch = f'<rect x="{x - 6}" y="{y - 6}" width="12" height="12" rx="2" fill="{GREY}" fill-opacity=".55"/>'
     for name, s in [(background_name, None), *((s.name, s) for s in series)]:
@@ -143,7 +145,7 @@ def scatter(background: np.ndarray, background_name: str, series: list[Series], 
     if lines is not None:
         out.append(f'<path class="path" d="M{x - 7} {y}h14"/><text x="{x + 14}" y="{y + 4.5}">start to end</text>')
     for i, note in enumerate(notes):
-        out.append(f'<text class="note" x="{left - 50}" y="{top + side + 64 + 15 * i}">{_clean_xml(note)}</text>')
+        out.append(f'<text class="note" x="{left - 50}" y="{top + tall + 64 + 15 * i}">{_clean_xml(note)}</text>')
     return "\n".join(filter(None, out)) + "\n</svg>\n"
 
 
@@ -154,9 +156,11 @@ def _marker(x: float, y: float, s: Series) -> str:
 
 
 def _limits(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One square for all points, with a margin; both axes of one scale."""
+    """A frame around all points with a margin, from half as tall as wide to square and a tenth."""
     low, high = points.min(0), points.max(0)
-    half = max(float((high - low).max()) / 2, 1e-12) * 1.06
+    half = np.maximum((high - low) / 2 * 1.06, 1e-12)
+    half[0] = max(half[0], half[1] / 1.1)
+    half[1] = max(half[1], half[0] / 2)
     middle = (low + high) / 2
     return middle - half, middle + half
 
@@ -168,13 +172,12 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def density_png(x: np.ndarray, y: np.ndarray, side: int, scale: int = 2) -> bytes:
-    """Points at pixels (x, y) of a side x side square -> a palette PNG of their log density, each point a small disc.
+def density_png(x: np.ndarray, y: np.ndarray, width: int, height: int, scale: int = 2) -> bytes:
+    """Points at pixels (x, y) of a plot -> a palette PNG of their log density, each point a small disc.
 
     Transparent where nothing is, so it stands on a light and on a dark page alike."""
-    size = side * scale
-    count = np.zeros((size, size))
-    column, row = (np.clip((v * scale).astype(np.int64), 0, size - 1) for v in (x, y))
+    count = np.zeros((height * scale, width * scale))
+    row, column = (np.clip((v * scale).astype(np.int64), 0, n - 1) for v, n in zip((y, x), count.shape))
     np.add.at(count, (row, column), 1)
     radius = 3 if len(x) < 20_000 else 2 if len(x) < 60_000 else 1
     spread = np.zeros_like(count)

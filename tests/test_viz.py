@@ -61,7 +61,7 @@ def test_png(width):
 
 
 def test_density_shows_where_points_are():
-    index, _, alpha = read_png(viz.density_png(np.array([10.0] * 50 + [80.0]), np.array([20.0] * 50 + [90.0]), 100))
+    index, _, alpha = read_png(viz.density_png(np.array([10.0] * 50 + [80.0]), np.array([20.0] * 50 + [90.0]), 100, 100))
     assert index[40, 20] == 15 and 0 < index[180, 160] < 15 and index[100, 100] == 0 and alpha[0] == 0
 
 
@@ -80,8 +80,8 @@ def test_figure_parses_and_stays_in_its_frame():
     circles = root.findall("{*}circle")
     assert len(circles) == 20 + 20 + 2 and len([p for p in root.findall("{*}path") if p.get("class") == "path"]) == 21
     frame = next(r for r in root.findall("{*}rect") if r.get("class") == "frame")
-    x, y, side = (float(frame.get(k)) for k in ("x", "y", "width"))
-    inside = [c for c in circles if x <= float(c.get("cx")) <= x + side and y <= float(c.get("cy")) <= y + side]
+    x, y, width, height = (float(frame.get(k)) for k in ("x", "y", "width", "height"))
+    inside = [c for c in circles if x <= float(c.get("cx")) <= x + width and y <= float(c.get("cy")) <= y + height]
     assert len(inside) == 40  # the two others are the legend's, and it stands outside the data
     image = root.find("{*}image").get("{http://www.w3.org/1999/xlink}href").removeprefix("data:image/png;base64,")
     index, _, _ = read_png(base64.b64decode(image))
@@ -108,9 +108,14 @@ def test_figure_is_small_and_reproducible():
     assert max(sizes) < 300_000
 
 
-def test_equal_scale_on_both_axes():
-    low, high = viz._limits(np.array([[0.0, 0.0], [10.0, 1.0]]))
-    assert high[0] - low[0] == pytest.approx(high[1] - low[1]) and low[0] < 0 < 10 < high[0]
+@pytest.mark.parametrize("w, h", [(10.0, 1.0), (1.0, 10.0), (3.0, 3.0)])
+def test_equal_scale_on_both_axes(w, h):
+    corners = np.array([[0.0, 0.0], [w, h]])
+    svg = viz.scatter(corners, "b", [viz.Series("s", corners)], ("x", "y"))
+    root = ET.fromstring(svg)
+    (x0, y0), (x1, y1) = [(float(c.get("cx")), float(c.get("cy"))) for c in root.findall("{*}circle")][:2]
+    assert (x1 - x0) / (y0 - y1) == pytest.approx(w / h, rel=0.01)
+    assert 300 < float(root.get("viewBox").split()[3]) < 700
 
 
 def test_one_point_and_nothing():
