@@ -1,12 +1,13 @@
-"""Question-answering and text data in their published formats, as token rows and batches, and their scores.
+"""Question-answering and text data in their published formats, as token rows and batches,
+and their scores.
 
-Needs tokenizers, and torch only in `collate`. It reads files and returns values; it never prints or writes, and
-knows nothing of models.
+Needs tokenizers, and torch only in `collate`. It reads files and returns values; it never prints or
+writes, and knows nothing of models.
 
-    examples = read("squad", "train-v1.1.json")                   # [Example(context, question, answers, ...), ...]
+    examples = read("squad", "train-v1.1.json")          # [Example(context, question, ...), ...]
     rows = [encode(e, vocabulary, max_length=512) for e in examples]
     batch = collate([rows[i] for i in Order([r.context for r in rows], size=32, seed=0)[step]])
-    score(examples[0], "a prediction")                            # {"exact_match": 0.0, "f1": 0.4, ...}
+    score(examples[0], "a prediction")                   # {"exact_match": 0.0, "f1": 0.4, ...}
 """
 
 from __future__ import annotations
@@ -39,27 +40,30 @@ class Example(NamedTuple):
     kind: str  # "squad", "math", "hendrycks" or "text"
     context: str  # "" for arithmetic; the whole text of "text"
     question: str
-    answers: tuple[str, ...]  # all accepted answers, the first one is trained on; () is unanswerable
+    answers: tuple[str, ...]  # all that are accepted, the first is trained on; () is unanswerable
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 
 def read(kind: str, path: str, limit: int | None = None) -> list[Example]:
-    """All examples of a file, a folder or a glob; `limit` stops the reading of text, which is streamed."""
+    """All examples of a file, a folder or a glob; `limit` stops reading text, which is streamed."""
     reader = READERS[kind][1]
-    examples = list(islice((e for file in files_of(kind, path) for e in reader(file)), limit if kind == "text" else None))
+    examples = list(islice((e for file in files_of(kind, path) for e in reader(file)),
+                           limit if kind == "text" else None))
     if not examples:
-        raise DataError(f"{path}: no examples in it, expected at least one {kind} example: choose another file")
+        raise DataError(f"{path}: no examples in it, expected at least one {kind} example: "
+                        "choose another file")
     return examples
 
 
 def files_of(kind: str, path: str) -> list[Path]:
-    """The files that a path stands for: itself, those of its kind in a folder, or those that a glob matches."""
+    """The files that a path stands for: itself, those of its kind in a folder, or a glob's."""
     suffixes = READERS[kind][0]
     if Path(path).is_dir():
-        files = sorted(p for p in Path(path).rglob("*") if p.name.endswith(suffixes) and p.is_file())
+        files = sorted(p for p in Path(path).rglob("*")
+                       if p.name.endswith(suffixes) and p.is_file())
         expected = f"a file ending in {' or '.join(suffixes)} below it"
     else:
         found = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
@@ -81,7 +85,8 @@ def _json(text: str, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise DataError(f"{where}: not JSON ({e}): fetch the file again, or check its kind") from None
+        raise DataError(f"{where}: not JSON ({e}): fetch the file again, or check "
+                        "its kind") from None
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -90,7 +95,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict]]:
     if text.lstrip()[:1] == "[":
         rows = _json(text, str(path))
     elif "\n" in text.strip() and text.lstrip().split("\n", 1)[0].rstrip().endswith("}"):
-        rows = [_json(line, f"{path} line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [_json(line, f"{path} line {i}") for i, line in enumerate(text.split("\n"), 1)
+                if line.strip()]
     else:
         rows = _json(text, str(path)) if text.strip() else []
         if isinstance(rows, dict) and rows and all(isinstance(v, list) for v in rows.values()):
@@ -100,15 +106,17 @@ def _records(path: Path) -> Iterator[tuple[str, dict]]:
         rows = rows if isinstance(rows, list) else [rows]
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise DataError(f"{path} record {i}: found {type(row).__name__}, expected an object with named fields: "
-                            "check the file's kind")
+            raise DataError(f"{path} record {i}: found {type(row).__name__}, expected an object "
+                            "with named fields: check the file's kind")
         yield f"{path} record {i}", row
 
 
 def _field(row: dict, key: str, type_: type, where: str):
     if not isinstance(row, dict) or not isinstance(row.get(key), type_):
-        found = f"{key!r} is {type(row[key]).__name__}" if isinstance(row, dict) and key in row else f"no {key!r}"
-        raise DataError(f"{where}: {found}, expected a {type_.__name__}: check that the file is of this kind")
+        found = f"{key!r} is {type(row[key]).__name__}" if isinstance(row, dict) and key in row \
+            else f"no {key!r}"
+        raise DataError(f"{where}: {found}, expected a {type_.__name__}: "
+                        "check that the file is of this kind")
     return row[key]
 
 
@@ -118,7 +126,8 @@ def _squad(path: Path) -> Iterator[Example]:
     if not text.lstrip().startswith("{") or '"paragraphs"' not in text:
         for where, row in _records(path):
             answers = _field(row, "answers", dict, where)
-            yield _question(row, _field(row, "context", str, where), _field(answers, "text", list, where), where)
+            yield _question(row, _field(row, "context", str, where),
+                            _field(answers, "text", list, where), where)
         return
     for a, article in enumerate(_field(_json(text, str(path)), "data", list, str(path))):
         for p, paragraph in enumerate(_field(article, "paragraphs", list, f"{path} article {a}")):
@@ -132,25 +141,28 @@ def _squad(path: Path) -> Iterator[Example]:
 def _question(row: dict, context: str, answers: list, where: str) -> Example:
     if not all(isinstance(a, str) for a in answers):
         raise DataError(f"{where}: an answer is not a text: check that the file is SQuAD")
-    return Example(str(row.get("id", where)), "squad", context, _field(row, "question", str, where), tuple(answers))
+    return Example(str(row.get("id", where)), "squad", context,
+                   _field(row, "question", str, where), tuple(answers))
 
 
 def _math(path: Path) -> Iterator[Example]:
-    """DeepMind mathematics: question and answer on alternating lines, or a JSON export of question and answer."""
+    """DeepMind mathematics: question and answer on alternating lines, or a JSON export
+    of question and answer."""
     if path.suffix in (".json", ".jsonl"):
         for i, (where, row) in enumerate(_records(path)):
-            question, answer = (_unbyte(_field(row, key, str, where)) for key in ("question", "answer"))
+            question, answer = (_unbyte(_field(row, key, str, where))
+                                for key in ("question", "answer"))
             yield Example(f"{path.parent.name}/{path.stem}-{i}", "math", "", question, (answer,))
         return
     lines = _text(path).removesuffix("\n").split("\n") if path.stat().st_size else []
     if len(lines) % 2:
-        raise DataError(f"{path}: {len(lines)} lines, expected a question and an answer in turn, so an even number; "
-                        f"line {len(lines)} has no answer: repair the file")
+        raise DataError(f"{path}: {len(lines)} lines, expected a question and an answer in turn, "
+                        f"so an even number; line {len(lines)} has no answer: repair the file")
     for i in range(0, len(lines), 2):
         question, answer = lines[i].strip(), lines[i + 1].strip()
         if not question or not answer:
-            raise DataError(f"{path} line {i + 1 + bool(question)}: empty, expected a question and an answer in "
-                            "turn: repair the file")
+            raise DataError(f"{path} line {i + 1 + bool(question)}: empty, expected a question "
+                            "and an answer in turn: repair the file")
         yield Example(f"{path.parent.name}/{path.stem}-{i // 2}", "math", "", question, (answer,))
 
 
@@ -165,11 +177,13 @@ def _unbyte(text: str) -> str:
 
 
 def _hendrycks(path: Path) -> Iterator[Example]:
-    """Hendrycks MATH: one problem a JSON file, or records of them; the answer is the last \\boxed in the solution."""
+    """Hendrycks MATH: one problem a JSON file, or records of them; the answer is the last
+    \\boxed in the solution."""
     for i, (where, row) in enumerate(_records(path)):
         answer = last_boxed(_field(row, "solution", str, where))
         if answer is None:
-            raise DataError(f"{where}: no \\boxed answer in the solution: check that the file is Hendrycks MATH")
+            raise DataError(f"{where}: no \\boxed answer in the solution: "
+                            "check that the file is Hendrycks MATH")
         yield Example(f"{path.parent.name}/{path.stem}" + (f"-{i}" if i else ""), "hendrycks", "",
                       _field(row, "problem", str, where), (answer,))
 
@@ -191,7 +205,8 @@ def last_boxed(solution: str) -> str | None:
 
 
 def _lines_of_text(path: Path) -> Iterator[Example]:
-    """C4 json lines (.json, .jsonl, also .gz), or plain text whose paragraphs are parted by empty lines. Streamed."""
+    """C4 json lines (.json, .jsonl, also .gz), or plain text whose paragraphs are parted
+    by empty lines. Streamed."""
     def line_by_line():
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             yield from io.TextIOWrapper(f, encoding="utf-8-sig")
@@ -203,11 +218,13 @@ def _lines_of_text(path: Path) -> Iterator[Example]:
             if as_json:
                 if line.strip():
                     where = f"{path} line {number}"
-                    yield Example(f"{path.stem}-{number}", "text", _field(_json(line, where), "text", str, where), "", ())
+                    yield Example(f"{path.stem}-{number}", "text",
+                                  _field(_json(line, where), "text", str, where), "", ())
             elif line.strip():
                 paragraph.append(line)
             elif paragraph:
-                yield Example(f"{path.stem}-{(count := count + 1)}", "text", "".join(paragraph).strip(), "", ())
+                yield Example(f"{path.stem}-{(count := count + 1)}", "text",
+                              "".join(paragraph).strip(), "", ())
                 paragraph = []
     except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error) as e:
         raise DataError(f"{path}: cannot be read ({e}): fetch it again") from None
@@ -223,7 +240,7 @@ READERS = {  # kind -> (endings looked for in a folder, reader of one file)
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokens
 
 
@@ -235,18 +252,20 @@ class Vocabulary:
 
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise DataError(f"{path}: no such file; a model folder needs its tokenizer.json: fetch it")
+            raise DataError(f"{path}: no such file; a model folder needs its tokenizer.json: "
+                            "fetch it")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception
             raise DataError(f"{path}: not a tokenizer ({e}): fetch it again") from None
-        self.tokenizer.no_truncation()  # the file may ask for either, and both would falsify the text
+        self.tokenizer.no_truncation()  # the file may ask for either; both would falsify the text
         self.tokenizer.no_padding()
         self.bos, self.eos = bos, eos
         added = self.tokenizer.encode("").ids
         if added and added != [bos] and (bos is not None or len(added) > 1):
-            raise DataError(f"{path}: puts tokens {added} around a text and config.json says BOS is {bos}, expected that "
-                            "alone: the two are not of one model; fetch both again")
+            raise DataError(f"{path}: puts tokens {added} around a text and config.json says BOS "
+                            f"is {bos}, expected that alone: the two are not of one model; "
+                            "fetch both again")
 
     @functools.cached_property
     def size(self) -> int:
@@ -259,9 +278,10 @@ class Vocabulary:
 
     @functools.cached_property
     def stop(self) -> set[int]:
-        """Ids that end an answer: EOS, and every token with a line break in it, byte-level or sentencepiece."""
+        """Ids that end an answer: EOS, and tokens with a line break (byte-level, sentencepiece)."""
         pieces = ((i, self.tokenizer.id_to_token(i) or "") for i in range(self.size))
-        return {*self.eos, *(i for i, piece in pieces if "Ċ" in piece or "\n" in piece or piece == "<0x0A>")}
+        return {*self.eos, *(i for i, piece in pieces
+                             if "Ċ" in piece or "\n" in piece or piece == "<0x0A>")}
 
     def encode(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text).ids
@@ -284,22 +304,24 @@ class Row(NamedTuple):
 
     ids: list[int]  # BOS, context, question, answer, line break
     start: int  # index of the answer's first token in ids
-    question: list[int]  # the same without the answer, as it is asked: ids[:start], unless the seam merges
+    question: list[int]  # as it is asked, without the answer: ids[:start], unless the seam merges
     context: str  # rows of one context share their beginning
     cut: int  # context tokens that did not fit
 
 
 def question_text(context: str, question: str) -> str:
     """The paper's template; nothing stands before "Question:" when there is no context."""
-    return f"{context}\nQuestion: {question}\nAnswer:" if context else f"Question: {question}\nAnswer:"
+    return f"{context}\nQuestion: {question}\nAnswer:" if context \
+        else f"Question: {question}\nAnswer:"
 
 
 def encode(example: Example, vocabulary: Vocabulary, max_length: int) -> Row | None:
-    """Tokenise the whole text at once (pieces would merge differently at their seams), then find the answer.
+    """Tokenise the whole text at once (pieces would merge differently at their seams),
+    then find the answer.
 
-    A row over max_length loses words at the context's end, never in question or answer; None if those alone are
-    too long. An unanswerable question's answer is a space, which no tokenizer merges with the colon before it.
-    A text is a row without a question."""
+    A row over max_length loses words at the context's end, never in question or answer; None if
+    those alone are too long. An unanswerable question's answer is a space, which no tokenizer
+    merges with the colon before it. A text is a row without a question."""
     if example.kind == "text":
         ids = vocabulary.encode(example.context)
         cut = max(len(ids) - max_length, 0)
@@ -317,7 +339,8 @@ def encode(example: Example, vocabulary: Vocabulary, max_length: int) -> Row | N
             return None
         offsets = vocabulary.tokenizer.encode(context, add_special_tokens=False).offsets
         keep = max(len(offsets) - excess, 0)
-        shorter = context[: offsets[keep][0]].rstrip()  # tokens of one character have one offset: drop it whole
+        # tokens of one character have one offset: drop it whole
+        shorter = context[: offsets[keep][0]].rstrip()
         context, cut = shorter if shorter != context else context[:-1], cut + len(offsets) - keep
 
 
@@ -328,16 +351,17 @@ def common_beginning(rows: list[list[int]]) -> list[int]:
     return low[:n]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # batches
 
 
 class Order:
-    """order[step] -> the indices of that step's rows; a pure function of (seed, step), so nothing is to be saved.
+    """order[step] -> the indices of that step's rows; a pure function of (seed, step), so nothing
+    is to be saved.
 
-    contexts holds the context of every row. Every epoch shuffles the contexts, and the questions within each, so
-    questions of one context meet in a batch; share=False shuffles single rows. A batch may span two epochs, so none
-    is short."""
+    contexts holds the context of every row. Every epoch shuffles the contexts, and the questions
+    within each, so questions of one context meet in a batch; share=False shuffles single rows. A
+    batch may span two epochs, so none is short."""
 
     def __init__(self, contexts: list[str], size: int, seed: int, share: bool = True):
         self.count, self.size, self.seed = len(contexts), size, seed
@@ -363,7 +387,7 @@ class Batch(NamedTuple):
     shared: "Tensor"  # (P, Tc) int64, PAD on the right; Tc may be 0
     tails: "Tensor"  # (Q, Tq) int64, PAD on the right: the rest of the question, and the answer
     parent: "Tensor"  # (Q,) int64: row of `shared` that a tail goes on from
-    labels: "Tensor"  # (Q, Tq) int64: the token that follows where it is the answer's, else NO_LABEL
+    labels: "Tensor"  # (Q, Tq) int64: the token that follows if it is the answer's, else NO_LABEL
     asked: list[list[int]]  # Q tails without the answer, to generate from
 
     def to(self, device) -> Batch:
@@ -371,9 +395,10 @@ class Batch(NamedTuple):
 
 
 def collate(rows: list[Row], share: bool = True) -> Batch:
-    """Rows -> a trie, in their order. Causality makes it exact: what a beginning computes does not depend on its tail.
+    """Rows -> a trie, in their order. Causality makes it exact: what a beginning computes does not
+    depend on its tail.
 
-    At least the last token before an answer is in its tail, for it predicts the answer's first token."""
+    At least the last token before an answer is in its tail: it predicts the answer's first one."""
     import torch
 
     groups: dict = {}
@@ -391,20 +416,22 @@ def collate(rows: list[Row], share: bool = True) -> Batch:
 
     def padded(lists, value):
         T = max(map(len, lists))
-        return torch.tensor([x + [value] * (T - len(x)) for x in lists], dtype=torch.int64).view(len(lists), T)
+        return torch.tensor([x + [value] * (T - len(x)) for x in lists],
+                            dtype=torch.int64).view(len(lists), T)
 
     in_order = lambda found: [found[i] for i in range(len(rows))]
     return Batch(padded(shared, PAD), padded(in_order(tails), PAD), torch.tensor(in_order(parent)),
                  padded(in_order(labels), NO_LABEL), in_order(asked))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scores
 
 
 def score(example: Example, prediction: str | None) -> dict[str, float]:
-    """Scores of one answer, 0 to 1, the best over the accepted answers. None, a missing prediction, counts 0."""
-    judge = _score_text if example.kind == "squad" else functools.partial(_score_value, example.question)
+    """Scores of an answer, 0 to 1, the best over those accepted. None, a missing one, counts 0."""
+    judge = _score_text if example.kind == "squad" \
+        else functools.partial(_score_value, example.question)
     if prediction is None:
         return dict.fromkeys(judge("x", "x"), 0.0)
     return _best([judge(prediction, gold) for gold in _golds(example)])
@@ -412,24 +439,29 @@ def score(example: Example, prediction: str | None) -> dict[str, float]:
 
 def mean_scores(scores: list[dict[str, float]]) -> dict[str, float]:
     """Means in percent, as the SQuAD script gives them."""
-    return {key: 100 * sum(s[key] for s in scores) / len(scores) for key in scores[0]} if scores else {}
+    return {key: 100 * sum(s[key] for s in scores) / len(scores)
+            for key in scores[0]} if scores else {}
 
 
 def _golds(example: Example) -> list[str]:
-    """v2.0's rule: golds that are empty after normalisation are dropped, and if none is left the empty answer is it."""
+    """v2.0's rule: golds that are empty after normalisation are dropped, and if none is left the
+    empty answer is it."""
     if example.kind != "squad":
         return list(example.answers)
     return [a for a in example.answers if normalize(a)] or [""]
 
 
 def _best(scores: list[dict[str, float]]) -> dict[str, float]:
-    """Exact match and F1 each over all golds, as the official script; precision and recall are of the best F1."""
+    """Exact match and F1 each over all golds, as the official script; precision and recall are
+    of the best F1."""
     top = max(scores, key=lambda s: s.get("f1", 0.0))
-    return {key: top[key] if key in ("precision", "recall") else max(s[key] for s in scores) for key in top}
+    return {key: top[key] if key in ("precision", "recall") else max(s[key] for s in scores)
+            for key in top}
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normalisation, in its order: lower case, ASCII punctuation out, articles out, spaces squeezed."""
+    """SQuAD's normalisation, in its order: lower case, ASCII punctuation out, articles out,
+    spaces squeezed."""
     text = text.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -439,7 +471,8 @@ def _score_text(prediction: str, gold: str) -> dict[str, float]:
     same = sum((Counter(p) & Counter(g)).values())
     if not p or not g:  # v2.0: an empty answer is right only where an empty one is expected
         same_empty = float(p == g)
-        return {"exact_match": same_empty, "precision": same_empty, "recall": same_empty, "f1": same_empty}
+        return {"exact_match": same_empty, "precision": same_empty, "recall": same_empty,
+                "f1": same_empty}
     precision, recall = same / len(p), same / len(g)
     return {"exact_match": float(p == g), "precision": precision, "recall": recall,
             "f1": 2 * precision * recall / (precision + recall) if same else 0.0}
@@ -448,7 +481,8 @@ def _score_text(prediction: str, gold: str) -> dict[str, float]:
 def _score_value(question: str, prediction: str, gold: str) -> dict[str, float]:
     """accuracy: the same string, DeepMind's own measure. accuracy_value: the same number."""
     exact = prediction.strip() == gold.strip()
-    in_base = re.search(r"\bbase\s+[0-9]+", question, re.IGNORECASE)  # 98 in base 14 is not the decimal 98.0
+    # 98 in base 14 is not the decimal 98.0
+    in_base = re.search(r"\bbase\s+[0-9]+", question, re.IGNORECASE)
     same = exact or (not in_base and None is not value(prediction) == value(gold))
     return {"accuracy": float(exact), "accuracy_value": float(same)}
 
@@ -456,7 +490,8 @@ def _score_value(question: str, prediction: str, gold: str) -> dict[str, float]:
 def value(text: str) -> Fraction | None:
     """An integer, a decimal or a fraction, a/b or \\frac{a}{b}; None for anything else."""
     text = re.sub(r"^([+-]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text.strip())
-    if len(text) > 1000 or not re.fullmatch(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(/[+-]?[0-9]+)?", text):
+    if len(text) > 1000 or not re.fullmatch(
+            r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(/[+-]?[0-9]+)?", text):
         return None
     numerator, _, denominator = text.partition("/")
     denominator = Fraction(denominator or 1)

@@ -3,8 +3,9 @@
     python promptprior.py train --prior exclusion --deep-layers 3
     python promptprior.py plot runs/squad-exclusion-deep3-seed0
 
-This file is the command line: it reads arguments, puts the modules together, prints and draws. Modules that import
-torch are imported inside the functions that need them, so that --help answers at once.
+This file is the command line: it reads arguments, puts the modules together, prints and
+draws. Modules that import torch are imported inside the functions that need them, so that
+--help answers at once.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import data
 import priors
 
 TINY = Path(__file__).resolve().parent / "tiny"
-BUNDLED = {"squad": ("squad/train.json", "squad/dev.json"), "math": ("math/train-easy", "math/interpolate"),
-           "text": ("text", "text")}  # kind -> training and evaluation data under tiny/
+# kind -> training and evaluation data under tiny/
+BUNDLED = {"squad": ("squad/train.json", "squad/dev.json"),
+           "math": ("math/train-easy", "math/interpolate"), "text": ("text", "text")}
 TOKENS = 20  # rows a layer, as in the paper
 BUNDLED_TEXT = "short answer"  # the header that the bundled model was pre-trained with
 
@@ -35,51 +37,61 @@ BUNDLED_TEXT = "short answer"  # the header that the bundled model was pre-train
 MODEL = {
     "model": ("tiny", "model folder in Hugging Face's layout; tiny is the bundled one"),
     "device": (None, "cpu, cuda, cuda:1 ... (cuda when there is one)"),
-    "dtype": (None, "float32, bfloat16 or float16 of the frozen weights (bfloat16 on cuda, else float32)"),
+    "dtype": (None, "float32, bfloat16 or float16 of the frozen weights "
+                    "(bfloat16 on cuda, else float32)"),
     "seed": (0, "seed of the prior's draw and of the data's order"),
 }
 PRIOR = {
     "prior": ("vocab", "prior of the rows, NAME or NAME:option=value,...; see below"),
-    "reference": ("vocab", "what priors are fitted on: vocab (each token once) or a data SPEC (tokens as the data uses "
-                           "them). Rows at deep layers are fitted on activations, of that SPEC or of --data"),
+    "reference": ("vocab", "what priors are fitted on: vocab (each token once) or a data SPEC "
+                           "(tokens as the data uses them). Rows at deep layers are fitted on "
+                           "activations, of that SPEC or of --data"),
     "reference_rows": (20000, "most rows of a reference taken from data"),
-    "text": (None, "the text of the prior text, also scored as a plain text prompt ('short answer' for tiny)"),
+    "text": (None, "the text of the prior text, also scored as a plain text prompt "
+                   "('short answer' for tiny)"),
     "tokens": (TOKENS, "rows at the token embeddings; 0 for none, then deep layers have 20"),
     "deep_layers": (0, "how many of the last layers own rows too"),
 }
 DATA = {
-    "data": ("squad", "training data, a SPEC: squad:PATH, math:PATH, hendrycks:PATH or text:PATH, a file, folder or "
-                      "pattern; squad, math and text alone are the bundled ones"),
-    "eval_data": (None, "evaluation data, a SPEC (the bundled one's, or a tenth of --data held out)"),
+    "data": ("squad", "training data, a SPEC: squad:PATH, math:PATH, hendrycks:PATH or text:PATH, "
+                      "a file, folder or pattern; squad, math and text alone are the bundled ones"),
+    "eval_data": (None, "evaluation data, a SPEC "
+                        "(the bundled one's, or a tenth of --data held out)"),
     "eval_limit": (200, "most questions evaluated; 0 for all"),
-    "max_length": (None, "most tokens of context, question and answer; longer contexts are cut (1024, or what fits)"),
+    "max_length": (None, "most tokens of context, question and answer; longer contexts are cut "
+                         "(1024, or what fits)"),
     "max_new": (32, "most tokens of a generated answer"),
     "batch_size": (16, "examples a step"),
 }
 TRAIN = {
     "steps": (200, "training steps"),
-    "lr": (None, "peak learning rate of AdamW (at every layer a twentieth of its reference's root mean "
-                 "square, which is 1e-3 at the token embeddings of LLaMA 3.2 1B)"),
+    "lr": (None, "peak learning rate of AdamW (at every layer a twentieth of its reference's root "
+                 "mean square, which is 1e-3 at the token embeddings of LLaMA 3.2 1B)"),
     "warmup": (10, "steps of linear warm-up"),
     "clip": (1.0, "largest norm of the gradient"),
-    "prior_weight": (0.0, "weight of the prior's log density in the loss; 1 gives the MAP estimate"),
+    "prior_weight": (0.0, "weight of the prior's log density in the loss; "
+                          "1 gives the MAP estimate"),
     "eval_every": (None, "steps between evaluations and checkpoints (a quarter of --steps)"),
     "out": (None, "the run's folder (runs/ and a name made of the settings)"),
 }
-SAMPLE = {"out": (None, "folder for the rows and a figure for every layer; without it nothing is written")}
+SAMPLE = {"out": (None, "folder for the rows and a figure for every layer; "
+                        "without it nothing is written")}
 POSITIVE = {"batch_size", "max_new", "eval_every", "max_length", "reference_rows", "lr", "clip"}
 NOT_NEGATIVE = {"steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight"}
-SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep prompt tuning (default with --deep-layers)",
-            "keep": "let the rows' outputs go on through the layers, as in prompt tuning (default without)"}
+SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep prompt tuning "
+                   "(default with --deep-layers)",
+            "keep": "let the rows' outputs go on through the layers, as in prompt tuning "
+                    "(default without)"}
 
-MODULES = {"llama", "data", "priors", "viz", "train", __name__}  # their own ValueErrors are the user's mistakes
+# their own ValueErrors are the user's mistakes
+MODULES = {"llama", "data", "priors", "viz", "train", __name__}
 
 
 class UserError(ValueError):
     """A mistake on the command line: what, and the remedy, in one line."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what a command works with
 
 
@@ -88,8 +100,9 @@ def say(text: str) -> None:
 
 
 def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
-    """What the user gave over the defaults of the groups, and the defaults that follow from other settings."""
-    a = SimpleNamespace(**{flag: default for group in groups for flag, (default, _) in group.items()},
+    """What the user gave over the groups' defaults, and those that follow from other settings."""
+    a = SimpleNamespace(**{flag: default for group in groups
+                           for flag, (default, _) in group.items()},
                         cut=None, share=True, keep_unanswerable=False)
     vars(a).update(given)
     check_ranges(a)
@@ -103,7 +116,7 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
     name = priors.parse(a.prior)[0]
     a.cut = bool(a.deep_layers) if a.cut is None else a.cut
     a.eval_data = a.data if a.eval_data is None and a.data in BUNDLED else a.eval_data
-    a.model = a.model if a.model == "tiny" else os.path.abspath(a.model)  # a run is opened from any folder
+    a.model = a.model if a.model == "tiny" else os.path.abspath(a.model)  # runs open from anywhere
     for key in ("data", "eval_data", "reference"):
         kind, colon, path = (getattr(a, key) or "").partition(":")
         if path:
@@ -111,8 +124,8 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
     if groups[-1] is TRAIN:
         a.eval_every = a.eval_every or max(1, a.steps // 4)
         if a.prior_weight and not priors.PRIORS[name].has_density:
-            raise UserError(f"--prior-weight: the prior {name} has no density to follow: use one of "
-                            f"{', '.join(n for n, p in priors.PRIORS.items() if p.has_density)}")
+            raise UserError(f"--prior-weight: the prior {name} has no density to follow: use one "
+                            f"of {', '.join(n for n, p in priors.PRIORS.items() if p.has_density)}")
     return a
 
 
@@ -120,9 +133,11 @@ def check_ranges(a: SimpleNamespace) -> None:
     for flag, value in vars(a).items():
         most = math.inf if isinstance(value, float) else 2**40  # a seed is a 64-bit number
         if flag in POSITIVE and value is not None and not 0 < value < most:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected more than 0, and less than {most}")
+            raise UserError(f"--{flag.replace('_', '-')} {value}: expected more than 0, and less "
+                            f"than {most}")
         if flag in NOT_NEGATIVE and not 0 <= value < most:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected 0 or more, and less than {most}")
+            raise UserError(f"--{flag.replace('_', '-')} {value}: expected 0 or more, and less "
+                            f"than {most}")
 
 
 def model_folder(a: SimpleNamespace) -> Path:
@@ -137,8 +152,8 @@ def load_model(a: SimpleNamespace):
 
     folder = model_folder(a)
     if not folder.is_dir():
-        raise UserError(f"--model {a.model}: no such folder: download a model with `hf download NAME --local-dir DIR` "
-                        "and give DIR")
+        raise UserError(f"--model {a.model}: no such folder: download a model with "
+                        "`hf download NAME --local-dir DIR` and give DIR")
     if a.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {a.dtype}: use float32, bfloat16 or float16")
     try:
@@ -149,14 +164,15 @@ def load_model(a: SimpleNamespace):
     c = model.config
     vocabulary = data.Vocabulary(folder, c.bos_token_id, c.eos_token_id)
     if vocabulary.size > c.vocab_size:
-        raise UserError(f"{folder}: tokenizer.json has {vocabulary.size} tokens and the model embeds {c.vocab_size}: "
-                        "the two are not of one model; fetch both again")
+        raise UserError(f"{folder}: tokenizer.json has {vocabulary.size} tokens and the model "
+                        f"embeds {c.vocab_size}: the two are not of one model; fetch both again")
     beside = max(rows_per_layer(a), len(vocabulary.encode_plain(a.text))) + a.max_new
     room = c.max_position_embeddings - beside
     a.max_length = a.max_length or min(1024, max(room, 0))
     if not 0 < a.max_length <= room:
-        raise UserError(f"--max-length {a.max_length}: the model has {c.max_position_embeddings} positions, and --tokens "
-                        f"or --text with --max-new takes {beside} of them, which leaves {max(room, 0)}")
+        raise UserError(f"--max-length {a.max_length}: the model has {c.max_position_embeddings} "
+                        f"positions, and --tokens or --text with --max-new takes {beside} of them, "
+                        f"which leaves {max(room, 0)}")
     return model, vocabulary
 
 
@@ -167,8 +183,9 @@ def rows_per_layer(a: SimpleNamespace) -> int:
 def layers_with_rows(a: SimpleNamespace, model) -> list[int]:
     L = model.config.num_hidden_layers
     if a.deep_layers > L or not (a.tokens or a.deep_layers):
-        raise UserError(f"--tokens {a.tokens} --deep-layers {a.deep_layers}: the model has {L} layers; give 0 to {L} "
-                        "deep layers, and rows at the tokens, at deep layers, or both")
+        raise UserError(f"--tokens {a.tokens} --deep-layers {a.deep_layers}: the model has {L} "
+                        f"layers; give 0 to {L} deep layers, and rows at the tokens, at deep "
+                        "layers, or both")
     return sorted({*([0] if a.tokens else []), *range(L - a.deep_layers, L)})
 
 
@@ -186,15 +203,16 @@ def parse_spec(spec: str, split: int) -> tuple[str, str]:
 def read_questions(spec: str, split: int, keep_unanswerable: bool) -> list[data.Example]:
     kind, path = parse_spec(spec, split)
     if kind == "text":
-        raise UserError(f"data {spec!r}: text has no questions and answers to train or evaluate on: use it with "
-                        "--reference, and squad, math or hendrycks here")
+        raise UserError(f"data {spec!r}: text has no questions and answers to train or evaluate "
+                        "on: use it with --reference, and squad, math or hendrycks here")
     examples = data.read(kind, path)
     kept = examples if keep_unanswerable else [e for e in examples if e.answers]
     if not kept:
-        raise UserError(f"{path}: no answerable question in it: use --keep-unanswerable, or other data")
+        raise UserError(f"{path}: no answerable question in it: use --keep-unanswerable, or other "
+                        "data")
     if len(kept) < len(examples):
-        say(f"{path}: {len(examples) - len(kept)} of {len(examples)} questions are unanswerable and dropped "
-            "(--keep-unanswerable keeps them)")
+        say(f"{path}: {len(examples) - len(kept)} of {len(examples)} questions are unanswerable "
+            "and dropped (--keep-unanswerable keeps them)")
     return kept
 
 
@@ -204,12 +222,15 @@ def topic(e: data.Example) -> str:
 
 
 def some_of(examples: list[data.Example], count: int) -> list[data.Example]:
-    """`count` examples (0: all), whole topics as far as may be, always the same ones, in the order of the data."""
-    return [examples[i] for i in sorted(data.Order(list(map(topic, examples)), 1, seed=0).epoch(0)[:count or None])]
+    """`count` examples (0: all), whole topics as far as may be, always the same ones, in the
+    order of the data."""
+    return [examples[i] for i in sorted(
+        data.Order(list(map(topic, examples)), 1, seed=0).epoch(0)[:count or None])]
 
 
 def training_and_evaluation(a: SimpleNamespace) -> tuple[list[data.Example], list[data.Example]]:
-    """The examples of a run. Without --eval-data a tenth of the training data is held out, by whole topics."""
+    """The examples of a run. Without --eval-data a tenth of the training data is held
+    out, by whole topics."""
     examples = read_questions(a.data, 0, a.keep_unanswerable)
     if a.eval_data is not None:
         return examples, some_of(read_questions(a.eval_data, 1, a.keep_unanswerable), a.eval_limit)
@@ -217,8 +238,8 @@ def training_and_evaluation(a: SimpleNamespace) -> tuple[list[data.Example], lis
     held = set(map(topic, some_of(examples, min(count, a.eval_limit or count))))
     evals = [e for e in examples if topic(e) in held]
     if len(evals) == len(examples):
-        raise UserError(f"--data {a.data}: all {len(examples)} questions share one context, so none can be held out: "
-                        "give --eval-data")
+        raise UserError(f"--data {a.data}: all {len(examples)} questions share one context, so "
+                        "none can be held out: give --eval-data")
     say(f"{len(evals)} of {len(examples)} questions held out for evaluation (no --eval-data)")
     return [e for e in examples if topic(e) not in held], evals
 
@@ -230,10 +251,11 @@ def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length
     rows = [data.encode(e, vocabulary, max_length) for e in examples]
     cut = [r.cut for r in rows if r and r.cut]
     if cut:
-        say(f"{what}: {len(cut)} of {len(rows)} contexts cut at their end to fit {max_length} tokens, "
-            f"{sum(cut) / len(cut):.0f} tokens on average (--max-length)")
+        say(f"{what}: {len(cut)} of {len(rows)} contexts cut at their end to fit {max_length} "
+            f"tokens, {sum(cut) / len(cut):.0f} tokens on average (--max-length)")
     if None in rows:
-        say(f"{what}: {rows.count(None)} questions dropped, longer than {max_length} tokens without any context")
+        say(f"{what}: {rows.count(None)} questions dropped, longer than {max_length} tokens "
+            "without any context")
     pairs = [(e, r) for e, r in zip(examples, rows) if r]
     if not pairs:
         raise UserError(f"{what}: no question fits {max_length} tokens: raise --max-length")
@@ -245,7 +267,8 @@ def text_name(a: SimpleNamespace) -> str:
 
 
 def plain_pasts(a: SimpleNamespace, model, vocabulary) -> dict[str, tuple[str, object]]:
-    """What a trained prompt stands beside, {split: (name, Past)}: no prompt, and a text prompt if there is a text."""
+    """What a trained prompt stands beside, {split: (name, Past)}: no prompt, and a text prompt if
+    there is a text."""
     import torch
 
     pasts = {"baseline": ("no prompt", model.empty())}
@@ -255,13 +278,15 @@ def plain_pasts(a: SimpleNamespace, model, vocabulary) -> dict[str, tuple[str, o
     return pasts
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # references and priors
 
 
-def collect(model, rows: list[list[int]], layers: list[int], limit: int, first: int = 1) -> dict[int, "Tensor"]:
-    """The inputs of layers for token rows, {layer: (N, D)} fp32 on the CPU, N at most `limit`. Every row counts from
-    its token `first` on: a row's BOS has an enormous norm that would swamp any statistics."""
+def collect(model, rows: list[list[int]], layers: list[int], limit: int,
+            first: int = 1) -> dict[int, "Tensor"]:
+    """The inputs of layers for token rows, {layer: (N, D)} fp32 on the CPU, N at most
+    `limit`. Every row counts from its token `first` on: a row's BOS has an enormous norm that
+    would swamp any statistics."""
     import torch
 
     import llama
@@ -279,10 +304,12 @@ def collect(model, rows: list[list[int]], layers: list[int], limit: int, first: 
 
 
 def reference_rows(a: SimpleNamespace, examples: list[data.Example], vocabulary) -> list[list[int]]:
-    """Token rows in an order made from the seed, one question a context, of a.reference_rows tokens or a little more."""
+    """Token rows in an order made from the seed, one question a context, of a.reference_rows tokens
+    or a little more."""
     rows, count, seen = [], 0, set()
     for i in data.Order([e.context for e in examples], 1, a.seed).epoch(0):
-        row = None if topic(examples[i]) in seen else data.encode(examples[i], vocabulary, a.max_length)
+        row = None if topic(examples[i]) in seen \
+            else data.encode(examples[i], vocabulary, a.max_length)
         seen.add(topic(examples[i]))
         if row and count < a.reference_rows:
             rows.append(row.ids)
@@ -290,16 +317,19 @@ def reference_rows(a: SimpleNamespace, examples: list[data.Example], vocabulary)
     return rows
 
 
-def references(a: SimpleNamespace, model, vocabulary, layers: list[int], examples: list[data.Example] | None = None):
-    """The population that each layer's prior is fitted on, {layer: ((N, D) fp32, its name)}. examples are the training
-    data, if they are read already: of those activations are taken, unless --reference names others."""
+def references(a: SimpleNamespace, model, vocabulary, layers: list[int],
+               examples: list[data.Example] | None = None):
+    """The population that each layer's prior is fitted on, {layer: ((N, D) fp32, its name)}.
+    examples are the training data, if they are read already: of those activations are taken,
+    unless --reference names others."""
     import torch
 
     if priors.parse(a.prior)[0] == "text":
         ids = vocabulary.encode_plain(a.text)
         if not ids:
             raise UserError("--prior text needs --text, the text whose tokens the rows begin as")
-        return {i: (x, f"tokens of {a.text!r}") for i, x in collect(model, [ids], layers, len(ids), first=0).items()}
+        return {i: (x, f"tokens of {a.text!r}")
+                for i, x in collect(model, [ids], layers, len(ids), first=0).items()}
     found, spec = {}, a.data if a.reference == "vocab" else a.reference
     if a.reference == "vocab" and 0 in layers:
         ordinary = sorted(set(range(vocabulary.size)) - vocabulary.special)
@@ -310,7 +340,8 @@ def references(a: SimpleNamespace, model, vocabulary, layers: list[int], example
             examples = data.read(*parse_spec(spec, 0), limit=a.reference_rows)
         rows = reference_rows(a, examples or training_and_evaluation(a)[0], vocabulary)
         for i, x in collect(model, rows, rest, a.reference_rows).items():
-            found[i] = (x, f"{f'layer {i} inputs' if i else 'token embeddings'} of {spec_name(spec)}")
+            found[i] = (x, f"{f'layer {i} inputs' if i else 'token embeddings'} of "
+                           f"{spec_name(spec)}")
     return dict(sorted(found.items()))
 
 
@@ -320,36 +351,43 @@ def spec_name(spec: str) -> str:
     return kind + colon + Path(path).name
 
 
-def draw(a: SimpleNamespace, found: dict) -> tuple[dict[int, "Tensor"], dict[int, object], list[dict]]:
-    """Fit the prior on each layer's reference, draw the rows, and say how they stand to the reference."""
+def draw(a: SimpleNamespace, found: dict) -> tuple[dict[int, "Tensor"], dict[int, object],
+                                                   list[dict]]:
+    """Fit the prior on each layer's reference, draw the rows, and say how they stand to it."""
     import torch
 
     name, options = priors.parse(a.prior)
     rows, fitted, reports = {}, {}, []
     for i, (reference, reference_name) in found.items():
         fitted[i] = priors.PRIORS[name].fit(reference, **options)
-        rows[i] = fitted[i].sample(rows_per_layer(a), torch.Generator().manual_seed(1000 * a.seed + i))
+        rows[i] = fitted[i].sample(rows_per_layer(a),
+                                   torch.Generator().manual_seed(1000 * a.seed + i))
         if not torch.isfinite(rows[i]).all():
-            raise priors.PriorError(f"{a.prior}: drew rows that are not finite: give its options smaller values")
+            raise priors.PriorError(f"{a.prior}: drew rows that are not finite: give its options "
+                                    "smaller values")
         ratio, about = norm_ratio(rows[i], reference), fitted[i].report()
-        reports.append({"layer": i, "reference": reference_name, "rows": len(reference), "norm_ratio": ratio, **about})
+        reports.append({"layer": i, "reference": reference_name, "rows": len(reference),
+                        "norm_ratio": ratio, **about})
         say(f"layer {i}: {a.prior} on {reference_name}, {len(reference)} rows: "
-            + ", ".join(f"{key} {value:.4g}" for key, value in {"init-to-token norm ratio": ratio, **about}.items()))
+            + ", ".join(f"{key} {value:.4g}" for key, value in {
+                "init-to-token norm ratio": ratio, **about}.items()))
         if ratio > 5:
-            say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and may train badly")
+            say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and "
+                "may train badly")
     return rows, fitted, reports
 
 
 def norm_ratio(rows, reference) -> float:
-    """Mean norm of the rows over mean norm of the reference: 1 is on scale, PEFT's random default is near 45."""
+    """Mean norm of the rows over mean norm of the reference: 1 is on scale, PEFT's random
+    default is near 45."""
     return float(rows.norm(dim=1).mean() / reference.norm(dim=1).mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tables and figures
 
-TITLES = {"loss": "loss", "exact_match": "exact match", "precision": "precision", "recall": "recall", "f1": "F1",
-          "accuracy": "accuracy", "accuracy_value": "same value"}
+TITLES = {"loss": "loss", "exact_match": "exact match", "precision": "precision",
+          "recall": "recall", "f1": "F1", "accuracy": "accuracy", "accuracy_value": "same value"}
 
 
 def table(rows: list[tuple[str, dict[str, float]]]) -> str:
@@ -359,7 +397,8 @@ def table(rows: list[tuple[str, dict[str, float]]]) -> str:
     lines = [" " * width + "".join(f"  {TITLES[k]:>{max(len(TITLES[k]), 6)}}" for k in keys)]
     for name, scores in rows:
         cells = (f"{scores[k]:.3f}" if k == "loss" else f"{scores[k]:.1f}" for k in keys)
-        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>{max(len(TITLES[k]), 6)}}" for k, cell in zip(keys, cells)))
+        lines.append(f"{name:<{width}}" + "".join(
+            f"  {cell:>{max(len(TITLES[k]), 6)}}" for k, cell in zip(keys, cells)))
     return "\n".join(lines)
 
 
@@ -371,8 +410,10 @@ def final_table(a: SimpleNamespace, metrics: list[dict]) -> str:
                  + [(f"{a.prior} prior, {m['step']} steps", m) for m in evals[-1:] if m["step"]])
 
 
-def layer_figure(i: int, reference, name: str, series: list[tuple[str, "Tensor"]], caption: str) -> str:
-    """The principal plane of a layer's reference, the draw and, if there is a second series, where its rows went."""
+def layer_figure(i: int, reference, name: str, series: list[tuple[str, "Tensor"]],
+                 caption: str) -> str:
+    """The principal plane of a layer's reference, the draw and, if there is a second series,
+    where its rows went."""
     import numpy as np
 
     import viz
@@ -384,7 +425,8 @@ def layer_figure(i: int, reference, name: str, series: list[tuple[str, "Tensor"]
     flat = [viz.project(plane, rows) for rows in points]
     looks = ((viz.BLUE, True), (viz.VERMILION, False))
     return viz.scatter(viz.project(plane, reference), name,
-                       [viz.Series(label, xy, *look) for (label, _), xy, look in zip(series, flat, looks)],
+                       [viz.Series(label, xy, *look)
+                        for (label, _), xy, look in zip(series, flat, looks)],
                        viz.axis_names(plane), tuple(flat) if len(flat) == 2 else None,
                        title=f"Layer {i}, its input" if i else "Token embeddings", caption=caption)
 
@@ -395,18 +437,20 @@ def draw_run(run, a: SimpleNamespace, found: dict, end: dict) -> list[str]:
     steps = max((m["step"] for m in run.metrics() if "step" in m), default=0)
     for i, (reference, name) in found.items():
         moved = (end[i] - start[i]).norm(dim=1).mean().item()
-        caption = (f"{run.path.name}: prior {a.prior}, seed {a.seed}, {steps} steps on {spec_name(a.data)}, model "
-                   f"{model_folder(a).name}. {len(end[i])} rows in the principal plane of the reference ({name}, "
-                   f"{len(reference)} rows), fitted without them. "
-                   f"A row moved {moved:.3g} on average; mean norms: reference {reference.norm(dim=1).mean():.3g}, "
-                   f"draw {start[i].norm(dim=1).mean():.3g}, trained {end[i].norm(dim=1).mean():.3g}.")
-        svg = layer_figure(i, reference, name, [("prior draw", start[i]), ("trained rows", end[i])], caption)
+        caption = (f"{run.path.name}: prior {a.prior}, seed {a.seed}, {steps} steps on "
+                   f"{spec_name(a.data)}, model {model_folder(a).name}. {len(end[i])} rows in the "
+                   f"principal plane of the reference ({name}, {len(reference)} rows), fitted "
+                   f"without them. A row moved {moved:.3g} on average; mean norms: reference "
+                   f"{reference.norm(dim=1).mean():.3g}, draw {start[i].norm(dim=1).mean():.3g}, "
+                   f"trained {end[i].norm(dim=1).mean():.3g}.")
+        svg = layer_figure(i, reference, name,
+                           [("prior draw", start[i]), ("trained rows", end[i])], caption)
         names.append(f"figures/layer-{i:02d}.svg")
         run.write(names[-1], svg.encode())
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # commands
 
 
@@ -421,8 +465,8 @@ def command_train(given: dict) -> None:
         if run.path.exists() and not (run.path.is_dir() and not any(run.path.iterdir())):
             run.config()  # what is not a run is never overwritten
             if not overwrite:
-                raise UserError(f"{run.path} exists: go on with it by --resume, replace it by --overwrite, or choose "
-                                "another --out")
+                raise UserError(f"{run.path} exists: go on with it by --resume, replace it by "
+                                "--overwrite, or choose another --out")
         return train_run(run, a, None)
     if "out" not in given:
         raise UserError("--resume needs --out, the folder of the run to go on with")
@@ -432,8 +476,8 @@ def command_train(given: dict) -> None:
     other = [f"--{k.replace('_', '-')} {v} (the run has {stored.get(k)})" for k, v in given.items()
              if k != "out" and stored.get(k) != v]
     if other:
-        raise UserError(f"{run.path}: a run goes on with its own settings, not with {'; '.join(other)}: leave them out, "
-                        "or start another run")
+        raise UserError(f"{run.path}: a run goes on with its own settings, not with "
+                        f"{'; '.join(other)}: leave them out, or start another run")
     if not (run.path / "checkpoint.safetensors").exists():
         config = None  # it was stopped before its first checkpoint: from the start
     train_run(run, SimpleNamespace(**{**stored, "out": given["out"]}), config)
@@ -442,13 +486,15 @@ def command_train(given: dict) -> None:
 def free_name(a: SimpleNamespace) -> str:
     """runs/ and the settings that tell runs apart, numbered if taken."""
     prior = "".join(c if c.isalnum() else "-" for c in a.prior)
-    name = f"runs/{a.data.split(':')[0]}-{prior}{f'-deep{a.deep_layers}' if a.deep_layers else ''}-seed{a.seed}"
-    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if not Path(n).exists())
+    name = f"runs/{a.data.split(':')[0]}-{prior}" \
+        f"{f'-deep{a.deep_layers}' if a.deep_layers else ''}-seed{a.seed}"
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6)))
+                if not Path(n).exists())
 
 
 def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
-    """Everything is read and checked before the first byte of the run is written. resumed is the config.json of the
-    run to go on with, None for a new one."""
+    """Everything is read and checked before the first byte of the run is written. resumed is the
+    config.json of the run to go on with, None for a new one."""
     import torch
 
     import llama
@@ -463,12 +509,14 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
         torch.set_num_threads(resumed["threads"])  # the same sums in the same order
         changed = [key for key, value in sums.items() if resumed["sha256"].get(key) != value]
         if changed:
-            raise RunError(f"{run.path}: the {' and the '.join(changed)} changed since the run began, so it cannot go on "
-                           "to the same end: restore the files, or start another run")
+            raise RunError(f"{run.path}: the {' and the '.join(changed)} changed since the run "
+                           "began, so it cannot go on to the same end: restore the files, or start "
+                           "another run")
     questions = encode(examples, vocabulary, a.max_length, "training")
     evals = encode(evals, vocabulary, a.max_length, "evaluation")
-    say(f"model {model_folder(a).name}: {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, "
-        f"{a.dtype} on {a.device}; {len(questions.rows)} questions to train on, {len(evals.rows)} to evaluate")
+    say(f"model {model_folder(a).name}: {model.config.num_hidden_layers} layers of width "
+        f"{model.config.hidden_size}, {a.dtype} on {a.device}; {len(questions.rows)} questions to "
+        f"train on, {len(evals.rows)} to evaluate")
     found = references(a, model, vocabulary, layers, examples)
     start, fitted, reports = draw(a, found)
     rates = {i: a.lr or float(x.square().mean().sqrt()) / 20 for i, (x, _) in found.items()}
@@ -480,7 +528,8 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     if not resumed:
         run.clear()
         run.write_json("config.json", {
-            "settings": vars(a), "priors": reports, "learning_rates": rates, "threads": torch.get_num_threads(),
+            "settings": vars(a), "priors": reports, "learning_rates": rates,
+            "threads": torch.get_num_threads(),
             "versions": {"python": sys.version.split()[0], **{p: version(p) for p in (
                 "torch", "safetensors", "tokenizers", "numpy")}}, "sha256": sums})
         for split, (name, past) in plain_pasts(a, model, vocabulary).items():
@@ -489,24 +538,30 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     order = data.Order([r.context for r in questions.rows], a.batch_size, a.seed, a.share)
     answer_tokens = sum(len(r.ids) - r.start for r in questions.rows)
 
-    def penalty(rows):  # the loss is a mean over answer tokens, so -log p is divided by their number: weight 1 is MAP
-        return -sum(fitted[i].log_prob(r.cpu()).sum() for i, r in rows.items()).to(a.device) / answer_tokens
+    # the loss is a mean over answer tokens, so -log p is divided by their number: weight 1 is MAP
+    def penalty(rows):
+        return -sum(fitted[i].log_prob(r.cpu()).sum() for i, r in rows.items()
+                    ).to(a.device) / answer_tokens
 
-    train(run, a, model, prompt, rates, lambda step: questions.batch(order[step], a), penalty if a.prior_weight else None,
+    train(run, a, model, prompt, rates, lambda step: questions.batch(order[step], a),
+          penalty if a.prior_weight else None,
           lambda step: scores(prompt.past(model), f"step {step}"), bool(resumed))
 
     end = {i: r.detach().cpu() for i, r in prompt.rows.items()}
-    print(f"\n{len(evals.rows)} questions of {spec_name(a.eval_data) if a.eval_data else 'the training data, held out'}; scores in percent, loss in nats a "
-          f"token\n\n{final_table(a, run.metrics())}\n")
+    print(f"\n{len(evals.rows)} questions of "
+          f"{spec_name(a.eval_data) if a.eval_data else 'the training data, held out'}; scores in "
+          f"percent, loss in nats a token\n\n{final_table(a, run.metrics())}\n")
     for i in layers:
-        print(f"layer {i}: rows moved {(end[i] - start[i]).norm(dim=1).mean():.3g} on average; their norm over the "
-              f"reference's {norm_ratio(start[i], found[i][0]):.3g} -> {norm_ratio(end[i], found[i][0]):.3g}")
-    print(f"{time.time() - began:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, metrics.jsonl, "
-          f"{', '.join(draw_run(run, a, found, end))}")
+        print(f"layer {i}: rows moved {(end[i] - start[i]).norm(dim=1).mean():.3g} on average; "
+              f"their norm over the reference's {norm_ratio(start[i], found[i][0]):.3g} -> "
+              f"{norm_ratio(end[i], found[i][0]):.3g}")
+    print(f"{time.time() - began:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
+          f"metrics.jsonl, {', '.join(draw_run(run, a, found, end))}")
 
 
 def checksums(a: SimpleNamespace) -> dict[str, str]:
-    """sha256 over the checksums of all files read: of the model, the training data and the evaluation data."""
+    """sha256 over the checksums of all files read: of the model, the training data and the
+    evaluation data."""
     folder = model_folder(a)
     files = {"model": sorted({*folder.glob("*.safetensors"), *folder.glob("*.json")})}
     files |= {key: data.files_of(*parse_spec(spec, split)) for key, spec, split in (
@@ -547,12 +602,15 @@ def command_eval(given: dict) -> None:
         evals = some_of(read_questions(spec, 1, a.keep_unanswerable), a.eval_limit)
     spec = spec or a.eval_data or f"{a.data}, held out"
     evals = encode(evals, vocabulary, a.max_length, spec)
-    pasts = [*plain_pasts(a, model, vocabulary).values(), (f"{a.prior} prior, trained", prompt.past(model))]
+    pasts = [*plain_pasts(a, model, vocabulary).values(),
+             (f"{a.prior} prior, trained", prompt.past(model))]
     rows = [(name, evaluate(model, vocabulary, past, evals, a, name)[0]) for name, past in pasts]
     if as_json:
-        print(json.dumps({"run": str(run.path), "data": spec, "questions": len(evals.rows), "scores": dict(rows)}))
+        print(json.dumps({"run": str(run.path), "data": spec, "questions": len(evals.rows),
+                          "scores": dict(rows)}))
     else:
-        print(f"{run.path} on {len(evals.rows)} questions of {spec}; scores in percent, loss in nats a token\n\n{table(rows)}")
+        print(f"{run.path} on {len(evals.rows)} questions of {spec}; scores in percent, loss in "
+              f"nats a token\n\n{table(rows)}")
 
 
 def command_generate(given: dict) -> None:
@@ -567,7 +625,8 @@ def command_generate(given: dict) -> None:
     ids = vocabulary.encode(text)
     room = model.config.max_position_embeddings - rows_per_layer(a) - a.max_new
     if len(ids) > room:
-        raise UserError(f"the text has {len(ids)} tokens, and {room} fit beside the prompt and --max-new: shorten it")
+        raise UserError(f"the text has {len(ids)} tokens, and {room} fit beside the prompt and "
+                        "--max-new: shorten it")
     print(vocabulary.first_line(llama.generate(model, [ids], past, a.max_new, vocabulary.stop)[0]))
 
 
@@ -585,10 +644,12 @@ def command_sample(given: dict) -> None:
     if run:
         run.write("rows.safetensors", rows_to_bytes(rows, {"settings": json.dumps(vars(a))}))
         for i, (reference, name) in found.items():
-            caption = f"{len(rows[i])} draws of the prior {a.prior}, seed {a.seed}, model {model_folder(a).name}; on {name}."
+            caption = (f"{len(rows[i])} draws of the prior {a.prior}, seed {a.seed}, model "
+                       f"{model_folder(a).name}; on {name}.")
             svg = layer_figure(i, reference, name, [(f"draws of {a.prior}", rows[i])], caption)
             run.write(f"figures/layer-{i:02d}.svg", svg.encode())
-        say(f"{run.path}: rows.safetensors, {', '.join(f'figures/layer-{i:02d}.svg' for i in found)}")
+        say(f"{run.path}: rows.safetensors, "
+            f"{', '.join(f'figures/layer-{i:02d}.svg' for i in found)}")
     else:
         say("nothing written (--out DIR keeps the rows and a figure for every layer)")
     if as_json:
@@ -603,16 +664,18 @@ def command_plot(given: dict) -> None:
             print(run.path / name)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the command line
 
 
 def prior_help() -> str:
     lines = ["priors and their options:"]
     for name, prior in priors.PRIORS.items():
-        shown = name + "".join(f"{',:'[i == 0]}{k}={v:g}" for i, (k, v) in enumerate(priors.options(name).items()))
+        shown = name + "".join(f"{',:'[i == 0]}{k}={v:g}"
+                               for i, (k, v) in enumerate(priors.options(name).items()))
         about = " ".join(prior.__doc__.split("\n\n")[0].split())
-        lines.append(f"  {shown}\n" + textwrap.fill(about, 76, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append(f"  {shown}\n" + textwrap.fill(
+            about, 76, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
 
 
@@ -627,31 +690,38 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, groups: list[dict], epilog: str = ""):
-        c = commands.add_parser(name, help=help, description=help, argument_default=argparse.SUPPRESS, epilog=epilog,
-                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        c = commands.add_parser(name, help=help, description=help,
+                                argument_default=argparse.SUPPRESS, epilog=epilog,
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
         for flag, (default, text) in (item for group in groups for item in group.items()):
             kind = float if flag in ("lr", "clip", "prior_weight") else int if flag in (
                 "max_length", "eval_every") or isinstance(default, int) else str
             shown = f"{text} ({default})" if default is not None else text
-            c.add_argument("--" + flag.replace("_", "-"), type=kind, metavar=flag.upper().split("_")[-1],
-                           help=shown.replace("%", "%%"))
+            c.add_argument("--" + flag.replace("_", "-"), type=kind,
+                           metavar=flag.upper().split("_")[-1], help=shown.replace("%", "%%"))
         return c
 
-    c = command("train", "Tune a prompt, starting from a draw of a prior.", [MODEL, PRIOR, DATA, TRAIN], prior_help())
+    c = command("train", "Tune a prompt, starting from a draw of a prior.",
+                [MODEL, PRIOR, DATA, TRAIN], prior_help())
     which = c.add_mutually_exclusive_group()
     which.add_argument("--cut", action="store_true", help=SWITCHES["cut"])
     which.add_argument("--keep", dest="cut", action="store_false", help=SWITCHES["keep"])
     c.add_argument("--no-share", dest="share", action="store_false",
-                   help="shuffle single questions and compute every context anew; the same loss, only slower")
-    c.add_argument("--keep-unanswerable", action="store_true", help="train on unanswerable questions too, with no answer")
-    c.add_argument("--resume", action="store_true", help="go on with the run in --out, to the same bytes")
+                   help="shuffle single questions and compute every context anew; the same loss, "
+                        "only slower")
+    c.add_argument("--keep-unanswerable", action="store_true",
+                   help="train on unanswerable questions too, with no answer")
+    c.add_argument("--resume", action="store_true",
+                   help="go on with the run in --out, to the same bytes")
     c.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 
     some = {k: (None, text) for k, (_, text) in MODEL.items() if k in ("model", "device", "dtype")}
     c = command("eval", "Score a run's prompt beside no prompt and a text prompt.", [some])
     c.add_argument("run", metavar="RUN", help="a run's folder")
     c.add_argument("--data", help="data to evaluate on, a SPEC (the run's evaluation data)")
-    c.add_argument("--limit", dest="eval_limit", type=int, help="most questions, 0 for all (the run's)")
+    c.add_argument("--limit", dest="eval_limit", type=int,
+                   help="most questions, 0 for all (the run's)")
     c.add_argument("--json", action="store_true", help="print JSON")
 
     c = command("generate", "Continue a text under a run's prompt, to the end of the line.", [some])
@@ -663,13 +733,14 @@ def parser() -> argparse.ArgumentParser:
                 [MODEL, PRIOR, DATA, SAMPLE], prior_help())
     c.add_argument("--json", action="store_true", help="print JSON")
 
-    c = command("plot", "Draw a run: the reference, the prior's draw and the trained rows, per layer.", [some])
+    c = command("plot", "Draw a run: the reference, the prior's draw and the trained rows, per "
+                "layer.", [some])
     c.add_argument("runs", metavar="RUN", nargs="+", help="runs' folders")
     return p
 
 
-COMMANDS = {"train": command_train, "eval": command_eval, "generate": command_generate, "sample": command_sample,
-            "plot": command_plot}
+COMMANDS = {"train": command_train, "eval": command_eval, "generate": command_generate,
+            "sample": command_sample, "plot": command_plot}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -689,12 +760,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_status(e: BaseException) -> int | None:
-    """2 for a user's mistake, 1 for what failed under way, minus a signal's number; None for a fault of ours."""
+    """2 for a user's mistake, 1 for what failed under way, minus a signal's number; None for
+    a fault of ours."""
     if isinstance(e, KeyboardInterrupt):
         return -signal.SIGINT
     if isinstance(e, ValueError) and type(e).__module__ in MODULES:
         return 2
-    return getattr(e, "status", 1 if isinstance(e, OSError) else None)  # train.Stopped brings its own
+    # train.Stopped brings its own
+    return getattr(e, "status", 1 if isinstance(e, OSError) else None)
 
 
 if __name__ == "__main__":

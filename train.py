@@ -1,10 +1,12 @@
 """Training the prompt of a frozen model: the run's folder, the loop, the evaluation.
 
     run = Run(Path("runs/first"))
-    train(run, settings, model, prompt, batch_of, penalty, evaluate)    # writes all of the run's folder but its figures
+    # writes all of the run's folder but its figures
+    train(run, settings, model, prompt, batch_of, penalty, evaluate)
 
-A run's folder is described in the README. Its files are replaced whole or not at all, and what resuming needs is in
-one of them, checkpoint.safetensors, together with the checksum of its contents.
+A run's folder is described in the README. Its files are replaced whole or not at all,
+and what resuming needs is in one of them, checkpoint.safetensors, together with the
+checksum of its contents.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ class RunError(ValueError):
 
 
 class Stopped(Exception):
-    """Training ended early; the folder is whole. status is the exit status, or minus the signal's number."""
+    """Training ended early; the folder is whole. status: the exit status, or minus the signal."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 
@@ -67,7 +69,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def rows_to_bytes(rows: dict[int, Tensor], about: dict[str, str]) -> bytes:
-    return save({f"layers.{i}": r.detach().float().cpu().contiguous() for i, r in rows.items()}, about)
+    return save({f"layers.{i}": r.detach().float().cpu().contiguous() for i, r in rows.items()},
+                about)
 
 
 class Run:
@@ -86,18 +89,21 @@ class Run:
         try:
             config = json.loads((self.path / "config.json").read_text())
         except FileNotFoundError:
-            raise RunError(f"{self.path}: no config.json, so no run is here: give the folder that train made") from None
+            raise RunError(f"{self.path}: no config.json, so no run is here: give the folder that "
+                           "train made") from None
         except (OSError, ValueError) as e:
             raise RunError(f"{self.path / 'config.json'}: cannot be read ({e})") from None
         settings = config.get("settings") if isinstance(config, dict) else None
-        if not isinstance(settings, dict) or not {"model", "prior", "data", "tokens", "cut"} <= settings.keys():
-            raise RunError(f"{self.path / 'config.json'}: no settings of a run in it, so this is not a run's folder")
+        if not isinstance(settings, dict) or not {
+                "model", "prior", "data", "tokens", "cut"} <= settings.keys():
+            raise RunError(f"{self.path / 'config.json'}: no settings of a run in it, "
+                           "so this is not a run's folder")
         return config
 
     def clear(self) -> None:
         """Remove what an earlier run left here, and nothing else."""
-        for pattern in ("metrics.jsonl", "prompt.safetensors", "checkpoint.safetensors", "predictions.jsonl",
-                        "prompts/??????.safetensors", "figures/layer-*.svg"):
+        for pattern in ("metrics.jsonl", "prompt.safetensors", "checkpoint.safetensors",
+                        "predictions.jsonl", "prompts/??????.safetensors", "figures/layer-*.svg"):
             for old in self.path.glob(pattern):
                 old.unlink()
 
@@ -108,7 +114,8 @@ class Run:
             with safe_open(path, framework="pt") as f:
                 rows = {int(key.removeprefix("layers.")): f.get_tensor(key) for key in f.keys()}
         except FileNotFoundError:
-            raise RunError(f"{path}: no such file; training has not come that far: train it with --resume") from None
+            raise RunError(f"{path}: no such file; training has not come that far: "
+                           "train it with --resume") from None
         except (SafetensorError, OSError, ValueError) as e:
             raise RunError(f"{path}: not prompt rows ({str(e).splitlines()[0]})") from None
         return dict(sorted(rows.items()))
@@ -122,7 +129,8 @@ class Run:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """All that resuming needs in one file, so that no two files can disagree: the state is in its metadata."""
+        """All that resuming needs in one file, so that no two files can disagree: the state
+        is in its metadata."""
         log = self.path / "metrics.jsonl"
         with open(log, "ab") as f:
             os.fsync(f.fileno())
@@ -136,13 +144,15 @@ class Run:
         try:
             with safe_open(path, framework="pt") as f:
                 about = f.metadata() or {}
-                tensors = {key: f.get_tensor(key).clone() for key in f.keys()}  # not mapped: the file is replaced
+                # not mapped: the file is replaced
+                tensors = {key: f.get_tensor(key).clone() for key in f.keys()}
             state = json.loads(about["state"])
         except (SafetensorError, OSError, ValueError, KeyError) as e:
-            raise RunError(f"{path}: not a checkpoint ({str(e).splitlines()[0]}): train again with --overwrite") from None
+            raise RunError(f"{path}: not a checkpoint ({str(e).splitlines()[0]}): "
+                           "train again with --overwrite") from None
         if about.get("sha256") != _digest(tensors, state):
-            raise RunError(f"{path}: its contents do not match their checksum, the file is damaged: "
-                           "train again with --overwrite")
+            raise RunError(f"{path}: its contents do not match their checksum, the file is "
+                           "damaged: train again with --overwrite")
         os.truncate(self.path / "metrics.jsonl", state["metrics_bytes"])
         return state["step"], tensors
 
@@ -150,18 +160,21 @@ class Run:
 def _digest(tensors: dict[str, Tensor], state: dict) -> str:
     h = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
     for name in sorted(tensors):
-        h.update(name.encode() + tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        h.update(name.encode() + tensors[name].cpu().contiguous().view(-1).view(
+            torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # loss and scores
 
 
 def answer_loss(model: llama.Llama, past: llama.Past, batch: data.Batch) -> tuple[Tensor, int]:
-    """Summed cross-entropy in nats over the answers' tokens, and their number. Logits are made there only.
+    """Summed cross-entropy in nats over the answers' tokens, and their number. Logits are made
+    there only.
 
-    past holds the prompt and the batch's shared beginnings: model.extend(batch.shared, prompt.past(model))."""
+    past holds the prompt and the batch's shared beginnings:
+    model.extend(batch.shared, prompt.past(model))."""
     h, _ = model(batch.tails, past.take(batch.parent))
     scored = batch.labels != data.NO_LABEL
     logits = model.logits(h[scored])
@@ -180,9 +193,10 @@ class Questions(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past, questions: Questions,
-             a: SimpleNamespace, name: str) -> tuple[dict[str, float], list[dict]]:
-    """Loss (nats a token) and scores (percent) of greedy answers, and the predictions one by one."""
+def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past,
+             questions: Questions, a: SimpleNamespace,
+             name: str) -> tuple[dict[str, float], list[dict]]:
+    """Loss (nats a token) and scores (percent) of greedy answers, and the predictions."""
     total, count, scores, predictions = 0.0, 0, [], []
     places = range(len(questions.rows))
     with tqdm(total=len(places), desc=name, unit=" questions", leave=False, disable=None) as bar:
@@ -191,18 +205,19 @@ def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past, 
             before = model.extend(batch.shared, past)
             loss, tokens = answer_loss(model, before, batch)
             total, count = total + loss.item(), count + tokens
-            answers = llama.generate(model, batch.asked, before.take(batch.parent), a.max_new, vocabulary.stop)
+            answers = llama.generate(model, batch.asked, before.take(batch.parent), a.max_new,
+                                     vocabulary.stop)
             for i, ids in zip(some, answers):
                 example, prediction = questions.examples[i], vocabulary.first_line(ids)
                 scores.append(data.score(example, prediction))
-                predictions.append({"id": example.id, "question": example.question, "prediction": prediction,
-                                    "answers": list(example.answers),
+                predictions.append({"id": example.id, "question": example.question,
+                                    "prediction": prediction, "answers": list(example.answers),
                                     **{key: round(100 * s, 2) for key, s in scores[-1].items()}})
             bar.update(len(some))
     return {"loss": total / count, **data.mean_scores(scores)}, predictions
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the loop
 
 
@@ -212,17 +227,20 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return rise * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama.Prompt, rates: dict[int, float],
-          batch_of: Callable[[int], data.Batch], penalty: Callable[[dict[int, Tensor]], Tensor] | None,
+def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama.Prompt,
+          rates: dict[int, float], batch_of: Callable[[int], data.Batch],
+          penalty: Callable[[dict[int, Tensor]], Tensor] | None,
           evaluate: Callable[[int], tuple[dict, list[dict]]], resume: bool) -> None:
-    """AdamW on the rows, with a peak learning rate {layer: rate} for each layer's. Minimises loss per answer token + prior_weight * penalty(rows); see README, MAP.
+    """AdamW on the rows, with a peak learning rate {layer: rate} for each layer's. Minimises
+    loss per answer token + prior_weight * penalty(rows); see README, MAP.
 
-    batch_of(step) must be a pure function of the step. evaluate(step) scores the prompt as it is. Raises Stopped on
-    SIGINT and SIGTERM, after the step, and when the loss is not finite."""
+    batch_of(step) must be a pure function of the step. evaluate(step) scores the prompt as it is.
+    Raises Stopped on SIGINT and SIGTERM, after the step, and when the loss is not finite."""
     a = settings
-    about = {"settings": json.dumps({k: v for k, v in vars(a).items() if k != "out"})}  # the same bytes anywhere
-    optimiser = torch.optim.AdamW([{"params": [r], "lr": rates[i], "peak": rates[i]} for i, r in prompt.rows.items()],
-                                  weight_decay=0.0)
+    # without its folder: the same bytes anywhere
+    about = {"settings": json.dumps({k: v for k, v in vars(a).items() if k != "out"})}
+    optimiser = torch.optim.AdamW([{"params": [r], "lr": rates[i], "peak": rates[i]}
+                                   for i, r in prompt.rows.items()], weight_decay=0.0)
 
     def record(step: int) -> None:
         """Score the rows as they are and write them down."""
@@ -230,7 +248,8 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
         run.log({"step": step, "split": "eval", **metrics})
         run.write(f"prompts/{step:06d}.safetensors", rows_to_bytes(prompt.rows, about))
         run.write("prompt.safetensors", rows_to_bytes(prompt.rows, about))
-        run.write("predictions.jsonl", b"".join((json.dumps(p) + "\n").encode() for p in predictions))
+        run.write("predictions.jsonl",
+                  b"".join((json.dumps(p) + "\n").encode() for p in predictions))
 
     if resume:
         first, tensors = run.load_checkpoint()
@@ -244,7 +263,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
 
     def heed(number, frame):
         signals.append(number)
-        signal.signal(number, handlers[number])  # a second one acts at once; the last checkpoint is whole
+        signal.signal(number, handlers[number])  # a second acts at once; the checkpoint is whole
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in handlers:
@@ -263,14 +282,17 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
             (loss + extra).backward()
             norm = torch.nn.utils.clip_grad_norm_(prompt.parameters(), a.clip)
             if not math.isfinite(loss.item() + extra.item() + norm.item()):
-                raise Stopped(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} at step {step + 1}: not finite, "
-                              f"stopped before it could spoil the rows; {run.path}/checkpoint.safetensors holds step "
-                              f"{saved}: lower --lr (now {max(rates.values()):.3g})", 1)
+                raise Stopped(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} at step "
+                              f"{step + 1}: not finite, stopped before it could spoil the rows; "
+                              f"{run.path}/checkpoint.safetensors holds step {saved}: lower --lr "
+                              f"(now {max(rates.values()):.3g})", 1)
             optimiser.step()
             optimiser.zero_grad()
             seconds = time.perf_counter() - start
-            line = {"step": step + 1, "split": "train", "loss": loss.item(), "lr": optimiser.param_groups[0]["lr"], "grad_norm": norm.item(),
-                    "examples_per_second": round(len(batch.tails) / seconds, 2), "seconds": round(seconds, 4)}
+            line = {"step": step + 1, "split": "train", "loss": loss.item(),
+                    "lr": optimiser.param_groups[0]["lr"], "grad_norm": norm.item(),
+                    "examples_per_second": round(len(batch.tails) / seconds, 2),
+                    "seconds": round(seconds, 4)}
             run.log({**line, "penalty": extra.item()} if penalty else line)
             bar.update()
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
@@ -283,8 +305,9 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
                 saved = done
             if signals:
                 run.write("prompt.safetensors", rows_to_bytes(prompt.rows, about))
-                raise Stopped(f"stopped by {signal.Signals(signals[0]).name} after step {done} of {a.steps}, all is saved; "
-                              f"go on with: train --out {run.path} --resume", -signals[0])
+                raise Stopped(f"stopped by {signal.Signals(signals[0]).name} after step {done} of "
+                              f"{a.steps}, all is saved; go on with: train --out {run.path} "
+                              "--resume", -signals[0])
     finally:
         bar.close()
         for number, handler in handlers.items():
@@ -298,14 +321,17 @@ def _state(prompt: llama.Prompt, optimiser: torch.optim.Optimizer) -> dict[str, 
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
-def _restore(prompt: llama.Prompt, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
+def _restore(prompt: llama.Prompt, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor],
+             path: Path) -> None:
     for name, p in prompt.named_parameters():
         rows = tensors.get(f"rows.{name}")
         if rows is None or rows.shape != p.shape:
-            raise RunError(f"{path}/checkpoint.safetensors: rows {name!r} are missing or of another shape than "
-                           f"{tuple(p.shape)}: this checkpoint is of another run")
+            raise RunError(f"{path}/checkpoint.safetensors: rows {name!r} are missing or of "
+                           f"another shape than {tuple(p.shape)}: "
+                           "this checkpoint is of another run")
         p.data.copy_(rows)
-        moments = {key: tensors[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
-                   if f"{key}.{name}" in tensors}
+        moments = {key: tensors[f"{key}.{name}"].clone()
+                   for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
         if moments:
-            optimiser.state[p] = {key: t if key == "step" else t.to(p.device) for key, t in moments.items()}
+            optimiser.state[p] = {key: t if key == "step" else t.to(p.device)
+                                  for key, t in moments.items()}

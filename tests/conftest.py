@@ -8,14 +8,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6,
-             num_key_value_heads=2, head_dim=10, max_position_embeddings=256, initializer_range=0.2,
-             tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=None)
+SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=4,
+             num_attention_heads=6, num_key_value_heads=2, head_dim=10, max_position_embeddings=256,
+             initializer_range=0.2, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
+             pad_token_id=None)
 
 
 @pytest.fixture
 def hf(tmp_path):
-    """hf(**changes) -> (transformers model, its folder): small, random, as transformers writes it."""
+    """hf(**changes) -> (transformers model, its folder): small, random, saved by transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(dtype=torch.float32, **changes):

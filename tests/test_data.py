@@ -18,19 +18,23 @@ def write(path, text):
     return str(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # formats
 
-NESTED = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": "In Ülm lives a cat.", "qas": [
-    {"id": "1", "question": "Who?", "answers": [{"text": "a cat", "answer_start": 13}, {"text": "cat", "answer_start": 15}]},
-    {"id": "2", "question": "Why?", "is_impossible": True, "answers": [], "plausible_answers": [{"text": "x"}]}]}]}]}
+NESTED = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{
+    "context": "In Ülm lives a cat.", "qas": [
+        {"id": "1", "question": "Who?", "answers": [{"text": "a cat", "answer_start": 13},
+                                                    {"text": "cat", "answer_start": 15}]},
+        {"id": "2", "question": "Why?", "is_impossible": True, "answers": [],
+         "plausible_answers": [{"text": "x"}]}]}]}]}
 FLAT = [{"id": q["id"], "title": "t", "context": "In Ülm lives a cat.", "question": q["question"],
          "answers": {"text": [a["text"] for a in q["answers"]], "answer_start": []}}
         for q in NESTED["data"][0]["paragraphs"][0]["qas"]]
 
 
 @pytest.mark.parametrize("text", [
-    json.dumps(NESTED), "\ufeff" + json.dumps(NESTED, indent=2, ensure_ascii=False), json.dumps(FLAT),
+    json.dumps(NESTED), "\ufeff" + json.dumps(NESTED, indent=2, ensure_ascii=False),
+    json.dumps(FLAT),
     "\n".join(map(json.dumps, FLAT)), "\r\n".join(map(json.dumps, FLAT)) + "\r\n",
     json.dumps({key: [row[key] for row in FLAT] for key in FLAT[0]})])
 def test_squad(tmp_path, text):
@@ -45,28 +49,33 @@ def test_math(tmp_path):
     folder = [(e.question, e.answers[0]) for e in data.read("math", str(tmp_path))]
     assert folder == [("Divide 59 by 9.", "59/9"), ("What is 1 + 1?", "2"), ("-3 * -129", "387")]
     assert len(data.read("math", str(tmp_path / "*__b.txt"))) == 2
-    rows = [{"question": "b'What is \"1\" + 1?\\n'", "answer": "b'2\\n'"}, {"question": "b", "answer": "b'x"}]
+    rows = [{"question": "b'What is \"1\" + 1?\\n'", "answer": "b'2\\n'"},
+            {"question": "b", "answer": "b'x"}]
     found = data.read("math", write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))))
-    assert [(e.question, e.answers) for e in found] == [('What is "1" + 1?', ("2",)), ("b", ("b'x",))]
+    assert [(e.question, e.answers) for e in found] == [
+        ('What is "1" + 1?', ("2",)), ("b", ("b'x",))]
 
 
 @pytest.mark.parametrize("solution, answer", [
-    (r"so \boxed{1}, no, \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"$\boxed 7$", "7"), (r"\fbox{a{b}c}", "a{b}c"),
-    (r"\boxed {x^{2}}", "x^{2}"), ("none", None), (r"\boxed{1", None)])
+    (r"so \boxed{1}, no, \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"$\boxed 7$", "7"),
+    (r"\fbox{a{b}c}", "a{b}c"), (r"\boxed {x^{2}}", "x^{2}"), ("none", None), (r"\boxed{1", None)])
 def test_hendrycks(tmp_path, solution, answer):
     assert data.last_boxed(solution) == answer
     (tmp_path / "algebra").mkdir()
-    write(tmp_path / "algebra" / "1.json", json.dumps({"problem": "p", "level": "Level 1", "solution": solution}))
+    write(tmp_path / "algebra" / "1.json",
+          json.dumps({"problem": "p", "level": "Level 1", "solution": solution}))
     if answer is None:
         with pytest.raises(data.DataError, match="boxed"):
             data.read("hendrycks", str(tmp_path))
     else:
-        assert data.read("hendrycks", str(tmp_path)) == [data.Example("algebra/1", "hendrycks", "", "p", (answer,))]
+        assert data.read("hendrycks", str(tmp_path)) == [
+            data.Example("algebra/1", "hendrycks", "", "p", (answer,))]
 
 
 def test_text_is_streamed(tmp_path):
     lines = [json.dumps({"text": f"page {i}", "timestamp": "", "url": ""}) + "\n" for i in range(6)]
-    two_members = gzip.compress("".join(lines[:3]).encode()) + gzip.compress("".join(lines[3:]).encode())
+    two_members = (gzip.compress("".join(lines[:3]).encode())
+                   + gzip.compress("".join(lines[3:]).encode()))
     path = write(tmp_path / "c4-train.00000-of-01024.json.gz", two_members)
     assert [e.context for e in data.read("text", path)] == [f"page {i}" for i in range(6)]
     broken = write(tmp_path / "broken.json.gz", two_members[:-9])  # the end is never reached
@@ -80,18 +89,24 @@ def test_text_is_streamed(tmp_path):
 BAD = {
     "squad: arithmetic": ("squad", "x.json", "What is 1?\n1\n", "not JSON"),
     "squad: other json": ("squad", "x.json", '{"a": 1}', "no 'answers', expected a dict"),
-    "squad: no answers": ("squad", "x.json", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q"}]}]}]}',
+    "squad: no answers": ("squad", "x.json",
+                          '{"data": [{"paragraphs": [{"context": "c", '
+                          '"qas": [{"question": "q"}]}]}]}',
                           "article 0 paragraph 0: no 'answers'"),
-    "squad: wrong type": ("squad", "x.json", '{"data": [{"paragraphs": [{"context": 3, "qas": []}]}]}', "'context' is int"),
+    "squad: wrong type": ("squad", "x.json",
+                          '{"data": [{"paragraphs": [{"context": 3, "qas": []}]}]}',
+                          "'context' is int"),
     "squad: empty": ("squad", "x.json", '{"data": [{"paragraphs": []}]}', "no examples"),
-    "math: odd": ("math", "x.txt", "1 + 1\n2\n1 + 2\n", "3 lines.*even number; line 3 has no answer"),
+    "math: odd": ("math", "x.txt", "1 + 1\n2\n1 + 2\n",
+                  "3 lines.*even number; line 3 has no answer"),
     "math: blank": ("math", "x.txt", "1 + 1\n2\n\n3\n", "line 3: empty"),
     "math: empty": ("math", "x.txt", "", "no examples"),
     "math: binary": ("math", "x.txt", b"\xff\xfe\x00", "UTF-8"),
     "text: not json": ("text", "x.jsonl", '{"text": "a"}\n{"text"\n', "line 2: not JSON"),
     "text: no text": ("text", "x.jsonl", '{"body": "a"}\n', "line 1: no 'text'"),
     "text: not gzip": ("text", "x.json.gz", "plain", "cannot be read"),
-    "ragged columns": ("math", "x.json", '{"question": ["a", "b"], "answer": ["1"]}', "differ in length"),
+    "ragged columns": ("math", "x.json", '{"question": ["a", "b"], "answer": ["1"]}',
+                       "differ in length"),
     "deep": ("squad", "x.json", "[" * 100_000, "not JSON"),
 }
 
@@ -110,19 +125,21 @@ def test_nothing_found(tmp_path):
             data.read("math", str(path))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokens
 
 
 @pytest.fixture
 def vocabulary(tmp_path):
-    """One token a character, a few merges across every seam of the template, BOS from the post-processor."""
+    """A token a character, a few merges across each seam of the template, BOS by post-processor."""
     merges = [("r", ":"), ("?", "Ċ"), (":", "Ċ"), ("e", "r:"), ("Ġ", "x")]
-    tokens = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    tokens = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()),
+              *(a + b for a, b in merges)]
     t = Tokenizer(models.BPE({piece: i for i, piece in enumerate(tokens)}, merges))
     t.add_special_tokens(["<bos>", "<eos>"])
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    t.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    t.post_processor = processors.TemplateProcessing(single="<bos> $A",
+                                                     special_tokens=[("<bos>", 0)])
     t.enable_truncation(5)  # published tokenizers carry such settings; they must not apply
     t.enable_padding(length=50)
     t.save(str(tmp_path / "tokenizer.json"))
@@ -148,7 +165,7 @@ def test_rows(vocabulary, tmp_path):
     assert vocabulary.decode(unanswerable.ids[unanswerable.start:]) == " \n"
     v = data.Vocabulary.__new__(data.Vocabulary)
     v.tokenizer, v.bos = vocabulary.tokenizer, None
-    assert v.encode("a") == vocabulary.encode("a")  # a tokenizer that adds BOS itself gets no second one
+    assert v.encode("a") == vocabulary.encode("a")  # a tokenizer that adds BOS gets no second one
     v.tokenizer.post_processor, v.bos = processors.ByteLevel(), 0
     assert v.encode("a") == vocabulary.encode("a")  # and one that does not gets it
     with pytest.raises(data.DataError, match=r"tokens \[0\].*BOS is 5"):
@@ -156,11 +173,14 @@ def test_rows(vocabulary, tmp_path):
 
 
 def test_what_is_asked_does_not_depend_on_the_answer(vocabulary):
-    """Llama 3 has a token for a colon and a line break: an empty answer must not merge with the cue before it."""
-    rows = [data.encode(e, vocabulary, 1000) for e in (squad("c", "q", "x"), data.Example("0", "squad", "c", "q", ()))]
+    """Llama 3 has a token for a colon and a line break: an empty answer must not merge with
+    the cue before it."""
+    rows = [data.encode(e, vocabulary, 1000)
+            for e in (squad("c", "q", "x"), data.Example("0", "squad", "c", "q", ()))]
     assert rows[0].question == rows[1].question == vocabulary.encode("c\nQuestion: q\nAnswer:")
     assert all(r.ids[:r.start] == r.question for r in rows)
-    merged = data.encode(squad("c", "q", "\n"), vocabulary, 1000)  # an answer may still merge; it is asked the same
+    # an answer may still merge; it is asked the same
+    merged = data.encode(squad("c", "q", "\n"), vocabulary, 1000)
     assert data.collate([merged]).asked[0][-1] == rows[0].question[-1]
 
 
@@ -178,10 +198,12 @@ def test_only_the_context_is_cut(vocabulary, length):
 
 @pytest.mark.parametrize("context", ["😀" * 9, "a\u200b " * 9, "  \n" * 9, "x" * 30 + "\U0001f600"])
 def test_cutting_ends_on_characters_of_many_tokens(vocabulary, context):
-    """Tokens of one character share their offsets, and those of spaces may be empty: cutting must still go on."""
+    """Tokens of one character share their offsets, and those of spaces may be empty: cutting
+    must still go on."""
     for length in range(32, 48):
         row = data.encode(squad(context, "Why?", "six"), vocabulary, length)
-        assert row is None or len(row.ids) <= length and vocabulary.decode(row.ids).endswith("Answer: six\n")
+        assert row is None or len(row.ids) <= length and vocabulary.decode(
+            row.ids).endswith("Answer: six\n")
 
 
 def test_a_text_is_a_row_without_an_answer(vocabulary):
@@ -193,7 +215,7 @@ def test_a_question_too_long_by_itself(vocabulary):
     assert data.encode(squad("context", "q" * 50), vocabulary, 40) is None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # batches
 
 
@@ -204,16 +226,19 @@ def test_order_is_a_pure_function_that_visits_all():
     assert all(sorted(stream[22 * e: 22 * e + 22]) == list(range(22)) for e in range(4))
     assert stream[:22] != stream[22:44]
     fresh = data.Order(contexts, 8, seed=3)
-    assert [fresh[step] for step in (9, 2, 5)] == [order[step] for step in (9, 2, 5)]  # in any order, from anew
+    # in any order, from anew
+    assert [fresh[step] for step in (9, 2, 5)] == [order[step] for step in (9, 2, 5)]
     assert data.Order(contexts, 8, seed=4)[0] != order[0]
     groups = [contexts[i] for i in order.epoch(0)]
-    assert sum(a != b for a, b in zip(groups, groups[1:])) == 5  # questions of a context stand together
+    # questions of a context stand together
+    assert sum(a != b for a, b in zip(groups, groups[1:])) == 5
     mixed = [contexts[i] for i in data.Order(contexts, 8, seed=3, share=False).epoch(0)]
     assert sum(a != b for a, b in zip(mixed, mixed[1:])) > 8
 
 
 def random_rows(g, shapes):
-    """shapes: (context length, question length, answer length) of rows; equal context lengths share a context."""
+    """shapes: (context length, question length, answer length) of rows; equal context
+    lengths share a context."""
     contexts = {c: [0] + [g.randrange(2, 97) for _ in range(c)] for c, _, _ in shapes}
     rows = []
     for c, q, a in shapes:
@@ -222,9 +247,9 @@ def random_rows(g, shapes):
     return rows
 
 
-SHAPES = {"ragged": [(9, 3, 2), (9, 5, 4), (4, 2, 1), (9, 1, 6), (4, 7, 3), (13, 2, 2)], "one question": [(8, 3, 2)],
-          "no context": [(0, 3, 2), (0, 5, 1), (0, 2, 4)], "each its own": [(3, 2, 2), (5, 4, 1), (7, 1, 3)],
-          "same twice": [(6, 1, 1), (6, 1, 1)]}
+SHAPES = {"ragged": [(9, 3, 2), (9, 5, 4), (4, 2, 1), (9, 1, 6), (4, 7, 3), (13, 2, 2)],
+          "one question": [(8, 3, 2)], "no context": [(0, 3, 2), (0, 5, 1), (0, 2, 4)],
+          "each its own": [(3, 2, 2), (5, 4, 1), (7, 1, 3)], "same twice": [(6, 1, 1), (6, 1, 1)]}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -233,14 +258,16 @@ def test_trie_equals_plain(hf, name, cut):
     """Loss, gradient and generated tokens of the trie are those of every example alone."""
     model = llama.load(hf()[1], torch.float64)
     rows = random_rows(random.Random(5), SHAPES[name])
-    prompt = llama.Prompt({i: torch.randn(4, 48, generator=torch.Generator().manual_seed(i)) for i in (0, 3)}, cut)
+    prompt = llama.Prompt({i: torch.randn(4, 48, generator=torch.Generator().manual_seed(i))
+                           for i in (0, 3)}, cut)
     prompt.double()
 
     def loss_and_gradient(batches):
         prompt.zero_grad()
         parts = [answer_loss(model, model.extend(b.shared, prompt.past(model)), b) for b in batches]
         (sum(loss for loss, _ in parts) / sum(n for _, n in parts)).backward()
-        return sum(loss.item() for loss, _ in parts), torch.cat([r.grad.flatten() for r in prompt.rows.values()])
+        return sum(loss.item() for loss, _ in parts), torch.cat(
+            [r.grad.flatten() for r in prompt.rows.values()])
 
     trie = data.collate(rows)
     assert len(trie.shared) == len({r.context for r in rows})
@@ -254,7 +281,8 @@ def test_trie_equals_plain(hf, name, cut):
         one = losses[row.start - 1:].sum()
         one.backward()
         plain_loss += one.item()
-        plain_gradient = plain_gradient + torch.cat([r.grad.flatten() for r in prompt.rows.values()])
+        plain_gradient = plain_gradient + torch.cat(
+            [r.grad.flatten() for r in prompt.rows.values()])
     tokens = sum(len(r.ids) - r.start for r in rows)
     assert loss == pytest.approx(plain_loss, rel=1e-12)
     torch.testing.assert_close(gradient, plain_gradient / tokens, rtol=1e-10, atol=1e-13)
@@ -274,18 +302,20 @@ def test_the_first_answer_token_is_predicted_from_the_token_before_it():
     assert batch.labels.tolist() == [[21, 22]]
     assert batch.asked == [[13]]
     two = data.collate([row, data.Row([0, 11, 14, 21], 3, [0, 11, 14], "c", 0)])
-    assert two.shared.tolist() == [[0, 11]] and two.labels.tolist() == [[-100, 21, 22], [21, -100, -100]]
+    assert two.shared.tolist() == [[0, 11]] and two.labels.tolist() == [
+        [-100, 21, 22], [21, -100, -100]]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scores
 
 
 @pytest.mark.parametrize("prediction, golds, em, f1", [
     ("The  Cat!", ["cat"], 1, 1), ("a cat, the dog", ["cat"], 0, 2 / 3), ("dog", ["cat"], 0, 0),
-    ("cat cat", ["cat"], 0, 2 / 3), ("an", ["the"], 1, 1), ("", [], 1, 1), ("cat", [], 0, 0), ("", ["cat"], 0, 0),
-    ("big red", ["red", "big red car"], 0, 0.8), ("U.S.A.", ["USA"], 1, 1), ("“cat”", ["cat"], 0, 0),
-    ("theatre", ["a theatre"], 1, 1), (None, ["cat"], 0, 0), (None, [], 0, 0), ("x", ["the", "x"], 1, 1)])
+    ("cat cat", ["cat"], 0, 2 / 3), ("an", ["the"], 1, 1), ("", [], 1, 1), ("cat", [], 0, 0),
+    ("", ["cat"], 0, 0), ("big red", ["red", "big red car"], 0, 0.8), ("U.S.A.", ["USA"], 1, 1),
+    ("“cat”", ["cat"], 0, 0), ("theatre", ["a theatre"], 1, 1), (None, ["cat"], 0, 0),
+    (None, [], 0, 0), ("x", ["the", "x"], 1, 1)])
 def test_squad_scores(prediction, golds, em, f1):
     """Worked by hand from the rules of evaluate-v2.0.py."""
     found = data.score(data.Example("0", "squad", "c", "q", tuple(golds)), prediction)
@@ -299,11 +329,13 @@ def test_precision_and_recall():
 
 
 @pytest.mark.parametrize("question, prediction, gold, exact, same", [
-    ("1 + 1", "2", "2", 1, 1), ("1 + 1", " 2 ", "2", 1, 1), ("q", "0.50", "1/2", 0, 1), ("q", "2/4", "1/2", 0, 1),
-    ("q", "-3.0", "-3", 0, 1), ("q", "3", "-3", 0, 0), ("q", "1/0", "1/0", 1, 1), ("q", "1/0", "2/0", 0, 0),
-    ("q", "6*sqrt(2)", "6*sqrt(2)", 1, 1), ("q", "sqrt(4)", "2", 0, 0), ("q", "", "0", 0, 0), ("q", "1e3", "1000", 0, 0),
-    ("In base 14, what is 1 + 1?", "98.0", "98", 0, 0), ("In base 14, what is 1 + 1?", "98", "98", 1, 1),
-    ("q", r"\frac{1}{2}", "0.5", 0, 1), ("q", "1 2", "12", 0, 0), ("q", r"3\frac{1}{2}", "7/2", 0, 0), ("q", "٣", "3", 0, 0)])
+    ("1 + 1", "2", "2", 1, 1), ("1 + 1", " 2 ", "2", 1, 1), ("q", "0.50", "1/2", 0, 1),
+    ("q", "2/4", "1/2", 0, 1), ("q", "-3.0", "-3", 0, 1), ("q", "3", "-3", 0, 0),
+    ("q", "1/0", "1/0", 1, 1), ("q", "1/0", "2/0", 0, 0), ("q", "6*sqrt(2)", "6*sqrt(2)", 1, 1),
+    ("q", "sqrt(4)", "2", 0, 0), ("q", "", "0", 0, 0), ("q", "1e3", "1000", 0, 0),
+    ("In base 14, what is 1 + 1?", "98.0", "98", 0, 0),
+    ("In base 14, what is 1 + 1?", "98", "98", 1, 1), ("q", r"\frac{1}{2}", "0.5", 0, 1),
+    ("q", "1 2", "12", 0, 0), ("q", r"3\frac{1}{2}", "7/2", 0, 0), ("q", "٣", "3", 0, 0)])
 def test_value_scores(question, prediction, gold, exact, same):
     found = data.score(data.Example("0", "math", "", question, (gold,)), prediction)
     assert found == {"accuracy": exact, "accuracy_value": same}

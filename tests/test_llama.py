@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 import llama
 
-LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=32)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0,
+              high_freq_factor=4.0, original_max_position_embeddings=32)
 VARIANTS = {
-    "llama 1: all heads are key heads, untied": dict(num_key_value_heads=6, tie_word_embeddings=False, head_dim=8),
+    "llama 1: all heads are key heads, untied": dict(
+        num_key_value_heads=6, tie_word_embeddings=False, head_dim=8),
     "llama 2 70B: grouped, untied": dict(tie_word_embeddings=False),
     "llama 3.2: grouped, tied, llama3 rope": dict(rope_parameters=LLAMA3),
     "one key head": dict(num_key_value_heads=1),
@@ -25,7 +26,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_transformers(hf, token_ids, name):
     theirs, folder = hf(**VARIANTS[name])
-    with torch.no_grad():  # transformers starts biases at 0 and norms at 1, where an omission would not show
+    with torch.no_grad():  # biases start at 0 and norms at 1, where an omission would not show
         for key, p in theirs.named_parameters():
             if key.endswith("bias") or "norm" in key:
                 p.normal_(1.0 if "norm" in key else 0.0, 0.3)
@@ -50,7 +51,8 @@ def test_half_precision(hf, token_ids, dtype):
     with torch.no_grad():
         exact = llama.load(folder, "float32").logits(llama.load(folder, "float32")(ids)[0])
         error = (ours.logits(ours(ids)[0]).float() - exact).abs().mean()
-        assert error <= 1.5 * (theirs(ids).logits.float() - exact).abs().mean()  # as near to the truth as theirs
+        # as near to the truth as theirs
+        assert error <= 1.5 * (theirs(ids).logits.float() - exact).abs().mean()
 
 
 def test_transformers_4_spelling_and_redundant_head(hf, token_ids):
@@ -90,8 +92,8 @@ def test_tap_is_hidden_states(hf, token_ids):
 
 def test_never_two_copies(hf):
     """bf16 on disk, fp32 in memory: the anonymous memory grows by the fp32 weights and no more."""
-    _, folder = hf(torch.bfloat16, hidden_size=1024, intermediate_size=2048, num_attention_heads=8, head_dim=128,
-                   num_hidden_layers=4, vocab_size=8000)
+    _, folder = hf(torch.bfloat16, hidden_size=1024, intermediate_size=2048, num_attention_heads=8,
+                   head_dim=128, num_hidden_layers=4, vocab_size=8000)
     before = _private_bytes()
     model = llama.load(folder, "float32")
     size = sum(p.numel() * 4 for p in model.parameters())
@@ -99,7 +101,8 @@ def test_never_two_copies(hf):
 
 
 def test_weights_are_mapped_not_copied(hf):
-    _, folder = hf(hidden_size=1024, intermediate_size=2048, num_attention_heads=8, head_dim=128, num_hidden_layers=2, vocab_size=8000)
+    _, folder = hf(hidden_size=1024, intermediate_size=2048, num_attention_heads=8, head_dim=128,
+                   num_hidden_layers=2, vocab_size=8000)
     before = _private_bytes()
     model = llama.load(folder)
     size = sum(p.numel() * 4 for p in model.parameters())
@@ -109,15 +112,17 @@ def test_weights_are_mapped_not_copied(hf):
 
 def _private_bytes() -> int:
     """Anonymous memory of this process: what a second copy would be."""
-    return int(next(x for x in open("/proc/self/status") if x.startswith("RssAnon")).split()[1]) * 1024
+    return int(next(x for x in open("/proc/self/status")
+                    if x.startswith("RssAnon")).split()[1]) * 1024
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the literal recipe: concatenate rows, run the layer, cut or keep the first n
 
 
 def literal(model, rows, cut, ids):
-    """Hidden states (B, T, D) after the final norm, of one sequence [rows | text] with no cache, in plain operations."""
+    """Hidden states (B, T, D) after the final norm, of one sequence [rows | text] with no
+    cache, in plain operations."""
     c, w = model.config, dict(model.named_parameters())
     n, (B, T) = next(iter(rows.values())).shape[0], ids.shape
     x = w["model.embed_tokens.weight"][ids]
@@ -130,28 +135,32 @@ def literal(model, rows, cut, ids):
         first = 0 if with_rows else n  # text stands at n.. whether rows are there or not
         S, p = x.shape[1], f"model.layers.{i}."
         h = norm(x, w[p + "input_layernorm.weight"])
-        q, k, v = ((h @ w[p + f"self_attn.{name}_proj.weight"].T).view(B, S, -1, c.head_dim) for name in "qkv")
+        q, k, v = ((h @ w[p + f"self_attn.{name}_proj.weight"].T).view(B, S, -1, c.head_dim)
+                   for name in "qkv")
         f = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
         angle = (torch.arange(first, first + S).float()[:, None] * f).repeat(1, 2)
         cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
         half = lambda t: torch.cat((-t[..., c.head_dim // 2:], t[..., :c.head_dim // 2]), dim=-1)
         q, k = q * cos + half(q) * sin, k * cos + half(k) * sin
-        k, v = (t.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, dim=2) for t in (k, v))
+        k, v = (t.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, dim=2)
+                for t in (k, v))
         score = torch.einsum("bqhd,bkhd->bhqk", q, k) / c.head_dim**0.5
         score = score.masked_fill(torch.ones(S, S).triu(1).bool(), -torch.inf)
         a = torch.einsum("bhqk,bkhd->bqhd", score.softmax(-1), v).reshape(B, S, -1)
         x = x + a @ w[p + "self_attn.o_proj.weight"].T
         h = norm(x, w[p + "post_attention_layernorm.weight"])
-        x = x + (F.silu(h @ w[p + "mlp.gate_proj.weight"].T) * (h @ w[p + "mlp.up_proj.weight"].T)) \
-            @ w[p + "mlp.down_proj.weight"].T
+        x = x + (F.silu(h @ w[p + "mlp.gate_proj.weight"].T)
+                 * (h @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
         if cut and with_rows:
             x, with_rows = x[:, n:], False
     return norm(x[:, -T:], w["model.norm.weight"])
 
 
-CASES = {"prompt tuning": ([0], False), "prompt tuning, cut": ([0], True), "the paper's deep": ([0, 2, 3], True),
-         "deep, kept": ([0, 2, 3], False), "VPT-deep": ([0, 1, 2, 3], False), "all, cut": ([0, 1, 2, 3], True),
-         "one in the middle": ([2], False), "one in the middle, cut": ([2], True), "last only": ([3], True)}
+CASES = {"prompt tuning": ([0], False), "prompt tuning, cut": ([0], True),
+         "the paper's deep": ([0, 2, 3], True), "deep, kept": ([0, 2, 3], False),
+         "VPT-deep": ([0, 1, 2, 3], False), "all, cut": ([0, 1, 2, 3], True),
+         "one in the middle": ([2], False), "one in the middle, cut": ([2], True),
+         "last only": ([3], True)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -159,18 +168,21 @@ def test_literal_recipe(hf, token_ids, name):
     layers, cut = CASES[name]
     model = llama.load(hf()[1], torch.float64)
     ids, g = token_ids(3, 11), torch.Generator().manual_seed(1)
-    rows = {i: torch.randn(5, 48, generator=g, dtype=torch.float64).requires_grad_() for i in layers}
+    rows = {i: torch.randn(5, 48, generator=g, dtype=torch.float64).requires_grad_()
+            for i in layers}
     weight = torch.randn(3, 11, 48, generator=g, dtype=torch.float64)
     expected = literal(model, rows, cut, ids)
     gradients = torch.autograd.grad((expected * weight).sum(), list(rows.values()))
 
     h, _ = model(ids, model.prompt_past(rows, cut))
     torch.testing.assert_close(h, expected, atol=1e-12, rtol=1e-12)
-    for ours, theirs in zip(torch.autograd.grad((h * weight).sum(), list(rows.values())), gradients):
+    for ours, theirs in zip(torch.autograd.grad((h * weight).sum(), list(rows.values())),
+                            gradients):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-11)
         assert theirs.abs().max() > 1e-3
 
-    past = model.extend(ids[:1, :4], model.prompt_past(rows, cut))  # the beginning once, then two tails of it
+    # the beginning once, then two tails of it
+    past = model.extend(ids[:1, :4], model.prompt_past(rows, cut))
     tails = torch.cat((ids[:1, 4:], ids[1:2, 4:]))
     h, _ = model(tails, past.take(torch.tensor([0, 0])))
     both = literal(model, rows, cut, torch.cat((ids[:1, :4].expand(2, -1), tails), dim=1))[:, 4:]
@@ -200,7 +212,7 @@ def test_generate(hf, token_ids):
     rows = [token_ids(1, T, seed=T)[0].tolist() for T in (7, 2, 11, 5)]
     full = llama.generate(model, rows, past, 12)
     assert all(len(r) == 12 for r in full)
-    for row, answer in zip(rows, full):  # every token is the best one of a forward over all before it
+    for row, answer in zip(rows, full):  # each token is the best one of a forward over all before
         h, _ = model(torch.tensor([row + answer]), past)
         best = model.logits(h[0, len(row) - 1:-1]).argmax(-1).tolist()
         assert best == answer
@@ -236,7 +248,7 @@ def test_rows_enter_in_the_models_dtype_and_stay_fp32(hf):
     assert prompt.rows[0].grad.dtype == torch.float32 and prompt.rows[0].grad.abs().max() > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # folders that cannot be used
 
 
@@ -254,7 +266,8 @@ def edit_weights(folder, change):
 
 def to_index(folder, file):
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": file}}))
 
 
 def cut_short(folder):
@@ -267,26 +280,38 @@ SPOILT = {
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     "other architecture": (lambda f: edit_config(f, model_type="gpt2"), "'gpt2'.*'llama'"),
     "other activation": (lambda f: edit_config(f, hidden_act="gelu"), "'gelu'"),
-    "unknown rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "'yarn'"),
-    "incomplete rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear"}), "'factor'"),
+    "unknown rope": (lambda f: edit_config(
+        f, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "'yarn'"),
+    "incomplete rope": (lambda f: edit_config(
+        f, rope_parameters={"rope_type": "linear"}), "'factor'"),
     "heads do not divide": (lambda f: edit_config(f, num_key_value_heads=4), "divide"),
     "absurd size": (lambda f: edit_config(f, hidden_size="48"), "hidden_size is '48'"),
-    "theta is a text": (lambda f: edit_config(f, rope_parameters=None, rope_theta="1e4"), "rope_theta is '1e4'"),
-    "tied is a text": (lambda f: edit_config(f, tie_word_embeddings="false"), "tie_word_embeddings is 'false'"),
+    "theta is a text": (lambda f: edit_config(f, rope_parameters=None, rope_theta="1e4"),
+                        "rope_theta is '1e4'"),
+    "tied is a text": (lambda f: edit_config(f, tie_word_embeddings="false"),
+                       "tie_word_embeddings is 'false'"),
     "BOS outside": (lambda f: edit_config(f, bos_token_id=97), "bos_token_id is 97.*below 97"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "cut short": (cut_short, "cut short"),
-    "a web page": (lambda f: (f / "model.safetensors").write_text("<html>" * 99), "git-lfs pointer or a web page"),
-    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "not a readable safetensors file"),
-    "tensor missing": (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), "lack 1 tensors.*norm"),
-    "other shape": (lambda f: edit_weights(f, lambda w: w.update({"model.norm.weight": torch.ones(7)})), r"\(7,\).*\(48,\)"),
-    "left over": (lambda f: edit_weights(f, lambda w: w.update({"model.extra": torch.ones(7)})), "'model.extra' has no place"),
+    "a web page": (lambda f: (f / "model.safetensors").write_text("<html>" * 99),
+                   "git-lfs pointer or a web page"),
+    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""),
+                   "not a readable safetensors file"),
+    "tensor missing": (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")),
+                       "lack 1 tensors.*norm"),
+    "other shape": (lambda f: edit_weights(f, lambda w: w.update(
+        {"model.norm.weight": torch.ones(7)})), r"\(7,\).*\(48,\)"),
+    "left over": (lambda f: edit_weights(f, lambda w: w.update({"model.extra": torch.ones(7)})),
+                  "'model.extra' has no place"),
     "quantised": (lambda f: edit_weights(f, lambda w: w.update(
         {"model.norm.weight": torch.ones(48, dtype=torch.int8)})), "int8"),
-    "shard outside": (lambda f: to_index(f, "../model.safetensors"), "not a file name in this folder"),
+    "shard outside": (lambda f: to_index(f, "../model.safetensors"),
+                      "not a file name in this folder"),
     "shard absolute": (lambda f: to_index(f, "/etc/passwd"), "not a file name in this folder"),
-    "shard missing": (lambda f: to_index(f, "model-00001.safetensors"), "model-00001.safetensors: no such file"),
-    "empty index": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text("{}")),
+    "shard missing": (lambda f: to_index(f, "model-00001.safetensors"),
+                      "model-00001.safetensors: no such file"),
+    "empty index": (lambda f: ((f / "model.safetensors").unlink(),
+                               (f / "model.safetensors.index.json").write_text("{}")),
                     "no weight_map"),
 }
 

@@ -51,12 +51,14 @@ def test_vocab_and_text():
     x = reference(50)
     rows = priors.Vocab.fit(x).sample(50, G())
     assert sorted(rows.tolist()) == sorted(x.tolist())  # each once: without replacement
-    assert priors.Vocab.fit(torch.cat((x, x))).log_prob(x[:2]).tolist() == pytest.approx([math.log(2 / 100)] * 2)
+    assert priors.Vocab.fit(torch.cat((x, x))).log_prob(x[:2]).tolist() == pytest.approx(
+        [math.log(2 / 100)] * 2)
     assert priors.Vocab.fit(x).log_prob(x[:1] + 1).item() == -math.inf
     with pytest.raises(priors.PriorError, match="51 rows wanted and the reference has 50"):
         priors.Vocab.fit(x).sample(51, G())
     text = priors.Text.fit(x[:3])
-    assert torch.equal(text.sample(7), x[[0, 1, 2, 0, 1, 2, 0]]) and torch.equal(text.sample(2), x[:2])
+    assert torch.equal(text.sample(7), x[[0, 1, 2, 0, 1, 2, 0]]) and torch.equal(
+        text.sample(2), x[:2])
 
 
 def test_fitted_has_the_references_moments_and_density():
@@ -64,12 +66,14 @@ def test_fitted_has_the_references_moments_and_density():
     prior = priors.Fitted.fit(x, shrinkage=0)
     draws = prior.sample(40000, G(5)).double()
     spread = x.double().T.cov(correction=0)
-    assert (draws.mean(0) - x.double().mean(0)).abs().max() < 4 * (spread.diagonal().max() / 40000) ** 0.5
+    assert (draws.mean(0) - x.double().mean(0)).abs().max() < 4 * (
+        spread.diagonal().max() / 40000) ** 0.5
     assert (draws.T.cov() - spread).norm() / spread.norm() < 0.03
     radius = prior.whiten(draws).square().sum(1)
     assert stats.kstest(radius[:5000].numpy(), "chi2", (12,)).pvalue > 1e-3
     exact = stats.multivariate_normal(x.double().mean(0).numpy(), spread.numpy())
-    np.testing.assert_allclose(prior.log_prob(draws[:9]), exact.logpdf(draws[:9].numpy()), rtol=1e-6)
+    np.testing.assert_allclose(prior.log_prob(draws[:9]), exact.logpdf(draws[:9].numpy()),
+                               rtol=1e-6)
 
 
 @pytest.mark.parametrize("N, D", [(3000, 12), (30, 12), (10, 40)])
@@ -93,13 +97,14 @@ def test_singular_reference():
 
 
 def paper_rejection(prior, n, generator):
-    """The paper's recipe, literally: draw wide, keep with probability max(0, 1 - pdf / pdf_wide). Whitened."""
+    """The paper's recipe, whitened: draw wide, keep with probability max(0, 1 - pdf / pdf_wide)."""
     d, kept, tried = prior.dim, [], 0
     while sum(map(len, kept)) < n:
         x = math.sqrt(prior.c_dim) * torch.randn(20000, d, generator=generator, dtype=torch.float64)
         pdf = stats.multivariate_normal(np.zeros(d), 1.0).logpdf(x.numpy())
         wide = stats.multivariate_normal(np.zeros(d), prior.c_dim).logpdf(x.numpy())
-        keep = torch.rand(len(x), generator=generator, dtype=torch.float64).numpy() < np.maximum(0, 1 - np.exp(pdf - wide))
+        keep = torch.rand(len(x), generator=generator, dtype=torch.float64).numpy() < np.maximum(
+            0, 1 - np.exp(pdf - wide))
         kept.append(x[torch.from_numpy(keep)])
         tried += len(x)
     x = torch.cat(kept)
@@ -113,13 +118,15 @@ def test_exclusion_is_the_papers_law(D, k, c):
     radius = z[:, :prior.dim].norm(dim=1)
     expected, acceptance = paper_rejection(prior, 10000, G(2))
     assert stats.ks_2samp(radius.numpy(), expected.norm(dim=1).numpy()).pvalue > 1e-3
-    assert stats.kstest(radius.numpy(), lambda r: prior.radius_law(torch.as_tensor(r)).numpy()).pvalue > 1e-3
+    assert stats.kstest(radius.numpy(), lambda r: prior.radius_law(torch.as_tensor(r)).numpy()
+                        ).pvalue > 1e-3
     assert prior.acceptance == pytest.approx(acceptance, rel=0.05)
     report = prior.report()
     assert report["radius_drawn"] == pytest.approx(radius.mean().item(), rel=0.01)
     assert radius.min() >= prior.inner and report["radius_excluded"] == prior.inner
     direction = (z[:, :prior.dim] / radius[:, None]).mean(0).norm() * 10000**0.5
-    assert stats.chi2.sf(direction.item() ** 2 * prior.dim, prior.dim) > 1e-4  # uniform directions: mean at 0
+    # uniform directions: mean at 0
+    assert stats.chi2.sf(direction.item() ** 2 * prior.dim, prior.dim) > 1e-4
     if k:  # the other directions stay the fitted Gaussian
         assert stats.kstest(z[:, k:].square().sum(1).numpy(), "chi2", (D - k,)).pvalue > 1e-3
 
@@ -134,7 +141,8 @@ def test_exclusion_at_the_papers_numbers(dim, fitted, drawn):
     radii = prior.radii(20000, G())
     assert radii.mean().item() == pytest.approx(report["radius_drawn"], rel=0.005)
     if dim == 2048:
-        assert prior.c_dim == pytest.approx(1.0016, abs=1e-4) and prior.acceptance == pytest.approx(0.020, abs=5e-4)
+        assert prior.c_dim == pytest.approx(1.0016, abs=1e-4) and prior.acceptance == pytest.approx(
+            0.020, abs=5e-4)
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -155,7 +163,8 @@ def test_exclusion_density_integrates_to_one(k):
 def test_gradient_by_finite_differences(name):
     prior = priors.PRIORS[name].fit(reference(500, 5))
     x = prior.sample(6, G()).double()
-    assert torch.autograd.gradcheck(lambda x: prior.log_prob(x), x.requires_grad_(), eps=1e-5, atol=1e-4)
+    assert torch.autograd.gradcheck(lambda x: prior.log_prob(x), x.requires_grad_(), eps=1e-5,
+                                    atol=1e-4)
 
 
 def test_map_pushes_strays_out_of_the_excluded_ball():
@@ -177,8 +186,9 @@ def test_has_density_is_what_map_needs():
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("gauss", "'gauss' is not known: use one of isotropic"), ("exclusion:d=3", "no option 'd': it has c, k, shrinkage"),
-    ("xavier:a=1", "it has none"), ("exclusion:k=two", "k='two' is not a finite int"),
+    ("gauss", "'gauss' is not known: use one of isotropic"),
+    ("exclusion:d=3", "no option 'd': it has c, k, shrinkage"), ("xavier:a=1", "it has none"),
+    ("exclusion:k=two", "k='two' is not a finite int"),
     ("exclusion:c=inf", "c='inf' is not a finite float")])
 def test_bad_specs(spec, message):
     with pytest.raises(priors.PriorError, match=message):
@@ -186,9 +196,12 @@ def test_bad_specs(spec, message):
 
 
 @pytest.mark.parametrize("name, options, x, message", [
-    ("isotropic", {"std": 0.0}, reference(9), "std is 0"), ("exclusion", {"c": 1.0}, reference(9), "c is 1"),
-    ("exclusion", {"k": 13}, reference(90), "k is 13"), ("fitted", {}, reference(1), "cannot be fitted on 1"),
-    ("fitted", {}, torch.full((9, 3), math.nan), "not finite"), ("fitted", {}, torch.ones(9, 3), "rows are equal"),
+    ("isotropic", {"std": 0.0}, reference(9), "std is 0"),
+    ("exclusion", {"c": 1.0}, reference(9), "c is 1"),
+    ("exclusion", {"k": 13}, reference(90), "k is 13"),
+    ("fitted", {}, reference(1), "cannot be fitted on 1"),
+    ("fitted", {}, torch.full((9, 3), math.nan), "not finite"),
+    ("fitted", {}, torch.ones(9, 3), "rows are equal"),
     ("fitted", {"shrinkage": 2.0}, reference(9), "shrinkage is 2")])
 def test_bad_fits(name, options, x, message):
     with pytest.raises(priors.PriorError, match=message):

@@ -17,7 +17,8 @@ import promptprior
 import train
 
 HERE = Path(promptprior.__file__).parent
-FEW = ["--steps", "4", "--eval-every", "2", "--eval-limit", "6", "--batch-size", "4", "--max-new", "6"]
+FEW = ["--steps", "4", "--eval-every", "2", "--eval-limit", "6", "--batch-size", "4",
+       "--max-new", "6"]
 
 
 def run(*arguments):
@@ -38,13 +39,16 @@ def trained(tmp_path_factory):
 
 def test_the_runs_folder(trained):
     files = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file()}
-    assert files == {"config.json", "metrics.jsonl", "predictions.jsonl", "prompt.safetensors", "checkpoint.safetensors",
+    assert files == {"config.json", "metrics.jsonl", "predictions.jsonl", "prompt.safetensors",
+                     "checkpoint.safetensors",
                      *(f"prompts/{step:06d}.safetensors" for step in (0, 2, 4)),
                      *(f"figures/layer-{i:02d}.svg" for i in (0, 3, 4, 5))}
     m = metrics(trained)
-    assert [x["split"] for x in m] == ["baseline", "text", "eval", "train", "train", "eval", "train", "train", "eval"]
+    assert [x["split"] for x in m] == ["baseline", "text", "eval", "train", "train", "eval",
+                                       "train", "train", "eval"]
     for x in m:
-        assert set(x) >= ({"loss", "lr", "grad_norm", "examples_per_second", "step"} if x["split"] == "train" else
+        assert set(x) >= ({"loss", "lr", "grad_norm", "examples_per_second", "step"}
+                          if x["split"] == "train" else
                           {"loss", "exact_match", "precision", "recall", "f1"})
     rows = load_file(trained / "prompt.safetensors")
     assert {k: (v.shape, v.dtype) for k, v in rows.items()} == {
@@ -55,7 +59,8 @@ def test_the_runs_folder(trained):
     assert config["settings"]["cut"] is True and config["settings"]["prior"] == "exclusion"
     assert len(config["sha256"]["model"]) == 64 and config["priors"][0]["c_dim"] > 1
     predictions = [json.loads(x) for x in (trained / "predictions.jsonl").read_text().splitlines()]
-    assert len(predictions) == 6 and {"id", "question", "prediction", "answers", "exact_match", "f1"} <= set(predictions[0])
+    assert len(predictions) == 6 and {"id", "question", "prediction", "answers", "exact_match",
+                                      "f1"} <= set(predictions[0])
     for figure in (trained / "figures").iterdir():
         ET.fromstring(figure.read_text())
 
@@ -64,8 +69,10 @@ def test_eval_gives_the_scores_of_training(trained, capsys):
     assert run("eval", trained, "--json") == 0
     out = json.loads(capsys.readouterr().out)
     last = [m for m in metrics(trained) if m["split"] == "eval"][-1]
-    assert out["scores"]["exclusion prior, trained"] == pytest.approx({k: v for k, v in last.items() if k not in ("step", "split")})
-    assert out["questions"] == 6 and list(out["scores"]) == ["no prompt", "text prompt 'short answer'", "exclusion prior, trained"]
+    assert out["scores"]["exclusion prior, trained"] == pytest.approx(
+        {k: v for k, v in last.items() if k not in ("step", "split")})
+    assert out["questions"] == 6 and list(out["scores"]) == [
+        "no prompt", "text prompt 'short answer'", "exclusion prior, trained"]
     assert run("eval", trained, "--data", "math", "--limit", 5) == 0
     assert "accuracy" in capsys.readouterr().out
 
@@ -85,10 +92,12 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing is caught, nothing is tidied up."""
 
 
-@pytest.mark.parametrize("arguments", [["--prior", "vocab"], ["--prior", "fitted", "--prior-weight", "1", "--deep-layers", "1"],
-                                       ["--prior", "isotropic", "--dtype", "bfloat16", "--data", "math"]])
+@pytest.mark.parametrize("arguments", [
+    ["--prior", "vocab"], ["--prior", "fitted", "--prior-weight", "1", "--deep-layers", "1"],
+    ["--prior", "isotropic", "--dtype", "bfloat16", "--data", "math"]])
 def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
-    """Stopped by signals and killed between checkpoints, with lines in the log that no checkpoint knows of."""
+    """Stopped by signals and killed between checkpoints, with lines in the log that no checkpoint
+    knows of."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     few = [*FEW, "--steps", "7", "--eval-every", "3"]
     assert run("train", "--out", whole, *few, *arguments) == 0
@@ -105,23 +114,27 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
     monkeypatch.setattr(data.Order, "__getitem__", getitem)
     given = {"out": str(parts), **{k: v for k, v in vars(promptprior.parser().parse_args(
         ["train", *few, *arguments])).items() if k != "command"}}
-    for step, how in ((0, Killed), (2, Killed), (1, signal.SIGINT), (4, Killed), (5, signal.SIGTERM)):
+    for step, how in ((0, Killed), (2, Killed), (1, signal.SIGINT), (4, Killed),
+                      (5, signal.SIGTERM)):
         stops.append((step, how))
         with pytest.raises((Killed, train.Stopped)) as e:
             promptprior.command_train(dict(given))
-        assert not stops and (how is Killed or e.value.status == -how and "--resume" in str(e.value))
+        assert not stops and (
+            how is Killed or e.value.status == -how and "--resume" in str(e.value))
         given = {"out": str(parts), "resume": True}
     assert run("train", "--out", parts, "--resume") == 0
     names = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
     assert names == {p.relative_to(parts) for p in parts.rglob("*") if p.is_file()}
-    for name in names - {Path("config.json"), Path("metrics.jsonl"), Path("checkpoint.safetensors")}:
+    for name in names - {Path("config.json"), Path("metrics.jsonl"),
+                         Path("checkpoint.safetensors")}:
         if name.suffix != ".svg":  # it names its run
             assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
     clock = ("seconds", "examples_per_second")
     strip = lambda folder: [{k: v for k, v in m.items() if k not in clock} for m in metrics(folder)]
     assert strip(whole) == strip(parts)
     ends = [train.Run(folder).load_checkpoint() for folder in (whole, parts)]
-    assert ends[0][0] == ends[1][0] == 7 and all(torch.equal(t, ends[1][1][k]) for k, t in ends[0][1].items())
+    assert ends[0][0] == ends[1][0] == 7 and all(
+        torch.equal(t, ends[1][1][k]) for k, t in ends[0][1].items())
 
 
 def test_resume_refuses_changed_data(tmp_path, capsys):
@@ -152,7 +165,8 @@ def test_resume_refuses_other_settings_and_a_damaged_checkpoint(trained, tmp_pat
 def test_an_existing_run_is_not_overwritten(trained, tmp_path, capsys):
     before = (trained / "config.json").read_bytes()
     assert run("train", "--out", trained, *FEW) == 2
-    assert "--resume" in capsys.readouterr().err and (trained / "config.json").read_bytes() == before
+    assert "--resume" in capsys.readouterr().err \
+        and (trained / "config.json").read_bytes() == before
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
@@ -161,7 +175,8 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
     (out / "notes.txt").write_text("mine")
     assert run("train", "--out", out, *FEW, "--steps", 2, "--overwrite") == 0
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    assert "notes.txt" in names and "prompts/000004.safetensors" not in names and "figures/layer-05.svg" not in names
+    assert "notes.txt" in names and "prompts/000004.safetensors" not in names \
+        and "figures/layer-05.svg" not in names
     other = tmp_path / "model"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
@@ -169,11 +184,12 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
     for path in (other, other / "model.safetensors"):
         assert run("train", "--out", path, *FEW, "--overwrite") == 2
         assert "promptprior: error" in capsys.readouterr().err
-    assert (other / "model.safetensors").read_bytes() == b"precious" and len(list(other.iterdir())) == 2
+    assert (other / "model.safetensors").read_bytes() == b"precious" \
+        and len(list(other.iterdir())) == 2
 
 
 def test_sharing_and_keeping(tmp_path):
-    """--no-share meets other examples in a batch, but scores alike; --keep and --cut are different prompts."""
+    """--no-share meets other examples in a batch, but scores alike; --keep and --cut differ."""
     losses = {}
     for flags in (("--cut",), ("--keep",), ("--keep", "--no-share")):
         out = tmp_path / "".join(flags)
@@ -185,45 +201,55 @@ def test_sharing_and_keeping(tmp_path):
 
 
 def test_map_keeps_rows_near_the_prior(tmp_path):
-    """A heavy prior weight pulls the rows up the prior's density; without it they go where the loss leads."""
+    """A heavy prior weight pulls rows up its density; without it they go where the loss leads."""
     import priors
 
     density = {}
     for weight in (0, 1000):
         out = tmp_path / f"w{weight}"
-        assert run("train", "--prior", "fitted", "--prior-weight", weight, "--out", out, "--steps", 20, "--eval-every", 20,
-                   "--eval-limit", 2, "--batch-size", 2, "--max-new", 2, "--lr", 0.02) == 0
-        a = promptprior.settings_of({"prior": "fitted"}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE)
+        assert run("train", "--prior", "fitted", "--prior-weight", weight, "--out", out,
+                   "--steps", 20, "--eval-every", 20, "--eval-limit", 2, "--batch-size", 2,
+                   "--max-new", 2, "--lr", 0.02) == 0
+        a = promptprior.settings_of({"prior": "fitted"}, promptprior.MODEL, promptprior.PRIOR,
+                                    promptprior.DATA, promptprior.SAMPLE)
         model, vocabulary = promptprior.load_model(a)
         reference = promptprior.references(a, model, vocabulary, [0])[0][0]
         fitted = priors.Fitted.fit(reference)
-        density[weight] = fitted.log_prob(load_file(out / "prompt.safetensors")["layers.0"]).mean().item()
-        start = fitted.log_prob(load_file(out / "prompts/000000.safetensors")["layers.0"]).mean().item()
+        density[weight] = fitted.log_prob(
+            load_file(out / "prompt.safetensors")["layers.0"]).mean().item()
+        start = fitted.log_prob(
+            load_file(out / "prompts/000000.safetensors")["layers.0"]).mean().item()
     assert density[1000] > start + 5 > density[0]
 
 
 def test_sample(tmp_path, capsys):
-    assert run("sample", "--prior", "exclusion:k=2", "--deep-layers", 1, "--out", tmp_path / "s", "--json") == 0
+    assert run("sample", "--prior", "exclusion:k=2", "--deep-layers", 1, "--out", tmp_path / "s",
+               "--json") == 0
     out = json.loads(capsys.readouterr().out)
-    assert [r["layer"] for r in out] == [0, 5] and out[0]["radius_drawn"] == pytest.approx(3.84, abs=0.01)
+    assert [r["layer"] for r in out] == [0, 5] \
+        and out[0]["radius_drawn"] == pytest.approx(3.84, abs=0.01)
     assert load_file(tmp_path / "s/rows.safetensors")["layers.5"].shape == (20, 192)
     assert {p.name for p in (tmp_path / "s/figures").iterdir()} == {"layer-00.svg", "layer-05.svg"}
 
 
 def test_text_prior_is_the_text_prompt(tmp_path):
     """Rows that begin as a text's tokens score, untrained, exactly what the text itself scores."""
-    a = promptprior.settings_of({}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE)
+    a = promptprior.settings_of({}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA,
+                                promptprior.SAMPLE)
     model, vocabulary = promptprior.load_model(a)
     ids = vocabulary.encode_plain("short answer")
-    assert run("train", "--prior", "text", "--tokens", len(ids), "--steps", 0, "--out", tmp_path / "t", "--eval-limit", 8) == 0
+    assert run("train", "--prior", "text", "--tokens", len(ids), "--steps", 0,
+               "--out", tmp_path / "t", "--eval-limit", 8) == 0
     scores = {m["split"]: m for m in metrics(tmp_path / "t")}
-    assert scores["eval"]["loss"] == pytest.approx(scores["text"]["loss"], rel=1e-5) != scores["baseline"]["loss"]
+    assert scores["eval"]["loss"] == pytest.approx(scores["text"]["loss"], rel=1e-5) \
+        != scores["baseline"]["loss"]
     rows = load_file(tmp_path / "t/prompts/000000.safetensors")["layers.0"]
     assert torch.equal(rows, model.embeddings[ids].float())
 
 
 def test_activations_leave_out_bos_and_padding():
-    a = promptprior.settings_of({}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE)
+    a = promptprior.settings_of({}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA,
+                                promptprior.SAMPLE)
     model, vocabulary = promptprior.load_model(a)
     rows = [vocabulary.encode("one two"), vocabulary.encode("a much longer text than that")]
     found = promptprior.collect(model, rows, [0, 2], limit=10**6)
@@ -236,16 +262,20 @@ def test_activations_leave_out_bos_and_padding():
 
 
 def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
-    """A tenth of a real path is held out, and eval and plot find the same tenth again, from another folder."""
+    """A tenth of a real path is held out, and eval and plot find the same tenth
+    again, from another folder."""
     monkeypatch.chdir(HERE)
     out = tmp_path / "o"
     for spec in ("squad:tiny/squad/train.json", "math:tiny/math/train-easy/*_mul.txt"):
-        a = promptprior.settings_of({"data": spec}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE)
+        a = promptprior.settings_of({"data": spec}, promptprior.MODEL, promptprior.PRIOR,
+                                    promptprior.DATA, promptprior.SAMPLE)
         train_side, eval_side = promptprior.training_and_evaluation(a)
         total = len(data.read(*promptprior.parse_spec(a.data, 0)))
-        assert len(train_side) + len(eval_side) == total and total // 10 <= len(eval_side) < total // 10 + 6
+        assert len(train_side) + len(eval_side) == total \
+            and total // 10 <= len(eval_side) < total // 10 + 6
         assert not set(map(promptprior.topic, train_side)) & set(map(promptprior.topic, eval_side))
-    assert run("train", "--data", "math:tiny/math/train-easy/*_mul.txt", "--out", out, "--deep-layers", 1, *FEW) == 0
+    assert run("train", "--data", "math:tiny/math/train-easy/*_mul.txt", "--out", out,
+               "--deep-layers", 1, *FEW) == 0
     assert len(json.loads((out / "config.json").read_text())["sha256"]["data"]) == 64
     figure = (out / "figures/layer-05.svg").read_bytes()
     monkeypatch.chdir(tmp_path)
@@ -262,7 +292,8 @@ def test_help_without_torch():
             "    try: promptprior.main([*c, '--help'])\n"
             "    except SystemExit as e: assert e.code == 0\n"
             "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
-    out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                         check=True).stdout
     assert all(name in out for name in promptprior.priors.PRIORS)
 
 
@@ -274,7 +305,9 @@ def test_modules_stand_alone(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         shutil.copy(HERE / f"{name}.py", folder)
-        subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.'); import {name}"], cwd=folder, check=True)
+        subprocess.run([sys.executable, "-I", "-c",
+                        f"import sys; sys.path.insert(0, '.'); import {name}"],
+                       cwd=folder, check=True)
 
 
 def squad_file(folder, **changes):
@@ -285,7 +318,8 @@ def squad_file(folder, **changes):
 
 
 MISTAKES = {
-    "unknown prior": (["--prior", "gauss"], "'gauss' is not known: use one of isotropic, xavier, vocab"),
+    "unknown prior": (["--prior", "gauss"],
+                      "'gauss' is not known: use one of isotropic, xavier, vocab"),
     "unknown option": (["--prior", "fitted:c=3"], "no option 'c'"),
     "too many layers": (["--deep-layers", 7], "the model has 6 layers"),
     "no rows": (["--tokens", 0], "rows at the tokens"),
@@ -296,7 +330,8 @@ MISTAKES = {
     "no such kind": (["--data", "csv:x"], "unknown kind 'csv'"),
     "text to train on": (["--data", "text"], "no questions and answers"),
     "not bundled": (["--data", "hendrycks"], "no bundled hendrycks"),
-    "MAP without a density": (["--prior", "vocab", "--prior-weight", 1], "isotropic, fitted, exclusion"),
+    "MAP without a density": (["--prior", "vocab", "--prior-weight", 1],
+                              "isotropic, fitted, exclusion"),
     "wrong dtype": (["--dtype", "int8"], "float32, bfloat16 or float16"),
     "no such device": (["--device", "cuda:99"], "use cpu"),
     "resume nothing": (["--resume"], "--resume needs --out"),
@@ -334,15 +369,18 @@ def test_only_unanswerable(tmp_path, capsys):
     spec = squad_file(tmp_path)
     assert run("train", "--data", spec, "--eval-data", spec) == 2
     assert "--keep-unanswerable" in capsys.readouterr().err
-    assert run("train", "--data", spec, "--eval-data", spec, "--keep-unanswerable", "--steps", 1, "--out", tmp_path / "o") == 0
+    assert run("train", "--data", spec, "--eval-data", spec, "--keep-unanswerable", "--steps", 1,
+               "--out", tmp_path / "o") == 0
 
 
 def test_a_run_that_is_none(tmp_path, capsys):
-    for command in (["eval", tmp_path], ["plot", tmp_path], ["generate", tmp_path, "x"], ["train", "--resume", "--out", tmp_path]):
+    for command in (["eval", tmp_path], ["plot", tmp_path], ["generate", tmp_path, "x"],
+                    ["train", "--resume", "--out", tmp_path]):
         assert run(*command) == 2
         assert "no config.json" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"settings": {}}')
-    assert run("train", "--resume", "--out", tmp_path) == 2 and "not a run" in capsys.readouterr().err
+    assert run("train", "--resume", "--out", tmp_path) == 2 \
+        and "not a run" in capsys.readouterr().err
 
 
 def test_a_text_prior_of_one_token(tmp_path):
@@ -362,9 +400,11 @@ def test_a_model_smaller_than_its_tokenizer(hf, capsys, tmp_path):
 def test_not_finite_stops_before_the_step(tmp_path, capsys):
     """A learning rate that overflows: the run stops, exit 1, and the last good rows stay."""
     out = tmp_path / "o"
-    assert run("train", "--lr", 1e25, "--clip", 1e30, "--steps", 40, "--warmup", 0, "--eval-every", 1, "--eval-limit", 2,
-               "--max-new", 2, "--batch-size", 2, "--prior", "isotropic", "--prior-weight", 1, "--out", out) == 1
+    assert run("train", "--lr", 1e25, "--clip", 1e30, "--steps", 40, "--warmup", 0,
+               "--eval-every", 1, "--eval-limit", 2, "--max-new", 2, "--batch-size", 2,
+               "--prior", "isotropic", "--prior-weight", 1, "--out", out) == 1
     error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert "not finite" in error and "checkpoint.safetensors holds step" in error and "--lr" in error
+    assert "not finite" in error and "checkpoint.safetensors holds step" in error \
+        and "--lr" in error
     _, tensors = train.Run(out).load_checkpoint()
     assert all(torch.isfinite(t).all() for k, t in tensors.items() if k.startswith("rows"))

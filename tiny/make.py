@@ -3,14 +3,15 @@
     python tiny/make.py            # writes into tiny/; about an hour on two cores
     python tiny/make.py --out DIR --steps 200
 
-Everybody in this world is invented, and every document invents its names afresh: a list of names would be learned
-by heart, and the model would never learn to copy an answer out of a passage. Names and sums in squad/ and math/ are
-of a reserved tenth (by checksum) that pre-training never draws, so the scores are about names never seen.
+Everybody in this world is invented, and every document invents its names afresh: a list of names
+would be learned by heart, and the model would never learn to copy an answer out of a passage. Names
+and sums in squad/ and math/ are of a reserved tenth (by checksum) that pre-training never draws, so
+the scores are about names never seen.
 
-A document with questions is written in one of five styles. The style is told by a header in front of the beginning
-of the text, as a prompt is, and on three documents of ten there is no header. So the model *can* answer shortly but
-does not know that it should: without a prompt it goes on in a mixture of styles, and a prompt can choose. The header
-"short answer" is the oracle text prompt.
+A document with questions is written in one of five styles. The style is told by a header in front
+of the beginning of the text, as a prompt is, and on three documents of ten there is no header. So
+the model *can* answer shortly but does not know that it should: without a prompt it goes on in a
+mixture of styles, and a prompt can choose. The header "short answer" is the oracle text prompt.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ import llama  # noqa: E402
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 CONFIG = llama.Config(vocab_size=512, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
                       num_attention_heads=6, num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-5,
-                      max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=(1,))
+                      max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0,
+                      eos_token_id=(1,))
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # names and sums
 
 
@@ -53,7 +55,7 @@ def for_evaluation(thing: str) -> bool:
 
 
 def fresh(draw, held_out: bool):
-    """The first draw on the wanted side of the reserve; draw() -> (value, text that identifies it)."""
+    """The first draw on the wanted side of the reserve; draw() -> (value, what identifies it)."""
     while True:
         value, text = draw()
         if reserved(text) == held_out:
@@ -70,8 +72,9 @@ class Namer:
         r = self.rng
 
         def draw():
-            syllables = [r.choice(("b", "br", "d", "dr", "f", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pr",
-                                   "r", "s", "sh", "st", "t", "th", "tr", "v", "w", "z")) + r.choice("aeiou")
+            syllables = [r.choice(("b", "br", "d", "dr", "f", "g", "gr", "h", "j", "k", "kl", "l",
+                                   "m", "n", "p", "pr", "r", "s", "sh", "st", "t", "th", "tr", "v",
+                                   "w", "z")) + r.choice("aeiou")
                          for _ in range(r.choice((2, 2, 3)))]
             name = "".join(syllables) + r.choice(("", "", "n", "r", "l", "s", "m", "th", "k"))
             return name.capitalize(), name
@@ -82,7 +85,8 @@ class Namer:
         return f"{self.word()} {self.word()}" if self.rng.random() < 0.6 else self.word()
 
     def place(self) -> str:
-        return self.rng.choice(("{}", "{}", "{}", "Port {}", "Upper {}", "{} Bay")).format(self.word())
+        return self.rng.choice(("{}", "{}", "{}", "Port {}", "Upper {}", "{} Bay")
+                               ).format(self.word())
 
     def water(self) -> str:
         return self.rng.choice(("{}", "{}", "Lake {}", "the {} Sea")).format(self.word())
@@ -91,24 +95,25 @@ class Namer:
         return str(self.rng.randint(low, high))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # passages and questions
 
-JOBS = ("baker", "weaver", "painter", "doctor", "sailor", "teacher", "smith", "farmer", "miller", "singer", "judge",
-        "printer", "potter", "hunter", "clerk", "mason")
-GOODS = ("wool", "honey", "glass", "salt", "silk", "paper", "bells", "cheese", "tin", "rope", "clocks", "apples",
-         "boats", "soap", "pearls", "bricks")
+JOBS = ("baker", "weaver", "painter", "doctor", "sailor", "teacher", "smith", "farmer", "miller",
+        "singer", "judge", "printer", "potter", "hunter", "clerk", "mason")
+GOODS = ("wool", "honey", "glass", "salt", "silk", "paper", "bells", "cheese", "tin", "rope",
+         "clocks", "apples", "boats", "soap", "pearls", "bricks")
 COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve")
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-          "November", "December")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September",
+          "October", "November", "December")
 
-# kind of subject -> (how to name it, pronoun, relations); a relation is
-# (draw the answer, ways to state it, ways to ask for it). The first statement is also the full-sentence answer.
+# kind of subject -> (how to name it, pronoun, relations); a relation is (draw the answer, ways to
+# state it, ways to ask for it). The first statement is also the full-sentence answer.
 SUBJECTS = {
     "person": (Namer.person, ("He", "She"), [
         (Namer.place, ("{s} was born in {a}.", "{s} came into the world in {a}."),
          ("Where was {n} born?", "In which place was {n} born?")),
-        (lambda w: w.number(1100, 1990), ("{s} was born in the year {a}.", "The birth of {n} was in {a}."),
+        (lambda w: w.number(1100, 1990),
+         ("{s} was born in the year {a}.", "The birth of {n} was in {a}."),
          ("In what year was {n} born?", "When was {n} born?")),
         (lambda w: w.rng.choice(JOBS), ("{s} worked as a {a}.", "{s} earned money as a {a}."),
          ("What was the job of {n}?", "What did {n} work as?")),
@@ -126,13 +131,15 @@ SUBJECTS = {
     "town": (Namer.place, ("It",), [
         (Namer.person, ("{s} was founded by {a}.", "{s} was first settled by {a}."),
          ("Who founded {n}?", "By whom was {n} founded?")),
-        (lambda w: w.number(1100, 1990), ("{s} was founded in {a}.", "The first houses of {n} date from {a}."),
+        (lambda w: w.number(1100, 1990),
+         ("{s} was founded in {a}.", "The first houses of {n} date from {a}."),
          ("In what year was {n} founded?", "When was {n} founded?")),
         (Namer.word, ("{s} lies in the region of {a}.", "{s} is part of the region {a}."),
          ("In which region is {n}?", "Where does {n} lie?")),
         (Namer.water, ("{s} stands on the shore of {a}.", "{s} was built beside {a}."),
          ("On what water does {n} stand?", "Beside what water is {n}?")),
-        (lambda w: w.rng.choice(GOODS), ("{s} is known for its {a}.", "{s} sells {a} to its neighbours."),
+        (lambda w: w.rng.choice(GOODS),
+         ("{s} is known for its {a}.", "{s} sells {a} to its neighbours."),
          ("What is {n} known for?", "What does {n} sell?")),
         (lambda w: w.rng.choice(COUNTS), ("{s} has {a} bridges.", "There are {a} bridges in {n}."),
          ("How many bridges has {n}?", "What is the number of bridges in {n}?")),
@@ -144,7 +151,8 @@ SUBJECTS = {
     "ship": (lambda w: f"the {w.word()}", ("It", "She"), [
         (Namer.person, ("{s} was commanded by {a}.", "The captain of {n} was {a}."),
          ("Who commanded {n}?", "Who was the captain of {n}?")),
-        (lambda w: w.number(1100, 1990), ("{s} was built in {a}.", "{s} was finished in the year {a}."),
+        (lambda w: w.number(1100, 1990),
+         ("{s} was built in {a}.", "{s} was finished in the year {a}."),
          ("When was {n} built?", "In what year was {n} built?")),
         (Namer.place, ("{s} sailed from {a}.", "The home port of {n} was {a}."),
          ("Where did {n} sail from?", "What was the home port of {n}?")),
@@ -162,7 +170,8 @@ SUBJECTS = {
          ("When does {n} take place?", "In which month is {n}?")),
         (Namer.person, ("{s} honours {a}.", "{s} is kept in memory of {a}."),
          ("Whom does {n} honour?", "In memory of whom is {n} kept?")),
-        (lambda w: w.rng.choice(GOODS), ("{s} ends with a gift of {a}.", "Guests of {n} are given {a}."),
+        (lambda w: w.rng.choice(GOODS),
+         ("{s} ends with a gift of {a}.", "Guests of {n} are given {a}."),
          ("What are guests of {n} given?", "What is the gift at {n}?")),
         (lambda w: w.number(1100, 1990), ("{s} began in {a}.", "{s} was first held in {a}."),
          ("When did {n} begin?", "In what year was {n} first held?")),
@@ -175,7 +184,8 @@ def capital(text: str) -> str:
 
 
 def facts(w: Namer, most: int) -> list[tuple[str, str, str, str, int]]:
-    """One invented subject: (statement, question, answer, full sentence, where the answer starts in the statement)."""
+    """One invented subject: (statement, question, answer, full sentence, where the answer
+    starts in the statement)."""
     r = w.rng
     name_it, pronouns, relations = SUBJECTS[r.choice(list(SUBJECTS))]
     name, pronoun, rows = name_it(w), r.choice(pronouns), []
@@ -185,13 +195,13 @@ def facts(w: Namer, most: int) -> list[tuple[str, str, str, str, int]]:
         before, after = state.split("{a}")
         before = capital(before.format(s=subject, n=name))
         sentence = capital(states[0].format(s=name, n=name, a=answer))
-        rows.append((before + answer + after.format(n=name), r.choice(asks).format(n=name), answer, sentence,
-                     len(before)))
+        rows.append((before + answer + after.format(n=name), r.choice(asks).format(n=name), answer,
+                     sentence, len(before)))
     return rows
 
 
 def passage(w: Namer) -> tuple[str, list[tuple[str, str, str, int]]]:
-    """A text and its questions: (question, answer, full sentence, where the answer starts in the text)."""
+    """A text and its questions: (question, answer, full sentence, the answer's start in it)."""
     rows = facts(w, w.rng.randint(3, 6)) if w.rng.random() < 0.7 else facts(w, 3) + facts(w, 3)
     text, questions = "", []
     for statement, question, answer, sentence, start in rows:
@@ -215,7 +225,7 @@ def prose(w: Namer) -> str:
     return "\n".join(out)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # arithmetic, in the phrases of DeepMind's modules
 
 
@@ -223,31 +233,35 @@ def add_or_sub(r: random.Random) -> tuple[str, str, str]:
     a, b = r.randint(0, 30), r.randint(0, 30)
     if r.random() < 0.5:
         return f"{a}+{b}", str(a + b), r.choice((
-            "What is {} + {}?", "Calculate {} + {}.", "Add {} and {}.", "What is {} plus {}?", "{} + {}",
-            "Total of {} and {}.")).format(a, b)
+            "What is {} + {}?", "Calculate {} + {}.", "Add {} and {}.", "What is {} plus {}?",
+            "{} + {}", "Total of {} and {}.")).format(a, b)
     return f"{a}-{b}", str(a - b), r.choice((
-        "What is {} - {}?", "Calculate {} - {}.", "What is {} minus {}?", "{} - {}", "Subtract {1} from {0}.",
-        "What is {} take away {}?")).format(a, b)
+        "What is {} - {}?", "Calculate {} - {}.", "What is {} minus {}?", "{} - {}",
+        "Subtract {1} from {0}.", "What is {} take away {}?")).format(a, b)
 
 
 def add_sub_multiple(r: random.Random) -> tuple[str, str, str]:
     a, b, c = (r.randint(0, 9) for _ in range(3))
-    expression = r.choice(("{} + {} + {}", "{} + {} - {}", "{} - {} + {}", "{} - {} - {}")).format(a, b, c)
-    return expression, str(eval(expression)), r.choice(("What is {}?", "Evaluate {}.", "Calculate {}.")).format(expression)
+    expression = r.choice((
+        "{} + {} + {}", "{} + {} - {}", "{} - {} + {}", "{} - {} - {}")).format(a, b, c)
+    return expression, str(eval(expression)), r.choice((
+        "What is {}?", "Evaluate {}.", "Calculate {}.")).format(expression)
 
 
 def mul(r: random.Random) -> tuple[str, str, str]:
     a, b = r.randint(0, 10), r.randint(0, 10)
     return f"{a}*{b}", str(a * b), r.choice((
-        "What is {} times {}?", "Multiply {} and {}.", "{} * {}", "Product of {} and {}.", "Calculate {} * {}.",
-        )).format(a, b)
+        "What is {} times {}?", "Multiply {} and {}.", "{} * {}", "Product of {} and {}.",
+        "Calculate {} * {}.")).format(a, b)
 
 
-MODULES = {"add_or_sub": (add_or_sub, 6), "add_sub_multiple": (add_sub_multiple, 2), "mul": (mul, 2)}
+MODULES = {"add_or_sub": (add_or_sub, 6), "add_sub_multiple": (add_sub_multiple, 2),
+           "mul": (mul, 2)}
 
 
 def arithmetic(r: random.Random) -> tuple[str, str]:
-    """A question of pre-training and its answer. A product table is learned by heart, so it is not held out."""
+    """A question of pre-training and its answer. A product table is learned by heart, so it
+    is not held out."""
     while True:
         name = r.choices(list(MODULES), [weight for _, weight in MODULES.values()])[0]
         key, answer, question = MODULES[name][0](r)
@@ -255,7 +269,7 @@ def arithmetic(r: random.Random) -> tuple[str, str]:
             return question, answer
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # documents of pre-training
 
 # header -> (share among documents without a header, what follows "Answer:")
@@ -265,7 +279,8 @@ STYLES = {
     "list of questions": (0.22, lambda r, answer, sentence: ""),
     "no answer": (0.22, lambda r, answer, sentence: r.choice((
         " I do not know.", " I cannot say.", " Nobody has told me."))),
-    "hint": (0.22, lambda r, answer, sentence: f" Look again, it starts with {capital(answer)[0]}."),
+    "hint": (0.22, lambda r, answer, sentence:
+             f" Look again, it starts with {capital(answer)[0]}."),
 }
 
 
@@ -295,7 +310,7 @@ def document(r: random.Random) -> tuple[str, str]:
     return header, "\n".join(lines) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the data sets
 
 
@@ -306,14 +321,17 @@ def squad(seed: int, passages: int) -> dict:
     for i in range(passages):
         context, questions = passage(w)
         paragraphs.append({"context": context, "qas": [
-            {"id": f"{seed}-{i:04d}-{j}", "question": q, "answers": [{"text": a, "answer_start": start}]}
+            {"id": f"{seed}-{i:04d}-{j}", "question": q,
+             "answers": [{"text": a, "answer_start": start}]}
             for j, (q, a, _, start) in enumerate(questions)]})
     return {"version": "1.1", "data": [
-        {"title": f"Invented {i // 20}", "paragraphs": paragraphs[i:i + 20]} for i in range(0, passages, 20)]}
+        {"title": f"Invented {i // 20}", "paragraphs": paragraphs[i:i + 20]}
+        for i in range(0, passages, 20)]}
 
 
 def sums(seed: int, module: str, count: int, evaluation: bool) -> list[tuple[str, str]]:
-    """Different questions and their answers; a sum is in the training or in the evaluation data, never in both."""
+    """Different questions and their answers; a sum is in the training or in the evaluation
+    data, never in both."""
     r, found = random.Random(f"{seed} {module}"), {}
     while len(found) < count:
         key, answer, question = MODULES[module][0](r)
@@ -330,8 +348,8 @@ def write_data(out: Path) -> None:
             lines = (f"{q}\n{a}\n" for q, a in sums(3, module, count, evaluation))
             write(out / "math" / folder / f"arithmetic__{module}.txt", "".join(lines).encode())
     w = Namer(random.Random(5), held_out=True)
-    lines = [json.dumps({"text": prose(w), "timestamp": "2026-01-01T00:00:00Z", "url": f"https://tiny.invalid/{i}"})
-             for i in range(600)]
+    lines = [json.dumps({"text": prose(w), "timestamp": "2026-01-01T00:00:00Z",
+                         "url": f"https://tiny.invalid/{i}"}) for i in range(600)]
     write(out / "text" / "c4-validation.00000-of-00001.json.gz",
           gzip.compress("".join(line + "\n" for line in lines).encode(), mtime=0))
 
@@ -341,16 +359,18 @@ def write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the tokenizer and the model
 
 
 def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE of 512 tokens, digits one by one, BOS put in front by the post-processor as Llama 3 does."""
+    """Byte-level BPE of 512 tokens, digits one by one, BOS put in front by the post-processor
+    as Llama 3 does."""
     r = random.Random(6)
     t = Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     t.decoder = decoders.ByteLevel()
     texts = ("\n".join(document(r)) for _ in range(4000))
     t.train_from_iterator(texts, trainers.BpeTrainer(
@@ -363,7 +383,8 @@ def train_tokenizer() -> Tokenizer:
 
 
 def rows(tokenizer: Tokenizer, seed: int, B: int, T: int):
-    """Endless (B, T) batches. Every row starts with a document, as a prompted text does: [header] BOS text EOS."""
+    """Endless (B, T) batches. Every row starts with a document, as a prompted text does:
+    [header] BOS text EOS."""
     r = random.Random(seed)
     while True:
         batch = []
@@ -371,13 +392,15 @@ def rows(tokenizer: Tokenizer, seed: int, B: int, T: int):
             row = []
             while len(row) < T:
                 header, text = document(r)
-                row += tokenizer.encode(header, add_special_tokens=False).ids + tokenizer.encode(text).ids
+                row += (tokenizer.encode(header, add_special_tokens=False).ids
+                        + tokenizer.encode(text).ids)
                 row += CONFIG.eos_token_id
             batch.append(row[:T])
         yield torch.tensor(batch)
 
 
-def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float, log_every: int = 50) -> llama.Llama:
+def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float,
+             log_every: int = 50) -> llama.Llama:
     torch.manual_seed(0)
     model = llama.Llama(CONFIG)
     for name, p in model.named_parameters():
@@ -385,11 +408,13 @@ def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float, log_ev
             torch.nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    optimisers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    optimisers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.1,
+                                   adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
     start, total = time.time(), 0.0
     for step, ids in zip(range(steps), rows(tokenizer, 7, B, T)):
-        share = min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        share = min(1, (step + 1) / 100) * (
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for o in optimisers:
             for group in o.param_groups:
                 group["lr"] = lr * share
@@ -404,24 +429,28 @@ def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float, log_ev
             o.zero_grad()
         total += loss.item()
         if (step + 1) % log_every == 0:
-            print(f"step {step + 1}/{steps}  loss {total / log_every:.3f}  {time.time() - start:.0f} s", flush=True)
+            print(f"step {step + 1}/{steps}  loss {total / log_every:.3f}  "
+                  f"{time.time() - start:.0f} s", flush=True)
             total = 0.0
     return model
 
 
 def save_model(model: llama.Llama, out: Path) -> None:
     c = model.config
-    write(out / "model.safetensors", save({k: v.detach().bfloat16() for k, v in model.state_dict().items()},
-                                          {"format": "pt"}))
+    write(out / "model.safetensors", save({
+        k: v.detach().bfloat16() for k, v in model.state_dict().items()}, {"format": "pt"}))
     write(out / "config.json", json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
-        **vars(c), "eos_token_id": c.eos_token_id[0]}, indent=2).encode() + b"\n")
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+        "hidden_act": "silu", **vars(c), "eos_token_id": c.eos_token_id[0]},
+        indent=2).encode() + b"\n")
     write(out / "generation_config.json", json.dumps(
-        {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id[0]}, indent=2).encode() + b"\n")
+        {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id[0]},
+        indent=2).encode() + b"\n")
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to hand every freed activation back to the system, only to ask for it again: a quarter faster."""
+    """Tell glibc not to hand every freed activation back to the system, only to ask for it
+    again: a quarter faster."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -438,7 +467,8 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--length", type=int, default=256)
     p.add_argument("--lr", type=float, default=4e-3)
-    p.add_argument("--threads", type=int, default=2, help="another number gives slightly other weights")
+    p.add_argument("--threads", type=int, default=2,
+                   help="another number gives slightly other weights")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     start = time.time()
@@ -446,8 +476,8 @@ def main() -> None:
     tokenizer = train_tokenizer()
     write(a.out / "tokenizer.json", (tokenizer.to_str(pretty=True) + "\n").encode())
     save_model(pretrain(tokenizer, a.steps, a.batch, a.length, a.lr), a.out)
-    print(f"{a.out}: {a.steps} steps of {a.batch} x {a.length} tokens, {(time.time() - start) / 60:.1f} minutes on "
-          f"{torch.get_num_threads()} threads")
+    print(f"{a.out}: {a.steps} steps of {a.batch} x {a.length} tokens, "
+          f"{(time.time() - start) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":
