@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -295,6 +296,14 @@ def test_help_without_torch():
     out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
                          check=True).stdout
     assert all(name in out for name in promptprior.priors.PRIORS)
+
+
+def test_the_readme_lists_the_registry():
+    readme = (HERE / "README.md").read_text()
+    for name, prior in promptprior.priors.PRIORS.items():
+        row = next(line for line in readme.split("\n") if re.match(rf"\| `{name}[`:]", line))
+        assert all(f"{k}={v:g}" in row for k, v in promptprior.priors.options(name).items())
+        assert row.endswith("| yes |") == prior.has_density
 
 
 def test_modules_stand_alone(tmp_path):
