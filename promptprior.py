@@ -308,12 +308,13 @@ def reference_rows(a: SimpleNamespace, examples: list[data.Example], vocabulary)
     or a little more."""
     rows, count, seen = [], 0, set()
     for i in data.Order([e.context for e in examples], 1, a.seed).epoch(0):
-        row = None if topic(examples[i]) in seen \
-            else data.encode(examples[i], vocabulary, a.max_length)
-        seen.add(topic(examples[i]))
-        if row and count < a.reference_rows:
-            rows.append(row.ids)
-            count += len(row.ids) - 1
+        if count >= a.reference_rows:
+            break
+        if topic(examples[i]) not in seen:
+            seen.add(topic(examples[i]))
+            row = data.encode(examples[i], vocabulary, a.max_length)
+            rows += [row.ids] * (row is not None)
+            count += len(row.ids) - 1 if row else 0
     return rows
 
 
@@ -686,7 +687,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="promptprior.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-                                epilog="`promptprior.py COMMAND --help` lists a command's options.")
+               epilog="`promptprior.py COMMAND --help` lists a command's options.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, groups: list[dict], epilog: str = ""):
