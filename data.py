@@ -115,7 +115,8 @@ def _field(row: dict, key: str, type_: type, where: str):
     if not isinstance(row, dict) or not isinstance(row.get(key), type_):
         found = f"{key!r} is {type(row[key]).__name__}" if isinstance(row, dict) and key in row \
             else f"no {key!r}"
-        raise DataError(f"{where}: {found}, expected a {type_.__name__}: "
+        expected = {str: "a text", list: "a list", dict: "an object"}[type_]
+        raise DataError(f"{where}: {found}, expected {expected} of that name: "
                         "check that the file is of this kind")
     return row[key]
 

@@ -748,23 +748,25 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
     try:
         COMMANDS[given.pop("command")](given)
-    except (Exception, KeyboardInterrupt) as e:
+    except KeyboardInterrupt:
+        say("promptprior: stopped; a run that has begun goes on with train --out RUN --resume")
+        status = -signal.SIGINT
+    except Exception as e:
         status = exit_status(e)
         if status is None:
             raise
-        say(f"promptprior: error: {' '.join(str(e).split()) or 'stopped'}")
-        if status < 0:  # end by the signal itself, so that a calling shell or scheduler sees it
-            signal.signal(-status, signal.SIG_DFL)
-            os.kill(os.getpid(), -status)
-        return status
-    return 0
+        say(f"promptprior: {'error: ' * (status > 0)}{' '.join(str(e).split())}")
+    else:
+        return 0
+    if status < 0:  # end by the signal itself, so that a calling shell or scheduler sees it
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
 
 
-def exit_status(e: BaseException) -> int | None:
+def exit_status(e: Exception) -> int | None:
     """2 for a user's mistake, 1 for what failed under way, minus a signal's number; None for
     a fault of ours."""
-    if isinstance(e, KeyboardInterrupt):
-        return -signal.SIGINT
     if isinstance(e, ValueError) and type(e).__module__ in MODULES:
         return 2
     # train.Stopped brings its own

@@ -88,7 +88,7 @@ def test_text_is_streamed(tmp_path):
 
 BAD = {
     "squad: arithmetic": ("squad", "x.json", "What is 1?\n1\n", "not JSON"),
-    "squad: other json": ("squad", "x.json", '{"a": 1}', "no 'answers', expected a dict"),
+    "squad: other json": ("squad", "x.json", '{"a": 1}', "no 'answers', expected an object"),
     "squad: no answers": ("squad", "x.json",
                           '{"data": [{"paragraphs": [{"context": "c", '
                           '"qas": [{"question": "q"}]}]}]}',
