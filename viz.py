@@ -100,7 +100,7 @@ STYLE = """text{font-family:Helvetica,Arial,sans-serif;fill:#222;font-size:13px}
 .title{font-size:16px;font-weight:bold}
 .halo{fill:#fff}
 @media (prefers-color-scheme:dark){text{fill:#ddd}.paper,.halo{fill:#16181c}.note{fill:#aaa}\
-.path{stroke:#ccc}}"""
+.path{stroke:#ccc}.halo[stroke="#0072B2"]{stroke:#56B4E9}}"""
 
 
 def scatter(background: np.ndarray, background_name: str, series: list[Series],
@@ -122,8 +122,8 @@ def scatter(background: np.ndarray, background_name: str, series: list[Series],
     notes = textwrap.wrap(_clean(caption), 116)
     width, height = 720, top + tall + 58 + 15 * len(notes)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-           f'viewBox="0 0 {width} {height}" width="178mm" role="img" '
-           f'aria-label="{_attribute(title)}">',
+           f'viewBox="0 0 {width} {height}" width="178mm" height="{178 * height / width:.2f}mm" '
+           f'role="img" aria-label="{_attribute(title)}">',
            f"<style>{STYLE}</style>", f'<rect class="paper" width="{width}" height="{height}"/>',
            f'<text class="title" x="{left}" y="26">{_clean_xml(title)}</text>']
     for axis, place in ((0, x_of), (1, y_of)):
