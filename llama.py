@@ -183,7 +183,8 @@ class Past(NamedTuple):
 
     def take(self, parent: Tensor) -> Past:
         """parent (Q,) int64 -> the Past whose row i is row parent[i]."""
-        pick = lambda t: t if t is None or t.shape[0] == 1 else t[parent]
+        # index_select, not t[parent]: the gradient of that is summed by threads in any order
+        pick = lambda t: t if t is None or t.shape[0] == 1 else t.index_select(0, parent)
         return Past(tuple(map(pick, self.keys)), tuple(map(pick, self.values)), pick(self.real),
                     pick(self.position))
 

@@ -239,6 +239,24 @@ def test_padding_is_never_seen(hf, token_ids):
     torch.testing.assert_close(h[1:], alone, atol=1e-5, rtol=0)
 
 
+def test_gradients_of_a_shared_past_are_the_same_bytes_every_time():
+    """Tails of one beginning add up in its gradient; with threads, t[parent] would in any order."""
+    g = torch.Generator().manual_seed(0)
+    t, parent = torch.randn(6, 2, 160, 32, generator=g), torch.randint(0, 6, (16,), generator=g)
+    weight, threads = torch.randn(16, 2, 160, 32, generator=g), torch.get_num_threads()
+    gradients = set()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(300):
+            k = t.clone().requires_grad_()
+            past = llama.Past((k,), (t,), torch.ones(6, 160).bool(), torch.zeros(6).long())
+            (past.take(parent).keys[0] * weight).sum().backward()
+            gradients.add(k.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(gradients) == 1
+
+
 def test_rows_enter_in_the_models_dtype_and_stay_fp32(hf):
     model = llama.load(hf()[1], "bfloat16")
     prompt = llama.Prompt({0: torch.randn(3, 48)}, cut=False)
