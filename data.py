@@ -21,6 +21,7 @@ import json
 import random
 import re
 import string
+import zlib
 from collections import Counter
 from fractions import Fraction
 from itertools import islice
@@ -227,7 +228,7 @@ def _lines_of_text(path: Path) -> Iterator[Example]:
                 yield Example(f"{path.stem}-{(count := count + 1)}", "text",
                               "".join(paragraph).strip(), "", ())
                 paragraph = []
-    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error) as e:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise DataError(f"{path}: cannot be read ({e}): fetch it again") from None
     if paragraph:
         yield Example(f"{path.stem}-{count + 1}", "text", "".join(paragraph).strip(), "", ())

@@ -246,9 +246,12 @@ def training_and_evaluation(a: SimpleNamespace) -> tuple[list[data.Example], lis
 
 def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int, what: str):
     """Examples with their token rows, without those that do not fit; says what was cut."""
+    from tqdm import tqdm
+
     from train import Questions
 
-    rows = [data.encode(e, vocabulary, max_length) for e in examples]
+    rows = [data.encode(e, vocabulary, max_length)
+            for e in tqdm(examples, f"{what} tokens", leave=False, disable=None)]
     cut = [r.cut for r in rows if r and r.cut]
     if cut:
         say(f"{what}: {len(cut)} of {len(rows)} contexts cut at their end to fit {max_length} "
@@ -288,11 +291,12 @@ def collect(model, rows: list[list[int]], layers: list[int], limit: int,
     `limit`. Every row counts from its token `first` on: a row's BOS has an enormous norm that
     would swamp any statistics."""
     import torch
+    from tqdm import tqdm
 
     import llama
 
     found, count = {i: [] for i in layers}, 0
-    for start in range(0, len(rows), 8):
+    for start in tqdm(range(0, len(rows), 8), "activations", leave=False, disable=None):
         if count >= limit:
             break
         ids = llama.pad(rows[start:start + 8]).to(model.embeddings.device)
@@ -703,6 +707,8 @@ def parser() -> argparse.ArgumentParser:
                            metavar=flag.upper().split("_")[-1], help=shown.replace("%", "%%"))
         return c
 
+    unanswerable = {"action": "store_true",
+                    "help": "keep unanswerable questions; their answer is empty"}
     c = command("train", "Tune a prompt, starting from a draw of a prior.",
                 [MODEL, PRIOR, DATA, TRAIN], prior_help())
     which = c.add_mutually_exclusive_group()
@@ -711,8 +717,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--no-share", dest="share", action="store_false",
                    help="shuffle single questions and compute every context anew; the same loss, "
                         "only slower")
-    c.add_argument("--keep-unanswerable", action="store_true",
-                   help="train on unanswerable questions too, with no answer")
+    c.add_argument("--keep-unanswerable", **unanswerable)
     c.add_argument("--resume", action="store_true",
                    help="go on with the run in --out, to the same bytes")
     c.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -723,6 +728,8 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--data", help="data to evaluate on, a SPEC (the run's evaluation data)")
     c.add_argument("--limit", dest="eval_limit", type=int,
                    help="most questions, 0 for all (the run's)")
+    c.add_argument("--max-length", type=int, help="most tokens of a question's text (the run's)")
+    c.add_argument("--keep-unanswerable", **unanswerable)
     c.add_argument("--json", action="store_true", help="print JSON")
 
     c = command("generate", "Continue a text under a run's prompt, to the end of the line.", [some])
@@ -732,6 +739,7 @@ def parser() -> argparse.ArgumentParser:
 
     c = command("sample", "Draw rows from a prior, report on them and picture them.",
                 [MODEL, PRIOR, DATA, SAMPLE], prior_help())
+    c.add_argument("--keep-unanswerable", **unanswerable)
     c.add_argument("--json", action="store_true", help="print JSON")
 
     c = command("plot", "Draw a run: the reference, the prior's draw and the trained rows, per "

@@ -125,8 +125,10 @@ class Run:
             f.write((json.dumps(record) + "\n").encode())
 
     def metrics(self) -> list[dict]:
+        """The log, without a last line that a killed run left unfinished."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor]) -> None:
         """All that resuming needs in one file, so that no two files can disagree: the state

@@ -380,6 +380,7 @@ def test_only_unanswerable(tmp_path, capsys):
     assert "--keep-unanswerable" in capsys.readouterr().err
     assert run("train", "--data", spec, "--eval-data", spec, "--keep-unanswerable", "--steps", 1,
                "--out", tmp_path / "o") == 0
+    assert run("eval", tmp_path / "o", "--data", spec, "--keep-unanswerable") == 0
 
 
 def test_a_run_that_is_none(tmp_path, capsys):
@@ -390,6 +391,11 @@ def test_a_run_that_is_none(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"settings": {}}')
     assert run("train", "--resume", "--out", tmp_path) == 2 \
         and "not a run" in capsys.readouterr().err
+
+
+def test_a_log_that_was_cut_in_a_line(trained, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes((trained / "metrics.jsonl").read_bytes()[:-20])
+    assert train.Run(tmp_path).metrics() == metrics(trained)[:-1]
 
 
 def test_a_text_prior_of_one_token(tmp_path):
