@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -160,7 +161,7 @@ def rope_frequencies(c: Config) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, heads, T, hd) by cos, sin (B or 1, 1, T, hd / 2); HF's half-split layout."""
+    """Rotate x (N, heads, hd) by cos, sin (N, 1, hd / 2); HF's half-split layout."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -183,14 +184,127 @@ class Past(NamedTuple):
 
     def take(self, parent: Tensor) -> Past:
         """parent (Q,) int64 -> the Past whose row i is row parent[i]."""
-        # index_select, not t[parent]: the gradient of that is summed by threads in any order
-        pick = lambda t: t if t is None or t.shape[0] == 1 else t.index_select(0, parent)
-        return Past(tuple(map(pick, self.keys)), tuple(map(pick, self.values)), pick(self.real),
-                    pick(self.position))
+        return Past(tuple(pick(t, parent) for t in self.keys),
+                    tuple(pick(t, parent) for t in self.values),
+                    pick(self.real, parent), pick(self.position, parent))
+
+
+def pick(t: Tensor | None, parent: Tensor | None) -> Tensor | None:
+    """Rows of t (1 or P, ...); a batch of 1 serves any."""
+    # index_select, not t[parent]: the gradient of that is summed by threads in any order
+    return t if t is None or parent is None or len(t) == 1 else t.index_select(0, parent)
 
 
 # --------------------------------------------------------------------------------------------------
 # the model
+
+
+class Group(NamedTuple):
+    """Rows, one after the other, that go on from one cached row and are attended in one call."""
+
+    cached: int  # the row of the cache
+    columns: int  # its content columns up to the last that holds a token
+    tokens: int  # real tokens of these rows
+    seen: Tensor  # (tokens, columns + tokens) bool: what each of them may look at
+
+
+class Layout:
+    """Where the N real tokens of a padded batch (B, T) stand, and what each of them may see.
+
+    Norms, projections and the MLP work on the real tokens alone, (N, D); only attention knows rows.
+    It is done for the whole padded batch at once or group by group, where nothing is padded and
+    what rows have in common is not copied for each: whichever means less work."""
+
+    CALL = 2000  # what one more attention call costs, in pairs of query and key
+
+    def __init__(self, real: Tensor, past: Tensor, parent: Tensor | None, queries: int,
+                 dtype: torch.dtype):
+        """real (B, T) and past (1 or P, S) bool: which places hold a token. parent (B,): the row of
+        past that each row goes on from, None for its own. queries: heads to a key/value head."""
+        self.past, self.parent, self.queries, self.dtype = past, parent, queries, dtype
+        (self.B, self.T), self.S, self.masks = real.shape, past.shape[1], {}
+        lengths = real.sum(dim=1).tolist()
+        self.index = None if min(lengths, default=0) == self.T else real.flatten().nonzero()[:, 0]
+        self.groups = []
+        if real.device.type == "cpu" and self.T > 1:  # a GPU wants few launches
+            groups = self._groups(lengths)
+            pairs = sum(g.tokens * g.seen.shape[1] + self.CALL for g in groups)
+            if pairs < self.B * self.T * (self.S + self.T):
+                self.groups = groups
+
+    def _groups(self, lengths: list[int]) -> list[Group]:
+        parent = range(self.B) if self.parent is None else self.parent.tolist()
+        columns = [max((i + 1 for i, r in enumerate(row) if r), default=0)
+                   for row in self.past.tolist()]
+        groups, first = [], 0
+        for _, rows in groupby(range(self.B), key=parent.__getitem__):
+            rows = list(rows)
+            p = parent[rows[0]] if len(columns) > 1 else 0
+            row = torch.tensor(rows).repeat_interleave(torch.tensor([lengths[r] for r in rows]))
+            own = (row[:, None] == row).tril()
+            groups.append(Group(p, columns[p], len(row), torch.cat(
+                (self.past[p, :columns[p]].expand(len(row), -1), own), dim=1)))
+        return groups
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(N, heads, hd) -> (B, heads, T, hd), with zeros in the empty places."""
+        if self.index is not None:
+            x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.index, x)
+        return x.view(self.B, self.T, *x.shape[1:]).transpose(1, 2)
+
+    def cache(self, new: Tensor, old: Tensor | None) -> Tensor:
+        """Keys or values of these tokens (N, G, hd) after those of the cache (1 or P, G, S_l, hd)
+        -> (B, G, S_l + T, hd)."""
+        new = self.pad(new)
+        if old is None:
+            return new
+        return torch.cat((pick(old, self.parent).expand(self.B, -1, -1, -1), new), dim=2)
+
+    def attend_batch(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """q (N, H, hd), keys and values as `cache` makes them -> (N, H hd)."""
+        n = keys.shape[2] - self.S - self.T  # prompt columns of this layer
+        if n not in self.masks:
+            past = pick(self.past, self.parent)[:, None].expand(-1, self.T, -1)
+            own = torch.ones(self.T, self.T, dtype=torch.bool, device=past.device).tril()
+            self.masks[n] = self._mask(n, torch.cat(
+                (past, own.expand(len(past), -1, -1)), dim=2)[:, None])
+        a = attention(self.pad(q), keys, values, self.masks[n]).transpose(1, 2).flatten(0, 1)
+        return (a if self.index is None else a.index_select(0, self.index)).flatten(1)
+
+    def attend_groups(self, q: Tensor, k: Tensor, v: Tensor, k0: Tensor | None,
+                      v0: Tensor | None) -> Tensor:
+        """q (N, H, hd), k and v (N, G, hd), the cache k0 and v0 -> (N, H hd)."""
+        n = 0 if k0 is None else k0.shape[2] - self.S
+        if n not in self.masks:
+            self.masks[n] = [self._mask(n, g.seen[None, None]) for g in self.groups]
+        sizes = [g.tokens for g in self.groups]
+        qs, ks, vs = (t.transpose(0, 1)[None].split(sizes, dim=2) for t in (q, k, v))
+        if k0 is not None:
+            k0, v0 = k0.split(1), v0.split(1)  # the gradient of indexing would be a whole cache
+            ks, vs = ([torch.cat((old[g.cached][:, :, :n + g.columns], x), dim=2)
+                       for g, x in zip(self.groups, new)] for old, new in ((k0, ks), (v0, vs)))
+        a = torch.cat([attention(*each) for each in zip(qs, ks, vs, self.masks[n])], dim=2)
+        return a[0].transpose(0, 1).flatten(1)
+
+    def _mask(self, n: int, seen: Tensor) -> Tensor:
+        """(B, 1, T, S) bool -> (B, 1, R T, n + S), 0 where a query sees a key and -inf elsewhere;
+        SDPA would make that of a bool mask in every layer."""
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
+        return F.pad(mask.masked_fill_(~seen, -math.inf), (n, 0)).repeat(1, 1, self.queries, 1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q (B, H, T, hd), k and v (B, G, S, hd), mask (1 or B, 1, H / G T, S) -> (B, H, T, hd).
+
+    The queries of one key/value head are stacked along time: keys and values are never repeated,
+    and every kernel takes the mask (enable_gqa with a mask falls to the slow one on CUDA)."""
+    B, H, T, hd = q.shape
+    q = q.reshape(B, k.shape[1], -1, hd)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # 2 to 3 times the fused kernel there
+        a = torch.matmul(q * hd ** -0.5, k.transpose(2, 3)).add_(mask).softmax(dim=-1) @ v
+    else:
+        a = F.scaled_dot_product_attention(q, k, v, mask)
+    return a.view(B, H, T, hd)
 
 
 class Block(nn.Module):
@@ -198,7 +312,7 @@ class Block(nn.Module):
         super().__init__()
         D, hd, bias = c.hidden_size, c.head_dim, c.attention_bias
         H, G = c.num_attention_heads, c.num_key_value_heads
-        self.hd, self.G = hd, G
+        self.hd = hd
         self.input_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
         self.self_attn = nn.ModuleDict(dict(
             q_proj=nn.Linear(D, H * hd, bias=bias), k_proj=nn.Linear(D, G * hd, bias=bias),
@@ -209,34 +323,29 @@ class Block(nn.Module):
             up_proj=nn.Linear(D, c.intermediate_size, bias=c.mlp_bias),
             down_proj=nn.Linear(c.intermediate_size, D, bias=c.mlp_bias)))
 
-    def key_value(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed input h (B, T, D) -> keys (rotated) and values, (B, G, T, hd)."""
-        B, T, _ = h.shape
-        k = self.self_attn.k_proj(h).view(B, T, self.G, self.hd).transpose(1, 2)
-        v = self.self_attn.v_proj(h).view(B, T, self.G, self.hd).transpose(1, 2)
-        return rotate(k, cos, sin), v
+    def forward(self, x: Tensor, k0: Tensor | None, v0: Tensor | None, layout: Layout, cos: Tensor,
+                sin: Tensor, cache: bool, output: Tensor | bool = True):
+        """x (N, D), the layer's cache k0, v0 (1 or P, G, S_l, hd) or None, cos and sin
+        (N, 1, hd / 2) -> (output (N, D), keys, values (B, G, S_l + T, hd)).
 
-    def forward(self, x: Tensor, h: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-                cos: Tensor, sin: Tensor):
-        """x (B, T, D), h its norm, k and v (B, G, S_l + T, hd), mask (B or 1, 1, T, S_l + T) or
-        None, which is plain causal attention with nothing before -> (B, T, D)."""
-        B, T, _ = x.shape
-        q = rotate(self.self_attn.q_proj(h).view(B, T, -1, self.hd).transpose(1, 2),
-                   cos, sin)  # (B, H, T, hd)
-        R = q.shape[1] // self.G
-        if mask is None:
-            a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=R > 1)
-        else:
-            # The R queries of one key/value head are stacked along time: keys and values are never
-            # repeated, and every kernel takes the mask (enable_gqa with a mask falls to the slow
-            # one on CUDA).
-            a = F.scaled_dot_product_attention(q.reshape(B, self.G, R * T, self.hd), k, v,
-                                               mask.repeat(1, 1, R, 1))
-            a = a.reshape(B, -1, T, self.hd)
-        a = a.transpose(1, 2).reshape(B, T, -1)
+        Keys and values are None unless cache. output (N,) bool: of these tokens alone; False: of
+        none, it is None."""
+        h = self.input_layernorm(x)
+        heads = lambda name: self.self_attn[name](h).unflatten(-1, (-1, self.hd))
+        k, v, keys, values = rotate(heads("k_proj"), cos, sin), heads("v_proj"), None, None
+        if cache or not layout.groups:
+            keys, values = layout.cache(k, k0), layout.cache(v, v0)
+        if output is False:
+            return None, keys, values
+        q = rotate(heads("q_proj"), cos, sin)
+        a = layout.attend_groups(q, k, v, k0, v0) if layout.groups \
+            else layout.attend_batch(q, keys, values)
+        if output is not True:
+            x, a = x[output], a[output]
         x = x + self.self_attn.o_proj(a)
         h = self.post_attention_layernorm(x)
-        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
+        x = x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
+        return (x, keys, values) if cache else (x, None, None)
 
 
 class Llama(nn.Module):
@@ -264,22 +373,33 @@ class Llama(nn.Module):
                     torch.zeros(1, dtype=torch.int64, device=device))
 
     def forward(self, ids: Tensor, past: Past | None = None,
-                tap: Callable[[int, Tensor], None] | None = None) -> tuple[Tensor, Past]:
-        """ids (B, T), padded on the right with PAD -> hidden states (B, T, D) after the
-        final norm, and the Past with these tokens in it. tap(i, x) is shown the input x
-        (B, T, D) of every layer i, and of i = L what comes after the final norm
-        (transformers' convention for hidden_states)."""
-        x, past = self._run(ids, past, tap, last=True)
+                tap: Callable[[int, Tensor], None] | None = None,
+                parent: Tensor | None = None) -> tuple[Tensor, Past]:
+        """ids (B, T), padded on the right with PAD -> hidden states (B, T, D) after the final norm,
+        zero in the empty places, and the Past with these tokens in it.
+
+        tap(i, x) is shown the input x (N, D) of every layer i at the N real tokens, row after row,
+        and of i = L what comes after the final norm (transformers' convention for hidden_states).
+        parent (B,) int64: row i goes on from row parent[i] of past; as past.take(parent)."""
+        x, past = self._run(ids, past, parent, tap)
         x = self.model.norm(x)
         if tap:
             tap(self.config.num_hidden_layers, x)
+        x = x.new_zeros(*ids.shape, x.shape[-1]).masked_scatter((ids != PAD)[..., None], x)
         return x, past
+
+    def states(self, ids: Tensor, past: Past | None, parent: Tensor | None,
+               wanted: Tensor) -> Tensor:
+        """wanted (B, T) bool -> (number wanted, D): as forward, but of these tokens alone. No Past
+        is made, and the last block works out no others."""
+        return self.model.norm(self._run(ids, past, parent, cache=False,
+                                         output=wanted[ids != PAD])[0])
 
     def extend(self, ids: Tensor, past: Past | None = None) -> Past:
         """The Past alone: the last block stops at its keys and values, no more is wanted."""
         if ids.shape[1] == 0:
             return past or self.empty()
-        return self._run(ids, past, None, last=False)[1]
+        return self._run(ids, past, output=False)[1]
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., D) -> (..., V). Pick positions first: (B, T, V) of 128k tokens is gigabytes."""
@@ -299,59 +419,49 @@ class Llama(nn.Module):
                 s != (n, D) for s in shapes.values()):
             raise ModelError(f"prompt rows {shapes} do not fit a model of {L} layers and width "
                              f"{D}: every entry must be {{layer: (n, width)}} with one n")
-        position = torch.arange(n, device=self.embeddings.device)[None]
-        cos, sin = self._angles(position)
+        position = torch.arange(n, device=self.embeddings.device)
+        real = torch.ones(1, n, dtype=torch.bool, device=position.device)
+        layout, (cos, sin) = self._layout(real, real[:, :0], None), self._angles(position)
         x, keys, values = None, [], []
         for i, layer in enumerate(self.model.layers):
-            x = rows[i][None].to(self.embeddings.dtype) if i in rows else x
+            x = rows[i].to(self.embeddings.dtype) if i in rows else x
             if x is None:
                 keys.append(None), values.append(None)
                 continue
-            h = layer.input_layernorm(x)
-            k, v = layer.key_value(h, cos, sin)
+            x, k, v = layer(x, None, None, layout, cos, sin, cache=True,
+                            output=not cut and i + 1 < L and i + 1 not in rows)
             keys.append(k), values.append(v)
-            goes_on = not cut and i + 1 < L and i + 1 not in rows
-            x = layer(x, h, k, v, None, cos, sin) if goes_on else None
-        return Past(tuple(keys), tuple(values), position.new_empty(1, 0, dtype=torch.bool),
-                    position.new_tensor([n]))
+        return Past(tuple(keys), tuple(values), real[:, :0], position.new_tensor([n]))
 
-    def _run(self, ids: Tensor, past: Past | None, tap, last: bool) -> tuple[Tensor | None, Past]:
-        """The blocks; with last=False the last one only makes keys and values."""
-        B, T = ids.shape
-        real = ids != PAD
-        past = past or self.empty()
-        position = past.position[:, None] + torch.arange(T, device=ids.device)  # (1 or B, T)
-        cos, sin = self._angles(position)
-        S = past.real.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril().expand(B, T, T)
-        seen = torch.cat((past.real[:, None].expand(B, T, S), causal),
-                         dim=2)[:, None]  # (B, 1, T, S + T)
-        masks = {0: seen if S else None}  # by the number of prompt columns
-        x = self.model.embed_tokens(ids.clamp(min=0))
-        keys, values = [], []
+    def _run(self, ids: Tensor, past: Past | None, parent: Tensor | None = None, tap=None,
+             cache: bool = True, output: Tensor | bool = True) -> tuple[Tensor | None, Past | None]:
+        """The blocks on the real tokens; output is the last one's."""
+        past, real = past or self.empty(), ids != PAD
+        start = pick(past.position, parent)
+        cos, sin = self._angles((start[:, None] + torch.arange(ids.shape[1], device=ids.device)
+                                 ).expand_as(ids)[real])
+        layout = self._layout(real, past.real, parent)
+        x, keys, values = self.model.embed_tokens(ids[real]), [], []
         for i, layer in enumerate(self.model.layers):
             if tap:
                 tap(i, x)
-            h = layer.input_layernorm(x)
-            k, v = layer.key_value(h, cos, sin)
-            n = 0
-            if past.keys[i] is not None:
-                n = past.keys[i].shape[2] - S
-                k = torch.cat((past.keys[i].expand(B, -1, -1, -1), k), dim=2)
-                v = torch.cat((past.values[i].expand(B, -1, -1, -1), v), dim=2)
+            x, k, v = layer(x, past.keys[i], past.values[i], layout, cos, sin, cache,
+                            output if i + 1 == len(self.model.layers) else True)
             keys.append(k), values.append(v)
-            if last or i + 1 < len(self.model.layers):
-                if n not in masks:
-                    masks[n] = F.pad(seen, (n, 0), value=True)
-                x = layer(x, h, k, v, masks[n], cos, sin)
-        past = Past(tuple(keys), tuple(values), torch.cat((past.real.expand(B, S), real), dim=1),
-                    past.position + real.sum(dim=1))
-        return x, past
+        if not cache:
+            return x, None
+        seen = pick(past.real, parent).expand(len(ids), -1)
+        return x, Past(tuple(keys), tuple(values), torch.cat((seen, real), dim=1),
+                       start + real.sum(dim=1))
+
+    def _layout(self, real: Tensor, past: Tensor, parent: Tensor | None) -> Layout:
+        c = self.config
+        return Layout(real, past, parent, c.num_attention_heads // c.num_key_value_heads,
+                      self.embeddings.dtype)
 
     def _angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """position (B, T) -> cos, sin (B, 1, T, hd / 2), made in fp32 as transformers does."""
-        angle = position[:, None, :, None].float() * rope_frequencies(self.config).to(
-            position.device)
+        """position (N,) -> cos, sin (N, 1, hd / 2), made in fp32 as transformers does."""
+        angle = position[:, None, None].float() * rope_frequencies(self.config).to(position.device)
         return angle.cos().to(self.embeddings.dtype), angle.sin().to(self.embeddings.dtype)
 
 

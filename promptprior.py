@@ -300,10 +300,11 @@ def collect(model, rows: list[list[int]], layers: list[int], limit: int,
         if count >= limit:
             break
         ids = llama.pad(rows[start:start + 8]).to(model.embeddings.device)
-        real = (ids != llama.PAD) & (torch.arange(ids.shape[1], device=ids.device) >= first)
+        place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        taken = place[ids != llama.PAD] >= first
         with torch.no_grad():
-            model(ids, tap=lambda i, x: i in found and found[i].append(x[real].float().cpu()))
-        count += int(real.sum())
+            model(ids, tap=lambda i, x: i in found and found[i].append(x[taken].float().cpu()))
+        count += int(taken.sum())
     return {i: torch.cat(parts)[:limit] for i, parts in found.items()}
 
 
@@ -503,9 +504,10 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     import torch
 
     import llama
-    from train import RunError, evaluate, train
+    from train import RunError, evaluate, keep_freed_memory, train
 
     began = time.time()
+    keep_freed_memory()
     model, vocabulary = load_model(a)
     layers = layers_with_rows(a, model)
     examples, evals = training_and_evaluation(a)

@@ -17,7 +17,6 @@ mixture of styles, and a prompt can choose. The header "short answer" is the ora
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gzip
 import json
 import math
@@ -33,6 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import llama  # noqa: E402
+from train import keep_freed_memory  # noqa: E402
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 CONFIG = llama.Config(vocab_size=512, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
@@ -446,17 +446,6 @@ def save_model(model: llama.Llama, out: Path) -> None:
     write(out / "generation_config.json", json.dumps(
         {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id[0]},
         indent=2).encode() + b"\n")
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc not to hand every freed activation back to the system, only to ask for it
-    again: a quarter faster."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return  # another C library
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def main() -> None:
