@@ -17,6 +17,7 @@ heads, hd head width, L layers. Names of weights and configuration are Hugging F
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import dataclass, fields
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 PAD = -1  # marks the empty places at the right end of a row of token ids
 
@@ -354,6 +356,8 @@ class Llama(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
+        self.first, self.inputs = 0, None  # see part
+        self.recompute = False  # blocks keep their inputs alone for the backward, and run twice
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
             layers=nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
@@ -368,7 +372,7 @@ class Llama(nn.Module):
 
     def empty(self) -> Past:
         """The Past of nothing at all, for a model without a prompt."""
-        nothing, device = (None,) * self.config.num_hidden_layers, self.embeddings.device
+        nothing, device = (None,) * len(self.model.layers), self.embeddings.device
         return Past(nothing, nothing, torch.ones(1, 0, dtype=torch.bool, device=device),
                     torch.zeros(1, dtype=torch.int64, device=device))
 
@@ -395,11 +399,22 @@ class Llama(nn.Module):
         return self.model.norm(self._run(ids, past, parent, cache=False,
                                          output=wanted[ids != PAD])[0])
 
-    def extend(self, ids: Tensor, past: Past | None = None) -> Past:
+    def extend(self, ids: Tensor, past: Past | None = None,
+               tap: Callable[[int, Tensor], None] | None = None) -> Past:
         """The Past alone: the last block stops at its keys and values, no more is wanted."""
         if ids.shape[1] == 0:
             return past or self.empty()
-        return self._run(ids, past, output=False)[1]
+        return self._run(ids, past, tap=tap, output=False)[1]
+
+    def part(self, first: int, last: int, inputs: Tensor | None = None) -> Llama:
+        """Blocks first..last - 1 as a model of their own, with the same weights; layers keep their
+        numbers. inputs (M, D) are the inputs of block first as a tap shows them, and are this
+        model's vocabulary: its token ids are their row numbers."""
+        part = copy.copy(self)
+        part._modules = {**self._modules, "model": nn.ModuleDict({
+            **self.model, "layers": self.model.layers[first - self.first:last - self.first]})}
+        part.first, part.inputs = first, inputs
+        return part
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., D) -> (..., V). Pick positions first: (B, T, V) of 128k tokens is gigabytes."""
@@ -412,10 +427,10 @@ class Llama(nn.Module):
         Rows at layer i replace the prompt's part of that layer's input. cut drops the layer's
         outputs there, so that only layers with rows have prompt columns (paper 3.2); otherwise they
         go on, as in prompt tuning."""
-        L, D = self.config.num_hidden_layers, self.config.hidden_size
+        first, L, D = self.first, self.config.num_hidden_layers, self.config.hidden_size
         shapes = {layer: tuple(r.shape) for layer, r in rows.items()}
         n = next(iter(shapes.values()), (0,))[0]
-        if not rows or any(not 0 <= layer < L for layer in rows) or any(
+        if not rows or any(not first <= layer < L for layer in rows) or any(
                 s != (n, D) for s in shapes.values()):
             raise ModelError(f"prompt rows {shapes} do not fit a model of {L} layers and width "
                              f"{D}: every entry must be {{layer: (n, width)}} with one n")
@@ -423,7 +438,7 @@ class Llama(nn.Module):
         real = torch.ones(1, n, dtype=torch.bool, device=position.device)
         layout, (cos, sin) = self._layout(real, real[:, :0], None), self._angles(position)
         x, keys, values = None, [], []
-        for i, layer in enumerate(self.model.layers):
+        for i, layer in enumerate(self.model.layers, first):
             x = rows[i].to(self.embeddings.dtype) if i in rows else x
             if x is None:
                 keys.append(None), values.append(None)
@@ -441,18 +456,26 @@ class Llama(nn.Module):
         cos, sin = self._angles((start[:, None] + torch.arange(ids.shape[1], device=ids.device)
                                  ).expand_as(ids)[real])
         layout = self._layout(real, past.real, parent)
-        x, keys, values = self.model.embed_tokens(ids[real]), [], []
+        x, keys, values = self._embed(ids[real]), [], []
         for i, layer in enumerate(self.model.layers):
             if tap:
-                tap(i, x)
-            x, k, v = layer(x, past.keys[i], past.values[i], layout, cos, sin, cache,
-                            output if i + 1 == len(self.model.layers) else True)
+                tap(self.first + i, x)
+            given = (x, past.keys[i], past.values[i], layout, cos, sin, cache,
+                     output if i + 1 == len(self.model.layers) else True)
+            x, k, v = checkpoint(layer, *given, use_reentrant=False) if self.recompute else \
+                layer(*given)
             keys.append(k), values.append(v)
         if not cache:
             return x, None
         seen = pick(past.real, parent).expand(len(ids), -1)
         return x, Past(tuple(keys), tuple(values), torch.cat((seen, real), dim=1),
                        start + real.sum(dim=1))
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """(N,) -> (N, D), the first block's input."""
+        if self.inputs is None:
+            return self.model.embed_tokens(ids)
+        return self.inputs[ids.to(self.inputs.device)].to(ids.device)
 
     def _layout(self, real: Tensor, past: Tensor, parent: Tensor | None) -> Layout:
         c = self.config
@@ -492,11 +515,11 @@ class Prompt(nn.Module):
 
 @torch.no_grad()
 def generate(model: Llama, ids: list[list[int]], past: Past | None, max_new: int,
-             stop: set[int] = frozenset()) -> list[list[int]]:
+             stop: set[int] = frozenset(), parent: Tensor | None = None) -> list[list[int]]:
     """Greedy continuations of ragged beginnings, each up to and with its first token of `stop`.
 
-    past has batch 1 (a prompt) or one row a beginning; no beginning may be empty. A finished
-    row leaves the batch."""
+    past has batch 1 (a prompt) or one row a beginning, or beginning i goes on from its row
+    parent[i]; no beginning may be empty. A finished row leaves the batch."""
     if not all(ids) or max_new < 1:
         raise ModelError("generate needs max_new of at least 1, and a token in every beginning: "
                          "put BOS first")
@@ -504,7 +527,7 @@ def generate(model: Llama, ids: list[list[int]], past: Past | None, max_new: int
     out = [[] for _ in ids]
     if not ids:
         return out
-    h, past = model(pad(ids).to(device), past)
+    h, past = model(pad(ids).to(device), past, parent=parent)
     h = h[torch.arange(len(ids), device=device),
           torch.tensor([len(r) - 1 for r in ids], device=device)]
     alive = list(range(len(ids)))

@@ -72,12 +72,16 @@ TRAIN = {
     "prior_weight": (0.0, "weight of the prior's log density in the loss; "
                           "1 gives the MAP estimate"),
     "eval_every": (None, "steps between evaluations and checkpoints (a quarter of --steps)"),
+    "trunk_memory": (4.0, "GiB. Without rows at the tokens, the layers below the rows are worked "
+                          "out once for all epochs; beyond this much they are kept in a mapped "
+                          "file beside the run"),
     "out": (None, "the run's folder (runs/ and a name made of the settings)"),
 }
 SAMPLE = {"out": (None, "folder for the rows and a figure for every layer; "
                         "without it nothing is written")}
 POSITIVE = {"batch_size", "max_new", "eval_every", "max_length", "reference_rows", "lr", "clip"}
-NOT_NEGATIVE = {"steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight"}
+NOT_NEGATIVE = {"steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight",
+                "trunk_memory"}
 SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep prompt tuning "
                    "(default with --deep-layers)",
             "keep": "let the rows' outputs go on through the layers, as in prompt tuning "
@@ -103,7 +107,8 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
     """What the user gave over the groups' defaults, and those that follow from other settings."""
     a = SimpleNamespace(**{flag: default for group in groups
                            for flag, (default, _) in group.items()},
-                        cut=None, share=True, keep_unanswerable=False)
+                        cut=None, share=True, trunk=True, recompute=False,
+                        keep_unanswerable=False)
     vars(a).update(given)
     check_ranges(a)
     if a.device is None:
@@ -504,7 +509,7 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     import torch
 
     import llama
-    from train import RunError, evaluate, keep_freed_memory, train
+    from train import RunError, evaluate, keep_freed_memory, train, trunk
 
     began = time.time()
     keep_freed_memory()
@@ -550,9 +555,18 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
         return -sum(fitted[i].log_prob(r.cpu()).sum() for i, r in rows.items()
                     ).to(a.device) / answer_tokens
 
-    train(run, a, model, prompt, rates, lambda step: questions.batch(order[step], a),
-          penalty if a.prior_weight else None,
-          lambda step: scores(prompt.past(model), f"step {step}"), bool(resumed))
+    top, below = model, run.path / "trunk.safetensors"
+    top.recompute = a.recompute
+    # what every text passes through unchanged is worth keeping if a text comes twice
+    if a.trunk and layers[0] > 0 and a.steps * a.batch_size > len(questions.rows):
+        top, placed = trunk(model, questions.rows, layers[0], rows_per_layer(a), a, below)
+        questions = questions._replace(placed=placed)
+    try:
+        train(run, a, top, prompt, rates, lambda step: questions.batch(order[step], a),
+              penalty if a.prior_weight else None,
+              lambda step: scores(prompt.past(model), f"step {step}"), bool(resumed))
+    finally:
+        below.unlink(missing_ok=True)
 
     end = {i: r.detach().cpu() for i, r in prompt.rows.items()}
     print(f"\n{len(evals.rows)} questions of "
@@ -702,7 +716,8 @@ def parser() -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
         for flag, (default, text) in (item for group in groups for item in group.items()):
-            kind = float if flag in ("lr", "clip", "prior_weight") else int if flag in (
+            kind = float if flag in (
+                "lr", "clip", "prior_weight", "trunk_memory") else int if flag in (
                 "max_length", "eval_every") or isinstance(default, int) else str
             shown = f"{text} ({default})" if default is not None else text
             c.add_argument("--" + flag.replace("_", "-"), type=kind,
@@ -719,6 +734,11 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--no-share", dest="share", action="store_false",
                    help="shuffle single questions and compute every context anew; the same loss, "
                         "only slower")
+    c.add_argument("--no-trunk", dest="trunk", action="store_false",
+                   help="work out the layers below the rows anew in every epoch")
+    c.add_argument("--recompute", action="store_true",
+                   help="keep no activations inside a layer for the backward pass: less memory, "
+                        "a third more work")
     c.add_argument("--keep-unanswerable", **unanswerable)
     c.add_argument("--resume", action="store_true",
                    help="go on with the run in --out, to the same bytes")

@@ -115,7 +115,7 @@ class Run:
     def clear(self) -> None:
         """Remove what an earlier run left here, and nothing else."""
         for pattern in ("metrics.jsonl", "prompt.safetensors", "checkpoint.safetensors",
-                        "predictions.jsonl", "prompts/??????.safetensors", "figures/layer-*.svg"):
+                        "predictions.jsonl", "trunk*.safetensors", "prompts/??????.safetensors", "figures/layer-*.svg"):
             for old in self.path.glob(pattern):
                 old.unlink()
 
@@ -191,8 +191,58 @@ def answer_loss(model: llama.Llama, past: llama.Past, batch: data.Batch) -> tupl
     model.extend(batch.shared, prompt.past(model))."""
     scored = batch.labels != data.NO_LABEL
     logits = model.logits(model.states(batch.tails, past, batch.parent, scored))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, batch.labels[scored], reduction="sum"), len(logits)
+    return _cross_entropy(logits, batch.labels[scored]), len(logits)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels,
+                           reduction="sum")
+
+
+@torch.no_grad()
+def answers(model: llama.Llama, past: llama.Past, batch: data.Batch, max_new: int,
+            stop: set[int]) -> tuple[Tensor, int, list[list[int]]]:
+    """answer_loss's two, and greedy answers, each up to and with its first token of stop.
+
+    One forward does both: where the right answer's tokens are also the likeliest ones, greedy
+    decoding would have taken them, so it goes on only from where they part."""
+    scored = batch.labels != data.NO_LABEL
+    h, after = model(batch.tails, past, parent=batch.parent)
+    logits = model.logits(h[scored])
+    best = logits.argmax(dim=-1)
+    counts = scored.sum(dim=1).tolist()
+    out, going, read, merged = [], [], [], []
+    for i, (tokens, right, asked) in enumerate(zip(best.split(counts),
+                                                   batch.labels[scored].split(counts), batch.asked)):
+        same = (tokens == right).tolist() + [False]
+        answer = tokens[:same.index(False) + 1].tolist()[:max_new]
+        end = next((j + 1 for j, t in enumerate(answer) if t in stop), None)
+        out.append(answer[:end])
+        if batch.tails[i, :len(asked)].tolist() != asked:
+            merged.append(i)  # with the answer, the question's last token is another
+        elif end is None and len(answer) < max_new:
+            going.append(i)
+            read.append(len(asked) + len(answer) - 1)  # the answer's last token is not in after yet
+    if going:
+        ids = [out[i][-1:] for i in going]
+        after = _reread(after.take(torch.tensor(going, device=h.device)), batch.tails.shape[1],
+                        torch.tensor(read, device=h.device))
+        for i, more in zip(going, llama.generate(model, ids, after, max_new - 1, stop)):
+            out[i] = (out[i] + more)[:max_new]
+    if merged:
+        parent = batch.parent[merged]
+        for i, ids in zip(merged, llama.generate(model, [batch.asked[i] for i in merged], past,
+                                                 max_new, stop, parent)):
+            out[i] = ids
+    return _cross_entropy(logits, batch.labels[scored]), len(logits), out
+
+
+def _reread(past: llama.Past, columns: int, read: Tensor) -> llama.Past:
+    """past as if only the first read (B,) of its last columns had been read."""
+    before, last = past.real[:, :-columns], past.real[:, -columns:]
+    kept = last & (torch.arange(columns, device=read.device) < read[:, None])
+    return past._replace(real=torch.cat((before, kept), dim=1),
+                         position=past.position - last.sum(dim=1) + read)
 
 
 class Questions(NamedTuple):
@@ -200,9 +250,72 @@ class Questions(NamedTuple):
 
     examples: list[data.Example]
     rows: list[data.Row]
+    placed: list[data.Row] | None = None  # rows whose ids are a trunk's
 
     def batch(self, places: list[int], a: SimpleNamespace) -> data.Batch:
-        return data.collate([self.rows[i] for i in places], a.share).to(a.device)
+        batch = data.collate([self.rows[i] for i in places], a.share)
+        if self.placed:
+            batch = data.collate([self.placed[i] for i in places], a.share)._replace(
+                labels=batch.labels)
+        return batch.to(a.device)
+
+
+@torch.no_grad()
+def trunk(model: llama.Llama, rows: list[data.Row], layer: int, n: int, a: SimpleNamespace,
+          path: Path) -> tuple[llama.Llama, list[data.Row]]:
+    """What lies below a prompt's first layer is a frozen function of the text, so it is computed
+    once for all epochs -> the model from `layer` on, and rows whose ids are that model's.
+
+    n prompt rows stand before every text. Tokens after the same beginning are one. Batches are
+    made of the rows in lexicographic order, so that the numbers do not depend on the order of
+    training. Up to a.trunk_memory GiB is held in memory, more in a mapped file at path."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i].ids)
+    placed, before, places, count = list(rows), [], [], 0
+    for i in order:
+        ids = rows[i].ids
+        same = len(data.common_beginning([before, ids])) if before else 0
+        places = places[:same] + list(range(count, count + len(ids) - same))
+        count += len(ids) - same
+        placed[i], before = rows[i]._replace(ids=places), ids
+    D, dtype, device = model.config.hidden_size, model.embeddings.dtype, model.embeddings.device
+    size = count * D * dtype.itemsize
+    if size <= a.trunk_memory * 2**30:
+        inputs = torch.empty(count, D, dtype=dtype, device=device)
+    else:
+        inputs = mapped(path, count, D, dtype)
+    below, start = model.part(model.first, layer + 1), model.empty()
+    start = start._replace(keys=start.keys[:layer + 1], values=start.values[:layer + 1],
+                           position=start.position + n)
+
+    def keep(ids: Tensor):
+        ids = ids[ids != llama.PAD].to(inputs.device)
+        return lambda i, x: inputs.index_copy_(0, ids, x.to(inputs.device)) if i == layer else None
+
+    with tqdm(total=len(rows), desc="layers below the prompt", unit=" questions", leave=False,
+              disable=None) as bar:
+        for some in (order[i:i + a.batch_size] for i in range(0, len(rows), a.batch_size)):
+            batch, where = (data.collate([r[i] for i in some]).to(device) for r in (rows, placed))
+            past = below.extend(batch.shared, start, keep(where.shared))
+            below.extend(batch.tails, past.take(batch.parent), keep(where.tails))
+            bar.update(len(some))
+    return model.part(layer, model.config.num_hidden_layers, inputs), placed
+
+
+def mapped(path: Path, count: int, D: int, dtype: torch.dtype) -> Tensor:
+    """A tensor (count, D) in a new safetensors file, written and read through the page cache."""
+    size = count * D * dtype.itemsize
+    name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    header = json.dumps({"inputs": {"dtype": name, "shape": [count, D],
+                                    "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.flush()
+        # all of it now: a full disk is an error here and a dead process later
+        os.posix_fallocate(f.fileno(), 0, 8 + len(header) + size)
+    whole = torch.from_file(str(path), shared=True, size=8 + len(header) + size, dtype=torch.uint8)
+    return whole[8 + len(header):].view(dtype).view(count, D)
 
 
 @torch.no_grad()
@@ -215,12 +328,10 @@ def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past,
     with tqdm(total=len(places), desc=name, unit=" questions", leave=False, disable=None) as bar:
         for some in (places[i:i + a.batch_size] for i in places[::a.batch_size]):
             batch = questions.batch(some, a)
-            before = model.extend(batch.shared, past)
-            loss, tokens = answer_loss(model, before, batch)
+            loss, tokens, found = answers(model, model.extend(batch.shared, past), batch,
+                                          a.max_new, vocabulary.stop)
             total, count = total + loss.item(), count + tokens
-            answers = llama.generate(model, batch.asked, before.take(batch.parent), a.max_new,
-                                     vocabulary.stop)
-            for i, ids in zip(some, answers):
+            for i, ids in zip(some, found):
                 example, prediction = questions.examples[i], vocabulary.first_line(ids)
                 scores.append(data.score(example, prediction))
                 predictions.append({"id": example.id, "question": example.question,

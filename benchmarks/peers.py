@@ -57,13 +57,14 @@ def arguments(description: str, **defaults) -> argparse.Namespace:
     return a
 
 
-def models(a: argparse.Namespace, dtype: str):
-    """The peer's model and ours on the same tensors, random from the seed."""
+def models(a: argparse.Namespace, dtype: str, spread: float = 0.02):
+    """The peer's model and ours on the same tensors, random from the seed with this deviation."""
     shape = {**SHAPES[a.shape][1], **({"num_hidden_layers": a.layers} if a.layers else {})}
     torch.manual_seed(a.seed)
     config = transformers.LlamaConfig(
         **shape, tie_word_embeddings=True, bos_token_id=1, eos_token_id=None, pad_token_id=0,
-        max_position_embeddings=4096, rms_norm_eps=1e-5)
+        max_position_embeddings=4096, rms_norm_eps=1e-5,
+        initializer_range=spread)
     peer = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).to(a.device).eval()
     peer.requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:

@@ -254,8 +254,10 @@ SHAPES = {"ragged": [(9, 3, 2), (9, 5, 4), (4, 2, 1), (9, 1, 6), (4, 7, 3), (13,
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("cut", [True, False])
-def test_trie_equals_plain(hf, name, cut):
+@pytest.mark.parametrize("call", [0, 10**9])  # attention group by group, and batch at once
+def test_trie_equals_plain(hf, monkeypatch, name, cut, call):
     """Loss, gradient and generated tokens of the trie are those of every example alone."""
+    monkeypatch.setattr(llama.Layout, "CALL", call)
     model = llama.load(hf()[1], torch.float64)
     rows = random_rows(random.Random(5), SHAPES[name])
     prompt = llama.Prompt({i: torch.randn(4, 48, generator=torch.Generator().manual_seed(i))
@@ -290,9 +292,10 @@ def test_trie_equals_plain(hf, name, cut):
     assert other_loss == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(other_gradient, gradient, rtol=1e-10, atol=1e-13)
 
-    past = model.extend(trie.shared, prompt.past(model)).take(trie.parent)
-    assert llama.generate(model, trie.asked, past, 5) == [
-        llama.generate(model, [row.ids[:row.start]], prompt.past(model), 5)[0] for row in rows]
+    past = model.extend(trie.shared, prompt.past(model))
+    alone = [llama.generate(model, [row.ids[:row.start]], prompt.past(model), 5)[0] for row in rows]
+    assert llama.generate(model, trie.asked, past.take(trie.parent), 5) == alone
+    assert llama.generate(model, trie.asked, past, 5, parent=trie.parent) == alone
 
 
 def test_the_first_answer_token_is_predicted_from_the_token_before_it():

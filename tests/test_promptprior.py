@@ -95,7 +95,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("arguments", [
     ["--prior", "vocab"], ["--prior", "fitted", "--prior-weight", "1", "--deep-layers", "1"],
-    ["--prior", "isotropic", "--dtype", "bfloat16", "--data", "math"]])
+    ["--prior", "isotropic", "--dtype", "bfloat16", "--data", "math"],
+    ["--data", "math", "--batch-size", "200", "--tokens", "0", "--deep-layers", "2",
+     "--trunk-memory", "0"]])
 def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
     """Stopped by signals and killed between checkpoints, with lines in the log that no checkpoint
     knows of."""

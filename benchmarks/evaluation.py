@@ -1,0 +1,110 @@
+"""Evaluation under a tuned prompt, loss and greedy answers, ours against PEFT's forward and generate, on
+the same weights and questions.
+
+    python benchmarks/evaluation.py                                # 135M shape, bundled SQuAD
+    python benchmarks/evaluation.py --data squad:dev-v1.1.json     # real SQuAD
+
+A random model never ends a line, so a random share of the vocabulary, --stop of it, ends an answer: answers
+are then about as long as SQuAD's. Our evaluation decodes only where a model errs, so it is timed on a
+model that answers nothing right (SQuAD's answers) and on one that answers all right (its own).
+
+Before anything is timed our loss and our answers, token by token, are compared in fp32 with PEFT's, asked one
+question at a time. PEFT is timed as its users run it, a batch padded on the left. That does not shift
+positions by the padding (peft 0.21.2 with transformers 5), so many of its answers are then others, which
+is counted and not held against its time.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+import peers
+import data
+import llama
+from train import answers
+
+
+def ours(model: llama.Llama, prompt: llama.Prompt, rows: list[data.Row], stop: set[int],
+         max_new: int):
+    """Loss (nats a token) and answers."""
+    batch = data.collate(rows).to(model.embeddings.device)
+    with torch.no_grad():
+        past = model.extend(batch.shared, prompt.past(model))
+    loss, count, found = answers(model, past, batch, max_new, stop)
+    return loss / count, found
+
+
+def their_loss(model, rows: list[data.Row]):
+    ids = llama.pad([r.ids for r in rows], value=0).to(model.device)
+    mask = llama.pad([[1] * len(r.ids) for r in rows], value=0).to(model.device)
+    labels = llama.pad([[-100] * r.start + r.ids[r.start:] for r in rows], value=-100)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, labels=labels.to(model.device)).loss
+
+
+def their_answers(model, rows: list[data.Row], stop: set[int], max_new: int) -> list[list[int]]:
+    T = max(len(r.question) for r in rows)
+    device = model.device
+    ids = torch.tensor([[0] * (T - len(r.question)) + r.question for r in rows], device=device)
+    mask = torch.tensor([[0] * (T - len(r.question)) + [1] * len(r.question) for r in rows],
+                        device=device)
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new,
+                             do_sample=False, eos_token_id=sorted(stop), pad_token_id=0)
+    answers = out[:, -(out.shape[1] - T):].tolist() if out.shape[1] > T else []
+    ends = [next((i + 1 for i, t in enumerate(a) if t in stop), len(a)) for a in answers]
+    return [a[:end] for a, end in zip(answers, ends)]
+
+
+def main() -> None:
+    a = peers.arguments(__doc__.splitlines()[0], batches=(3, "different batches"),
+                        stop=(0.2, "share of the vocabulary that ends an answer"),
+                        max_new=(32, "most tokens of an answer"))
+    batches = peers.questions(a, a.batches)
+    g = torch.Generator().manual_seed(a.seed)
+    shape = peers.SHAPES[a.shape][1]
+    rows = torch.randn(a.tokens, shape["hidden_size"], generator=g) * 0.02
+    stop = set(torch.randperm(shape["vocab_size"], generator=g)[
+        :int(a.stop * shape["vocab_size"])].tolist())
+    # wider than usual, or a random model only repeats its last token
+    peer, model = peers.models(a, "float32", spread=0.04)
+    tuned = peers.peft_model(peer, rows.to(a.device)).eval()
+    prompt = llama.Prompt({0: rows}, cut=False).to(a.device)
+    print(f"{peers.machine(a)}\n{a.shape} shape, {model.config.num_hidden_layers} layers, {a.dtype}; "
+          f"{a.tokens} rows; {a.batches} batches of {a.batch_size} questions of {a.data}")
+    kinds = {}
+    for number, batch in enumerate(batches):
+        loss, mine = ours(model, prompt, batch, stop, a.max_new)
+        alone = [their_answers(tuned, [row], stop, a.max_new)[0] for row in batch]
+        other = their_loss(tuned, batch)
+        assert mine == alone, f"answers differ: {mine} and {alone}"
+        assert abs(loss - other) <= 1e-5 * other, f"loss {loss}, PEFT's {other}"
+        right = [row._replace(ids=row.question + answer, start=len(row.question))
+                 for row, answer in zip(batch, alone)]
+        assert ours(model, prompt, right, stop, a.max_new)[1] == alone
+        kinds[f"batch {number + 1}, no answer right"] = batch
+        kinds[f"batch {number + 1}, all answers right"] = right
+        padded = their_answers(tuned, batch, stop, a.max_new)
+        print(f"fp32: loss {loss:.6f}, PEFT's {other:.6f}; the same {sum(map(len, mine))} tokens as "
+              f"PEFT one by one, answers of {min(map(len, mine))} to {max(map(len, mine))}; PEFT's "
+              f"padded batch changes {sum(x != y for x, y in zip(padded, alone))} of {len(batch)} "
+              f"answers, to {sum(map(len, padded))} tokens")
+    tuned.to(getattr(torch, a.dtype)), model.to(getattr(torch, a.dtype))
+    for name, batch in kinds.items():
+        times, _ = peers.take_turns({
+            "ours": lambda: ours(model, prompt, batch, stop, a.max_new),
+            "PEFT's forward": lambda: their_loss(tuned, batch),
+            "PEFT's generate": lambda: their_answers(tuned, batch, stop, a.max_new),
+        }, a.repeats, a.device)
+        times["PEFT"] = [x + y for x, y in zip(*list(times.values())[1:])]
+        whole, part = (peers.ratio(times, key, "ours") for key in ("PEFT", "PEFT's generate"))
+        print(f"{name}: " + ", ".join(f"{key} {statistics.median(t):.2f} s"
+                                      for key, t in list(times.items())[:3])
+              + f"; faster by {whole[0]:.2f} ({whole[1]:.2f} to {whole[2]:.2f}), than generate alone "
+                f"by {part[0]:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

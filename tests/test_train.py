@@ -1,0 +1,92 @@
+"""train.py: what the loop is made of. Whole runs are in test_promptprior.py."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import data
+import llama
+import train
+from test_data import SHAPES, random_rows
+
+
+@pytest.fixture
+def model(hf):
+    return llama.load(hf()[1], torch.float64)
+
+
+def prompt_of(*layers, cut=True):
+    return llama.Prompt({i: torch.randn(4, 48, generator=torch.Generator().manual_seed(i))
+                         for i in layers}, cut).double()
+
+
+@pytest.mark.parametrize("right", [0, 1, 2, 99])
+@pytest.mark.parametrize("max_new", [1, 4, 9])
+@pytest.mark.parametrize("call", [0, 10**9])
+def test_answers_are_those_of_plain_decoding(model, monkeypatch, right, max_new, call):
+    """However many tokens of the right answer the model would have said itself."""
+    monkeypatch.setattr(llama.Layout, "CALL", call)
+    past, stop = prompt_of(0, 3).past(model), set(range(60, 97))
+    rows = random_rows(random.Random(1), SHAPES["ragged"] + SHAPES["no context"])
+    rows = [row._replace(ids=row.question + (said[:right] + [(said + [3])[right % len(said)] ^ 1]
+                                             if right < len(said) else said))
+            for row in rows for said in [llama.generate(model, [row.question], past, 6, stop)[0]]]
+    batch = data.collate(rows)
+    before = model.extend(batch.shared, past)
+    loss, count, found = train.answers(model, before, batch, max_new, stop)
+    assert found == llama.generate(model, [r.question for r in rows], past, max_new, stop)
+    expected = train.answer_loss(model, before, batch)
+    assert count == expected[1] and loss.item() == pytest.approx(expected[0].item(), rel=1e-12)
+
+
+def test_a_question_that_merges_with_its_answer_is_asked_without_it(model):
+    past = prompt_of(0).past(model)
+    row = data.Row([0, 11, 12, 50, 21, 22], 3, [0, 11, 12, 13, 14], "c", 0)  # 13 14 21 -> 50 21
+    batch = data.collate([row, data.Row([0, 11, 15, 23, 24], 3, [0, 11, 15], "c", 0)])
+    found = train.answers(model, model.extend(batch.shared, past), batch, 5, set())[2]
+    assert found == llama.generate(model, [[0, 11, 12, 13, 14], [0, 11, 15]], past, 5)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("memory", [1.0, 0.0])
+def test_a_trunk_gives_the_same_loss_and_gradient(model, tmp_path, cut, memory):
+    rows = random_rows(random.Random(3), SHAPES["ragged"] + SHAPES["no context"])
+    prompt, layer = prompt_of(2, 3, cut=cut), 2
+    if not memory:
+        model, prompt = model.float(), prompt.float()
+    a = SimpleNamespace(trunk_memory=memory, batch_size=4, device="cpu", share=True)
+    file = tmp_path / "trunk.safetensors"
+    top, placed = train.trunk(model, rows, layer, 4, a, file)
+    assert len(top.inputs) < sum(len(r.ids) for r in rows)
+    assert [len(r.ids) for r in placed] == [len(r.ids) for r in rows]
+    questions = train.Questions([], rows)
+    found = []
+    for m, q in ((model, questions), (top, questions._replace(placed=placed))):
+        prompt.zero_grad()
+        batch = q.batch([5, 1, 0, 7, 6, 8], a)
+        loss, _ = train.answer_loss(m, m.extend(batch.shared, prompt.past(m)), batch)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad for p in prompt.parameters()])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5 if not memory else 1e-12)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3 if not memory else 1e-9,
+                               atol=1e-4 if not memory else 1e-12)
+    if memory:
+        assert not file.exists()
+    else:
+        with safe_open(file, "pt") as f:  # a real safetensors file, and the one that is read
+            torch.testing.assert_close(f.get_tensor("inputs"), top.inputs)
+
+
+def test_recomputing_gives_the_same_gradient(model):
+    rows = random_rows(random.Random(3), SHAPES["ragged"])
+    prompt, found = prompt_of(0, 2, cut=False), []
+    for model.recompute in (False, True):
+        prompt.zero_grad()
+        batch = data.collate(rows)
+        train.answer_loss(model, model.extend(batch.shared, prompt.past(model)), batch)[0].backward()
+        found.append(torch.cat([p.grad for p in prompt.parameters()]))
+    assert torch.equal(*found)
