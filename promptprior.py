@@ -87,6 +87,11 @@ SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep
             "keep": "let the rows' outputs go on through the layers, as in prompt tuning "
                     "(default without)"}
 
+DEFAULT_SWITCHES = {"cut": None, "share": True, "trunk": True, "shard": False, "recompute": False,
+                    "keep_unanswerable": False}
+
+FIRST = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun starts, this one speaks
+
 # their own ValueErrors are the user's mistakes
 MODULES = {"llama", "data", "priors", "viz", "train", __name__}
 
@@ -100,15 +105,15 @@ class UserError(ValueError):
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if FIRST:
+        print(text, file=sys.stderr, flush=True)
 
 
 def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
     """What the user gave over the groups' defaults, and those that follow from other settings."""
     a = SimpleNamespace(**{flag: default for group in groups
                            for flag, (default, _) in group.items()},
-                        cut=None, share=True, trunk=True, recompute=False,
-                        keep_unanswerable=False)
+                        **DEFAULT_SWITCHES)
     vars(a).update(given)
     check_ranges(a)
     if a.device is None:
@@ -154,6 +159,7 @@ def load_model(a: SimpleNamespace):
     import torch
 
     import llama
+    from train import shard
 
     folder = model_folder(a)
     if not folder.is_dir():
@@ -165,7 +171,9 @@ def load_model(a: SimpleNamespace):
         torch.zeros(0, device=a.device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {a.device}: {str(e).splitlines()[0]}: use cpu") from None
-    model = llama.load(folder, a.dtype, a.device)
+    model = llama.load(folder, a.dtype, "cpu" if a.shard else a.device)
+    if a.shard:
+        shard(model, a.device)
     c = model.config
     vocabulary = data.Vocabulary(folder, c.bos_token_id, c.eos_token_id)
     if vocabulary.size > c.vocab_size:
@@ -466,18 +474,29 @@ def draw_run(run, a: SimpleNamespace, found: dict, end: dict) -> list[str]:
 
 
 def command_train(given: dict) -> None:
-    from train import Run
+    from train import Run, agree, join_world, world
+
+    def join(a: SimpleNamespace) -> None:
+        join_world(a.device)
+        if a.shard and world()[1] == 1:
+            raise UserError("--shard divides a model among processes: start them by `torchrun "
+                            "--nproc-per-node N promptprior.py train ...`, or leave it out")
+        if a.batch_size < world()[1]:
+            raise UserError(f"--batch-size {a.batch_size}: fewer than the {world()[1]} processes, "
+                            "which share a batch: raise it")
 
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     if not resume:
         a = settings_of(given, MODEL, PRIOR, DATA, TRAIN)
-        a.out = a.out or free_name(a)
+        join(a)
+        a.out = agree(a.out or free_name(a))
         run = Run(Path(a.out))
         if run.path.exists() and not (run.path.is_dir() and not any(run.path.iterdir())):
             run.config()  # what is not a run is never overwritten
             if not overwrite:
                 raise UserError(f"{run.path} exists: go on with it by --resume, replace it by "
                                 "--overwrite, or choose another --out")
+        agree(None)  # no process writes before all have looked
         return train_run(run, a, None)
     if "out" not in given:
         raise UserError("--resume needs --out, the folder of the run to go on with")
@@ -491,7 +510,10 @@ def command_train(given: dict) -> None:
                         f"{'; '.join(other)}: leave them out, or start another run")
     if not (run.path / "checkpoint.safetensors").exists():
         config = None  # it was stopped before its first checkpoint: from the start
-    train_run(run, SimpleNamespace(**{**stored, "out": given["out"]}), config)
+    a = SimpleNamespace(**{**DEFAULT_SWITCHES, **stored, "out": given["out"]})
+    join(a)
+    agree(None)
+    train_run(Run(run.path), a, config)
 
 
 def free_name(a: SimpleNamespace) -> str:
@@ -509,7 +531,7 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     import torch
 
     import llama
-    from train import RunError, evaluate, keep_freed_memory, train, trunk
+    from train import RunError, evaluate, keep_freed_memory, train, trunk, world
 
     began = time.time()
     keep_freed_memory()
@@ -555,19 +577,28 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
         return -sum(fitted[i].log_prob(r.cpu()).sum() for i, r in rows.items()
                     ).to(a.device) / answer_tokens
 
-    top, below = model, run.path / "trunk.safetensors"
+    rank, size = world()
+    top, below = model, run.path / f"trunk{rank or ''}.safetensors"
     top.recompute = a.recompute
     # what every text passes through unchanged is worth keeping if a text comes twice
     if a.trunk and layers[0] > 0 and a.steps * a.batch_size > len(questions.rows):
         top, placed = trunk(model, questions.rows, layers[0], rows_per_layer(a), a, below)
         questions = questions._replace(placed=placed)
+
+    def batch_of(step: int) -> data.Batch:
+        places = order[step]
+        return questions.batch(places[rank * len(places) // size:
+                                      (rank + 1) * len(places) // size], a)
+
     try:
-        train(run, a, top, prompt, rates, lambda step: questions.batch(order[step], a),
+        train(run, a, top, prompt, rates, batch_of,
               penalty if a.prior_weight else None,
               lambda step: scores(prompt.past(model), f"step {step}"), bool(resumed))
     finally:
         below.unlink(missing_ok=True)
 
+    if not FIRST:
+        return
     end = {i: r.detach().cpu() for i, r in prompt.rows.items()}
     print(f"\n{len(evals.rows)} questions of "
           f"{spec_name(a.eval_data) if a.eval_data else 'the training data, held out'}; scores in "
@@ -603,7 +634,7 @@ def open_run(path: str, given: dict):
     from train import Run
 
     run = Run(Path(path))
-    a = SimpleNamespace(**{**run.config()["settings"], **given})
+    a = SimpleNamespace(**{**DEFAULT_SWITCHES, **run.config()["settings"], **given, "shard": False})
     check_ranges(a)
     rows = run.rows("prompt.safetensors")
     model, vocabulary = load_model(a)
@@ -736,6 +767,8 @@ def parser() -> argparse.ArgumentParser:
                         "only slower")
     c.add_argument("--no-trunk", dest="trunk", action="store_false",
                    help="work out the layers below the rows anew in every epoch")
+    c.add_argument("--shard", action="store_true",
+                   help="under torchrun, divide the model's weights among the processes (FSDP)")
     c.add_argument("--recompute", action="store_true",
                    help="keep no activations inside a layer for the backward pass: less memory, "
                         "a third more work")
@@ -776,6 +809,8 @@ COMMANDS = {"train": command_train, "eval": command_eval, "generate": command_ge
 
 def main(argv: list[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
+    if not FIRST:
+        os.environ["TQDM_DISABLE"] = "1"
     try:
         COMMANDS[given.pop("command")](given)
     except KeyboardInterrupt:

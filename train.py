@@ -18,11 +18,13 @@ import math
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -43,6 +45,64 @@ class Stopped(Exception):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+# --------------------------------------------------------------------------------------------------
+# processes: with torchrun each takes its share of every batch; alone, a process is a world of one
+
+
+def join_world(device: str) -> None:
+    """Meet the other processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cuda = device.startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+
+
+def world() -> tuple[int, int]:
+    """This process's rank, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agree(value):
+    """Rank 0's value, on every process; all have come to this place."""
+    values = [value]
+    if world()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def sum_up(*numbers: float, device: str) -> list[float]:
+    """Each number's sum over the processes."""
+    if world()[1] == 1:
+        return list(numbers)
+    t = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(t)
+    return t.tolist()
+
+
+def sum_gradients(parameters: list[Tensor]) -> None:
+    if world()[1] > 1:
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(g.view_as(p))
+
+
+def shard(model: llama.Llama, device: str) -> None:
+    """Divide the blocks' weights among the processes, which gather a block's when its turn comes
+    (FSDP2). Embeddings and head stay whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    # keys leave a block as views, and nobody writes to them
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    mesh = dist.init_device_mesh(device.split(":")[0], (world()[1],))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    for module in (model.model.embed_tokens, model.model.norm, getattr(model, "lm_head", None)):
+        if module is not None:
+            module.to(device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,13 +146,15 @@ def rows_to_bytes(rows: dict[int, Tensor], about: dict[str, str]) -> bytes:
 
 
 class Run:
-    """A run's folder."""
+    """A run's folder. Of several processes only the first writes."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        self.writes = world()[0] == 0
 
     def write(self, name: str, content: bytes) -> None:
-        write_file(self.path / name, content)
+        if self.writes:
+            write_file(self.path / name, content)
 
     def write_json(self, name: str, value) -> None:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -114,6 +176,8 @@ class Run:
 
     def clear(self) -> None:
         """Remove what an earlier run left here, and nothing else."""
+        if not self.writes:
+            return
         for pattern in ("metrics.jsonl", "prompt.safetensors", "checkpoint.safetensors",
                         "predictions.jsonl", "trunk*.safetensors", "prompts/??????.safetensors", "figures/layer-*.svg"):
             for old in self.path.glob(pattern):
@@ -133,6 +197,8 @@ class Run:
         return dict(sorted(rows.items()))
 
     def log(self, record: dict) -> None:
+        if not self.writes:
+            return
         with open(self.path / "metrics.jsonl", "ab") as f:
             f.write((json.dumps(record) + "\n").encode())
 
@@ -145,6 +211,8 @@ class Run:
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor]) -> None:
         """All that resuming needs in one file, so that no two files can disagree: the state
         is in its metadata."""
+        if not self.writes:
+            return
         log = self.path / "metrics.jsonl"
         with open(log, "ab") as f:
             os.fsync(f.fileno())
@@ -167,7 +235,8 @@ class Run:
         if about.get("sha256") != _digest(tensors, state):
             raise RunError(f"{path}: its contents do not match their checksum, the file is "
                            "damaged: train again with --overwrite")
-        os.truncate(self.path / "metrics.jsonl", state["metrics_bytes"])
+        if self.writes:
+            os.truncate(self.path / "metrics.jsonl", state["metrics_bytes"])
         return state["step"], tensors
 
 
@@ -322,22 +391,33 @@ def mapped(path: Path, count: int, D: int, dtype: torch.dtype) -> Tensor:
 def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past,
              questions: Questions, a: SimpleNamespace,
              name: str) -> tuple[dict[str, float], list[dict]]:
-    """Loss (nats a token) and scores (percent) of greedy answers, and the predictions."""
-    total, count, scores, predictions = 0.0, 0, [], []
+    """Loss (nats a token) and scores (percent) of greedy answers, and the predictions. Processes
+    share the batches out, unless they share the weights and so must all do the same."""
+    total, count, found_by_place = 0.0, 0, {}
     places = range(len(questions.rows))
-    with tqdm(total=len(places), desc=name, unit=" questions", leave=False, disable=None) as bar:
-        for some in (places[i:i + a.batch_size] for i in places[::a.batch_size]):
+    rank, size = (0, 1) if a.shard else world()
+    mine = [places[i:i + a.batch_size] for i in places[::a.batch_size]][rank::size]
+    with tqdm(total=sum(map(len, mine)), desc=name, unit=" questions", leave=False,
+              disable=None) as bar:
+        for some in mine:
             batch = questions.batch(some, a)
             loss, tokens, found = answers(model, model.extend(batch.shared, past), batch,
                                           a.max_new, vocabulary.stop)
             total, count = total + loss.item(), count + tokens
-            for i, ids in zip(some, found):
-                example, prediction = questions.examples[i], vocabulary.first_line(ids)
-                scores.append(data.score(example, prediction))
-                predictions.append({"id": example.id, "question": example.question,
-                                    "prediction": prediction, "answers": list(example.answers),
-                                    **{key: round(100 * s, 2) for key, s in scores[-1].items()}})
+            found_by_place |= dict(zip(some, found))
             bar.update(len(some))
+    if size > 1:
+        total, count = sum_up(total, count, device=a.device)
+        parts = [None] * size
+        dist.all_gather_object(parts, found_by_place)
+        found_by_place = {i: ids for part in parts for i, ids in part.items()}
+    scores, predictions = [], []
+    for i in places:
+        example, prediction = questions.examples[i], vocabulary.first_line(found_by_place[i])
+        scores.append(data.score(example, prediction))
+        predictions.append({"id": example.id, "question": example.question,
+                            "prediction": prediction, "answers": list(example.answers),
+                            **{key: round(100 * s, 2) for key, s in scores[-1].items()}})
     return {"loss": total / count, **data.mean_scores(scores)}, predictions
 
 
@@ -358,7 +438,8 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
     """AdamW on the rows, with a peak learning rate {layer: rate} for each layer's. Minimises
     loss per answer token + prior_weight * penalty(rows); see README, MAP.
 
-    batch_of(step) must be a pure function of the step. evaluate(step) scores the prompt as it is.
+    batch_of(step) must be a pure function of the step; of several processes each has its share of
+    the batch, and gradients are summed. evaluate(step) scores the prompt as it is.
     Raises Stopped on SIGINT and SIGTERM, after the step, and when the loss is not finite."""
     a = settings
     # without its folder: the same bytes anywhere
@@ -383,7 +464,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
         record(0)
         run.save_checkpoint(0, _state(prompt, optimiser))
 
-    signals: list[int] = []
+    size, signals = world()[1], []
 
     def heed(number, frame):
         signals.append(number)
@@ -401,37 +482,41 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
                 group["lr"] = group["peak"] * schedule(step, a.steps, a.warmup)
             batch = batch_of(step)
             total, count = answer_loss(model, model.extend(batch.shared, prompt.past(model)), batch)
-            loss = total / count
             extra = a.prior_weight * penalty(prompt.rows) if penalty else torch.zeros(())
-            (loss + extra).backward()
+            loss, count, examples = sum_up(total.item(), count, len(batch.tails), device=a.device)
+            loss /= count
+            (total / count + extra / size).backward()
+            sum_gradients(list(prompt.parameters()))
             norm = torch.nn.utils.clip_grad_norm_(prompt.parameters(), a.clip)
-            if not math.isfinite(loss.item() + extra.item() + norm.item()):
-                raise Stopped(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} at step "
+            if not math.isfinite(loss + extra.item() + norm.item()):
+                raise Stopped(f"loss {loss:.4g}, gradient norm {norm.item():.4g} at step "
                               f"{step + 1}: not finite, stopped before it could spoil the rows; "
                               f"{run.path}/checkpoint.safetensors holds step {saved}: lower --lr "
                               f"(now {max(rates.values()):.3g})", 1)
             optimiser.step()
             optimiser.zero_grad()
             seconds = time.perf_counter() - start
-            line = {"step": step + 1, "split": "train", "loss": loss.item(),
+            line = {"step": step + 1, "split": "train", "loss": loss,
                     "lr": optimiser.param_groups[0]["lr"], "grad_norm": norm.item(),
-                    "examples_per_second": round(len(batch.tails) / seconds, 2),
+                    "examples_per_second": round(examples / seconds, 2),
                     "seconds": round(seconds, 4)}
             run.log({**line, "penalty": extra.item()} if penalty else line)
             bar.update()
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             done = step + 1
             scored = done % a.eval_every == 0 or done == a.steps
             if scored:
                 record(done)
-            if scored or signals:
+            came = sum_up(*(signals.count(s) for s in handlers), device=a.device)
+            signal_number = next((s for s, n in zip(handlers, came) if n), None)
+            if scored or signal_number:
                 run.save_checkpoint(done, _state(prompt, optimiser))
                 saved = done
-            if signals:
+            if signal_number:
                 run.write("prompt.safetensors", rows_to_bytes(prompt.rows, about))
-                raise Stopped(f"stopped by {signal.Signals(signals[0]).name} after step {done} of "
+                raise Stopped(f"stopped by {signal.Signals(signal_number).name} after step {done} of "
                               f"{a.steps}, all is saved; go on with: train --out {run.path} "
-                              "--resume", -signals[0])
+                              "--resume", -signal_number)
     finally:
         bar.close()
         for number, handler in handlers.items():

@@ -1,0 +1,84 @@
+"""Two processes on the CPU train as one does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import promptprior
+
+HERE = Path(promptprior.__file__).parent
+FEW = ["--steps", "5", "--eval-every", "3", "--eval-limit", "20", "--batch-size", "7",
+       "--max-new", "6"]
+
+
+def torchrun(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "promptprior.py", *map(str, arguments)], cwd=HERE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--prior", "fitted", "--prior-weight", "3"],
+    ["--shard", "--data", "math", "--tokens", "0", "--deep-layers", "2", "--steps", "3",
+     "--batch-size", "601"]], ids=["fitted", "sharded, over a trunk"])
+def test_two_processes_train_as_one(tmp_path, arguments):
+    """The same losses and rows, to rounding; a batch of 7 divides unevenly. Only one speaks."""
+    two = torchrun("train", "--out", tmp_path / "two", *FEW, *arguments)
+    out, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err
+    assert out.count("rows moved") == len(load_file(tmp_path / "two" / "prompt.safetensors"))
+    alone = [a for a in arguments if a != "--shard"]
+    assert promptprior.main(["train", "--out", str(tmp_path / "one"), *FEW, *alone]) == 0
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {
+        p.name for p in (tmp_path / "two").iterdir()}
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert len(one) == len(two)
+    for x, y in zip(one, two):
+        assert x.keys() == y.keys() and x["split"] == y["split"]
+        for key in x.keys() - {"seconds", "examples_per_second", "split"}:
+            assert x[key] == pytest.approx(y[key], rel=2e-4, abs=1e-6), key
+    rows = [load_file(tmp_path / name / "prompt.safetensors") for name in ("one", "two")]
+    for key, x in rows[0].items():
+        assert (x - rows[1][key]).norm() <= 1e-3 * x.norm()
+    said = [[json.loads(line)["id"] for line in (tmp_path / name / "predictions.jsonl").open()]
+            for name in ("one", "two")]
+    assert said[0] == said[1]
+
+
+def test_a_signal_stops_both_and_the_run_goes_on(tmp_path):
+    run = tmp_path / "run"
+    process = torchrun("train", "--out", run, *FEW, "--steps", "500")
+    while not (run / "metrics.jsonl").exists() or '"train"' not in (
+            run / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and err.count("stopped by SIGTERM") == 1, err
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["steps"] = max(m["step"] for m in lines(run) if "step" in m) + 2
+    (run / "config.json").write_text(json.dumps(config))
+    process = torchrun("train", "--out", run, "--resume")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    steps = [m["step"] for m in lines(run) if m["split"] == "train"]
+    assert steps == list(range(1, config["settings"]["steps"] + 1))
+
+
+def test_mistakes_are_said_once(tmp_path):
+    process = torchrun("train", "--out", tmp_path, *FEW, "--batch-size", "1")
+    _, err = process.communicate(timeout=60)
+    assert err.count("promptprior: error: --batch-size 1") == 1 and process.returncode != 0
+    assert promptprior.main(["train", "--out", str(tmp_path), "--shard"]) == 2
