@@ -278,16 +278,18 @@ def answers(model: llama.Llama, past: llama.Past, batch: data.Batch, max_new: in
     scored = batch.labels != data.NO_LABEL
     h, after = model(batch.tails, past, parent=batch.parent)
     logits = model.logits(h[scored])
-    best = logits.argmax(dim=-1)
-    counts = scored.sum(dim=1).tolist()
-    out, going, read, merged = [], [], [], []
-    for i, (tokens, right, asked) in enumerate(zip(best.split(counts),
-                                                   batch.labels[scored].split(counts), batch.asked)):
-        same = (tokens == right).tolist() + [False]
-        answer = tokens[:same.index(False) + 1].tolist()[:max_new]
+    labels = batch.labels[scored]
+    said, right, tails = (t.tolist() for t in (logits.argmax(dim=-1), labels, batch.tails))
+    out, going, read, merged, first = [], [], [], [], 0
+    for i, (count, asked) in enumerate(zip(scored.sum(dim=1).tolist(), batch.asked)):
+        same = 0  # tokens of the right answer, from its first on, that the model says too
+        while same < count and said[first + same] == right[first + same]:
+            same += 1
+        answer = said[first:first + min(same + 1, count)][:max_new]
+        first += count
         end = next((j + 1 for j, t in enumerate(answer) if t in stop), None)
         out.append(answer[:end])
-        if batch.tails[i, :len(asked)].tolist() != asked:
+        if tails[i][:len(asked)] != asked:
             merged.append(i)  # with the answer, the question's last token is another
         elif end is None and len(answer) < max_new:
             going.append(i)
@@ -303,7 +305,7 @@ def answers(model: llama.Llama, past: llama.Past, batch: data.Batch, max_new: in
         for i, ids in zip(merged, llama.generate(model, [batch.asked[i] for i in merged], past,
                                                  max_new, stop, parent)):
             out[i] = ids
-    return _cross_entropy(logits, batch.labels[scored]), len(logits), out
+    return _cross_entropy(logits, labels), len(logits), out
 
 
 def _reread(past: llama.Past, columns: int, read: Tensor) -> llama.Past:

@@ -60,12 +60,13 @@ def operations(c: llama.Config, rows: list[data.Row], n: int) -> tuple[int, int]
 
 
 def main() -> None:
-    a = peers.arguments(__doc__.splitlines()[0], batches=(3, "different batches"))
+    a = peers.arguments(__doc__.splitlines()[0], batches=(3, "different batches"),
+                        recompute=(0, "1: ours keeps no activations inside a block"))
     batches = peers.questions(a, a.batches)
     rows = torch.randn(a.tokens, peers.SHAPES[a.shape][1]["hidden_size"],
                        generator=torch.Generator().manual_seed(a.seed)) * 0.02
     peer, model = peers.models(a, "float32")
-    tuned = peers.peft_model(peer, rows.to(a.device))
+    tuned, model.recompute = peers.peft_model(peer, rows.to(a.device)), bool(a.recompute)
     prompt = llama.Prompt({0: rows}, cut=False).to(a.device)
     weight = tuned.prompt_encoder["default"].embedding.weight
     c = model.config
