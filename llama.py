@@ -193,7 +193,7 @@ class Past(NamedTuple):
 
 def pick(t: Tensor | None, parent: Tensor | None) -> Tensor | None:
     """Rows of t (1 or P, ...); a batch of 1 serves any."""
-    # index_select, not t[parent]: the gradient of that is summed by threads in any order
+    # index_select, not t[parent]: on the CPU that one's gradient is summed by threads in any order
     return t if t is None or parent is None or len(t) == 1 else t.index_select(0, parent)
 
 
@@ -247,6 +247,10 @@ class Layout:
             groups.append(Group(p, columns[p], len(row), torch.cat(
                 (self.past[p, :columns[p]].expand(len(row), -1), own), dim=1)))
         return groups
+
+    def real(self, t: Tensor) -> Tensor:
+        """(B, T) -> (N,), what stands at the real tokens."""
+        return t.flatten() if self.index is None else t.flatten().index_select(0, self.index)
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, heads, hd) -> (B, heads, T, hd), with zeros in the empty places."""
@@ -306,7 +310,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         a = torch.matmul(q * hd ** -0.5, k.transpose(2, 3)).add_(mask).softmax(dim=-1) @ v
     else:
         a = F.scaled_dot_product_attention(q, k, v, mask)
-    return a.view(B, H, T, hd)
+    return a.reshape(B, H, T, hd)  # a CUDA kernel returns it transposed
 
 
 class Block(nn.Module):
@@ -330,8 +334,8 @@ class Block(nn.Module):
         """x (N, D), the layer's cache k0, v0 (1 or P, G, S_l, hd) or None, cos and sin
         (N, 1, hd / 2) -> (output (N, D), keys, values (B, G, S_l + T, hd)).
 
-        Keys and values are None unless cache. output (N,) bool: of these tokens alone; False: of
-        none, it is None."""
+        Keys and values are None unless cache. output int64: of these of the N tokens alone; False:
+        of none, it is None."""
         h = self.input_layernorm(x)
         heads = lambda name: self.self_attn[name](h).unflatten(-1, (-1, self.hd))
         k, v, keys, values = rotate(heads("k_proj"), cos, sin), heads("v_proj"), None, None
@@ -343,7 +347,7 @@ class Block(nn.Module):
         a = layout.attend_groups(q, k, v, k0, v0) if layout.groups \
             else layout.attend_batch(q, keys, values)
         if output is not True:
-            x, a = x[output], a[output]
+            x, a = x.index_select(0, output), a.index_select(0, output)
         x = x + self.self_attn.o_proj(a)
         h = self.post_attention_layernorm(x)
         x = x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
@@ -396,8 +400,7 @@ class Llama(nn.Module):
                wanted: Tensor) -> Tensor:
         """wanted (B, T) bool -> (number wanted, D): as forward, but of these tokens alone. No Past
         is made, and the last block works out no others."""
-        return self.model.norm(self._run(ids, past, parent, cache=False,
-                                         output=wanted[ids != PAD])[0])
+        return self.model.norm(self._run(ids, past, parent, cache=False, wanted=wanted)[0])
 
     def extend(self, ids: Tensor, past: Past | None = None,
                tap: Callable[[int, Tensor], None] | None = None) -> Past:
@@ -449,19 +452,20 @@ class Llama(nn.Module):
         return Past(tuple(keys), tuple(values), real[:, :0], position.new_tensor([n]))
 
     def _run(self, ids: Tensor, past: Past | None, parent: Tensor | None = None, tap=None,
-             cache: bool = True, output: Tensor | bool = True) -> tuple[Tensor | None, Past | None]:
-        """The blocks on the real tokens; output is the last one's."""
+             cache: bool = True, output: bool = True,
+             wanted: Tensor | None = None) -> tuple[Tensor | None, Past | None]:
+        """The blocks on the real tokens; output and wanted are for the last one."""
         past, real = past or self.empty(), ids != PAD
-        start = pick(past.position, parent)
-        cos, sin = self._angles((start[:, None] + torch.arange(ids.shape[1], device=ids.device)
-                                 ).expand_as(ids)[real])
-        layout = self._layout(real, past.real, parent)
-        x, keys, values = self._embed(ids[real]), [], []
+        layout, start = self._layout(real, past.real, parent), pick(past.position, parent)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        cos, sin = self._angles(layout.real((start[:, None] + place).expand_as(ids)))
+        last = output if wanted is None else layout.real(wanted).nonzero()[:, 0]
+        x, keys, values = self._embed(layout.real(ids)), [], []
         for i, layer in enumerate(self.model.layers):
             if tap:
                 tap(self.first + i, x)
             given = (x, past.keys[i], past.values[i], layout, cos, sin, cache,
-                     output if i + 1 == len(self.model.layers) else True)
+                     last if i + 1 == len(self.model.layers) else True)
             x, k, v = checkpoint(layer, *given, use_reentrant=False) if self.recompute else \
                 layer(*given)
             keys.append(k), values.append(v)
@@ -540,8 +544,8 @@ def generate(model: Llama, ids: list[list[int]], past: Past | None, max_new: int
         if not going:
             return out
         if len(going) < len(alive):
-            pick = torch.tensor(going, device=device)
-            alive, token, past = [alive[i] for i in going], token[pick], past.take(pick)
+            kept = torch.tensor(going, device=device)
+            alive, token, past = [alive[i] for i in going], token[kept], past.take(kept)
         h, past = model(token[:, None], past)
         h = h[:, 0]
 

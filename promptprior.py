@@ -72,9 +72,9 @@ TRAIN = {
     "prior_weight": (0.0, "weight of the prior's log density in the loss; "
                           "1 gives the MAP estimate"),
     "eval_every": (None, "steps between evaluations and checkpoints (a quarter of --steps)"),
-    "trunk_memory": (4.0, "GiB. Without rows at the tokens, the layers below the rows are worked "
-                          "out once for all epochs; beyond this much they are kept in a mapped "
-                          "file beside the run"),
+    "trunk_memory": (4.0, "GiB of the device's memory, per process, for the inputs of the first "
+                          "layer with rows, worked out once for all epochs when no rows are at the "
+                          "tokens; more goes to a file in the run's folder, removed at the end"),
     "out": (None, "the run's folder (runs/ and a name made of the settings)"),
 }
 SAMPLE = {"out": (None, "folder for the rows and a figure for every layer; "
@@ -90,7 +90,8 @@ SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep
 DEFAULT_SWITCHES = {"cut": None, "share": True, "trunk": True, "shard": False, "recompute": False,
                     "keep_unanswerable": False}
 
-FIRST = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun starts, this one speaks
+# of the processes that torchrun starts the first one speaks
+FIRST = "MASTER_ADDR" not in os.environ or int(os.environ.get("RANK", 0)) == 0
 
 # their own ValueErrors are the user's mistakes
 MODULES = {"llama", "data", "priors", "viz", "train", __name__}
@@ -259,12 +260,10 @@ def training_and_evaluation(a: SimpleNamespace) -> tuple[list[data.Example], lis
 
 def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int, what: str):
     """Examples with their token rows, without those that do not fit; says what was cut."""
-    from tqdm import tqdm
-
-    from train import Questions
+    from train import Questions, progress
 
     rows = [data.encode(e, vocabulary, max_length)
-            for e in tqdm(examples, f"{what} tokens", leave=False, disable=None)]
+            for e in progress(examples, desc=f"{what} tokens", leave=False)]
     cut = [r.cut for r in rows if r and r.cut]
     if cut:
         say(f"{what}: {len(cut)} of {len(rows)} contexts cut at their end to fit {max_length} "
@@ -304,12 +303,11 @@ def collect(model, rows: list[list[int]], layers: list[int], limit: int,
     `limit`. Every row counts from its token `first` on: a row's BOS has an enormous norm that
     would swamp any statistics."""
     import torch
-    from tqdm import tqdm
-
     import llama
+    from train import progress
 
     found, count = {i: [] for i in layers}, 0
-    for start in tqdm(range(0, len(rows), 8), "activations", leave=False, disable=None):
+    for start in progress(range(0, len(rows), 8), desc="activations", leave=False):
         if count >= limit:
             break
         ids = llama.pad(rows[start:start + 8]).to(model.embeddings.device)
@@ -474,16 +472,16 @@ def draw_run(run, a: SimpleNamespace, found: dict, end: dict) -> list[str]:
 
 
 def command_train(given: dict) -> None:
-    from train import Run, agree, join_world, world
+    from train import Run, RunError, agree, join_world, meet, world
 
     def join(a: SimpleNamespace) -> None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > a.batch_size:
+            raise UserError(f"--batch-size {a.batch_size}: fewer than the "
+                            f"{os.environ['WORLD_SIZE']} processes, which share a batch: raise it")
         join_world(a.device)
         if a.shard and world()[1] == 1:
             raise UserError("--shard divides a model among processes: start them by `torchrun "
                             "--nproc-per-node N promptprior.py train ...`, or leave it out")
-        if a.batch_size < world()[1]:
-            raise UserError(f"--batch-size {a.batch_size}: fewer than the {world()[1]} processes, "
-                            "which share a batch: raise it")
 
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     if not resume:
@@ -496,13 +494,13 @@ def command_train(given: dict) -> None:
             if not overwrite:
                 raise UserError(f"{run.path} exists: go on with it by --resume, replace it by "
                                 "--overwrite, or choose another --out")
-        agree(None)  # no process writes before all have looked
+        meet()  # nothing is written before all have looked
         return train_run(run, a, None)
     if "out" not in given:
         raise UserError("--resume needs --out, the folder of the run to go on with")
     run = Run(Path(given["out"]))
     config = run.config()
-    stored = config["settings"]
+    stored = stored_settings(config)
     other = [f"--{k.replace('_', '-')} {v} (the run has {stored.get(k)})" for k, v in given.items()
              if k != "out" and stored.get(k) != v]
     if other:
@@ -510,10 +508,19 @@ def command_train(given: dict) -> None:
                         f"{'; '.join(other)}: leave them out, or start another run")
     if not (run.path / "checkpoint.safetensors").exists():
         config = None  # it was stopped before its first checkpoint: from the start
-    a = SimpleNamespace(**{**DEFAULT_SWITCHES, **stored, "out": given["out"]})
+    a = SimpleNamespace(**{**stored, "out": given["out"]})
     join(a)
-    agree(None)
-    train_run(Run(run.path), a, config)
+    if config and config.get("processes", 1) != world()[1]:
+        raise RunError(f"{run.path}: begun by {config.get('processes', 1)} processes, and sums of "
+                       f"{world()[1]} are others in the last digits: start as many by torchrun")
+    meet()
+    train_run(run, a, config)
+
+
+def stored_settings(config: dict) -> dict:
+    """A run's settings, with what later versions ask for as it was then."""
+    return {**{flag: default for flag, (default, _) in TRAIN.items()}, **DEFAULT_SWITCHES,
+            "trunk": False, **config["settings"]}
 
 
 def free_name(a: SimpleNamespace) -> str:
@@ -533,12 +540,15 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     import llama
     from train import RunError, evaluate, keep_freed_memory, train, trunk, world
 
-    began = time.time()
+    began, (rank, size) = time.time(), world()
     keep_freed_memory()
     model, vocabulary = load_model(a)
+    model.recompute = a.recompute
     layers = layers_with_rows(a, model)
     examples, evals = training_and_evaluation(a)
     sums = checksums(a)
+    for old in run.path.glob("trunk*.safetensors") if FIRST else ():
+        old.unlink()  # of a run that was killed
     if resumed:
         torch.set_num_threads(resumed["threads"])  # the same sums in the same order
         changed = [key for key, value in sums.items() if resumed["sha256"].get(key) != value]
@@ -563,7 +573,7 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
         run.clear()
         run.write_json("config.json", {
             "settings": vars(a), "priors": reports, "learning_rates": rates,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(), "processes": size,
             "versions": {"python": sys.version.split()[0], **{p: version(p) for p in (
                 "torch", "safetensors", "tokenizers", "numpy")}}, "sha256": sums})
         for split, (name, past) in plain_pasts(a, model, vocabulary).items():
@@ -577,25 +587,25 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
         return -sum(fitted[i].log_prob(r.cpu()).sum() for i, r in rows.items()
                     ).to(a.device) / answer_tokens
 
-    rank, size = world()
-    top, below = model, run.path / f"trunk{rank or ''}.safetensors"
-    top.recompute = a.recompute
-    # what every text passes through unchanged is worth keeping if a text comes twice
-    if a.trunk and layers[0] > 0 and a.steps * a.batch_size > len(questions.rows):
-        top, placed = trunk(model, questions.rows, layers[0], rows_per_layer(a), a, below)
-        questions = questions._replace(placed=placed)
-
     def batch_of(step: int) -> data.Batch:
         places = order[step]
         return questions.batch(places[rank * len(places) // size:
                                       (rank + 1) * len(places) // size], a)
 
+    top, file = model, run.path / f"trunk{rank or ''}.safetensors"
     try:
+        # what every text passes through unchanged is worth keeping if a text comes twice
+        if a.trunk and layers[0] > 0 and a.steps * a.batch_size > len(questions.rows):
+            top, placed = trunk(model, questions.rows, layers[0], rows_per_layer(a), a, file)
+            questions = questions._replace(placed=placed)
+            say(f"layers 0 to {layers[0] - 1} are worked out once for all epochs: inputs of layer "
+                f"{layers[0]} for {len(top.inputs)} tokens, {top.inputs.nbytes / 2**30:.2f} GiB "
+                f"{f'in {file}, removed at the end' if file.exists() else 'in memory'}")
         train(run, a, top, prompt, rates, batch_of,
               penalty if a.prior_weight else None,
               lambda step: scores(prompt.past(model), f"step {step}"), bool(resumed))
     finally:
-        below.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
     if not FIRST:
         return
@@ -634,7 +644,7 @@ def open_run(path: str, given: dict):
     from train import Run
 
     run = Run(Path(path))
-    a = SimpleNamespace(**{**DEFAULT_SWITCHES, **run.config()["settings"], **given, "shard": False})
+    a = SimpleNamespace(**{**stored_settings(run.config()), **given, "shard": False})
     check_ranges(a)
     rows = run.rows("prompt.safetensors")
     model, vocabulary = load_model(a)
@@ -766,9 +776,9 @@ def parser() -> argparse.ArgumentParser:
                    help="shuffle single questions and compute every context anew; the same loss, "
                         "only slower")
     c.add_argument("--no-trunk", dest="trunk", action="store_false",
-                   help="work out the layers below the rows anew in every epoch")
+                   help="with --tokens 0, work out the layers below the rows anew in every epoch")
     c.add_argument("--shard", action="store_true",
-                   help="under torchrun, divide the model's weights among the processes (FSDP)")
+                   help="under torchrun, divide the model's weights among the processes (FSDP2)")
     c.add_argument("--recompute", action="store_true",
                    help="keep no activations inside a layer for the backward pass: less memory, "
                         "a third more work")
@@ -809,8 +819,8 @@ COMMANDS = {"train": command_train, "eval": command_eval, "generate": command_ge
 
 def main(argv: list[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
-    if not FIRST:
-        os.environ["TQDM_DISABLE"] = "1"
+    if given["command"] != "train" and not FIRST:
+        return 0  # no other command has work for several processes
     try:
         COMMANDS[given.pop("command")](given)
     except KeyboardInterrupt:
@@ -820,13 +830,23 @@ def main(argv: list[str] | None = None) -> int:
         status = exit_status(e)
         if status is None:
             raise
-        say(f"promptprior: {'error: ' * (status > 0)}{' '.join(str(e).split())}")
+        text = f"{'error: ' * (status > 0)}{' '.join(str(e).split())}"
+        say(f"promptprior: {text}")
+        if not FIRST and status > 0 and joined():  # it may be this one's alone
+            print(f"promptprior: process {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
     else:
         return 0
     if status < 0:  # end by the signal itself, so that a calling shell or scheduler sees it
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
+
+
+def joined() -> bool:
+    """Whether the processes have met: what one says until then, all say."""
+    from train import world
+
+    return world()[1] > 1
 
 
 def exit_status(e: Exception) -> int | None:

@@ -2,7 +2,7 @@
 
     run = Run(Path("runs/first"))
     # writes all of the run's folder but its figures
-    train(run, settings, model, prompt, batch_of, penalty, evaluate)
+    train(run, settings, model, prompt, rates, batch_of, penalty, evaluate, resume=False)
 
 A run's folder is described in the README. Its files are replaced whole or not at all,
 and what resuming needs is in one of them, checkpoint.safetensors, together with the
@@ -53,11 +53,17 @@ class Stopped(Exception):
 
 def join_world(device: str) -> None:
     """Meet the other processes that torchrun started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        cuda = device.startswith("cuda")
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
+        return
+    if device not in ("cpu", "cuda"):
+        raise RunError(f"--device {device}: of several processes each takes its own: use cuda")
+    if device == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise RunError(f"process {local} of this machine has no device: there are "
+                           f"{torch.cuda.device_count()}: lower --nproc-per-node")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
 def world() -> tuple[int, int]:
@@ -65,12 +71,23 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def meet() -> None:
+    """No process goes on before all have come to this place."""
+    if world()[1] > 1:
+        dist.barrier()
+
+
 def agree(value):
-    """Rank 0's value, on every process; all have come to this place."""
+    """Rank 0's value, on every process."""
     values = [value]
     if world()[1] > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def progress(iterable=None, **options) -> tqdm:
+    """A bar at a terminal, of one process."""
+    return tqdm(iterable, disable=None if world()[0] == 0 else True, **options)
 
 
 def sum_up(*numbers: float, device: str) -> list[float]:
@@ -150,7 +167,10 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.writes = world()[0] == 0
+
+    @property
+    def writes(self) -> bool:
+        return world()[0] == 0
 
     def write(self, name: str, content: bytes) -> None:
         if self.writes:
@@ -179,7 +199,8 @@ class Run:
         if not self.writes:
             return
         for pattern in ("metrics.jsonl", "prompt.safetensors", "checkpoint.safetensors",
-                        "predictions.jsonl", "trunk*.safetensors", "prompts/??????.safetensors", "figures/layer-*.svg"):
+                        "predictions.jsonl", "trunk*.safetensors", "prompts/??????.safetensors",
+                        "figures/layer-*.svg"):
             for old in self.path.glob(pattern):
                 old.unlink()
 
@@ -325,7 +346,7 @@ class Questions(NamedTuple):
 
     def batch(self, places: list[int], a: SimpleNamespace) -> data.Batch:
         batch = data.collate([self.rows[i] for i in places], a.share)
-        if self.placed:
+        if self.placed:  # the labels are tokens all the same
             batch = data.collate([self.placed[i] for i in places], a.share)._replace(
                 labels=batch.labels)
         return batch.to(a.device)
@@ -333,13 +354,13 @@ class Questions(NamedTuple):
 
 @torch.no_grad()
 def trunk(model: llama.Llama, rows: list[data.Row], layer: int, n: int, a: SimpleNamespace,
-          path: Path) -> tuple[llama.Llama, list[data.Row]]:
+          file: Path) -> tuple[llama.Llama, list[data.Row]]:
     """What lies below a prompt's first layer is a frozen function of the text, so it is computed
     once for all epochs -> the model from `layer` on, and rows whose ids are that model's.
 
     n prompt rows stand before every text. Tokens after the same beginning are one. Batches are
     made of the rows in lexicographic order, so that the numbers do not depend on the order of
-    training. Up to a.trunk_memory GiB is held in memory, more in a mapped file at path."""
+    training. Up to a.trunk_memory GiB is held on the model's device, more in a mapped file."""
     order = sorted(range(len(rows)), key=lambda i: rows[i].ids)
     placed, before, places, count = list(rows), [], [], 0
     for i in order:
@@ -353,17 +374,17 @@ def trunk(model: llama.Llama, rows: list[data.Row], layer: int, n: int, a: Simpl
     if size <= a.trunk_memory * 2**30:
         inputs = torch.empty(count, D, dtype=dtype, device=device)
     else:
-        inputs = mapped(path, count, D, dtype)
-    below, start = model.part(model.first, layer + 1), model.empty()
-    start = start._replace(keys=start.keys[:layer + 1], values=start.values[:layer + 1],
-                           position=start.position + n)
+        inputs = mapped(file, count, D, dtype)
+    below = model.part(model.first, layer + 1)
+    start = below.empty()
+    start = start._replace(position=start.position + n)
 
     def keep(ids: Tensor):
         ids = ids[ids != llama.PAD].to(inputs.device)
         return lambda i, x: inputs.index_copy_(0, ids, x.to(inputs.device)) if i == layer else None
 
-    with tqdm(total=len(rows), desc="layers below the prompt", unit=" questions", leave=False,
-              disable=None) as bar:
+    with progress(total=len(rows), desc="layers below the rows", unit=" questions",
+                  leave=False) as bar:
         for some in (order[i:i + a.batch_size] for i in range(0, len(rows), a.batch_size)):
             batch, where = (data.collate([r[i] for i in some]).to(device) for r in (rows, placed))
             past = below.extend(batch.shared, start, keep(where.shared))
@@ -380,11 +401,18 @@ def mapped(path: Path, count: int, D: int, dtype: torch.dtype) -> Tensor:
                                     "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as f:
-        f.write(len(header).to_bytes(8, "little") + header)
-        f.flush()
-        # all of it now: a full disk is an error here and a dead process later
-        os.posix_fallocate(f.fileno(), 0, 8 + len(header) + size)
+    try:
+        with open(path, "wb") as f:
+            f.write(len(header).to_bytes(8, "little") + header)
+            f.flush()
+            # all of it now: a full disk is an error here and a dead process later
+            reserve = getattr(os, "posix_fallocate", lambda f, start, n: os.ftruncate(f, n))
+            reserve(f.fileno(), 0, 8 + len(header) + size)
+    except OSError as e:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path}: {size / 2**30:.1f} GiB for the inputs of the first layer with rows "
+                      f"({e.strerror}): free the disk, raise --trunk-memory or give "
+                      "--no-trunk") from None
     whole = torch.from_file(str(path), shared=True, size=8 + len(header) + size, dtype=torch.uint8)
     return whole[8 + len(header):].view(dtype).view(count, D)
 
@@ -399,8 +427,7 @@ def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past,
     places = range(len(questions.rows))
     rank, size = (0, 1) if a.shard else world()
     mine = [places[i:i + a.batch_size] for i in places[::a.batch_size]][rank::size]
-    with tqdm(total=sum(map(len, mine)), desc=name, unit=" questions", leave=False,
-              disable=None) as bar:
+    with progress(total=sum(map(len, mine)), desc=name, unit=" questions", leave=False) as bar:
         for some in mine:
             batch = questions.batch(some, a)
             loss, tokens, found = answers(model, model.extend(batch.shared, past), batch,
@@ -445,7 +472,8 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
     Raises Stopped on SIGINT and SIGTERM, after the step, and when the loss is not finite."""
     a = settings
     # without its folder: the same bytes anywhere
-    about = {"settings": json.dumps({k: v for k, v in vars(a).items() if k != "out"})}
+    about = {"settings": json.dumps({k: v for k, v in vars(a).items() if k != "out"},
+                                    sort_keys=True)}
     optimiser = torch.optim.AdamW([{"params": [r], "lr": rates[i], "peak": rates[i]}
                                    for i, r in prompt.rows.items()], weight_decay=0.0)
 
@@ -467,6 +495,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
         run.save_checkpoint(0, _state(prompt, optimiser))
 
     size, signals = world()[1], []
+    command = f"torchrun --nproc-per-node {size} promptprior.py " if size > 1 else ""
 
     def heed(number, frame):
         signals.append(number)
@@ -475,7 +504,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in handlers:
         signal.signal(number, heed)
-    bar = tqdm(total=a.steps, initial=first, desc="train", unit=" steps", disable=None)
+    bar = progress(total=a.steps, initial=first, desc="train", unit=" steps")
     try:
         saved = first
         for step in range(first, a.steps):
@@ -485,10 +514,10 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
             batch = batch_of(step)
             total, count = answer_loss(model, model.extend(batch.shared, prompt.past(model)), batch)
             extra = a.prior_weight * penalty(prompt.rows) if penalty else torch.zeros(())
-            loss, count, examples = sum_up(total.item(), count, len(batch.tails), device=a.device)
-            loss /= count
+            count, examples = sum_up(count, len(batch.tails), device=a.device)
             (total / count + extra / size).backward()
             sum_gradients(list(prompt.parameters()))
+            loss = sum_up(total.item(), device=a.device)[0] / count
             norm = torch.nn.utils.clip_grad_norm_(prompt.parameters(), a.clip)
             if not math.isfinite(loss + extra.item() + norm.item()):
                 raise Stopped(f"loss {loss:.4g}, gradient norm {norm.item():.4g} at step "
@@ -516,9 +545,9 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
                 saved = done
             if signal_number:
                 run.write("prompt.safetensors", rows_to_bytes(prompt.rows, about))
-                raise Stopped(f"stopped by {signal.Signals(signal_number).name} after step {done} of "
-                              f"{a.steps}, all is saved; go on with: train --out {run.path} "
-                              "--resume", -signal_number)
+                raise Stopped(f"stopped by {signal.Signals(signal_number).name} after step {done} "
+                              f"of {a.steps}, all is saved; go on with: {command}train --out "
+                              f"{run.path} --resume", -signal_number)
     finally:
         bar.close()
         for number, handler in handlers.items():

@@ -41,7 +41,8 @@ def their_loss(model, rows: list[data.Row]):
     mask = llama.pad([[1] * len(r.ids) for r in rows], value=0).to(model.device)
     labels = llama.pad([[-100] * r.start + r.ids[r.start:] for r in rows], value=-100)
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask, labels=labels.to(model.device)).loss
+        return model(input_ids=ids, attention_mask=mask, labels=labels.to(model.device),
+                     use_cache=False).loss
 
 
 def their_answers(model, rows: list[data.Row], stop: set[int], max_new: int) -> list[list[int]]:

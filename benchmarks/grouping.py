@@ -48,15 +48,17 @@ def main() -> None:
                 f"{name} F1 {c[-1][-1][1]:.1f} after {c[-1][-1][0]:.1f} s"
                 for name, c in curves.items()), flush=True)
     difference = [g[-1][1] - u[-1][1] for g, u in zip(*curves.values())]
-    print(f"final F1: " + ", ".join(
+    print("final F1: " + ", ".join(
         f"{name} {statistics.mean(c[-1][1] for c in cs):.1f}" for name, cs in curves.items())
-        + f"; grouped - ungrouped {statistics.mean(difference):+.1f}, standard error "
-          f"{statistics.stdev(difference) / len(difference) ** 0.5:.1f}")
-    whole = statistics.median(c[-1][0] for c in curves["grouped"])
+        + f"; grouped - ungrouped {statistics.mean(difference):+.1f}"
+        + (f", standard error {statistics.stdev(difference) / len(difference) ** 0.5:.1f}"
+           if a.seeds > 1 else ""))
+    whole = [c[-1][0] for c in curves["grouped"]]  # each pair has its own clock
     for part in (0.25, 0.5, 1.0):
-        at = {name: statistics.mean(max((x for x in c if x[0] <= part * whole * 1.05))[1]
-                                    for c in cs) for name, cs in curves.items()}
-        print(f"F1 after {part * whole:.1f} s of training: " + ", ".join(
+        at = {name: statistics.mean(max(x for x in c if x[0] <= part * seconds)[1]
+                                    for c, seconds in zip(cs, whole))
+              for name, cs in curves.items()}
+        print(f"F1 after {part * statistics.median(whole):.1f} s of training: " + ", ".join(
             f"{name} {f1:.1f}" for name, f1 in at.items()))
 
 

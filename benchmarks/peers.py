@@ -1,8 +1,7 @@
 """What the benchmarks share: one set of random weights behind two front doors, ours and PEFT on
 transformers; real questions as tokens; timing that takes turns; peak memory.
 
-The weights are random, for speed does not depend on them and no download is wanted. Ours and the
-peer's model hold the very same tensors.
+The weights are random, for speed does not depend on them and no download is wanted.
 """
 
 from __future__ import annotations

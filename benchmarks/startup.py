@@ -26,9 +26,8 @@ import peers
 LOAD = {
     "ours": "import llama, torch\nload = lambda: llama.load(folder)\n"
             "go = lambda m: m.logits(m(ids)[0][:, -1])",
-    "transformers": "import transformers, torch\n"
-                    "load = lambda: transformers.AutoModelForCausalLM.from_pretrained("
-                    "folder, dtype='auto')\ngo = lambda m: m(ids, logits_to_keep=1).logits",
+    "transformers": "import torch\nfrom transformers import LlamaForCausalLM\n"
+                    "load = lambda: LlamaForCausalLM.from_pretrained(folder, dtype='auto')\ngo = lambda m: m(ids, logits_to_keep=1).logits",
     "reading": "import torch\ndef load():\n    with open(folder + '/model.safetensors', 'rb') as f:\n"
                "        while f.read(2**24): pass\ngo = lambda m: None"}
 BODY = """

@@ -60,7 +60,8 @@ def test_two_processes_train_as_one(tmp_path, arguments):
 def test_a_signal_stops_both_and_the_run_goes_on(tmp_path):
     run = tmp_path / "run"
     process = torchrun("train", "--out", run, *FEW, "--steps", "500")
-    while not (run / "metrics.jsonl").exists() or '"train"' not in (
+    deadline = time.time() + 120
+    while time.time() < deadline and not (run / "metrics.jsonl").exists() or '"train"' not in (
             run / "metrics.jsonl").read_text():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)

@@ -257,6 +257,15 @@ def test_gradients_of_a_shared_past_are_the_same_bytes_every_time():
     assert len(gradients) == 1
 
 
+def test_a_kernel_may_return_heads_and_time_swapped(hf, token_ids, monkeypatch):
+    """As the memory-efficient one on CUDA does."""
+    model, ids = llama.load(hf()[1]), token_ids(2, 9)
+    expected, kernel = model(ids)[0], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: kernel(
+        *a, **k).transpose(1, 2).contiguous().transpose(1, 2))
+    torch.testing.assert_close(model(ids)[0], expected)
+
+
 def test_rows_enter_in_the_models_dtype_and_stay_fp32(hf):
     model = llama.load(hf()[1], "bfloat16")
     prompt = llama.Prompt({0: torch.randn(3, 48)}, cut=False)

@@ -115,6 +115,8 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
         return original(self, step)
 
     monkeypatch.setattr(data.Order, "__getitem__", getitem)
+    trunks, build = [], train.trunk
+    monkeypatch.setattr(train, "trunk", lambda *a: trunks.append(1) or build(*a))
     given = {"out": str(parts), **{k: v for k, v in vars(promptprior.parser().parse_args(
         ["train", *few, *arguments])).items() if k != "command"}}
     for step, how in ((0, Killed), (2, Killed), (1, signal.SIGINT), (4, Killed),
@@ -125,6 +127,8 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
         assert not stops and (
             how is Killed or e.value.status == -how and "--resume" in str(e.value))
         given = {"out": str(parts), "resume": True}
+    assert bool(trunks) == ("--trunk-memory" in arguments)
+    (parts / "trunk1.safetensors").write_bytes(b"left by SIGKILL")
     assert run("train", "--out", parts, "--resume") == 0
     names = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
     assert names == {p.relative_to(parts) for p in parts.rglob("*") if p.is_file()}
