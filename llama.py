@@ -363,7 +363,9 @@ class Llama(nn.Module):
         self.first, self.inputs = 0, None  # see part
         self.recompute = False  # blocks keep their inputs alone for the backward, and run twice
         self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
+            # its own normal_ would, for a model without memory yet, import a second of torch
+            embed_tokens=nn.Embedding.from_pretrained(
+                torch.zeros(c.vocab_size, c.hidden_size), freeze=False),
             layers=nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
             norm=nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)))
         if not c.tie_word_embeddings:

@@ -1,17 +1,18 @@
-"""Evaluation under a tuned prompt, loss and greedy answers, ours against PEFT's forward and generate, on
-the same weights and questions.
+"""Evaluation, loss and greedy answers, ours against PEFT's on the same weights and questions.
 
     python benchmarks/evaluation.py                                # 135M shape, bundled SQuAD
     python benchmarks/evaluation.py --data squad:dev-v1.1.json     # real SQuAD
 
-A random model never ends a line, so a random share of the vocabulary, --stop of it, ends an answer: answers
-are then about as long as SQuAD's. Our evaluation decodes only where a model errs, so it is timed on a
-model that answers nothing right (SQuAD's answers) and on one that answers all right (its own).
+A random model never ends a line, so a random share of the vocabulary, --stop of it, ends an answer:
+answers are then about as long as SQuAD's. Our evaluation decodes only where a model errs, so it is
+timed on a model that answers nothing right (SQuAD's answers) and on one that answers all right (its
+own).
 
-Before anything is timed our loss and our answers, token by token, are compared in fp32 with PEFT's, asked one
-question at a time. PEFT is timed as its users run it, a batch padded on the left. That does not shift
-positions by the padding (peft 0.21.2 with transformers 5), so many of its answers are then others, which
-is counted and not held against its time.
+Before anything is timed our loss and our answers, token by token, are compared in fp32 with PEFT's,
+asked one question at a time. PEFT is timed as its users run it, a forward for the loss and generate
+for a batch padded on the left. The latter does not shift positions by the padding (peft 0.21.2 with
+transformers 5), so many of its answers are then others, which is counted and not held against its
+time.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ def main() -> None:
     peer, model = peers.models(a, "float32", spread=0.04)
     tuned = peers.peft_model(peer, rows.to(a.device)).eval()
     prompt = llama.Prompt({0: rows}, cut=False).to(a.device)
-    print(f"{peers.machine(a)}\n{a.shape} shape, {model.config.num_hidden_layers} layers, {a.dtype}; "
-          f"{a.tokens} rows; {a.batches} batches of {a.batch_size} questions of {a.data}")
+    print(f"{peers.machine(a)}\n{a.shape} shape, {model.config.num_hidden_layers} layers, "
+          f"{a.dtype}; {a.tokens} rows; {a.batches} batches of {a.batch_size} questions of "
+          f"{a.data}")
     kinds = {}
     for number, batch in enumerate(batches):
         loss, mine = ours(model, prompt, batch, stop, a.max_new)
@@ -88,9 +90,9 @@ def main() -> None:
         kinds[f"batch {number + 1}, no answer right"] = batch
         kinds[f"batch {number + 1}, all answers right"] = right
         padded = their_answers(tuned, batch, stop, a.max_new)
-        print(f"fp32: loss {loss:.6f}, PEFT's {other:.6f}; the same {sum(map(len, mine))} tokens as "
-              f"PEFT one by one, answers of {min(map(len, mine))} to {max(map(len, mine))}; PEFT's "
-              f"padded batch changes {sum(x != y for x, y in zip(padded, alone))} of {len(batch)} "
+        print(f"fp32: loss {loss:.6f}, PEFT's {other:.6f}; the same {sum(map(len, mine))} tokens "
+              f"as PEFT one by one, answers of {min(map(len, mine))} to {max(map(len, mine))}; "
+              f"PEFT's padded batch changes {sum(x != y for x, y in zip(padded, alone))} of {len(batch)} "
               f"answers, to {sum(map(len, padded))} tokens")
     tuned.to(getattr(torch, a.dtype)), model.to(getattr(torch, a.dtype))
     for name, batch in kinds.items():
@@ -103,8 +105,8 @@ def main() -> None:
         whole, part = (peers.ratio(times, key, "ours") for key in ("PEFT", "PEFT's generate"))
         print(f"{name}: " + ", ".join(f"{key} {statistics.median(t):.2f} s"
                                       for key, t in list(times.items())[:3])
-              + f"; faster by {whole[0]:.2f} ({whole[1]:.2f} to {whole[2]:.2f}), than generate alone "
-                f"by {part[0]:.2f}", flush=True)
+              + f"; faster by {whole[0]:.2f} ({whole[1]:.2f} to {whole[2]:.2f}), than generate "
+                f"alone by {part[0]:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""From nothing to the first forward: loading a LLaMA 3.2 1B-shaped bf16 folder, ours against transformers'
-from_pretrained; and the time of --help.
+"""From nothing to the first forward of a LLaMA 3.2 1B-shaped folder, ours and transformers'.
 
     python benchmarks/startup.py
 
-The folder is random, made first (2.5 GB), and removed. Every turn is a process of its own. Times are of
-the load and a first forward of 8 tokens, which touches all weights, without the imports; beside them the time
-to read the file. Files are in the page cache, as from the second run on; from a cold disk all three wait for it.
+And the time of --help. The folder is random, made first (2.5 GB), and removed. Every turn is a
+process of its own. Times are of the load and a first forward of 8 tokens, which touches all
+weights, without the imports; beside them the time to read the file. Files are in the page cache, as from the
+second run on; from a cold disk all three wait for it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ LOAD = {
     "ours": "import llama, torch\nload = lambda: llama.load(folder)\n"
             "go = lambda m: m.logits(m(ids)[0][:, -1])",
     "transformers": "import torch\nfrom transformers import LlamaForCausalLM\n"
-                    "load = lambda: LlamaForCausalLM.from_pretrained(folder, dtype='auto')\ngo = lambda m: m(ids, logits_to_keep=1).logits",
-    "reading": "import torch\ndef load():\n    with open(folder + '/model.safetensors', 'rb') as f:\n"
+                    "load = lambda: LlamaForCausalLM.from_pretrained(folder, dtype='auto')\n"
+                    "go = lambda m: m(ids, logits_to_keep=1).logits",
+    "reading": "import torch\ndef load():\n"
+               "    with open(folder + '/model.safetensors', 'rb') as f:\n"
                "        while f.read(2**24): pass\ngo = lambda m: None"}
 BODY = """
 import time

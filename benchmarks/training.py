@@ -7,8 +7,8 @@
 
 A step is forward and backward of one batch to the prompt's gradient. PEFT gets the batch as its
 users give it: every question with its paragraph, padded to the longest. Before anything is timed,
-loss and gradient of both are compared in fp32. Rows are fp32 on our side and of the model's dtype on
-PEFT's.
+loss and gradient of both are compared in fp32. Rows are fp32 on our side and of the model's dtype
+on PEFT's.
 
 What the operations allow counts every distinct token once through every layer. A step does less
 where nothing is wanted: in the last layer, and in the backward of the first one's projections.

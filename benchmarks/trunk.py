@@ -1,5 +1,6 @@
-"""Deep rows only (--tokens 0): steps that begin at the first layer with rows, on its kept inputs, against steps
-through the whole model; and what keeping them costs once.
+"""With --tokens 0, steps that begin at the first layer with rows against steps through all.
+
+The inputs of that layer are kept; what keeping them costs once is timed too.
 
     python benchmarks/trunk.py --deep-layers 3
 """

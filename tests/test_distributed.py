@@ -18,10 +18,24 @@ FEW = ["--steps", "5", "--eval-every", "3", "--eval-limit", "20", "--batch-size"
        "--max-new", "6"]
 
 
-def torchrun(*arguments):
+SPY = """  # promptprior.py, writing down the places in the data that every batch is made of
+import os, sys
+sys.path.insert(0, os.getcwd())
+import promptprior, train
+batch = train.Questions.batch
+def spy(self, places, a):
+    with open(os.path.join(sys.argv[-1], "batches" + os.environ.get("RANK", "")), "a") as f:
+        f.write(f"{len(self.examples)} {list(places)}\\n")
+    return batch(self, places, a)
+train.Questions.batch = spy
+sys.exit(promptprior.main(sys.argv[1:-1]))
+"""
+
+
+def torchrun(*arguments, program="promptprior.py"):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "promptprior.py", *map(str, arguments)], cwd=HERE, text=True,
+         program, *map(str, arguments)], cwd=HERE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -35,9 +49,19 @@ def lines(folder):
      "--batch-size", "601"]], ids=["fitted", "sharded, over a trunk"])
 def test_two_processes_train_as_one(tmp_path, arguments):
     """The same losses and rows, to rounding; a batch of 7 divides unevenly. Only one speaks."""
-    two = torchrun("train", "--out", tmp_path / "two", *FEW, *arguments)
+    (tmp_path / "spy.py").write_text(SPY)
+    two = torchrun("train", "--out", tmp_path / "two", *FEW, *arguments, tmp_path,
+                   program=tmp_path / "spy.py")
     out, err = two.communicate(timeout=300)
     assert two.returncode == 0, err
+    done = [(tmp_path / f"batches{rank}").read_text().splitlines() for rank in (0, 1)]
+    evals = [[x for x in d if x.startswith("20 ")] for d in done]  # 20 questions are evaluated
+    for first, second in zip(*([x for x in d if x not in e] for d, e in zip(done, evals))):
+        mine, other = (set(json.loads(x.split(" ", 1)[1])) for x in (first, second))
+        assert mine and other and not mine & other
+        assert abs(len(mine) - len(other)) <= 1
+    # those who share weights all evaluate everything
+    assert evals[0] == evals[1] if "--shard" in arguments else not set(evals[0]) & set(evals[1])
     assert out.count("rows moved") == len(load_file(tmp_path / "two" / "prompt.safetensors"))
     alone = [a for a in arguments if a != "--shard"]
     assert promptprior.main(["train", "--out", str(tmp_path / "one"), *FEW, *alone]) == 0

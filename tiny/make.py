@@ -402,6 +402,7 @@ def rows(tokenizer: Tokenizer, seed: int, B: int, T: int):
 def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float,
              log_every: int = 50) -> llama.Llama:
     torch.manual_seed(0)
+    torch.nn.Embedding(CONFIG.vocab_size, CONFIG.hidden_size)  # draws, as when tiny was made
     model = llama.Llama(CONFIG)
     for name, p in model.named_parameters():
         if p.dim() == 2:
