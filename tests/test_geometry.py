@@ -1,0 +1,466 @@
+"""geometry.py against scipy, scikit-learn, closed forms and the laws of its tests."""
+
+import math
+from decimal import Decimal, getcontext
+
+import numpy as np
+import pytest
+from scipy import linalg, stats
+from sklearn import metrics
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
+from sklearn.neighbors import NearestNeighbors
+
+import geometry as g
+
+R = lambda seed=0: np.random.default_rng(seed)
+DTYPES = [np.float16, np.float32, np.float64]
+
+
+def cloud(N, D, seed=0):
+    """Neither centred nor round."""
+    return R(seed).normal(size=(N, D)) @ R(9).normal(size=(D, D)) + 3
+
+
+def neighbours(rows, population, k, metric="euclidean"):
+    """scikit-learn's, by direct differences: (distance, index)."""
+    found = NearestNeighbors(n_neighbors=k, algorithm="brute", metric=metric).fit(population)
+    return found.kneighbors(rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_displacement(dtype):
+    start, end = (cloud(30, 7, seed).astype(dtype) for seed in (0, 1))
+    expected = [math.dist(a, b) for a, b in zip(start.tolist(), end.tolist())]
+    np.testing.assert_allclose(g.displacement(start, end), expected, rtol=1e-12)
+    with pytest.raises(g.GeometryError, match="start has 30 rows and end 29"):
+        g.displacement(start, end[1:])
+
+
+@pytest.mark.parametrize("block", [2048, 37])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_nearest_equals_scikit_learns(dtype, metric, block, monkeypatch):
+    monkeypatch.setattr(g, "BLOCK", block)
+    population, rows = cloud(500, 24).astype(dtype), cloud(60, 24, 1).astype(dtype)
+    rows[:5] = population[[3, 77, 400, 0, 499]]
+    index, value = g.nearest(rows, population, 6, metric)
+    distance, expected = neighbours(rows.astype(float), population.astype(float), 6,
+                                    "euclidean" if metric == "l2" else "cosine")
+    np.testing.assert_allclose(value, distance if metric == "l2" else 1 - distance, atol=1e-6)
+    assert index.dtype == np.int64 and (index == expected).mean() > 0.95  # its ties have no order
+    assert index[:5, 0].tolist() == [3, 77, 400, 0, 499]
+    if metric == "l2":
+        assert value[:5, 0].tolist() == [0] * 5 and (value[:, 1:] >= value[:, :-1]).all()
+
+
+@pytest.mark.parametrize("D, shift", [(3, 1e4), (300, 0.0), (300, 1e6)])
+def test_nearest_sees_what_float32_does_not(D, shift):
+    """Members whose squared distances differ in the eighth digit, far from the origin, beside an
+    outlier that would drown them."""
+    direction = R().normal(size=(400, D))
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    radius = 1 + 1e-8 * R(1).permutation(400)
+    population = np.concatenate([shift + radius[:, None] * direction, np.full((1, D), 1e5)])
+    row = np.full((1, D), shift)
+    index, value = g.nearest(row, population, 5)
+    exact = np.sqrt(np.square(row - population).sum(1))
+    assert index[0].tolist() == np.argsort(exact, kind="stable")[:5].tolist()
+    assert value[0].tolist() == np.sort(exact)[:5].tolist()
+
+
+def test_nearest_measures_few_pairs_in_float64(monkeypatch):
+    monkeypatch.setattr(g, "BLOCK", 100)
+    counted, pairs = [], g._pairs
+    monkeypatch.setattr(g, "_pairs", lambda *a: counted.append(len(a[3])) or pairs(*a))
+    g.nearest(cloud(50, 30, 1) + 1000, cloud(2000, 30) + 1000, 2)
+    assert 100 <= sum(counted) < 200
+
+
+def test_nearest_breaks_ties_by_index():
+    population = np.tile(cloud(10, 33).astype(np.float32), (60, 1))
+    for metric in g.METRICS:
+        index, value = g.nearest(population[:10], population, 4, metric)
+        assert (index == np.arange(10)[:, None] + [0, 10, 20, 30]).all()
+        assert (np.ptp(value, axis=1) == 0).all()
+    assert g.nearest(np.ones((1, 4)), np.full((9, 4), 0.1), 3)[0].tolist() == [[0, 1, 2]]
+    assert g.nearest(np.zeros((1, 2)), -np.eye(2), 2, "cosine")[1].tolist() == [[0, 0]]
+
+
+def test_nearest_refuses():
+    with pytest.raises(g.GeometryError, match="l2, cosine"):
+        g.nearest(cloud(3, 2), cloud(3, 2), metric="l1")
+    with pytest.raises(g.GeometryError, match="the population: 3 rows, and at least 4"):
+        g.nearest(cloud(3, 2), cloud(3, 2), 4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_neighbour_distance_leaves_the_row_itself_out(k):
+    x = cloud(300, 9)
+    distance, _ = neighbours(x, x, k + 1)
+    np.testing.assert_allclose(g.neighbour_distance(x, k), distance[:, k], rtol=1e-9)
+    some = g.neighbour_distance(x, k, sample=40, seed=1)
+    assert len(some) == 40 and np.isin(some, g.neighbour_distance(x, k)).all()
+    assert (some == g.neighbour_distance(x, k, 40, 1)).all() and (
+        some != g.neighbour_distance(x, k, 40, 2)).any()
+    twice = g.neighbour_distance(np.concatenate([x, x[:5]]), k)
+    assert (twice[:5] == 0).all() == (k == 1) and (twice[5:300] > 0).all()
+    for N, wrong in ((k, k), (9, 0)):
+        with pytest.raises(g.GeometryError):
+            g.neighbour_distance(x[:N], wrong)
+
+
+def test_collapse_index():
+    grid = np.stack(np.meshgrid(*[np.arange(12.0)] * 2), -1).reshape(-1, 2)  # spacing 1
+    grid = np.concatenate([grid, [[500, 500]]])
+    rows = np.array([[5, 5], [5.25, 5], [-3, 0], [15, 15]])
+    np.testing.assert_allclose(g.collapse_index(rows, grid), [0, 0.25, 3, 4 * math.sqrt(2)])
+    np.testing.assert_allclose(g.collapse_index(7 * rows, 7 * grid), g.collapse_index(rows, grid))
+    with pytest.raises(g.GeometryError, match="duplicates"):
+        g.collapse_index(rows, np.concatenate([grid, grid]))
+
+
+@pytest.mark.parametrize("N, dtype", [(500, np.float64), (5000, np.float32), (4, np.float16)])
+def test_gaussian(N, dtype):
+    x = cloud(N, 6).astype(dtype)
+    mean, covariance = g.gaussian(x)
+    np.testing.assert_allclose(mean, x.astype(float).mean(0), rtol=1e-10)
+    np.testing.assert_allclose(covariance, np.cov(x.astype(float).T, bias=True), atol=1e-9)
+    assert mean.dtype == covariance.dtype == np.float64
+    assert (g.gaussian(np.full((7, 3), 0.1, np.float32))[1] == 0).all()
+
+
+def test_radii_of_gaussian_rows_follow_the_chi_law():
+    x = cloud(4000, 12)
+    mean, covariance = g.gaussian(x)
+    variance, basis = np.linalg.eigh(covariance)
+    radius = g.mahalanobis(x, mean, basis, np.sqrt(variance))
+    inverse = np.linalg.inv(covariance)
+    np.testing.assert_allclose(radius[:50] ** 2, np.einsum(
+        "ni,ij,nj->n", x[:50] - mean, inverse, x[:50] - mean), rtol=1e-8)
+    assert stats.kstest(radius, "chi", (12,)).pvalue > 1e-3
+    m, sd = g.chi_law(12)
+    assert abs(radius.mean() - m) < 4 * sd / math.sqrt(4000)
+    with pytest.raises(g.GeometryError, match="shrink"):
+        g.mahalanobis(x, mean, basis, 0 * variance)
+
+
+def exact_chi_law(d):
+    """By Gamma(s + 1) = s Gamma(s) from the half normal (d = 1) or Rayleigh's law (d = 2)."""
+    pi = Decimal("3.1415926535897932384626433832795028841971693993751")
+    square = 2 / pi if d % 2 else pi / 2
+    for j in range(2 - d % 2, d - 1, 2):
+        square *= (Decimal(j + 1) / j) ** 2
+    return float(square.sqrt()), float((d - square).sqrt())
+
+
+@pytest.mark.parametrize("d", [1, 2, 17, 199, 200, 201, 202, 2048, 8192])
+def test_chi_law(d):
+    getcontext().prec = 50
+    assert g.chi_law(d) == pytest.approx(exact_chi_law(d), rel=1e-10)
+    assert g.chi_law(d)[0] == pytest.approx(stats.chi.mean(d), rel=1e-10)
+
+
+@pytest.mark.parametrize("N", [400, 30])
+def test_effective_rank_of_a_designed_spectrum(N):
+    """Nine equal components and one with a hundredth of their variance, in 50 dimensions."""
+    left = np.linalg.qr(np.c_[np.ones(N), R().normal(size=(N, 10))])[0][:, 1:]  # each sums to 0
+    right = np.linalg.qr(R(1).normal(size=(50, 10)))[0]
+    x = left * np.sqrt([1.0] * 9 + [0.01]) @ right.T + 5
+    for held, rank in ((1, 1), (1.001, 2), (4.5, 5), (9, 9), (9.001, 10), (9.01, 10)):
+        assert g.effective_rank(x, held / 9.01) == rank
+
+
+@pytest.mark.parametrize("N, D", [(20, 2048), (500, 30), (30, 30)])
+def test_effective_rank_equals_scikit_learns_pca(N, D):
+    x = cloud(N, D) if D < 99 else R().normal(size=(N, D)).astype(np.float32)
+    rank = g.effective_rank(x)
+    assert rank == PCA(0.95, svd_solver="full").fit(x).n_components_ <= N - 1
+    assert N > 20 or rank == 18
+
+
+def test_effective_rank_of_equal_rows():
+    assert g.effective_rank(np.full((9, 5), 0.1)) == g.effective_rank(np.full((9, 50), 0.1)) == 0
+    for share in (0, 1.1, math.nan):
+        with pytest.raises(g.GeometryError):
+            g.effective_rank(cloud(9, 3), share)
+
+
+def test_total_variance_ratio():
+    x, y = cloud(70, 8), cloud(900, 8, 1) * 3
+    expected = np.trace(np.cov(x.T)) / np.trace(np.cov(y.T))
+    assert g.total_variance_ratio(x, y) == pytest.approx(expected, rel=1e-12)
+    assert g.total_variance_ratio(x[:1].repeat(9, 0), y) == 0
+    with pytest.raises(g.GeometryError, match="equal"):
+        g.total_variance_ratio(x, np.full((5, 8), 0.1))
+
+
+@pytest.mark.parametrize("N, M, D", [(300, 200, 10), (8, 200, 10), (300, 7, 10), (6, 9, 10)])
+def test_frechet_equals_the_formula(N, M, D):
+    x, y = cloud(N, D), 0.5 * R(3).normal(size=(M, D)) + 1
+    S1, S2 = (np.cov(z.T, bias=True) for z in (x, y))
+    root = linalg.sqrtm(S1 + 1e-12 * np.eye(D))
+    cross = np.sqrt(np.linalg.eigvalsh(root @ S2 @ root).clip(0)).sum()
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(S1 + S2) - 2 * cross
+    assert g.frechet(x, y) == pytest.approx(expected, rel=1e-4)
+    assert g.frechet(x, y) == pytest.approx(g.frechet(y, x), rel=1e-9)
+
+
+def test_frechet_closed_forms():
+    x = cloud(200, 12)
+    assert g.frechet(x, x + 2) == pytest.approx(12 * 4, rel=1e-9)  # shifted
+    mean, covariance = g.gaussian(x)
+    assert g.frechet(x, mean + 3 * (x - mean)) == pytest.approx(
+        (3 - 1) ** 2 * np.trace(covariance), rel=1e-9)  # scaled
+    assert 0 <= g.frechet(x, x) < 1e-9 and 0 <= g.frechet(x[:5], x[:5]) < 1e-9
+    assert g.frechet(np.full((3, 2), 0.1), np.full((9, 2), 1.1)) == pytest.approx(2)
+
+
+def test_precision_recall_equals_the_definition():
+    x, y = R().normal(size=(80, 3)), 0.6 * R(1).normal(size=(90, 3)) + 0.5
+
+    def share(points, centres):
+        radius = neighbours(centres, centres, 4)[0][:, 3]
+        return np.mean([any(math.dist(p, c) <= r for c, r in zip(centres, radius))
+                        for p in points])
+
+    assert g.precision_recall(x, y) == pytest.approx((share(x, y), share(y, x)), abs=1e-12)
+    assert g.precision_recall(y, x) == g.precision_recall(x, y)[::-1]
+
+
+def test_precision_recall_of_known_sets():
+    x = cloud(60, 5).astype(np.float16)
+    assert g.precision_recall(x, x) == (1, 1)
+    assert g.precision_recall(x, x + np.float16(1000)) == (0, 0)
+    # one mode of two: all of it is real, and half of what is real is missed
+    y = np.concatenate([x, x + np.float16(1000)])
+    assert g.precision_recall(x, y) == (1, 0.5)
+    same = np.full((9, 5), 0.1)  # balls of radius 0 hold their duplicates, and nothing else
+    assert g.precision_recall(same, same) == (1, 1)
+    assert g.precision_recall(same, same + 1e-7) == (0, 0)
+    # the edge belongs to the ball: 2 is at distance 1 of 1, whose nearest other is 0
+    assert g.precision_recall([[2.0], [9.0]], [[0.0], [1.0]], k=1) == (0.5, 1)
+    with pytest.raises(g.GeometryError, match="x: 3 rows, and at least 4"):
+        g.precision_recall(x[:3], x)
+
+
+def test_mmd_equals_the_definition():
+    x, y = cloud(20, 4), cloud(15, 4, 1) + 1
+    pooled = np.concatenate([x, y])
+    distance = np.array([[math.dist(a, b) for b in pooled] for a in pooled])
+    K = np.exp(-distance**2 / (2 * np.median(distance[np.triu_indices(35, 1)]) ** 2))
+    xx = [K[i, j] for i in range(20) for j in range(20) if i != j]
+    yy = [K[i, j] for i in range(20, 35) for j in range(20, 35) if i != j]
+    expected = np.mean(xx) + np.mean(yy) - 2 * K[:20, 20:].mean()
+    value, p = g.mmd(x, y, permutations=0)
+    assert value == pytest.approx(expected, rel=1e-9) and math.isnan(p)
+
+
+def test_mmd_is_unbiased_and_its_p_uniform_when_the_laws_are_equal():
+    results = np.array([g.mmd(R(s).normal(size=(14, 3)), R(1000 + s).normal(size=(10, 3)), 39, s)
+                        for s in range(400)])
+    assert abs(results[:, 0].mean()) < 4 * results[:, 0].std() / 20
+    uniform(np.rint(results[:, 1] * 40), 40)
+
+
+def uniform(rank, m):
+    """Ranks 1 to m of exact permutation tests are uniform, and at most 5 % are in the first 5 %."""
+    assert rank.min() >= 1 and rank.max() <= m
+    tens = np.bincount(((rank - 1) * 10 // m).astype(int), minlength=10)
+    assert stats.chisquare(tens).pvalue > 1e-3
+    assert stats.binomtest(int((rank <= m // 20).sum()), len(rank), 0.05).pvalue > 1e-3
+
+
+def test_mmd_has_power():
+    x, y = R().normal(size=(60, 5)), R(1).normal(size=(50, 5))
+    assert g.mmd(x, y + 1) == g.mmd(x, y + 1) and g.mmd(x, y + 1)[1] == 1 / 201
+    assert g.mmd(x, 3 * y)[1] == 1 / 201  # equal means
+    x = x[:10]
+    assert g.mmd(x, x, 99)[1] > 0.5  # a copy is nearer than chance, never farther
+    with pytest.raises(g.GeometryError, match="duplicates"):
+        g.mmd(np.full((9, 5), 0.1), np.full((9, 5), 0.1))
+    assert g.mmd(np.full((9, 5), 0.1), np.full((9, 5), 0.2))[1] == 1 / 201
+
+
+@pytest.mark.parametrize("D", [5, 60])
+def test_probe_auc_equals_scikit_learns_ridge(D):
+    x, y = cloud(41, D) + 0.3, cloud(33, D, 1)
+    rng = R(7)
+    a, b = rng.permutation(x), rng.permutation(y)
+    fit, test = np.concatenate([a[:20], b[:16]]), np.concatenate([a[20:], b[16:]])
+    mean, sd = fit.mean(0), fit.std(0)
+    probe = Ridge(alpha=D).fit((fit - mean) / sd, [1] * 20 + [-1] * 16)
+    expected = metrics.roc_auc_score([1] * 21 + [0] * 17, probe.predict((test - mean) / sd))
+    assert g.probe_auc(x, y, seed=7) == pytest.approx(expected, abs=1e-12)
+
+
+def test_probe_auc_of_known_sets():
+    x = np.c_[cloud(40, 12), np.ones(40)]  # a coordinate that never varies counts for nothing
+    y = x + np.r_[[100.0] * 12, 0]
+    assert g.probe_auc(x, y) == g.probe_auc(y, x) == 1
+    chance = [g.probe_auc(R(s).normal(size=(20, 8)), R(999 + s).normal(size=(30, 8)), s)
+              for s in range(200)]
+    assert abs(np.mean(chance) - 0.5) < 4 * np.std(chance) / math.sqrt(200)
+    assert g.probe_auc(np.full((20, 3), 0.1), np.full((9, 3), 0.1)) == 0.5  # all ties
+    # a Gaussian pair d apart: the best probe's area is Phi(d / sqrt 2)
+    x, y = R(5).normal(size=(4000, 6)), R(6).normal(size=(4000, 6)) - [1, 0, 0, 0, 0, 0]
+    assert g.probe_auc(x, y) == pytest.approx(stats.norm.cdf(1 / math.sqrt(2)), abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silhouette_equals_scikit_learns(dtype):
+    x, labels = cloud(200, 6).astype(dtype), R(1).integers(0, 4, 200)
+    x[labels == 2] += 9
+    labels[7] = 99  # alone
+    assert g.silhouette(x, labels) == pytest.approx(
+        metrics.silhouette_score(x.astype(float), labels), abs=1e-9)
+    names = np.array(["a", "b", "c", "d"] + [""] * 95 + ["e"])[labels]
+    assert g.silhouette(x, names, sample=50) == g.silhouette(x, labels, sample=50)
+    assert g.silhouette(x, labels, sample=150) != g.silhouette(x, labels, sample=150, seed=1)
+
+
+def test_silhouette_of_known_sets():
+    x = np.array([[0.0], [0], [1], [1]])
+    assert g.silhouette(x, [0, 0, 1, 1]) == 1 and g.silhouette(x, [0, 1, 0, 1]) == -0.5
+    assert g.silhouette(np.full((6, 2), 0.1), [0, 0, 0, 1, 1, 1]) == 0
+    with pytest.raises(g.GeometryError, match="two clusters"):
+        g.silhouette(x, [3, 3, 3, 3])
+    with pytest.raises(g.GeometryError, match="labels of shape"):
+        g.silhouette(x, [3, 3])
+
+
+def walks(seed, D=5, lengths=(9, 1, 14, 2), smooth=False):
+    points = [R((seed, i)).normal(size=(T, D)) for i, T in enumerate(lengths)]
+    return [np.cumsum(p, axis=0) / 2 if smooth else p for p in points]
+
+
+def test_locality_measures_the_steps_within_paths():
+    paths = [p.astype(np.float32) for p in walks(0)]
+    found = g.locality(paths, cloud(50, 5), permutations=0)
+    steps = [math.dist(a, b) for p in paths for a, b in zip(p.tolist(), p[1:].tolist())]
+    assert len(steps) == 8 + 0 + 13 + 1
+    assert found["step"] == pytest.approx(np.mean(steps), rel=1e-12)
+    assert found["spread"] == pytest.approx(np.std(steps), rel=1e-12)
+    assert set(found) == {"step", "spread"} | {
+        f"{prefix}{kind}_{name}" for prefix in ("", "p_") for kind in ("uniform", "matched")
+        for name in ("step", "spread")}
+    assert all(math.isnan(v) for k, v in found.items() if k not in ("step", "spread"))
+
+
+def test_locality_reads_long_walks_by_blocks():
+    D = 40_000  # some four rows to a block
+    paths = walks(0, D, (7, 4, 9))
+    found = g.locality(paths, paths[0], permutations=0)
+    steps = np.concatenate([np.linalg.norm(np.diff(p, axis=0), axis=1) for p in paths])
+    assert (found["step"], found["spread"]) == pytest.approx((steps.mean(), steps.std()), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["p_matched_step", "p_matched_spread", "p_uniform_step",
+                                  "p_uniform_spread"])
+def test_locality_p_is_uniform_when_paths_are_random(name):
+    """Matched: any points in any order. Uniform: points of the population."""
+    population = cloud(300, 4)
+    if name == "p_matched_step":
+        runs = [g.locality([p**3 for p in walks(s)], cloud(9, 5), None, 39, s) for s in range(400)]
+    else:
+        runs = [g.locality([population[R((s, i)).integers(0, 300, T)]
+                            for i, T in enumerate((9, 14, 2))], population, None, 39, s)
+                for s in range(400)]
+    uniform(np.rint(np.array([run[name] for run in runs]) * 40), 40)
+
+
+def test_locality_has_power():
+    smooth = walks(0, 20, (60, 80), smooth=True)
+    found = g.locality(smooth, 5 * R(1).normal(size=(500, 20)))
+    for kind in ("uniform", "matched"):
+        assert found[f"p_{kind}_step"] == found[f"p_{kind}_spread"] == 1 / 201
+        assert found["step"] < found[f"{kind}_step"] / 1.5
+    far = [1000.0 * (-1.0) ** np.arange(20)[:, None] * np.ones(20)]
+    assert g.locality(far, R(1).normal(size=(500, 20)))["p_uniform_step"] == 1
+
+
+def test_locality_null_walks():
+    """Uniform walks draw by the weights; matched ones only from the paths' own points."""
+    population = np.array([[0.0], [1.0], [1000.0]])
+    path = [np.array([[0.0], [3.0]] * 300)]
+    found = g.locality(path, population, np.array([3.0, 1.0, 0.0]))
+    assert found["uniform_step"] == pytest.approx(2 * 3 / 4 * 1 / 4, abs=0.01)
+    assert found["matched_step"] == pytest.approx(3 * 300 / 599, abs=0.03)  # without replacement
+    assert found["p_matched_step"] == 1 and found["p_matched_spread"] == 1 / 201
+    pair = g.locality([np.array([[0.1, 0.2], [3.0, 4.0]])], np.eye(2))  # one step: always a tie
+    assert pair["p_matched_step"] == pair["p_matched_spread"] == 1
+
+
+def test_locality_refuses():
+    for weights in ([1, 1], [1, 1, -1], [0, 0, 0], [1, math.nan, 1]):
+        with pytest.raises(g.GeometryError, match="3 numbers"):
+            g.locality([cloud(4, 2)], cloud(3, 2), weights)
+    for paths in ([], [cloud(1, 2)] * 3):
+        with pytest.raises(g.GeometryError, match="no path has a step"):
+            g.locality(paths, cloud(3, 2))
+    with pytest.raises(g.GeometryError, match="a path has width 3, expected 2"):
+        g.locality([cloud(4, 3)], cloud(3, 2))
+
+
+def test_calibration_error():
+    # by hand: a bin of two at 0.8 and 0.9 with one right, and one of two at 0.3 with one right
+    assert g.calibration_error([0.8, 0.9, 0.3, 0.3], [1, 0, 1, 0], bins=2) == pytest.approx(
+        100 * (2 / 4 * abs(0.85 - 0.5) + 2 / 4 * abs(0.3 - 0.5)))
+    assert g.calibration_error([1, 1, 1], [1, 1, 1]) == 0
+    assert g.calibration_error([1.0, 0.0], [False, True]) == 100
+    # closed above: 0.5 belongs to the lower half, where it balances 0
+    assert g.calibration_error([0.5, 0.1, 0.9], [0, 1, 1], bins=2) == pytest.approx(
+        100 * (0.4 + 0.1) / 3)
+    confidence = R().uniform(size=200_000)
+    answers = R(1).uniform(size=200_000)
+    assert g.calibration_error(confidence, answers < confidence) < 0.6
+    over = np.abs(np.arange(15) / 15 + 1 / 30 - 0.5).mean()  # right half the time, whatever it says
+    assert g.calibration_error(confidence, answers < 0.5) == pytest.approx(100 * over, abs=0.6)
+
+
+def test_calibration_error_refuses():
+    for confidence, correct in (([], []), ([0.5], [1, 0]), ([[0.5]], [[1]]), ([1.1], [1]),
+                                ([math.nan], [1]), ([0.5], [2])):
+        with pytest.raises(g.GeometryError):
+            g.calibration_error(confidence, correct)
+
+
+ONE = [g.neighbour_distance, g.gaussian, g.effective_rank,
+       lambda x: g.silhouette(x, np.arange(len(x))), lambda x: g.locality([x], x),
+       lambda x: g.mahalanobis(x, np.zeros(3), np.eye(3), np.ones(3))]
+TWO = [g.displacement, g.nearest, g.collapse_index, g.total_variance_ratio, g.frechet,
+       g.precision_recall, g.mmd, g.probe_auc, lambda x, y: g.locality([x], y)]
+ALL = [*ONE, *(lambda x, f=f: f(x, cloud(9, 3)) for f in TWO),
+       *(lambda x, f=f: f(cloud(9, 3), x) for f in TWO)]
+
+
+@pytest.mark.parametrize("measure", ALL)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
+def test_values_that_are_not_finite(measure, bad):
+    x = cloud(9, 3)
+    x[4, 1] = bad
+    with pytest.raises(g.GeometryError, match="not finite") as error:
+        measure(x)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("measure", ALL)
+@pytest.mark.parametrize("x", [np.ones((0, 3)), np.ones(3), np.ones((9, 0)),
+                               np.full((9, 3), "a"), np.ones((2, 2, 3))], ids=str)
+def test_what_is_no_set_of_rows(measure, x):
+    with pytest.raises(g.GeometryError):
+        measure(x)
+
+
+@pytest.mark.parametrize("measure", TWO)
+def test_widths_that_differ(measure):
+    with pytest.raises(g.GeometryError, match="width"):
+        measure(cloud(9, 3), cloud(9, 4))
+
+
+@pytest.mark.parametrize("measure", [g.neighbour_distance, g.gaussian, g.effective_rank,
+                                     lambda x: g.frechet(x, x), lambda x: g.mmd(x, x),
+                                     lambda x: g.silhouette(x, [0]), lambda x: g.probe_auc(x, x)])
+def test_one_row_is_too_few(measure):
+    with pytest.raises(g.GeometryError, match="1 rows, and at least"):
+        measure(np.ones((1, 3)))
