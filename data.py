@@ -50,13 +50,19 @@ class Example(NamedTuple):
 
 def read(kind: str, path: str, limit: int | None = None) -> list[Example]:
     """All examples of a file, a folder or a glob; `limit` stops reading text, which is streamed."""
-    reader = READERS[kind][1]
-    examples = list(islice((e for file in files_of(kind, path) for e in reader(file)),
-                           limit if kind == "text" else None))
-    if not examples:
+    return list(islice(stream(kind, path), limit if kind == "text" else None))
+
+
+def stream(kind: str, path: str) -> Iterator[Example]:
+    """read, one example after the other."""
+    reader, empty = READERS[kind][1], True
+    for file in files_of(kind, path):
+        for example in reader(file):
+            empty = False
+            yield example
+    if empty:
         raise DataError(f"{path}: no examples in it, expected at least one {kind} example: "
                         "choose another file")
-    return examples
 
 
 def files_of(kind: str, path: str) -> list[Path]:
@@ -279,6 +285,11 @@ class Vocabulary:
         return {i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
 
     @functools.cached_property
+    def ordinary(self) -> list[int]:
+        """All other ids."""
+        return sorted(set(range(self.size)) - self.special)
+
+    @functools.cached_property
     def stop(self) -> set[int]:
         """Ids that end an answer: EOS, and tokens with a line break (byte-level, sentencepiece)."""
         pieces = ((i, self.tokenizer.id_to_token(i) or "") for i in range(self.size))
@@ -288,6 +299,15 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text).ids
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def encode_at(self, text: str, place: int) -> tuple[list[int], int]:
+        """encode, and the index of the first token that begins at character `place` or after."""
+        encoding = self.tokenizer.encode(text)
+        ids = encoding.ids
+        added = 0 if self.bos is None or ids[:1] == [self.bos] else 1
+        first = next((i for i, (begin, end) in enumerate(encoding.offsets)
+                      if begin >= place and end > begin), len(ids))
+        return [self.bos] * added + ids, added + first
 
     def encode_plain(self, text: str) -> list[int]:
         """Without BOS: a text that stands where prompt rows do."""
@@ -309,6 +329,7 @@ class Row(NamedTuple):
     question: list[int]  # as it is asked, without the answer: ids[:start], unless the seam merges
     context: str  # rows of one context share their beginning
     cut: int  # context tokens that did not fit
+    body: int = 0  # index of the question's first token in ids: the context ends there
 
 
 def question_text(context: str, question: str) -> str:
@@ -327,16 +348,18 @@ def encode(example: Example, vocabulary: Vocabulary, max_length: int) -> Row | N
     if example.kind == "text":
         ids = vocabulary.encode(example.context)
         cut = max(len(ids) - max_length, 0)
-        return Row(ids[:max_length], len(ids) - cut, ids[:max_length], example.context, cut)
+        ids = ids[:max_length]
+        return Row(ids, len(ids), ids, example.context, cut, len(ids))
     answer = f" {example.answers[0] if example.answers else ''}\n"
     context, cut = example.context, 0
     while True:
         question = question_text(context, example.question)
-        ids = vocabulary.encode(question + answer)
+        ids, body = vocabulary.encode_at(question + answer, len(context))
         excess = len(ids) - max_length
         if excess <= 0:
             asked = vocabulary.encode(question)
-            return Row(ids, len(common_beginning([ids, asked])), asked, example.context, cut)
+            start = len(common_beginning([ids, asked]))
+            return Row(ids, start, asked, example.context, cut, body)
         if not context:
             return None
         offsets = vocabulary.tokenizer.encode(context, add_special_tokens=False).offsets

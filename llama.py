@@ -238,7 +238,7 @@ class Layout:
         parent = range(self.B) if self.parent is None else self.parent.tolist()
         columns = [max((i + 1 for i, r in enumerate(row) if r), default=0)
                    for row in self.past.tolist()]
-        groups, first = [], 0
+        groups = []
         for _, rows in groupby(range(self.B), key=parent.__getitem__):
             rows = list(rows)
             p = parent[rows[0]] if len(columns) > 1 else 0
@@ -426,12 +426,14 @@ class Llama(nn.Module):
         return F.linear(h, self.embeddings if self.config.tie_word_embeddings
                         else self.lm_head.weight)
 
-    def prompt_past(self, rows: dict[int, Tensor], cut: bool) -> Past:
+    def prompt_past(self, rows: dict[int, Tensor], cut: bool,
+                    tap: Callable[[int, Tensor], None] | None = None) -> Past:
         """Run prompt rows {layer: (n, D)} alone, at positions 0..n-1 -> Past of batch 1.
 
         Rows at layer i replace the prompt's part of that layer's input. cut drops the layer's
         outputs there, so that only layers with rows have prompt columns (paper 3.2); otherwise they
-        go on, as in prompt tuning."""
+        go on, as in prompt tuning. tap(i, x) is shown the prompt's part (n, D) of every layer's
+        input that has one, and, if it goes on to the end, what comes after the final norm."""
         first, L, D = self.first, self.config.num_hidden_layers, self.config.hidden_size
         shapes = {layer: tuple(r.shape) for layer, r in rows.items()}
         n = next(iter(shapes.values()), (0,))[0]
@@ -448,9 +450,13 @@ class Llama(nn.Module):
             if x is None:
                 keys.append(None), values.append(None)
                 continue
-            x, k, v = layer(x, None, None, layout, cos, sin, cache=True,
-                            output=not cut and i + 1 < L and i + 1 not in rows)
+            if tap:
+                tap(i, x)
+            x, k, v = layer(x, None, None, layout, cos, sin, cache=True, output=not cut
+                            and i + 1 not in rows and (i + 1 < L or tap is not None))
             keys.append(k), values.append(v)
+        if tap and x is not None:
+            tap(L, self.model.norm(x))
         return Past(tuple(keys), tuple(values), real[:, :0], position.new_tensor([n]))
 
     def _run(self, ids: Tensor, past: Past | None, parent: Tensor | None = None, tap=None,
@@ -519,13 +525,23 @@ class Prompt(nn.Module):
         return model.prompt_past(self.rows, self.cut)
 
 
+def ensemble(logits: list[Tensor]) -> Tensor:
+    """Logits (..., V) of several prompts -> the log of their averaged token probabilities; of one
+    prompt, its logits."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.stack([x.float().log_softmax(dim=-1) for x in logits]
+                       ).logsumexp(dim=0) - math.log(len(logits))
+
+
 @torch.no_grad()
-def generate(model: Llama, ids: list[list[int]], past: Past | None, max_new: int,
+def generate(model: Llama, ids: list[list[int]], past: Past | list[Past] | None, max_new: int,
              stop: set[int] = frozenset(), parent: Tensor | None = None) -> list[list[int]]:
     """Greedy continuations of ragged beginnings, each up to and with its first token of `stop`.
 
     past has batch 1 (a prompt) or one row a beginning, or beginning i goes on from its row
-    parent[i]; no beginning may be empty. A finished row leaves the batch."""
+    parent[i]; of a list of pasts the token probabilities are averaged. No beginning may be empty.
+    A finished row leaves the batch."""
     if not all(ids) or max_new < 1:
         raise ModelError("generate needs max_new of at least 1, and a token in every beginning: "
                          "put BOS first")
@@ -533,23 +549,26 @@ def generate(model: Llama, ids: list[list[int]], past: Past | None, max_new: int
     out = [[] for _ in ids]
     if not ids:
         return out
-    h, past = model(pad(ids).to(device), past, parent=parent)
-    h = h[torch.arange(len(ids), device=device),
-          torch.tensor([len(r) - 1 for r in ids], device=device)]
+    step, parents = pad(ids).to(device), parent
+    pasts = past if isinstance(past, list) else [past]
+    last = torch.tensor([len(r) - 1 for r in ids], device=device)
     alive = list(range(len(ids)))
     while True:
-        token = model.logits(h).argmax(dim=-1)
+        read = [model(step, p, parent=parents) for p in pasts]
+        token = ensemble([model.logits(h[torch.arange(len(alive), device=device), last])
+                          for h, _ in read]).argmax(dim=-1)
         for row, t in zip(alive, token.tolist()):
             out[row].append(t)
         going = [i for i, row in enumerate(alive)
                  if out[row][-1] not in stop and len(out[row]) < max_new]
         if not going:
             return out
+        pasts = [p for _, p in read]
         if len(going) < len(alive):
             kept = torch.tensor(going, device=device)
-            alive, token, past = [alive[i] for i in going], token[kept], past.take(kept)
-        h, past = model(token[:, None], past)
-        h = h[:, 0]
+            alive, token, pasts = [alive[i] for i in going], token[kept], [
+                p.take(kept) for p in pasts]
+        step, parents, last = token[:, None], None, token.new_zeros(len(token))
 
 
 def pad(rows: list[list[int]], value: int = PAD) -> Tensor:

@@ -11,9 +11,7 @@ draws. Modules that import torch are imported inside the functions that need the
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
 import os
 import signal
 import sys
@@ -25,409 +23,57 @@ from types import SimpleNamespace
 
 import data
 import priors
-
-TINY = Path(__file__).resolve().parent / "tiny"
-# kind -> training and evaluation data under tiny/
-BUNDLED = {"squad": ("squad/train.json", "squad/dev.json"),
-           "math": ("math/train-easy", "math/interpolate"), "text": ("text", "text")}
-TOKENS = 20  # rows a layer, as in the paper
-BUNDLED_TEXT = "short answer"  # the header that the bundled model was pre-trained with
-
-# flag -> (default, help); a default of None is explained in the help
-MODEL = {
-    "model": ("tiny", "model folder in Hugging Face's layout; tiny is the bundled one"),
-    "device": (None, "cpu, cuda, cuda:1 ... (cuda when there is one)"),
-    "dtype": (None, "float32, bfloat16 or float16 of the frozen weights "
-                    "(bfloat16 on cuda, else float32)"),
-    "seed": (0, "seed of the prior's draw and of the data's order"),
-}
-PRIOR = {
-    "prior": ("vocab", "prior of the rows, NAME or NAME:option=value,...; see below"),
-    "reference": ("vocab", "what priors are fitted on: vocab (each token once) or a data SPEC "
-                           "(tokens as the data uses them). Rows at deep layers are fitted on "
-                           "activations, of that SPEC or of --data"),
-    "reference_rows": (20000, "most rows of a reference taken from data"),
-    "text": (None, "the text of the prior text, also scored as a plain text prompt "
-                   "('short answer' for tiny)"),
-    "tokens": (TOKENS, "rows at the token embeddings; 0 for none, then deep layers have 20"),
-    "deep_layers": (0, "how many of the last layers own rows too"),
-}
-DATA = {
-    "data": ("squad", "training data, a SPEC: squad:PATH, math:PATH, hendrycks:PATH or text:PATH, "
-                      "a file, folder or pattern; squad, math and text alone are the bundled ones"),
-    "eval_data": (None, "evaluation data, a SPEC "
-                        "(the bundled one's, or a tenth of --data held out)"),
-    "eval_limit": (200, "most questions evaluated; 0 for all"),
-    "max_length": (None, "most tokens of context, question and answer; longer contexts are cut "
-                         "(1024, or what fits)"),
-    "max_new": (32, "most tokens of a generated answer"),
-    "batch_size": (16, "examples a step"),
-}
-TRAIN = {
-    "steps": (200, "training steps"),
-    "lr": (None, "peak learning rate of AdamW (at every layer a twentieth of its reference's root "
-                 "mean square, which is 1e-3 at the token embeddings of LLaMA 3.2 1B)"),
-    "warmup": (10, "steps of linear warm-up"),
-    "clip": (1.0, "largest norm of the gradient"),
-    "prior_weight": (0.0, "weight of the prior's log density in the loss; "
-                          "1 gives the MAP estimate"),
-    "eval_every": (None, "steps between evaluations and checkpoints (a quarter of --steps)"),
-    "trunk_memory": (4.0, "GiB of the device's memory, per process, for the inputs of the first "
-                          "layer with rows, worked out once for all epochs when no rows are at the "
-                          "tokens; more goes to a file in the run's folder, removed at the end"),
-    "out": (None, "the run's folder (runs/ and a name made of the settings)"),
-}
-SAMPLE = {"out": (None, "folder for the rows and a figure for every layer; "
-                        "without it nothing is written")}
-POSITIVE = {"batch_size", "max_new", "eval_every", "max_length", "reference_rows", "lr", "clip"}
-NOT_NEGATIVE = {"steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight",
-                "trunk_memory"}
-SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep prompt tuning "
-                   "(default with --deep-layers)",
-            "keep": "let the rows' outputs go on through the layers, as in prompt tuning "
-                    "(default without)"}
-
-DEFAULT_SWITCHES = {"cut": None, "share": True, "trunk": True, "shard": False, "recompute": False,
-                    "keep_unanswerable": False}
-
-# of the processes that torchrun starts the first one speaks
-FIRST = "MASTER_ADDR" not in os.environ or int(os.environ.get("RANK", 0)) == 0
+from settings import (COLLECT, DATA, FIRST, MODEL, PRIOR, SAMPLE, SWITCHES, TRAIN, UserError,
+                      absolute, check_ranges, check_same_model, checksum, checksums, encode,
+                      free_name, layers_with_rows, load_model, model_files, model_folder,
+                      plain_pasts, parse_spec, prior_name, read_questions, rows_per_layer, say,
+                      settings_of, some_of, spec_name, stored_settings, text_name,
+                      training_and_evaluation)
 
 # their own ValueErrors are the user's mistakes
-MODULES = {"llama", "data", "priors", "viz", "train", __name__}
-
-
-class UserError(ValueError):
-    """A mistake on the command line: what, and the remedy, in one line."""
-
-
-# --------------------------------------------------------------------------------------------------
-# what a command works with
-
-
-def say(text: str) -> None:
-    if FIRST:
-        print(text, file=sys.stderr, flush=True)
-
-
-def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
-    """What the user gave over the groups' defaults, and those that follow from other settings."""
-    a = SimpleNamespace(**{flag: default for group in groups
-                           for flag, (default, _) in group.items()},
-                        **DEFAULT_SWITCHES)
-    vars(a).update(given)
-    check_ranges(a)
-    if a.device is None:
-        import torch
-
-        a.device = "cuda" if torch.cuda.is_available() else "cpu"
-    a.dtype = a.dtype or ("bfloat16" if a.device.startswith("cuda") else "float32")
-    if a.text is None:
-        a.text = BUNDLED_TEXT if a.model == "tiny" else ""
-    name = priors.parse(a.prior)[0]
-    a.cut = bool(a.deep_layers) if a.cut is None else a.cut
-    a.eval_data = a.data if a.eval_data is None and a.data in BUNDLED else a.eval_data
-    a.model = a.model if a.model == "tiny" else os.path.abspath(a.model)  # runs open from anywhere
-    for key in ("data", "eval_data", "reference"):
-        kind, colon, path = (getattr(a, key) or "").partition(":")
-        if path:
-            setattr(a, key, f"{kind}:{os.path.abspath(path)}")
-    if groups[-1] is TRAIN:
-        a.eval_every = a.eval_every or max(1, a.steps // 4)
-        if a.prior_weight and not priors.PRIORS[name].has_density:
-            raise UserError(f"--prior-weight: the prior {name} has no density to follow: use one "
-                            f"of {', '.join(n for n, p in priors.PRIORS.items() if p.has_density)}")
-    return a
-
-
-def check_ranges(a: SimpleNamespace) -> None:
-    for flag, value in vars(a).items():
-        most = math.inf if isinstance(value, float) else 2**40  # a seed is a 64-bit number
-        if flag in POSITIVE and value is not None and not 0 < value < most:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected more than 0, and less "
-                            f"than {most}")
-        if flag in NOT_NEGATIVE and not 0 <= value < most:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected 0 or more, and less "
-                            f"than {most}")
-
-
-def model_folder(a: SimpleNamespace) -> Path:
-    return TINY if a.model == "tiny" else Path(a.model)
-
-
-def load_model(a: SimpleNamespace):
-    """The frozen model and its tokenizer; settles a.max_length by the model's positions."""
-    import torch
-
-    import llama
-    from train import shard
-
-    folder = model_folder(a)
-    if not folder.is_dir():
-        raise UserError(f"--model {a.model}: no such folder: download a model with "
-                        "`hf download NAME --local-dir DIR` and give DIR")
-    if a.dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {a.dtype}: use float32, bfloat16 or float16")
-    try:
-        torch.zeros(0, device=a.device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {a.device}: {str(e).splitlines()[0]}: use cpu") from None
-    model = llama.load(folder, a.dtype, "cpu" if a.shard else a.device)
-    if a.shard:
-        shard(model, a.device)
-    c = model.config
-    vocabulary = data.Vocabulary(folder, c.bos_token_id, c.eos_token_id)
-    if vocabulary.size > c.vocab_size:
-        raise UserError(f"{folder}: tokenizer.json has {vocabulary.size} tokens and the model "
-                        f"embeds {c.vocab_size}: the two are not of one model; fetch both again")
-    beside = max(rows_per_layer(a), len(vocabulary.encode_plain(a.text))) + a.max_new
-    room = c.max_position_embeddings - beside
-    a.max_length = a.max_length or min(1024, max(room, 0))
-    if not 0 < a.max_length <= room:
-        raise UserError(f"--max-length {a.max_length}: the model has {c.max_position_embeddings} "
-                        f"positions, and --tokens or --text with --max-new takes {beside} of them, "
-                        f"which leaves {max(room, 0)}")
-    return model, vocabulary
-
-
-def rows_per_layer(a: SimpleNamespace) -> int:
-    return a.tokens or TOKENS
-
-
-def layers_with_rows(a: SimpleNamespace, model) -> list[int]:
-    L = model.config.num_hidden_layers
-    if a.deep_layers > L or not (a.tokens or a.deep_layers):
-        raise UserError(f"--tokens {a.tokens} --deep-layers {a.deep_layers}: the model has {L} "
-                        f"layers; give 0 to {L} deep layers, and rows at the tokens, at deep "
-                        "layers, or both")
-    return sorted({*([0] if a.tokens else []), *range(L - a.deep_layers, L)})
-
-
-def parse_spec(spec: str, split: int) -> tuple[str, str]:
-    """"squad:PATH" -> ("squad", PATH); "squad" -> the bundled one's split 0 (train) or 1 (eval)."""
-    kind, _, path = spec.partition(":")
-    if kind not in data.READERS:
-        raise UserError(f"data {spec!r}: unknown kind {kind!r}: write KIND:PATH with KIND one of "
-                        f"{', '.join(data.READERS)}")
-    if not path and kind not in BUNDLED:
-        raise UserError(f"data {spec!r}: there is no bundled {kind} data: write {kind}:PATH")
-    return kind, path or str(TINY / BUNDLED[kind][split])
-
-
-def read_questions(spec: str, split: int, keep_unanswerable: bool) -> list[data.Example]:
-    kind, path = parse_spec(spec, split)
-    if kind == "text":
-        raise UserError(f"data {spec!r}: text has no questions and answers to train or evaluate "
-                        "on: use it with --reference, and squad, math or hendrycks here")
-    examples = data.read(kind, path)
-    kept = examples if keep_unanswerable else [e for e in examples if e.answers]
-    if not kept:
-        raise UserError(f"{path}: no answerable question in it: use --keep-unanswerable, or other "
-                        "data")
-    if len(kept) < len(examples):
-        say(f"{path}: {len(examples) - len(kept)} of {len(examples)} questions are unanswerable "
-            "and dropped (--keep-unanswerable keeps them)")
-    return kept
-
-
-def topic(e: data.Example) -> str:
-    """Examples of one topic are never divided between training and evaluation."""
-    return e.context or e.question
-
-
-def some_of(examples: list[data.Example], count: int) -> list[data.Example]:
-    """`count` examples (0: all), whole topics as far as may be, always the same ones, in the
-    order of the data."""
-    return [examples[i] for i in sorted(
-        data.Order(list(map(topic, examples)), 1, seed=0).epoch(0)[:count or None])]
-
-
-def training_and_evaluation(a: SimpleNamespace) -> tuple[list[data.Example], list[data.Example]]:
-    """The examples of a run. Without --eval-data a tenth of the training data is held
-    out, by whole topics."""
-    examples = read_questions(a.data, 0, a.keep_unanswerable)
-    if a.eval_data is not None:
-        return examples, some_of(read_questions(a.eval_data, 1, a.keep_unanswerable), a.eval_limit)
-    count = max(len(examples) // 10, 1)
-    held = set(map(topic, some_of(examples, min(count, a.eval_limit or count))))
-    evals = [e for e in examples if topic(e) in held]
-    if len(evals) == len(examples):
-        raise UserError(f"--data {a.data}: all {len(examples)} questions share one context, so "
-                        "none can be held out: give --eval-data")
-    say(f"{len(evals)} of {len(examples)} questions held out for evaluation (no --eval-data)")
-    return [e for e in examples if topic(e) not in held], evals
-
-
-def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int, what: str):
-    """Examples with their token rows, without those that do not fit; says what was cut."""
-    from train import Questions, progress
-
-    rows = [data.encode(e, vocabulary, max_length)
-            for e in progress(examples, desc=f"{what} tokens", leave=False)]
-    cut = [r.cut for r in rows if r and r.cut]
-    if cut:
-        say(f"{what}: {len(cut)} of {len(rows)} contexts cut at their end to fit {max_length} "
-            f"tokens, {sum(cut) / len(cut):.0f} tokens on average (--max-length)")
-    if None in rows:
-        say(f"{what}: {rows.count(None)} questions dropped, longer than {max_length} tokens "
-            "without any context")
-    pairs = [(e, r) for e, r in zip(examples, rows) if r]
-    if not pairs:
-        raise UserError(f"{what}: no question fits {max_length} tokens: raise --max-length")
-    return Questions(*map(list, zip(*pairs)))
-
-
-def text_name(a: SimpleNamespace) -> str:
-    return f"text prompt {textwrap.shorten(a.text, 40)!r}"
-
-
-def plain_pasts(a: SimpleNamespace, model, vocabulary) -> dict[str, tuple[str, object]]:
-    """What a trained prompt stands beside, {split: (name, Past)}: no prompt, and a text prompt if
-    there is a text."""
-    import torch
-
-    pasts = {"baseline": ("no prompt", model.empty())}
-    if a.text:
-        ids = torch.tensor([vocabulary.encode_plain(a.text)], device=a.device)
-        pasts["text"] = (text_name(a), model.extend(ids))
-    return pasts
-
-
-# --------------------------------------------------------------------------------------------------
-# references and priors
-
-
-def collect(model, rows: list[list[int]], layers: list[int], limit: int,
-            first: int = 1) -> dict[int, "Tensor"]:
-    """The inputs of layers for token rows, {layer: (N, D)} fp32 on the CPU, N at most
-    `limit`. Every row counts from its token `first` on: a row's BOS has an enormous norm that
-    would swamp any statistics."""
-    import torch
-    import llama
-    from train import progress
-
-    found, count = {i: [] for i in layers}, 0
-    for start in progress(range(0, len(rows), 8), desc="activations", leave=False):
-        if count >= limit:
-            break
-        ids = llama.pad(rows[start:start + 8]).to(model.embeddings.device)
-        place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        taken = place[ids != llama.PAD] >= first
-        with torch.no_grad():
-            model(ids, tap=lambda i, x: i in found and found[i].append(x[taken].float().cpu()))
-        count += int(taken.sum())
-    return {i: torch.cat(parts)[:limit] for i, parts in found.items()}
-
-
-def reference_rows(a: SimpleNamespace, examples: list[data.Example], vocabulary) -> list[list[int]]:
-    """Token rows in an order made from the seed, one question a context, of a.reference_rows tokens
-    or a little more."""
-    rows, count, seen = [], 0, set()
-    for i in data.Order([e.context for e in examples], 1, a.seed).epoch(0):
-        if count >= a.reference_rows:
-            break
-        if topic(examples[i]) not in seen:
-            seen.add(topic(examples[i]))
-            row = data.encode(examples[i], vocabulary, a.max_length)
-            rows += [row.ids] * (row is not None)
-            count += len(row.ids) - 1 if row else 0
-    return rows
-
-
-def references(a: SimpleNamespace, model, vocabulary, layers: list[int],
-               examples: list[data.Example] | None = None):
-    """The population that each layer's prior is fitted on, {layer: ((N, D) fp32, its name)}.
-    examples are the training data, if they are read already: of those activations are taken,
-    unless --reference names others."""
-    import torch
-
-    if priors.parse(a.prior)[0] == "text":
-        ids = vocabulary.encode_plain(a.text)
-        if not ids:
-            raise UserError("--prior text needs --text, the text whose tokens the rows begin as")
-        return {i: (x, f"tokens of {a.text!r}")
-                for i, x in collect(model, [ids], layers, len(ids), first=0).items()}
-    found, spec = {}, a.data if a.reference == "vocab" else a.reference
-    if a.reference == "vocab" and 0 in layers:
-        ordinary = sorted(set(range(vocabulary.size)) - vocabulary.special)
-        found[0] = (model.embeddings[ordinary].float().cpu(), "vocabulary")
-    rest = [i for i in layers if i not in found]
-    if rest:
-        if spec != a.data:
-            examples = data.read(*parse_spec(spec, 0), limit=a.reference_rows)
-        rows = reference_rows(a, examples or training_and_evaluation(a)[0], vocabulary)
-        for i, x in collect(model, rows, rest, a.reference_rows).items():
-            found[i] = (x, f"{f'layer {i} inputs' if i else 'token embeddings'} of "
-                           f"{spec_name(spec)}")
-    return dict(sorted(found.items()))
-
-
-def spec_name(spec: str) -> str:
-    """A SPEC without its folders, for captions."""
-    kind, colon, path = spec.partition(":")
-    return kind + colon + Path(path).name
-
-
-def draw(a: SimpleNamespace, found: dict) -> tuple[dict[int, "Tensor"], dict[int, object],
-                                                   list[dict]]:
-    """Fit the prior on each layer's reference, draw the rows, and say how they stand to it."""
-    import torch
-
-    name, options = priors.parse(a.prior)
-    rows, fitted, reports = {}, {}, []
-    for i, (reference, reference_name) in found.items():
-        fitted[i] = priors.PRIORS[name].fit(reference, **options)
-        rows[i] = fitted[i].sample(rows_per_layer(a),
-                                   torch.Generator().manual_seed(1000 * a.seed + i))
-        if not torch.isfinite(rows[i]).all():
-            raise priors.PriorError(f"{a.prior}: drew rows that are not finite: give its options "
-                                    "smaller values")
-        ratio, about = norm_ratio(rows[i], reference), fitted[i].report()
-        reports.append({"layer": i, "reference": reference_name, "rows": len(reference),
-                        "norm_ratio": ratio, **about})
-        say(f"layer {i}: {a.prior} on {reference_name}, {len(reference)} rows: "
-            + ", ".join(f"{key} {value:.4g}" for key, value in {
-                "init-to-token norm ratio": ratio, **about}.items()))
-        if ratio > 5:
-            say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and "
-                "may train badly")
-    return rows, fitted, reports
-
-
-def norm_ratio(rows, reference) -> float:
-    """Mean norm of the rows over mean norm of the reference: 1 is on scale, PEFT's random
-    default is near 45."""
-    return float(rows.norm(dim=1).mean() / reference.norm(dim=1).mean())
+MODULES = {"activations", "compare", "data", "geometry", "llama", "posteriors", "priors",
+           "references", "settings", "train", "viz"}
 
 
 # --------------------------------------------------------------------------------------------------
 # tables and figures
 
 TITLES = {"loss": "loss", "exact_match": "exact match", "precision": "precision",
-          "recall": "recall", "f1": "F1", "accuracy": "accuracy", "accuracy_value": "same value"}
+          "recall": "recall", "f1": "F1", "accuracy": "accuracy", "accuracy_value": "same value",
+          "calibration_error": "ECE"}
 
 
-def table(rows: list[tuple[str, dict[str, float]]]) -> str:
-    """Names and scores as aligned columns."""
-    keys = [k for k in TITLES if any(k in scores for _, scores in rows)]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"  {TITLES[k]:>{max(len(TITLES[k]), 6)}}" for k in keys)]
-    for name, scores in rows:
-        cells = (f"{scores[k]:.3f}" if k == "loss" else f"{scores[k]:.1f}" for k in keys)
-        lines.append(f"{name:<{width}}" + "".join(
-            f"  {cell:>{max(len(TITLES[k]), 6)}}" for k, cell in zip(keys, cells)))
-    return "\n".join(lines)
+def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = TITLES) -> str:
+    """Names and numbers as aligned columns, those of titles {key: heading} that any row has. A
+    score has one decimal, anything else three digits."""
+    keys = [k for k in titles if any(k in numbers for _, numbers in rows)]
+
+    def cell(key: str, numbers: dict[str, float]) -> str:
+        if key not in numbers:
+            return ""
+        if key in TITLES:
+            return f"{numbers[key]:.3f}" if key == "loss" else f"{numbers[key]:.1f}"
+        return f"{numbers[key]:#.3g}".rstrip(".")
+
+    lines = [["", *(titles[k] for k in keys)]]
+    lines += [[name, *(cell(k, numbers) for k in keys)] for name, numbers in rows]
+    wide = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(f"{first:<{wide[0]}}" + "".join(
+        f"  {text:>{max(w, 6)}}" for text, w in zip(rest, wide[1:])) for first, *rest in lines)
 
 
 def final_table(a: SimpleNamespace, metrics: list[dict]) -> str:
     names = {"baseline": "no prompt", "text": text_name(a)}
     evals = [m for m in metrics if m["split"] == "eval"]
+    together = f", {a.particles} particles together" if a.posterior == "svgd" else ""
+    end = f"{prior_name(a)} prior, {evals[-1]['step']} steps{together}"
     return table([(names[m["split"]], m) for m in metrics if m["split"] in names]
-                 + [(f"{a.prior} prior, untrained", evals[0])]
-                 + [(f"{a.prior} prior, {m['step']} steps", m) for m in evals[-1:] if m["step"]])
+                 + [(f"{prior_name(a)} prior, untrained", evals[0])]
+                 + [(end, m) for m in evals[-1:] if m["step"]],
+                 {k: title for k, title in TITLES.items() if k != "calibration_error"})
 
 
-def layer_figure(i: int, reference, name: str, series: list[tuple[str, "Tensor"]],
+def layer_figure(i: int, reference: "Reference", series: list[tuple[str, "Tensor"]],
                  caption: str) -> str:
     """The principal plane of a layer's reference, the draw and, if there is a second series,
     where its rows went."""
@@ -436,7 +82,7 @@ def layer_figure(i: int, reference, name: str, series: list[tuple[str, "Tensor"]
     import viz
 
     points = [rows.numpy() for _, rows in series]
-    reference = reference.numpy()
+    name, reference = reference.name, reference.rows.numpy()
     # a text prompt of a token or two spans no plane of its own
     plane = viz.pca(reference if len(reference) > 2 else np.concatenate([reference, *points]))
     flat = [viz.project(plane, rows) for rows in points]
@@ -452,15 +98,16 @@ def draw_run(run, a: SimpleNamespace, found: dict, end: dict) -> list[str]:
     """figures/layer-NN.svg for every layer that owns rows."""
     start, names = run.rows("prompts/000000.safetensors"), []
     steps = max((m["step"] for m in run.metrics() if "step" in m), default=0)
-    for i, (reference, name) in found.items():
+    for i, reference in found.items():
+        count, norm = len(reference.rows), reference.rows.norm(dim=1).mean()
         moved = (end[i] - start[i]).norm(dim=1).mean().item()
-        caption = (f"{run.path.name}: prior {a.prior}, seed {a.seed}, {steps} steps on "
+        caption = (f"{run.path.name}: prior {prior_name(a)}, seed {a.seed}, {steps} steps on "
                    f"{spec_name(a.data)}, model {model_folder(a).name}. {len(end[i])} rows in the "
-                   f"principal plane of the reference ({name}, {len(reference)} rows), fitted "
+                   f"principal plane of the reference ({reference.name}, {count} rows), fitted "
                    f"without them. A row moved {moved:.3g} on average; mean norms: reference "
-                   f"{reference.norm(dim=1).mean():.3g}, draw {start[i].norm(dim=1).mean():.3g}, "
+                   f"{norm:.3g}, draw {start[i].norm(dim=1).mean():.3g}, "
                    f"trained {end[i].norm(dim=1).mean():.3g}.")
-        svg = layer_figure(i, reference, name,
+        svg = layer_figure(i, reference,
                            [("prior draw", start[i]), ("trained rows", end[i])], caption)
         names.append(f"figures/layer-{i:02d}.svg")
         run.write(names[-1], svg.encode())
@@ -517,27 +164,13 @@ def command_train(given: dict) -> None:
     train_run(run, a, config)
 
 
-def stored_settings(config: dict) -> dict:
-    """A run's settings, with what later versions ask for as it was then."""
-    return {**{flag: default for flag, (default, _) in TRAIN.items()}, **DEFAULT_SWITCHES,
-            "trunk": False, **config["settings"]}
-
-
-def free_name(a: SimpleNamespace) -> str:
-    """runs/ and the settings that tell runs apart, numbered if taken."""
-    prior = "".join(c if c.isalnum() else "-" for c in a.prior)
-    name = f"runs/{a.data.split(':')[0]}-{prior}" \
-        f"{f'-deep{a.deep_layers}' if a.deep_layers else ''}-seed{a.seed}"
-    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6)))
-                if not Path(n).exists())
-
-
 def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     """Everything is read and checked before the first byte of the run is written. resumed is the
     config.json of the run to go on with, None for a new one."""
     import torch
 
-    import llama
+    import posteriors
+    from references import draw, norm_ratio, references
     from train import RunError, evaluate, keep_freed_memory, train, trunk, world
 
     began, (rank, size) = time.time(), world()
@@ -551,7 +184,7 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
         old.unlink()  # of a run that was killed
     if resumed:
         torch.set_num_threads(resumed["threads"])  # the same sums in the same order
-        changed = [key for key, value in sums.items() if resumed["sha256"].get(key) != value]
+        changed = [key for key, value in sums.items() if resumed["sha256"].get(key, value) != value]
         if changed:
             raise RunError(f"{run.path}: the {' and the '.join(changed)} changed since the run "
                            "began, so it cannot go on to the same end: restore the files, or start "
@@ -562,9 +195,12 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
         f"{model.config.hidden_size}, {a.dtype} on {a.device}; {len(questions.rows)} questions to "
         f"train on, {len(evals.rows)} to evaluate")
     found = references(a, model, vocabulary, layers, examples)
-    start, fitted, reports = draw(a, found)
-    rates = {i: a.lr or float(x.square().mean().sqrt()) / 20 for i, (x, _) in found.items()}
-    prompt = llama.Prompt(start, a.cut).to(a.device)
+    start, fitted, reports = draw(a, found, a.particles if a.posterior == "svgd" else 1)
+    scales = {i: float(r.rows.square().mean().sqrt()) for i, r in found.items()}
+    rates = {i: a.lr or scale / 20 for i, scale in scales.items()}
+    answer_tokens = sum(len(r.ids) - r.start for r in questions.rows)
+    posterior = posteriors.POSTERIORS[a.posterior](start, scales, 1 / answer_tokens,
+                                                   a.seed).to(a.device)
 
     def scores(past, name):
         return evaluate(model, vocabulary, past, evals, a, name)
@@ -580,7 +216,6 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
             run.log({"split": split, **scores(past, name)[0]})
 
     order = data.Order([r.context for r in questions.rows], a.batch_size, a.seed, a.share)
-    answer_tokens = sum(len(r.ids) - r.start for r in questions.rows)
 
     # the loss is a mean over answer tokens, so -log p is divided by their number: weight 1 is MAP
     def penalty(rows):
@@ -601,41 +236,25 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
             say(f"layers 0 to {layers[0] - 1} are worked out once for all epochs: inputs of layer "
                 f"{layers[0]} for {len(top.inputs)} tokens, {top.inputs.nbytes / 2**30:.2f} GiB "
                 f"{f'in {file}, removed at the end' if file.exists() else 'in memory'}")
-        train(run, a, top, prompt, rates, batch_of,
-              penalty if a.prior_weight else None,
-              lambda step: scores(prompt.past(model), f"step {step}"), bool(resumed))
+        train(run, a, top, posterior, rates, batch_of,
+              penalty if a.prior_weight else None, lambda step: scores(
+                  [model.prompt_past(rows, a.cut) for rows in posterior.scored()], f"step {step}"),
+              bool(resumed))
     finally:
         file.unlink(missing_ok=True)
 
     if not FIRST:
         return
-    end = {i: r.detach().cpu() for i, r in prompt.rows.items()}
+    start, end = run.rows("prompts/000000.safetensors"), run.rows("prompt.safetensors")
     print(f"\n{len(evals.rows)} questions of "
           f"{spec_name(a.eval_data) if a.eval_data else 'the training data, held out'}; scores in "
           f"percent, loss in nats a token\n\n{final_table(a, run.metrics())}\n")
     for i in layers:
         print(f"layer {i}: rows moved {(end[i] - start[i]).norm(dim=1).mean():.3g} on average; "
-              f"their norm over the reference's {norm_ratio(start[i], found[i][0]):.3g} -> "
-              f"{norm_ratio(end[i], found[i][0]):.3g}")
+              f"their norm over the reference's {norm_ratio(start[i], found[i].rows):.3g} -> "
+              f"{norm_ratio(end[i], found[i].rows):.3g}")
     print(f"{time.time() - began:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
           f"metrics.jsonl, {', '.join(draw_run(run, a, found, end))}")
-
-
-def checksums(a: SimpleNamespace) -> dict[str, str]:
-    """sha256 over the checksums of all files read: of the model, the training data and the
-    evaluation data."""
-    folder = model_folder(a)
-    files = {"model": sorted({*folder.glob("*.safetensors"), *folder.glob("*.json")})}
-    files |= {key: data.files_of(*parse_spec(spec, split)) for key, spec, split in (
-        ("data", a.data, 0), ("eval_data", a.eval_data, 1)) if spec}
-    out = {}
-    for key, paths in files.items():
-        h = hashlib.sha256()
-        for path in paths:
-            with open(path, "rb") as f:
-                h.update(hashlib.file_digest(f, "sha256").digest())
-        out[key] = h.hexdigest()
-    return out
 
 
 def open_run(path: str, given: dict):
@@ -664,8 +283,7 @@ def command_eval(given: dict) -> None:
         evals = some_of(read_questions(spec, 1, a.keep_unanswerable), a.eval_limit)
     spec = spec or a.eval_data or f"{a.data}, held out"
     evals = encode(evals, vocabulary, a.max_length, spec)
-    pasts = [*plain_pasts(a, model, vocabulary).values(),
-             (f"{a.prior} prior, trained", prompt.past(model))]
+    pasts = [*plain_pasts(a, model, vocabulary).values(), *trained_pasts(run, a, model, prompt)]
     rows = [(name, evaluate(model, vocabulary, past, evals, a, name)[0]) for name, past in pasts]
     if as_json:
         print(json.dumps({"run": str(run.path), "data": spec, "questions": len(evals.rows),
@@ -673,6 +291,22 @@ def command_eval(given: dict) -> None:
     else:
         print(f"{run.path} on {len(evals.rows)} questions of {spec}; scores in percent, loss in "
               f"nats a token\n\n{table(rows)}")
+
+
+def trained_pasts(run, a: SimpleNamespace, model, prompt) -> list[tuple[str, object]]:
+    """A run's prompt as a Past; of a posterior its mean, each of its prompts, and all together."""
+    import torch
+
+    name, mean = f"{prior_name(a)} prior, trained", prompt.past(model)
+    if a.posterior == "point":
+        return [(name, mean)]
+    with torch.no_grad():
+        each = [model.prompt_past({i: r.to(a.device) for i, r in rows.items()}, a.cut)
+                for rows in run.particles()]
+    one = "particle" if a.posterior == "svgd" else "draw"
+    return [(f"{name}: mean prompt", mean),
+            *((f"{name}: {one} {k}", past) for k, past in enumerate(each, 1)),
+            (f"{name}: ensemble of {len(each)}", each)]
 
 
 def command_generate(given: dict) -> None:
@@ -693,6 +327,8 @@ def command_generate(given: dict) -> None:
 
 
 def command_sample(given: dict) -> None:
+    from compare import TITLES, judge_prior
+    from references import draw, references
     from train import Run, rows_to_bytes
 
     as_json = given.pop("json", False)
@@ -703,12 +339,21 @@ def command_sample(given: dict) -> None:
     model, vocabulary = load_model(a)
     found = references(a, model, vocabulary, layers_with_rows(a, model))
     rows, _, reports = draw(a, found)
+    rows = {i: r[0] for i, r in rows.items()}
+    name, options, sources = priors.parse(a.prior)
+    for report, (i, reference) in zip(reports, found.items()):
+        if name == "text" or sources or min(map(len, reference.parts)) < 100:
+            continue  # too few rows to hold some out
+        judged = judge_prior(priors.PRIORS[name], reference.parts, options, a.seed)
+        report["judged"] = dict(judged)
+        say(f"\nlayer {i}, fitted without a fifth of the reference and judged by it:\n"
+            f"{table(judged, TITLES)}\n")
     if run:
         run.write("rows.safetensors", rows_to_bytes(rows, {"settings": json.dumps(vars(a))}))
-        for i, (reference, name) in found.items():
-            caption = (f"{len(rows[i])} draws of the prior {a.prior}, seed {a.seed}, model "
-                       f"{model_folder(a).name}; on {name}.")
-            svg = layer_figure(i, reference, name, [(f"draws of {a.prior}", rows[i])], caption)
+        for i, reference in found.items():
+            caption = (f"{len(rows[i])} draws of the prior {prior_name(a)}, seed {a.seed}, model "
+                       f"{model_folder(a).name}; on {reference.name}.")
+            svg = layer_figure(i, reference, [(f"draws of {prior_name(a)}", rows[i])], caption)
             run.write(f"figures/layer-{i:02d}.svg", svg.encode())
         say(f"{run.path}: rows.safetensors, "
             f"{', '.join(f'figures/layer-{i:02d}.svg' for i in found)}")
@@ -718,7 +363,191 @@ def command_sample(given: dict) -> None:
         print(json.dumps(reports))
 
 
+def command_collect(given: dict) -> None:
+    import activations
+    from train import progress
+
+    specs, under = given.pop("domains", ["squad"]), given.pop("under", None)
+    overwrite = given.pop("overwrite", False)
+    if under:
+        flags = {flag: default for flag, (default, _) in COLLECT.items()}
+        _, a, model, vocabulary, prompt = open_run(under, {**flags, **given})
+        prompt = ({i: r.detach() for i, r in prompt.rows.items()}, a.cut)
+    else:
+        a = settings_of(given, MODEL, PRIOR, DATA, COLLECT)
+        model, vocabulary = load_model(a)
+        prompt = None
+    path, layers = Path(a.out), chosen_layers(a.layers, model.config.num_hidden_layers)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists: choose another --out, or replace it by --overwrite")
+    if a.pool not in activations.POOLS:
+        raise UserError(f"--pool {a.pool}: use one of {', '.join(activations.POOLS)}")
+    roles = tuple(a.roles.split(",")) if a.roles else activations.ROLES
+    if not set(roles) <= set(activations.ROLES):
+        raise UserError(f"--roles {a.roles}: use some of {', '.join(activations.ROLES)}")
+    domains = {}
+    for given_name, spec in map(named_spec, specs):
+        name = given_name or spec_name(spec)
+        if name in domains:
+            raise UserError(f"--data: two are named {name!r}: name one yourself, as in "
+                            f"other={spec}")
+        examples = activations.sample(progress(data.stream(*parse_spec(spec, 0)), desc=name,
+                                               unit=" examples", leave=False), a.examples, a.seed)
+        domains[name] = activations.choose(examples, vocabulary, a.max_length, roles, a.pool,
+                                           a.limit, a.seed)
+        if not domains[name].rows:
+            raise UserError(f"{spec}: no token of the roles {', '.join(roles)} in it: ask for "
+                            "others by --roles")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    activations.collect(model, vocabulary, domains, layers, path, a.pool, {
+        "model": a.model, "dtype": a.dtype, "sha256": checksum(model_files(a)),
+        "data": [absolute(named_spec(s)[1]) for s in specs], "under": under and os.path.abspath(
+            under), "examples": a.examples, "limit": a.limit, "seed": a.seed}, prompt)
+    file = activations.Collection(path)
+    for d, name in enumerate(domains):
+        mine = file.field["domain"] == d
+        bos = mine & (file.field["role"] == activations.ROLES.index("bos"))
+        large = mine & file.left_out & ~bos
+        print(f"{name}: {int(mine.sum())} rows of {len(domains[name].rows)} examples; "
+              f"{int(bos.sum())} of BOS and {int(large.sum())} others of massive norm, marked and "
+              "left out of fits and pictures")
+    print(f"{path}: layers {', '.join(map(str, layers))} of width {file.width}, "
+          f"{path.stat().st_size / 2**20:.1f} MiB")
+
+
+def command_compare(given: dict) -> None:
+    as_json, out = given.pop("json", False), []
+    for path in given.pop("paths"):
+        out.append((compare_collection if Path(path).is_file() else compare_run)(path, dict(given)))
+        if not as_json:
+            print(out[-1].pop("text"), end="\n\n")
+        out[-1].pop("text", None)
+    if as_json:
+        print(json.dumps(out))
+
+
+def compare_run(path: str, given: dict) -> dict:
+    """A run's scores, and where its rows started and ended in each layer's reference."""
+    import compare
+    from references import references
+
+    run, a, model, vocabulary, prompt = open_run(path, given)
+    found = references(a, model, vocabulary, list(prompt.rows))
+    start, end = run.rows("prompts/000000.safetensors"), run.rows("prompt.safetensors")
+    measured, said = [], {}
+    tokens = model.embeddings[vocabulary.ordinary].float().cpu()
+    for i, reference in found.items():
+        rows = compare.measure_rows(start[i], end[i], reference.rows,
+                                    priors.Fitted.fit(reference.rows), None if i else tokens)
+        measured += [(f"layer {i} {name}", numbers) for name, numbers in rows]
+        said[i] = {name: compare.what_rows_say(r, i, model, vocabulary)
+                   for name, r in (("prior draw", start[i]), ("trained", end[i]))}
+    lines = [f"{run.path}: prior {prior_name(a)}, {a.posterior} posterior, seed {a.seed}",
+             final_table(a, run.metrics()), "", table(measured, compare.TITLES), "",
+             "the token of each row:"]
+    for i, each in said.items():
+        lines += [f"layer {i} {name}, {reading}: {' '.join(map(json.dumps, tokens))}"
+                  for name, readings in each.items() for reading, tokens in readings.items()]
+    return {"run": str(run.path), "settings": vars(a), "scores": run.metrics()[-1],
+            "measures": dict(measured), "tokens": said, "text": "\n".join(lines)}
+
+
+def compare_collection(path: str, given: dict) -> dict:
+    """A collection's domains at each layer: are they apart, and are their texts local?"""
+    import activations
+    import compare
+
+    file = activations.Collection(Path(path))
+    if 0 in file.layers:
+        a = settings_of({"model": file.about["model"], "dtype": file.about["dtype"], **given},
+                        MODEL, PRIOR, DATA, SAMPLE)
+        check_same_model(a, file.about["sha256"], file.path)
+        model, vocabulary = load_model(a)
+        embeddings = model.embeddings[vocabulary.ordinary].float().cpu()
+    apart, local = [], []
+    for i in file.layers:
+        apart += [(f"layer {i}: {name}", numbers) for name, numbers in compare.separation(file, i)]
+        if file.about["pool"] == "token":
+            local += [(f"layer {i}: {name}", compare.walks(file, i, name, embeddings if i == 0
+                                                           else None)) for name in file.domains]
+    lines = [f"{file.path}: {len(file.chosen())} rows, without BOS and rows of massive norm"]
+    if apart:
+        lines += ["", "domains, pair by pair", table(apart, compare.TITLES)]
+    if local:
+        lines += ["", "steps from token to token, against random walks over the text's own tokens "
+                  "(matched) and over all types (uniform)", table(local, compare.TITLES)]
+    return {"collection": str(file.path), "separation": dict(apart), "locality": dict(local),
+            "text": "\n".join(lines)}
+
+
+def command_interpolate(given: dict) -> None:
+    """Prompts on the straight line between two trained ones, on the tasks of both."""
+    from train import Run, evaluate
+
+    as_json, points = given.pop("json", False), given.pop("points", 11)
+    paths = given.pop("run_a"), given.pop("run_b")
+    if points < 2:
+        raise UserError(f"--points {points}: expected at least 2, the two runs")
+    out = given.pop("out", None) or f"{paths[0].rstrip('/')}-to-{Path(paths[1]).name}"
+    folder = Run(Path(out))
+    if folder.path.exists():
+        raise UserError(f"{folder.path} exists: choose another --out")
+    (one, a, model, vocabulary, first), (other, b, _, _, second) = (
+        open_run(p, dict(given)) for p in paths)
+    if checksum(model_files(a)) != checksum(model_files(b)):
+        raise UserError(f"{one.path} and {other.path} are of different models: give two of one")
+    shapes = [{i: tuple(r.shape) for i, r in p.rows.items()} for p in (first, second)]
+    if shapes[0] != shapes[1] or a.cut != b.cut:
+        raise UserError(f"{one.path} and {other.path} have other rows ({shapes[0]} and "
+                        f"{shapes[1]}, cut {a.cut} and {b.cut}), and no line joins them: give two "
+                        "of one --tokens, --deep-layers and --cut or --keep")
+    tasks = {}
+    for run, settings in ((one, a), (other, b)):
+        name = spec_name(settings.eval_data or settings.data)
+        if name not in tasks:
+            tasks[name] = settings, encode(training_and_evaluation(settings)[1], vocabulary,
+                                           settings.max_length, name)
+    curve = []
+    for step in range(points):
+        t = step / (points - 1)
+        past = model.prompt_past({i: (1 - t) * first.rows[i].detach()
+                                  + t * second.rows[i].detach() for i in first.rows}, a.cut)
+        for name, (settings, questions) in tasks.items():
+            scores, _ = evaluate(model, vocabulary, past, questions, settings, f"{t:.2f} {name}")
+            curve.append({"t": t, "data": name, **scores})
+    rows = [(f"{line['t']:.2f} on {line['data']}", line) for line in curve]
+    if as_json:
+        print(json.dumps(curve))
+    else:
+        print(f"(1 - t) {one.path} + t {other.path}; scores in percent, loss in nats a token\n\n"
+              f"{table(sorted(rows, key=lambda r: r[1]['data']))}\n")
+    folder.write("curve.jsonl", b"".join((json.dumps(line) + "\n").encode() for line in curve))
+    say(f"{folder.path}: curve.jsonl")
+
+
+def named_spec(text: str) -> tuple[str, str]:
+    """"prose=text:PATH" -> ("prose", "text:PATH"); without a name it is "".  """
+    name, equals, spec = text.partition("=")
+    return (name, spec) if equals and ":" not in name else ("", text)
+
+
+def chosen_layers(text: str | None, L: int) -> list[int]:
+    """"0,8,16" or "all" -> layers; None: the first, the middle and the end."""
+    if text is None:
+        return sorted({0, L // 2, L})
+    try:
+        layers = list(range(L + 1)) if text == "all" else sorted({int(i) for i in text.split(",")})
+    except ValueError:
+        layers = [-1]
+    if not layers or not 0 <= layers[0] <= layers[-1] <= L:
+        raise UserError(f"--layers {text}: expected numbers from 0 to {L} with commas between, or "
+                        f"all; {L} is what comes after the final norm")
+    return layers
+
+
 def command_plot(given: dict) -> None:
+    from references import references
+
     for path in given.pop("runs"):
         run, a, model, vocabulary, prompt = open_run(path, given)
         found = references(a, model, vocabulary, list(prompt.rows))
@@ -733,10 +562,10 @@ def command_plot(given: dict) -> None:
 def prior_help() -> str:
     lines = ["priors and their options:"]
     for name, prior in priors.PRIORS.items():
-        shown = name + "".join(f"{',:'[i == 0]}{k}={v:g}"
-                               for i, (k, v) in enumerate(priors.options(name).items()))
+        shown = ",".join(["RUN"] * prior.sources
+                         + [f"{k}={v:g}" for k, v in priors.options(name).items()])
         about = " ".join(prior.__doc__.split("\n\n")[0].split())
-        lines.append(f"  {shown}\n" + textwrap.fill(
+        lines.append(f"  {name}{':' * bool(shown)}{shown}\n" + textwrap.fill(
             about, 76, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
 
@@ -759,9 +588,10 @@ def parser() -> argparse.ArgumentParser:
         for flag, (default, text) in (item for group in groups for item in group.items()):
             kind = float if flag in (
                 "lr", "clip", "prior_weight", "trunk_memory") else int if flag in (
-                "max_length", "eval_every") or isinstance(default, int) else str
+                "max_length", "eval_every", "reference_rows") or isinstance(default, int) else str
             shown = f"{text} ({default})" if default is not None else text
             c.add_argument("--" + flag.replace("_", "-"), type=kind,
+                           nargs="+" if flag == "reference" else None,
                            metavar=flag.upper().split("_")[-1], help=shown.replace("%", "%%"))
         return c
 
@@ -807,6 +637,30 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--keep-unanswerable", **unanswerable)
     c.add_argument("--json", action="store_true", help="print JSON")
 
+    c = command("collect", "Keep activations of data at chosen layers, with the role of every row, "
+                "in one safetensors file.", [MODEL, COLLECT])
+    c.add_argument("--data", dest="domains", nargs="+", metavar="SPEC",
+                   help="data, SPECs or NAME=SPEC, each a domain of its own (squad)")
+    c.add_argument("--under", metavar="RUN", help="with a run's prompt in front of every text, and "
+                   "its rows collected too")
+    c.add_argument("--max-length", type=int, help="most tokens of an example (1024, or what fits)")
+    c.add_argument("--overwrite", action="store_true", help="replace the file")
+
+    c = command("compare", "Measure the geometry of runs (where rows started and ended, and what "
+                "they say), or of collections (are domains apart, are texts local).", [some])
+    c.add_argument("paths", metavar="RUN|FILE", nargs="+", help="runs' folders, collections' files")
+    c.add_argument("--json", action="store_true", help="print JSON")
+
+    c = command("interpolate", "Score the prompts on the straight line between two runs' prompts, "
+                "on the tasks of both.", [some])
+    c.add_argument("run_a", metavar="RUN_A", help="where t is 0")
+    c.add_argument("run_b", metavar="RUN_B", help="where t is 1")
+    c.add_argument("--points", type=int, help="prompts, the two ends among them (11)")
+    c.add_argument("--limit", dest="eval_limit", type=int,
+                   help="most questions, 0 for all (theirs)")
+    c.add_argument("--out", help="folder for curve.jsonl (RUN_A-to-RUN_B)")
+    c.add_argument("--json", action="store_true", help="print JSON")
+
     c = command("plot", "Draw a run: the reference, the prior's draw and the trained rows, per "
                 "layer.", [some])
     c.add_argument("runs", metavar="RUN", nargs="+", help="runs' folders")
@@ -814,7 +668,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 COMMANDS = {"train": command_train, "eval": command_eval, "generate": command_generate,
-            "sample": command_sample, "plot": command_plot}
+            "sample": command_sample, "collect": command_collect,
+            "compare": command_compare, "interpolate": command_interpolate, "plot": command_plot}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -32,7 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import geometry
 import llama
+import posteriors
 
 
 class RunError(ValueError):
@@ -198,24 +201,39 @@ class Run:
         """Remove what an earlier run left here, and nothing else."""
         if not self.writes:
             return
-        for pattern in ("metrics.jsonl", "prompt.safetensors", "checkpoint.safetensors",
-                        "predictions.jsonl", "trunk*.safetensors", "prompts/??????.safetensors",
-                        "figures/layer-*.svg"):
+        for pattern in ("metrics.jsonl", "prompt.safetensors", "posterior.safetensors",
+                        "checkpoint.safetensors", "predictions.jsonl", "trunk*.safetensors",
+                        "prompts/??????.safetensors", "figures/layer-*.svg"):
             for old in self.path.glob(pattern):
                 old.unlink()
 
     def rows(self, name: str) -> dict[int, Tensor]:
         """Prompt rows {layer: (n, D)} of prompt.safetensors or prompts/NNNNNN.safetensors."""
+        try:
+            rows = {int(key.removeprefix("layers.")): r for key, r in self._tensors(name).items()}
+        except ValueError:
+            raise RunError(f"{self.path / name}: not prompt rows") from None
+        return dict(sorted(rows.items()))
+
+    def particles(self) -> list[dict[int, Tensor]]:
+        """The prompts that stand for the run's posterior: its particles, draws of its Gaussian, or
+        its one prompt."""
+        settings = self.config()["settings"]
+        if settings.get("posterior", "point") == "point":
+            return [self.rows("prompt.safetensors")]
+        return posteriors.particles(self._tensors("posterior.safetensors"), settings["particles"],
+                                    settings["seed"])
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
         path = self.path / name
         try:
             with safe_open(path, framework="pt") as f:
-                rows = {int(key.removeprefix("layers.")): f.get_tensor(key) for key in f.keys()}
+                return {key: f.get_tensor(key) for key in f.keys()}
         except FileNotFoundError:
             raise RunError(f"{path}: no such file; training has not come that far: "
                            "train it with --resume") from None
-        except (SafetensorError, OSError, ValueError) as e:
+        except (SafetensorError, OSError) as e:
             raise RunError(f"{path}: not prompt rows ({str(e).splitlines()[0]})") from None
-        return dict(sorted(rows.items()))
 
     def log(self, record: dict) -> None:
         if not self.writes:
@@ -290,19 +308,25 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def answers(model: llama.Llama, past: llama.Past, batch: data.Batch, max_new: int,
-            stop: set[int]) -> tuple[Tensor, int, list[list[int]]]:
-    """answer_loss's two, and greedy answers, each up to and with its first token of stop.
+def answers(model: llama.Llama, past: llama.Past | list[llama.Past], batch: data.Batch,
+            max_new: int, stop: set[int]
+            ) -> tuple[Tensor, int, list[list[int]], list[tuple[float, bool]]]:
+    """answer_loss's two, greedy answers, each up to and with its first token of stop, and how sure
+    the model was of every answer's first token, and whether that was right. Of a list of pasts the
+    token probabilities are averaged.
 
     One forward does both: where the right answer's tokens are also the likeliest ones, greedy
     decoding would have taken them, so it goes on only from where they part."""
     scored = batch.labels != data.NO_LABEL
-    h, after = model(batch.tails, past, parent=batch.parent)
-    logits = model.logits(h[scored])
-    labels = batch.labels[scored]
+    pasts = past if isinstance(past, list) else [past]
+    seen = [model(batch.tails, p, parent=batch.parent) for p in pasts]
+    logits = llama.ensemble([model.logits(h[scored]) for h, _ in seen])
+    labels, counts = batch.labels[scored], scored.sum(dim=1)
+    begin = counts.cumsum(dim=0) - counts
+    sure = logits[begin].float().softmax(dim=-1).max(dim=-1)
     said, right, tails = (t.tolist() for t in (logits.argmax(dim=-1), labels, batch.tails))
     out, going, read, merged, first = [], [], [], [], 0
-    for i, (count, asked) in enumerate(zip(scored.sum(dim=1).tolist(), batch.asked)):
+    for i, (count, asked) in enumerate(zip(counts.tolist(), batch.asked)):
         same = 0  # tokens of the right answer, from its first on, that the model says too
         while same < count and said[first + same] == right[first + same]:
             same += 1
@@ -317,16 +341,17 @@ def answers(model: llama.Llama, past: llama.Past, batch: data.Batch, max_new: in
             read.append(len(asked) + len(answer) - 1)  # the answer's last token is not in after yet
     if going:
         ids = [out[i][-1:] for i in going]
-        after = _reread(after.take(torch.tensor(going, device=h.device)), batch.tails.shape[1],
-                        torch.tensor(read, device=h.device))
+        kept, read = (torch.tensor(t, device=labels.device) for t in (going, read))
+        after = [_reread(after.take(kept), batch.tails.shape[1], read) for _, after in seen]
         for i, more in zip(going, llama.generate(model, ids, after, max_new - 1, stop)):
             out[i] = (out[i] + more)[:max_new]
     if merged:
         parent = batch.parent[merged]
-        for i, ids in zip(merged, llama.generate(model, [batch.asked[i] for i in merged], past,
+        for i, ids in zip(merged, llama.generate(model, [batch.asked[i] for i in merged], pasts,
                                                  max_new, stop, parent)):
             out[i] = ids
-    return _cross_entropy(logits, labels), len(logits), out
+    return _cross_entropy(logits, labels), len(logits), out, list(zip(
+        sure.values.tolist(), (sure.indices == labels[begin]).tolist()))
 
 
 def _reread(past: llama.Past, columns: int, read: Tensor) -> llama.Past:
@@ -374,7 +399,11 @@ def trunk(model: llama.Llama, rows: list[data.Row], layer: int, n: int, a: Simpl
     if size <= a.trunk_memory * 2**30:
         inputs = torch.empty(count, D, dtype=dtype, device=device)
     else:
-        inputs = mapped(file, count, D, dtype)
+        try:
+            inputs = mapped(file, {"inputs": ((count, D), dtype)})["inputs"]
+        except OSError as e:
+            raise OSError(f"{e}, the inputs of the first layer with rows: free the disk, raise "
+                          "--trunk-memory or give --no-trunk") from None
     below = model.part(model.first, layer + 1)
     start = below.empty()
     start = start._replace(position=start.position + n)
@@ -393,61 +422,73 @@ def trunk(model: llama.Llama, rows: list[data.Row], layer: int, n: int, a: Simpl
     return model.part(layer, model.config.num_hidden_layers, inputs), placed
 
 
-def mapped(path: Path, count: int, D: int, dtype: torch.dtype) -> Tensor:
-    """A tensor (count, D) in a new safetensors file, written and read through the page cache."""
-    size = count * D * dtype.itemsize
-    name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    header = json.dumps({"inputs": {"dtype": name, "shape": [count, D],
-                                    "data_offsets": [0, size]}}).encode()
+def mapped(path: Path, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+           about: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """Tensors {name: (shape, dtype)} of a new safetensors file, zero until they are written, and
+    written through the page cache."""
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+             torch.int64: "I64", torch.uint8: "U8"}
+    header, end, places = {"__metadata__": about or {}}, 0, {}
+    # as safetensors lays them out: the widest first, so that each begins at a multiple of its width
+    for name, (shape, dtype) in sorted(shapes.items(), key=lambda i: (-i[1][1].itemsize, i[0])):
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        places[name] = start, end
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
+    size = 8 + len(header) + end
     try:
         with open(path, "wb") as f:
             f.write(len(header).to_bytes(8, "little") + header)
             f.flush()
             # all of it now: a full disk is an error here and a dead process later
             reserve = getattr(os, "posix_fallocate", lambda f, start, n: os.ftruncate(f, n))
-            reserve(f.fileno(), 0, 8 + len(header) + size)
+            reserve(f.fileno(), 0, size)
     except OSError as e:
         path.unlink(missing_ok=True)
-        raise OSError(f"{path}: {size / 2**30:.1f} GiB for the inputs of the first layer with rows "
-                      f"({e.strerror}): free the disk, raise --trunk-memory or give "
-                      "--no-trunk") from None
-    whole = torch.from_file(str(path), shared=True, size=8 + len(header) + size, dtype=torch.uint8)
-    return whole[8 + len(header):].view(dtype).view(count, D)
+        raise OSError(f"{path}: no room for {size / 2**30:.1f} GiB ({e.strerror})") from None
+    whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[-end:]
+    return {name: whole[start:stop].view(shapes[name][1]).view(shapes[name][0])
+            for name, (start, stop) in places.items()}
 
 
 @torch.no_grad()
-def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past,
+def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past | list[llama.Past],
              questions: Questions, a: SimpleNamespace,
              name: str) -> tuple[dict[str, float], list[dict]]:
-    """Loss (nats a token) and scores (percent) of greedy answers, and the predictions. Processes
-    share the batches out, unless they share the weights and so must all do the same."""
+    """Loss (nats a token), scores (percent) of greedy answers, the calibration error of their first
+    tokens (percent), and the predictions. Of a list of pasts the token probabilities are averaged.
+    Processes share the batches out, unless they share the weights and so must all do the same."""
     total, count, found_by_place = 0.0, 0, {}
+    pasts = past if isinstance(past, list) else [past]
     places = range(len(questions.rows))
     rank, size = (0, 1) if a.shard else world()
     mine = [places[i:i + a.batch_size] for i in places[::a.batch_size]][rank::size]
     with progress(total=sum(map(len, mine)), desc=name, unit=" questions", leave=False) as bar:
         for some in mine:
             batch = questions.batch(some, a)
-            loss, tokens, found = answers(model, model.extend(batch.shared, past), batch,
-                                          a.max_new, vocabulary.stop)
+            begun = [model.extend(batch.shared, p) for p in pasts]
+            loss, tokens, found, sure = answers(model, begun, batch, a.max_new, vocabulary.stop)
             total, count = total + loss.item(), count + tokens
-            found_by_place |= dict(zip(some, found))
+            found_by_place |= dict(zip(some, zip(found, sure)))
             bar.update(len(some))
     if size > 1:
         total, count = sum_up(total, count, device=a.device)
         parts = [None] * size
         dist.all_gather_object(parts, found_by_place)
-        found_by_place = {i: ids for part in parts for i, ids in part.items()}
+        found_by_place = {i: found for part in parts for i, found in part.items()}
     scores, predictions = [], []
     for i in places:
-        example, prediction = questions.examples[i], vocabulary.first_line(found_by_place[i])
+        example, prediction = questions.examples[i], vocabulary.first_line(found_by_place[i][0])
         scores.append(data.score(example, prediction))
         predictions.append({"id": example.id, "question": example.question,
                             "prediction": prediction, "answers": list(example.answers),
                             **{key: round(100 * s, 2) for key, s in scores[-1].items()}})
-    return {"loss": total / count, **data.mean_scores(scores)}, predictions
+    error = geometry.calibration_error(*map(np.array, zip(*(
+        found_by_place[i][1] for i in places))))
+    return {"loss": total / count, **data.mean_scores(scores),
+            "calibration_error": error}, predictions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,12 +501,13 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return rise * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama.Prompt,
+def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: posteriors.Point,
           rates: dict[int, float], batch_of: Callable[[int], data.Batch],
           penalty: Callable[[dict[int, Tensor]], Tensor] | None,
           evaluate: Callable[[int], tuple[dict, list[dict]]], resume: bool) -> None:
-    """AdamW on the rows, with a peak learning rate {layer: rate} for each layer's. Minimises
-    loss per answer token + prior_weight * penalty(rows); see README, MAP.
+    """AdamW on the posterior's rows, with a peak learning rate {layer: rate} for each layer's.
+    Every member's objective is its loss per answer token + prior_weight * penalty(rows); see
+    README, MAP, and posteriors.py.
 
     batch_of(step) must be a pure function of the step; of several processes each has its share of
     the batch, and gradients are summed. evaluate(step) scores the prompt as it is.
@@ -474,27 +516,34 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
     # without its folder: the same bytes anywhere
     about = {"settings": json.dumps({k: v for k, v in vars(a).items() if k != "out"},
                                     sort_keys=True)}
-    optimiser = torch.optim.AdamW([{"params": [r], "lr": rates[i], "peak": rates[i]}
-                                   for i, r in prompt.rows.items()], weight_decay=0.0)
+    optimiser = torch.optim.AdamW([{**g, "peak": g["lr"]} for g in posterior.groups(rates)],
+                                  weight_decay=0.0)
 
     def record(step: int) -> None:
         """Score the rows as they are and write them down."""
         metrics, predictions = evaluate(step)
         run.log({"step": step, "split": "eval", **metrics})
-        run.write(f"prompts/{step:06d}.safetensors", rows_to_bytes(prompt.rows, about))
-        run.write("prompt.safetensors", rows_to_bytes(prompt.rows, about))
+        run.write(f"prompts/{step:06d}.safetensors", rows_to_bytes(posterior.mean(), about))
+        write_rows()
         run.write("predictions.jsonl",
                   b"".join((json.dumps(p) + "\n").encode() for p in predictions))
 
+    def write_rows() -> None:
+        run.write("prompt.safetensors", rows_to_bytes(posterior.mean(), about))
+        if posterior.tensors():
+            run.write("posterior.safetensors", save(
+                {k: t.cpu().contiguous() for k, t in posterior.tensors().items()}, about))
+
     if resume:
         first, tensors = run.load_checkpoint()
-        _restore(prompt, optimiser, tensors, run.path)
+        _restore(posterior, optimiser, tensors, run.path)
     else:
         first = 0
         record(0)
-        run.save_checkpoint(0, _state(prompt, optimiser))
+        run.save_checkpoint(0, _state(posterior, optimiser))
 
     size, signals = world()[1], []
+    parameters = list(posterior.parameters())
     command = f"torchrun --nproc-per-node {size} promptprior.py " if size > 1 else ""
 
     def heed(number, frame):
@@ -512,14 +561,25 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * schedule(step, a.steps, a.warmup)
             batch = batch_of(step)
-            total, count = answer_loss(model, model.extend(batch.shared, prompt.past(model)), batch)
-            extra = a.prior_weight * penalty(prompt.rows) if penalty else torch.zeros(())
-            count, examples = sum_up(count, len(batch.tails), device=a.device)
-            (total / count + extra / size).backward()
-            sum_gradients(list(prompt.parameters()))
-            loss = sum_up(total.item(), device=a.device)[0] / count
-            norm = torch.nn.utils.clip_grad_norm_(prompt.parameters(), a.clip)
-            if not math.isfinite(loss + extra.item() + norm.item()):
+            members = posterior.members(step)
+            loss, extra, cost = 0.0, 0.0, posterior.cost()
+            tokens, examples = sum_up(int((batch.labels != data.NO_LABEL).sum()),
+                                      len(batch.tails), device=a.device)
+            for rows in members:
+                past = model.extend(batch.shared, model.prompt_past(rows, a.cut))
+                summed, _ = answer_loss(model, past, batch)
+                own = penalty(rows) if penalty else torch.zeros(())
+                (summed / tokens + a.prior_weight * own / size).backward()
+                loss += summed.item() / len(members)
+                extra += a.prior_weight * own.item() / len(members)
+            if torch.is_tensor(cost):
+                (a.prior_weight * cost / size).backward()
+                extra += a.prior_weight * cost.item()
+            sum_gradients(parameters)
+            posterior.settle()
+            loss = sum_up(loss, device=a.device)[0] / tokens
+            norm = torch.nn.utils.clip_grad_norm_(parameters, a.clip)
+            if not math.isfinite(loss + extra + norm.item()):
                 raise Stopped(f"loss {loss:.4g}, gradient norm {norm.item():.4g} at step "
                               f"{step + 1}: not finite, stopped before it could spoil the rows; "
                               f"{run.path}/checkpoint.safetensors holds step {saved}: lower --lr "
@@ -531,7 +591,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
                     "lr": optimiser.param_groups[0]["lr"], "grad_norm": norm.item(),
                     "examples_per_second": round(examples / seconds, 2),
                     "seconds": round(seconds, 4)}
-            run.log({**line, "penalty": extra.item()} if penalty else line)
+            run.log({**line, "penalty": extra} if penalty else line)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             done = step + 1
@@ -541,10 +601,10 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
             came = sum_up(*(signals.count(s) for s in handlers), device=a.device)
             signal_number = next((s for s, n in zip(handlers, came) if n), None)
             if scored or signal_number:
-                run.save_checkpoint(done, _state(prompt, optimiser))
+                run.save_checkpoint(done, _state(posterior, optimiser))
                 saved = done
             if signal_number:
-                run.write("prompt.safetensors", rows_to_bytes(prompt.rows, about))
+                write_rows()
                 raise Stopped(f"stopped by {signal.Signals(signal_number).name} after step {done} "
                               f"of {a.steps}, all is saved; go on with: {command}train --out "
                               f"{run.path} --resume", -signal_number)
@@ -554,16 +614,16 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, prompt: llama
             signal.signal(number, handler)
 
 
-def _state(prompt: llama.Prompt, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"rows.{name}": p.detach() for name, p in prompt.named_parameters()}
-    for name, p in prompt.named_parameters():
+def _state(posterior: posteriors.Point, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {f"rows.{name}": p.detach() for name, p in posterior.named_parameters()}
+    for name, p in posterior.named_parameters():
         tensors |= {f"{key}.{name}": value for key, value in optimiser.state[p].items()}
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
-def _restore(prompt: llama.Prompt, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor],
-             path: Path) -> None:
-    for name, p in prompt.named_parameters():
+def _restore(posterior: posteriors.Point, optimiser: torch.optim.Optimizer,
+             tensors: dict[str, Tensor], path: Path) -> None:
+    for name, p in posterior.named_parameters():
         rows = tensors.get(f"rows.{name}")
         if rows is None or rows.shape != p.shape:
             raise RunError(f"{path}/checkpoint.safetensors: rows {name!r} are missing or of "

@@ -33,7 +33,7 @@ def ours(model: llama.Llama, prompt: llama.Prompt, rows: list[data.Row], stop: s
     batch = data.collate(rows).to(model.embeddings.device)
     with torch.no_grad():
         past = model.extend(batch.shared, prompt.past(model))
-    loss, count, found = answers(model, past, batch, max_new, stop)
+    loss, count, found, _ = answers(model, past, batch, max_new, stop)
     return loss / count, found
 
 

@@ -9,21 +9,17 @@ of training.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from runs import metrics, promptprior
 
 
 def curve(run: Path) -> list[tuple[float, float]]:
     """(seconds of training, F1) at every evaluation."""
     seconds, points = 0.0, []
-    for line in (run / "metrics.jsonl").open():
-        m = json.loads(line)
+    for m in metrics(run):
         seconds += m.get("seconds", 0.0)
         if m["split"] == "eval":
             points.append((seconds, m["f1"]))
@@ -40,11 +36,9 @@ def main() -> None:
         for seed in range(a.seeds):
             for name in curves:
                 out = Path(folder) / f"{name}{seed}"
-                subprocess.run(
-                    [sys.executable, ROOT / "promptprior.py", "train", "--seed", str(seed), "--out",
-                     out, "--steps", str(a.steps), "--eval-every", str(max(a.steps // 10, 1)),
-                     *(["--no-share"] if name == "ungrouped" else [])],
-                    check=True, capture_output=True)
+                promptprior("train", "--seed", seed, "--out", out, "--steps", a.steps,
+                            "--eval-every", max(a.steps // 10, 1),
+                            *(["--no-share"] if name == "ungrouped" else []))
                 curves[name].append(curve(out))
             print(f"seed {seed}: " + ", ".join(
                 f"{name} F1 {c[-1][-1][1]:.1f} after {c[-1][-1][0]:.1f} s"

@@ -44,9 +44,9 @@ def lines(folder):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--prior", "fitted", "--prior-weight", "3"],
+    ["--prior", "fitted", "--posterior", "svgd", "--particles", "2"],
     ["--shard", "--data", "math", "--tokens", "0", "--deep-layers", "2", "--steps", "3",
-     "--batch-size", "601"]], ids=["fitted", "sharded, over a trunk"])
+     "--batch-size", "601"]], ids=["particles", "sharded, over a trunk"])
 def test_two_processes_train_as_one(tmp_path, arguments):
     """The same losses and rows, to rounding; a batch of 7 divides unevenly. Only one speaks."""
     (tmp_path / "spy.py").write_text(SPY)

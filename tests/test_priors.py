@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import integrate, stats
+from sklearn.covariance import LedoitWolf
+from sklearn.neighbors import NearestNeighbors
 
 import priors
 
@@ -17,9 +19,29 @@ def reference(N=4000, D=12, seed=0):
     return torch.randn(N, D, generator=G(seed)) @ torch.randn(D, D, generator=G(seed + 1)) + 3
 
 
+def two_clusters(N, D, seed=0):
+    """Two Gaussian clouds, of other means and covariances, in random order. One Gaussian is the
+    wrong shape. Every seed has the same two clouds."""
+    x = torch.randn(2, N // 2, D, generator=G(seed)) * torch.arange(1, D + 1) ** -0.5
+    axes, _ = torch.linalg.qr(torch.randn(2, D, D, generator=G(10)))
+    x = x * torch.tensor([1, 3])[:, None, None] @ axes
+    x += 3 / D**0.5 * torch.randn(2, 1, D, generator=G(11))
+    return x.flatten(0, 1)[torch.randperm(N, generator=G(seed))]
+
+
+def fit(name, x, **options):
+    prior, quick = priors.PRIORS[name], {"vae": {"steps": 60, "hidden": 32, "latent": 4}}
+    references = (x, 1.3 * x.flip(1) + 2) if prior.several else (x,)
+    return prior.fit(*references, **{**quick.get(name, {}), **options})
+
+
+def covariance(prior):
+    return prior.basis * prior.scale.square() @ prior.basis.T
+
+
 @pytest.mark.parametrize("name", priors.PRIORS)
 def test_a_draw_is_reproducible_and_of_the_right_shape(name):
-    prior = priors.PRIORS[name].fit(reference())
+    prior = fit(name, reference())
     rows = prior.sample(7, G(3))
     assert rows.shape == (7, 12) and rows.dtype == torch.float32
     assert torch.equal(rows, prior.sample(7, G(3)))
@@ -78,13 +100,10 @@ def test_fitted_has_the_references_moments_and_density():
 
 @pytest.mark.parametrize("N, D", [(3000, 12), (30, 12), (10, 40)])
 def test_shrinkage_is_ledoit_and_wolfs(N, D):
-    from sklearn.covariance import LedoitWolf
-
     x = reference(N, D)
     prior, theirs = priors.Fitted.fit(x), LedoitWolf().fit(x.double().numpy())
     assert prior.shrinkage == pytest.approx(theirs.shrinkage_, rel=1e-6)
-    ours = prior.basis * prior.scale.square() @ prior.basis.T
-    np.testing.assert_allclose(ours, theirs.covariance_, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(covariance(prior), theirs.covariance_, rtol=1e-6, atol=1e-8)
     assert torch.isfinite(prior.log_prob(x)).all()
 
 
@@ -111,9 +130,10 @@ def paper_rejection(prior, n, generator):
     return x[:n], len(x) / tried
 
 
-@pytest.mark.parametrize("D, k, c", [(2, 0, 5.0), (12, 0, 5.0), (12, 3, 2.0), (12, 5, 1e4)])
-def test_exclusion_is_the_papers_law(D, k, c):
-    prior = priors.Exclusion.fit(reference(5000, D), c=c, k=k)
+@pytest.mark.parametrize("D, k, how", [(2, 0, {}), (12, 0, {}), (12, 3, {"c": 2.0}),
+                                       (12, 5, {"c": 1e4}), (12, 0, {"radius": 1.5})])
+def test_exclusion_is_the_papers_law(D, k, how):
+    prior = priors.Exclusion.fit(reference(5000, D), k=k, **how)
     z = prior.whiten(prior.sample(10000, G(1)))
     radius = z[:, :prior.dim].norm(dim=1)
     expected, acceptance = paper_rejection(prior, 10000, G(2))
@@ -131,18 +151,50 @@ def test_exclusion_is_the_papers_law(D, k, c):
         assert stats.kstest(z[:, k:].square().sum(1).numpy(), "chi2", (D - k,)).pvalue > 1e-3
 
 
+def exclusion(dim, log_c):
+    prior = priors.Exclusion(None, None, None, 0.0)
+    prior.dim, prior.log_c, prior.inside = dim, log_c, 0.0
+    return prior
+
+
 @pytest.mark.parametrize("dim, fitted, drawn", [(2048, 45.25, 46.16), (2, 1.25, 3.84)])
 def test_exclusion_at_the_papers_numbers(dim, fitted, drawn):
-    prior = priors.Exclusion(None, None, None, 0.0)
-    prior.c, prior.dim = 5.0, dim
+    prior = exclusion(dim, math.log(5))
     report = prior.report()
     assert report["radius_fitted"] == pytest.approx(fitted, abs=0.006)
     assert report["radius_drawn"] == pytest.approx(drawn, abs=0.006)
     radii = prior.radii(20000, G())
     assert radii.mean().item() == pytest.approx(report["radius_drawn"], rel=0.005)
     if dim == 2048:
-        assert prior.c_dim == pytest.approx(1.0016, abs=1e-4) and prior.acceptance == pytest.approx(
-            0.020, abs=5e-4)
+        assert prior.c_dim == pytest.approx(1.0016, abs=1e-4)
+        assert prior.acceptance == pytest.approx(0.020, abs=5e-4)
+
+
+@pytest.mark.parametrize("dim, m", [(2048, 1.01), (2048, 1.5), (2048, 30.0), (2048, 1e4), (3, 1e4)])
+def test_exclusion_by_radius_at_any_width(dim, m):
+    """c = m^dim itself would overflow."""
+    prior = exclusion(dim, dim * math.log(m))
+    chi2, r0 = stats.chi2(dim), prior.inner
+    # the two densities are equal at r0
+    assert r0**2 / 2 * (1 - m**-2) == pytest.approx(dim * math.log(m), rel=1e-9)
+    assert prior.acceptance == pytest.approx(chi2.sf((r0 / m) ** 2) - chi2.sf(r0**2), rel=1e-9)
+    radii = prior.radii(4000, G())
+    assert radii.min() >= r0
+    assert radii.mean().item() == pytest.approx(prior.report()["radius_drawn"], rel=0.02)
+    if m == 1.5:
+        assert r0 == pytest.approx(54.7, abs=0.05) and 1 - 1e-9 < prior.acceptance <= 1
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_the_share_of_the_reference_inside_the_excluded_radius(k):
+    x = reference(3000, 8)
+    prior = priors.Exclusion.fit(x, radius=1.3, k=k, shrinkage=0.0)
+    centred = x.double().numpy() - x.double().numpy().mean(0)
+    _, axes = np.linalg.eigh(centred.T @ centred / 3000)
+    y = centred @ axes[:, 8 - (k or 8):]
+    square = (y @ np.linalg.inv(y.T @ y / 3000) * y).sum(1)
+    assert prior.report()["reference_inside"] == pytest.approx((square < prior.inner**2).mean())
+    assert prior.log_prob(prior.sample(50, G())).min() > prior.log_prob(x[square < 2]).max()
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -159,12 +211,213 @@ def test_exclusion_density_integrates_to_one(k):
     assert weight.std() < 5
 
 
-@pytest.mark.parametrize("name", ["isotropic", "fitted", "exclusion"])
+@pytest.mark.parametrize("name", [n for n, p in priors.PRIORS.items() if p.has_density])
 def test_gradient_by_finite_differences(name):
-    prior = priors.PRIORS[name].fit(reference(500, 5))
+    prior = fit(name, reference(500, 5))
     x = prior.sample(6, G()).double()
     assert torch.autograd.gradcheck(lambda x: prior.log_prob(x), x.requires_grad_(), eps=1e-5,
                                     atol=1e-4)
+
+
+def moments(x):
+    x = x.double()
+    return x.mean(0), x.T.cov(correction=0)
+
+
+def plane(step):
+    axis = torch.arange(-20, 20, step, dtype=torch.float64)
+    return torch.cartesian_prod(axis, axis)
+
+
+@pytest.mark.parametrize("a", [-1.0, 0.5, 0.2])
+def test_interpolation_has_the_moments_of_its_law(a):
+    """E of (a mu1 + (1 - a) mu2) and of its covariance, over a uniform or fixed."""
+    x, y = reference(3000, 4), reference(3000, 4, seed=7) * 2 - 9
+    prior = priors.Interpolation.fit(x, y, a=a, shrinkage=0.0)
+    (m1, S1), (m2, S2) = moments(x), moments(y)
+    first, one, two, varied = (0.5, 1 / 3, 1 / 3, 1 / 12) if a < 0 else (a, a**2, (1 - a)**2, 0)
+    mean, spread = moments(prior.sample(200_000, G()))
+    expected = one * S1 + two * S2 + varied * torch.outer(m1 - m2, m1 - m2)
+    away = mean - first * m1 - (1 - first) * m2
+    assert (away.square() / expected.diagonal() * 200_000).max() < 4.5**2
+    assert (spread - expected).norm() / expected.norm() < 0.02
+    share = varied * (m1 - m2).square().sum() / expected.trace()
+    assert prior.report()["between"] == pytest.approx(share.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("a", [-1.0, 0.3])
+def test_interpolation_density(a):
+    """Against scipy's integral over a, and its own integral over the plane."""
+    x, y = reference(3000, 2), reference(3000, 2, seed=7) * 0.4 - 6
+    prior = priors.Interpolation.fit(x, y, a=a, shrinkage=0.0)
+    (m1, S1), (m2, S2) = ((m.numpy(), S.numpy()) for m, S in map(moments, (x, y)))
+    law = lambda row, t: stats.multivariate_normal(
+        t * m1 + (1 - t) * m2, t**2 * S1 + (1 - t)**2 * S2).pdf(row)
+    rows = prior.sample(3, G()).double() * 1.2
+    expected = [integrate.quad(lambda t: law(r, t), 0, 1, epsabs=0)[0] if a < 0 else law(r, a)
+                for r in rows.numpy()]
+    np.testing.assert_allclose(prior.log_prob(rows), np.log(expected), atol=1e-4)
+    whole = prior.log_prob(plane(0.2)).exp().sum().item() * 0.2**2
+    assert whole == pytest.approx(1, abs=2e-3)
+
+
+def test_interpolation_density_converges_where_a_row_knows_its_share():
+    """Each reference is wide where the other is narrow, so rows tell a to about 1 / sqrt(2 D)."""
+    wide = torch.tensor([1.0, 1e-3]).repeat_interleave(200)
+    x, y = (torch.randn(2000, 400, generator=G(i)) * w for i, w in enumerate((wide, wide.flip(0))))
+    prior = priors.Interpolation.fit(x, y + 0.3, shrinkage=0.0)
+    rows = prior.sample(40, G(3)).double()
+    ours = prior.log_prob(rows)
+    for fine, least, most in ((3.0, 0, 1e-4), (0.2, 0.1, 1e9)):
+        prior.integrate(fine)
+        assert least <= (prior.log_prob(rows) - ours).abs().max() < most
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sparse_is_the_wide_gaussian_where_neighbours_are_far(dim):
+    """An independent rejection, with scikit-learn's neighbours."""
+    x = two_clusters(9000, 2) * torch.tensor([1.0, 0.3])  # more than one block of rows
+    prior = priors.Sparse.fit(x, k=5, dim=dim, shrinkage=0.0)
+    mean, spread = moments(x)
+    axes = np.linalg.eigh(spread.numpy())[1][:, ::-1][:, :dim or 2]
+    where = lambda rows: np.asarray(rows, np.float64) @ axes
+    held = np.arange(0, 9000, 10)  # a tenth, spread evenly
+    neighbours = NearestNeighbors(n_neighbors=5).fit(np.delete(where(x), held, axis=0))
+    far = lambda rows: neighbours.kneighbors(where(rows))[0][:, 4]
+    np.testing.assert_allclose(prior.held, far(x[held]), rtol=1e-4, atol=1e-6)
+    threshold, (rows, moved) = np.quantile(far(x[held]), 0.9), prior.draw(3000, G(1))
+    assert prior.threshold == pytest.approx(threshold, rel=1e-4)
+    assert not moved.any() and far(rows).min() > threshold * (1 - 1e-6)
+    wide = stats.multivariate_normal(mean.numpy(), 1.5**2 * spread.numpy())
+    tried = wide.rvs(60_000, random_state=np.random.default_rng(0))
+    kept = tried[far(tried) > threshold]
+    for along in ([1, 0], [0, 1], [1, 1]):
+        assert stats.ks_2samp(rows.numpy() @ along, kept @ along).pvalue > 1e-3
+    assert prior.acceptance == pytest.approx(len(kept) / 60_000, abs=0.06)  # of 1000 draws
+    np.testing.assert_allclose(prior.log_prob(rows[:50]),
+                               wide.logpdf(rows[:50].numpy()) - math.log(prior.acceptance))
+    assert prior.report()["distance_drawn"] > prior.threshold > prior.held.median()
+
+
+def test_sparse_rows_that_stay_dense_are_moved_away_from_the_mean():
+    x = two_clusters(4000, 2)
+    prior = priors.Sparse.fit(x, scale=0.01)  # draws all fall in the middle of the reference
+    rows, moved = prior.draw(20, G())
+    assert moved.all() and (prior.distance(rows) > prior.threshold).all()
+    back = prior.mean + (rows - prior.mean) / 1.1
+    assert (prior.distance(back) <= prior.threshold).all()  # and no farther than needed
+    assert prior.report()["moved"] == 1 and torch.isfinite(prior.log_prob(rows)).all()
+
+
+def test_map_keeps_rows_out_of_the_dense_set():
+    """A loss pulls rows into the thick of the reference, with and without MAP."""
+    x = two_clusters(4000, 2)
+    prior = priors.Sparse.fit(x)
+    goal = x[prior.distance(x).argmin()].double()
+    for weight, low, high in ((0, 0.0, 0.5), (1, 0.95, 2.0)):
+        rows = prior.sample(20, G()).double().requires_grad_()
+        optimiser = torch.optim.Adam([rows], lr=0.1 * prior.threshold)
+        for _ in range(150):
+            optimiser.zero_grad()
+            (10 * (rows - goal).square().sum() - weight * prior.log_prob(rows).sum()).backward()
+            optimiser.step()
+        assert low < (prior.distance(rows.detach()) / prior.threshold).median() < high
+
+
+def mmd(x, y):
+    """Unbiased squared maximum mean discrepancy; RBF, its width the median distance in y."""
+    x, y = x.double(), y.double()
+    width = torch.pdist(y).median()
+    k = lambda a, b: torch.exp(-torch.cdist(a, b).square() / (2 * width**2))
+    inner = lambda a: (k(a, a).sum() - len(a)) / (len(a) * (len(a) - 1))
+    return (inner(x) + inner(y) - 2 * k(x, y).mean()).item()
+
+
+def effective_rank(x):
+    """Principal directions that hold 95 % of the variance."""
+    share = torch.linalg.eigvalsh(moments(x)[1]).flip(0)
+    return int((share.cumsum(0) < 0.95 * share.sum()).sum()) + 1
+
+
+def test_the_vae_does_not_collapse():
+    prior = priors.VAE.fit(two_clusters(4000, 40), latent=8, hidden=64, steps=500)
+    unseen, draws = two_clusters(2000, 40, seed=1), prior.sample(2000, G())
+    assert 0.9 < draws.var(0).sum() / unseen.var(0).sum() < 1.1
+    assert effective_rank(draws) >= 0.9 * effective_rank(unseen)
+    assert mmd(draws, unseen) < 0.2 * mmd(priors.Fitted.sample(prior, 2000, G()), unseen)
+    u = prior.whiten(prior.sample(20_000, G(1)))  # mean and covariance are the fitted Gaussian's
+    assert u.mean(0).abs().max() < 0.04
+    assert torch.linalg.eigvalsh(u.T.cov()).sub(1).abs().max() < 0.2
+    assert prior.report()["active_units"] >= 1 and 0.8 < prior.report()["variance"] < 1.2
+    some = unseen[:400]  # likelier than under one Gaussian
+    assert prior.log_prob(some).mean() > priors.Fitted.log_prob(prior, some).mean() + 3
+
+
+def test_the_vaes_log_prob_is_below_the_density_of_its_draws():
+    """Which is the mean of p(x | z) over a sample's latents; and a bound integrates to below 1."""
+    prior = priors.VAE.fit(two_clusters(4000, 2), latent=2, hidden=32, steps=300)
+    rows = prior.sample(40, G(1)).double()
+    mean, log_v = (code.repeat(5, 1) for code in prior.codes)
+    f, log_s = prior.decode(mean + torch.randn(mean.shape, generator=G(3)) * (log_v / 2).exp())
+    # p(x | z) with no change of variables: its mean and covariance among the rows themselves
+    out = prior.back * prior.scale @ prior.basis.T  # (D, D)
+    normal = torch.distributions.MultivariateNormal(
+        prior.mean + (f - prior.centre) @ out, torch.einsum("id,ni,ie->nde", out, log_s.exp(), out))
+    exact = torch.stack([normal.log_prob(r) for r in rows]).logsumexp(1) - math.log(len(f))
+    assert 0.8 < prior.log_prob(plane(0.5)).exp().sum() * 0.5**2 < 1.05
+    bounds = []
+    for prior.noises in torch.randn(50, 4, 1, 2, generator=G(4)).double():  # on average a bound
+        bounds.append(prior.log_prob(rows))
+    gap = exact - torch.stack(bounds).mean(0)
+    assert gap.min() > -0.15 and 0 < gap.mean() < 0.2
+
+
+def test_the_vaes_log_prob_is_below_a_known_density():
+    """Rows of a linear Gaussian model: nothing is likelier on average than the truth."""
+    load = torch.randn(3, 10, generator=G(1))
+    draw = lambda n, seed: (torch.randn(n, 3, generator=G(seed)) @ load
+                            + 0.3 * torch.randn(n, 10, generator=G(seed + 1)) + 1)
+    x, S = draw(600, 5), (load.T @ load).double().numpy() + 0.09 * np.eye(10)
+    prior = priors.VAE.fit(draw(8000, 3), latent=4, hidden=32, steps=400)
+    below = stats.multivariate_normal(np.ones(10), S).logpdf(x.numpy()) - prior.log_prob(x).numpy()
+    assert -4 * below.std() / 600**0.5 < below.mean() < 0.5
+
+
+def test_free_bits_keep_latent_dimensions_active():
+    x = reference(4000, 6)  # one Gaussian: noise tells it all, and latents nothing more
+    plain, kept = (priors.VAE.fit(x, free_bits=bits, hidden=32).report() for bits in (0.0, 0.1))
+    assert plain["kl_mean"] < 0.03 and plain["active_units"] < 32
+    assert kept["kl_mean"] > 0.09 and kept["active_units"] == 32
+
+
+def test_the_vae_is_the_same_every_time_and_leaves_the_global_generator_alone():
+    x, threads, state = two_clusters(500, 6), torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    one, two = (fit("vae", x) for _ in range(2))
+    torch.set_num_threads(threads)
+    assert torch.equal(state, torch.get_rng_state()) and one.report() == two.report()
+    assert torch.equal(one.sample(9, G()), two.sample(9, G()))
+    assert torch.equal(one.log_prob(x), two.log_prob(x))
+
+
+def test_the_vae_of_fewer_rows_than_dimensions():
+    for N in (20, 60):
+        prior, unseen = fit("vae", two_clusters(N, 100)), two_clusters(500, 100, seed=1)
+        assert 0.5 < prior.sample(2000, G()).var(0).sum() / unseen.var(0).sum() < 2
+        assert torch.isfinite(prior.log_prob(unseen)).all()
+
+
+def test_posterior_is_the_gaussian_of_all_runs_or_their_own_rows():
+    runs = [reference(6, 5, seed) for seed in (0, 2)] + [reference(4, 5, 8)]
+    prior, again = priors.Posterior.fit(*runs), priors.Posterior.fit(*runs, resample=1)
+    theirs = LedoitWolf().fit(torch.cat(runs).double().numpy()).covariance_
+    np.testing.assert_allclose(covariance(prior), theirs, rtol=1e-6, atol=1e-8)
+    assert torch.equal(prior.log_prob(runs[0]), again.log_prob(runs[0]))
+    # row j of some run, from its first again when it is shorter
+    assert {[torch.equal(row, r[j % len(r)]) for r in runs].index(True)
+            for j, row in enumerate(again.sample(40, G()))} == {0, 1, 2}
+    warm = priors.Posterior.fit(runs[0], resample=1).sample(8, G())
+    assert torch.equal(warm, torch.cat((runs[0], runs[0][:2])))
 
 
 def test_map_pushes_strays_out_of_the_excluded_ball():
@@ -178,7 +431,7 @@ def test_map_pushes_strays_out_of_the_excluded_ball():
 
 def test_has_density_is_what_map_needs():
     for name, prior in priors.PRIORS.items():
-        fitted = prior.fit(reference())
+        fitted = fit(name, reference())
         x = fitted.sample(5, G()).requires_grad_()
         p = fitted.log_prob(x)
         useful = p.requires_grad and torch.autograd.grad(p.sum(), x)[0].abs().max() > 0
@@ -187,9 +440,11 @@ def test_has_density_is_what_map_needs():
 
 @pytest.mark.parametrize("spec, message", [
     ("gauss", "'gauss' is not known: use one of isotropic"),
-    ("exclusion:d=3", "no option 'd': it has c, k, shrinkage"), ("xavier:a=1", "it has none"),
+    ("exclusion:d=3", "no option 'd': it has c, k, radius, shrinkage"),
+    ("xavier:a=1", "it has none"),
     ("exclusion:k=two", "k='two' is not a finite int"),
-    ("exclusion:c=inf", "c='inf' is not a finite float")])
+    ("exclusion:c=inf", "c='inf' is not a finite float"), ("vae:runs/a", "no option 'runs/a'"),
+    ("posterior:a=b", "no option 'a'"), ("posterior:resample=1", "needs .* posterior:RUN")])
 def test_bad_specs(spec, message):
     with pytest.raises(priors.PriorError, match=message):
         priors.parse(spec)
@@ -202,12 +457,24 @@ def test_bad_specs(spec, message):
     ("fitted", {}, reference(1), "cannot be fitted on 1"),
     ("fitted", {}, torch.full((9, 3), math.nan), "not finite"),
     ("fitted", {}, torch.ones(9, 3), "rows are equal"),
-    ("fitted", {"shrinkage": 2.0}, reference(9), "shrinkage is 2")])
+    ("fitted", {"shrinkage": 2.0}, reference(9), "shrinkage is 2"),
+    ("exclusion", {"radius": 1.0}, reference(9), "is 1.0"), ("vae", {}, reference(19), "19 ref"),
+    ("exclusion", {"radius": 2.0, "c": 4.0}, reference(9), "radius is 2.0 and c is 4.0"),
+    ("interpolation", {"a": 1.5}, reference(9), "a is 1.5"),
+    ("vae", {"latent": 0}, reference(90), "latent 0"),
+    ("sparse", {"quantile": 1.0, "dim": 13}, reference(90), "quantile 1.0, .* 0 to 12"),
+    ("sparse", {"k": 82}, reference(90), "k is 82, and 81"),
+    ("sparse", {"k": 2}, reference(7).repeat(50, 1), "90% of the reference rows have 2 or more"),
+    ("vae", {}, torch.full((90, 3), math.inf), "not finite"),
+    ("posterior", {"resample": 2}, reference(9), "resample is 2")])
 def test_bad_fits(name, options, x, message):
-    with pytest.raises(priors.PriorError, match=message):
-        priors.PRIORS[name].fit(x, **options)
+    with pytest.raises(priors.PriorError, match=message) as raised:
+        fit(name, x, **options)
+    assert "\n" not in str(raised.value)
 
 
 def test_spec():
-    assert priors.parse("exclusion:c=10,k=16") == ("exclusion", {"c": 10.0, "k": 16})
-    assert priors.parse("vocab") == ("vocab", {})
+    assert priors.parse("exclusion:c=10,k=16") == ("exclusion", {"c": 10.0, "k": 16}, [])
+    assert priors.parse("vocab") == ("vocab", {}, [])
+    assert priors.parse("posterior:/a b/c:d,resample=1,runs/e") == (
+        "posterior", {"resample": 1}, ["/a b/c:d", "runs/e"])

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import data
 import promptprior
+import references
+import settings
 import train
 
 HERE = Path(promptprior.__file__).parent
@@ -97,7 +99,9 @@ class Killed(BaseException):
     ["--prior", "vocab"], ["--prior", "fitted", "--prior-weight", "1", "--deep-layers", "1"],
     ["--prior", "isotropic", "--dtype", "bfloat16", "--data", "math"],
     ["--data", "math", "--batch-size", "200", "--tokens", "0", "--deep-layers", "2",
-     "--trunk-memory", "0"]])
+     "--trunk-memory", "0"],
+    ["--prior", "fitted", "--posterior", "svgd", "--particles", "3", "--data", "math"],
+    ["--prior", "fitted", "--posterior", "gaussian", "--deep-layers", "1", "--data", "math"]])
 def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
     """Stopped by signals and killed between checkpoints, with lines in the log that no checkpoint
     knows of."""
@@ -220,7 +224,7 @@ def test_map_keeps_rows_near_the_prior(tmp_path):
         a = promptprior.settings_of({"prior": "fitted"}, promptprior.MODEL, promptprior.PRIOR,
                                     promptprior.DATA, promptprior.SAMPLE)
         model, vocabulary = promptprior.load_model(a)
-        reference = promptprior.references(a, model, vocabulary, [0])[0][0]
+        reference = references.references(a, model, vocabulary, [0])[0].rows
         fitted = priors.Fitted.fit(reference)
         density[weight] = fitted.log_prob(
             load_file(out / "prompt.safetensors")["layers.0"]).mean().item()
@@ -254,20 +258,6 @@ def test_text_prior_is_the_text_prompt(tmp_path):
     assert torch.equal(rows, model.embeddings[ids].float())
 
 
-def test_activations_leave_out_bos_and_padding():
-    a = promptprior.settings_of({}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA,
-                                promptprior.SAMPLE)
-    model, vocabulary = promptprior.load_model(a)
-    rows = [vocabulary.encode("one two"), vocabulary.encode("a much longer text than that")]
-    found = promptprior.collect(model, rows, [0, 2], limit=10**6)
-    assert len(found[2]) == sum(len(r) - 1 for r in rows)
-    assert torch.equal(found[0], model.embeddings[[i for r in rows for i in r[1:]]])
-    seen = {}
-    model(torch.tensor([rows[0]]), tap=seen.__setitem__)
-    torch.testing.assert_close(found[2][:len(rows[0]) - 1], seen[2][1:], atol=1e-5, rtol=1e-4)
-    assert len(promptprior.collect(model, rows, [0, 2], limit=7)[2]) == 7
-
-
 def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
     """A tenth of a real path is held out, and eval and plot find the same tenth
     again, from another folder."""
@@ -280,7 +270,7 @@ def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
         total = len(data.read(*promptprior.parse_spec(a.data, 0)))
         assert len(train_side) + len(eval_side) == total \
             and total // 10 <= len(eval_side) < total // 10 + 6
-        assert not set(map(promptprior.topic, train_side)) & set(map(promptprior.topic, eval_side))
+        assert not set(map(settings.topic, train_side)) & set(map(settings.topic, eval_side))
     assert run("train", "--data", "math:tiny/math/train-easy/*_mul.txt", "--out", out,
                "--deep-layers", 1, *FEW) == 0
     assert len(json.loads((out / "config.json").read_text())["sha256"]["data"]) == 64
@@ -295,7 +285,8 @@ def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
 
 def test_help_without_torch():
     code = ("import sys, promptprior\n"
-            "for c in ([], ['train'], ['eval'], ['generate'], ['sample'], ['plot']):\n"
+            "for c in ([], ['train'], ['eval'], ['generate'], ['sample'], ['collect'], "
+            "['compare'], ['interpolate'], ['plot']):\n"
             "    try: promptprior.main([*c, '--help'])\n"
             "    except SystemExit as e: assert e.code == 0\n"
             "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
@@ -313,10 +304,10 @@ def test_the_readme_lists_the_registry():
 
 
 def test_modules_stand_alone(tmp_path):
-    """Each of the four is copied into an empty folder and imported there."""
+    """Each of these is copied into an empty folder and imported there."""
     import shutil
 
-    for name in ("llama", "data", "priors", "viz"):
+    for name in ("llama", "data", "priors", "posteriors", "geometry", "viz"):
         folder = tmp_path / name
         folder.mkdir()
         shutil.copy(HERE / f"{name}.py", folder)

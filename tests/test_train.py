@@ -1,6 +1,5 @@
 """train.py: what the loop is made of. Whole runs are in test_promptprior.py."""
 
-import json
 import random
 from types import SimpleNamespace
 
@@ -37,10 +36,43 @@ def test_answers_are_those_of_plain_decoding(model, monkeypatch, right, max_new,
             for row in rows for said in [llama.generate(model, [row.question], past, 6, stop)[0]]]
     batch = data.collate(rows)
     before = model.extend(batch.shared, past)
-    loss, count, found = train.answers(model, before, batch, max_new, stop)
+    loss, count, found, sure = train.answers(model, before, batch, max_new, stop)
     assert found == llama.generate(model, [r.question for r in rows], past, max_new, stop)
     expected = train.answer_loss(model, before, batch)
     assert count == expected[1] and loss.item() == pytest.approx(expected[0].item(), rel=1e-12)
+    for row, (confidence, correct) in zip(rows, sure):
+        h, _ = model(torch.tensor([row.ids[:row.start]]), past)
+        p = model.logits(h[0, -1]).softmax(dim=-1)
+        assert confidence == pytest.approx(p.max().item(), rel=1e-5)
+        assert correct == (p.argmax().item() == row.ids[row.start])
+
+
+def test_an_ensemble_averages_probabilities(model):
+    """Of one prompt twice it is that prompt; of several, decoding step by step by averaged
+    probabilities finds the same answers, and the loss is of the averages."""
+    pasts = [prompt_of(0, 3).past(model), prompt_of(1, 3).past(model), prompt_of(2, 3).past(model)]
+    rows = random_rows(random.Random(1), SHAPES["ragged"] + SHAPES["no context"])
+    batch, stop = data.collate(rows), set(range(60, 97))
+    begun = [model.extend(batch.shared, p) for p in pasts]
+    one, two = (train.answers(model, p, batch, 4, stop) for p in (begun[0], [begun[0]] * 2))
+    assert one[2] == two[2] and one[0].item() == pytest.approx(two[0].item(), rel=1e-6)
+    loss, _, found, sure = train.answers(model, begun, batch, 4, stop)
+
+    def average(ids):
+        return torch.stack([model.logits(model(torch.tensor([ids]), p)[0][0]).softmax(dim=-1)
+                            for p in pasts]).mean(dim=0)
+
+    total, differ = 0.0, 0
+    for i, row in enumerate(rows):
+        p = average(row.ids)
+        total -= sum(p[t - 1, row.ids[t]].log().item() for t in range(row.start, len(row.ids)))
+        assert sure[i][0] == pytest.approx(p[row.start - 1].max().item(), rel=1e-5)
+        said = []
+        while len(said) < 4 and (not said or said[-1] not in stop):
+            said.append(average(row.question + said)[-1].argmax().item())
+        assert found[i] == said
+        differ += said != llama.generate(model, [row.question], pasts[0], 4, stop)[0]
+    assert loss.item() == pytest.approx(total, rel=1e-5) and differ
 
 
 def test_a_question_that_merges_with_its_answer_is_asked_without_it(model):

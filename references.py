@@ -1,0 +1,176 @@
+"""The populations that priors are fitted on, and the draw of a prompt from a prior.
+
+At the token embeddings a reference is the vocabulary or the tokens of a text, at a deeper layer
+activations at its input; it may be a collection's file, or the rows of finished runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+import priors
+from activations import Collection, massive, stream
+from settings import (REFERENCE_ROWS, UserError, check_same_model, collection_of, parse_spec,
+                      prior_name, rows_per_layer, say, spec_name, topic, training_and_evaluation)
+from train import Run, progress
+
+
+class Reference(NamedTuple):
+    """The population that a layer's prior is fitted on."""
+
+    parts: list[Tensor]  # (N, D) fp32 each: one for every --reference, or every run
+    name: str
+
+    @property
+    def rows(self) -> Tensor:
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+
+def references(a: SimpleNamespace, model, vocabulary, layers: list[int],
+               examples: list[data.Example] | None = None) -> dict[int, Reference]:
+    """The population of each layer. examples are the training data, if they are read already."""
+    name, _, sources = priors.parse(a.prior)
+    if name == "text":
+        ids = vocabulary.encode_plain(a.text)
+        if not ids:
+            raise UserError("--prior text needs --text, the text whose tokens the rows begin as")
+        x = inputs(model, [ids], [list(range(len(ids)))], layers)
+        found = [{i: (x[i], f"tokens of {a.text!r}") for i in layers}]
+    elif sources:
+        found = [rows for run in sources for rows in posterior_rows(a, run, layers)]
+    else:
+        if len(set(map(spec_name, a.reference))) < len(a.reference):
+            raise UserError(f"--reference {' '.join(a.reference)}: two of one name: give each once")
+        if priors.PRIORS[name].several and len(a.reference) != 2:
+            raise UserError(f"--prior {name} goes between two references: give two, as in "
+                            "--reference text math")
+        found = [population(a, model, vocabulary, layers, spec, examples) for spec in a.reference]
+    if any(f[i][0].shape[1] != model.config.hidden_size for f in found for i in layers):
+        raise UserError(f"the reference is not of width {model.config.hidden_size} as the model "
+                        "is: it was made with another one")
+    return {i: Reference([f[i][0] for f in found], " and ".join(dict.fromkeys(
+        f[i][1] for f in found))) for i in layers}
+
+
+def population(a: SimpleNamespace, model, vocabulary, layers: list[int], spec: str,
+               examples: list[data.Example] | None = None) -> dict[int, tuple[Tensor, str]]:
+    """One reference at each layer, {layer: ((N, D) fp32 on the CPU, its name)}; of vocab at deep
+    layers the activations of --data."""
+    limit = a.reference_rows or REFERENCE_ROWS
+    at = {i: f"layer {i} inputs" if i else "token embeddings" for i in layers}
+    if spec == "vocab":
+        deep = [i for i in layers if i > 0]
+        found = population(a, model, vocabulary, deep, a.data, examples) if deep else {}
+        if 0 in layers:
+            found[0] = (model.embeddings[vocabulary.ordinary].float().cpu(), "vocabulary")
+        return found
+    if spec.startswith("collection:"):
+        path, domain = collection_of(spec)
+        file = Collection(path)
+        check_same_model(a, file.about.get("sha256"), file.path)
+        index = some_rows(file.chosen(domain), a.seed, limit)
+        say(f"{file.path}: {int(file.left_out.sum())} rows of BOS or of massive norm left out")
+        found, count = {i: file.rows(i, index).float() for i in layers}, len(index)
+    else:
+        if spec != a.data:
+            examples = data.read(*parse_spec(spec, 0), limit=limit)
+        rows = reference_rows(a, examples or training_and_evaluation(a)[0], vocabulary, limit)
+        found = inputs(model, rows, [list(range(1, len(r))) for r in rows], layers)
+        found = {i: x[:limit] for i, x in found.items()}
+        count = len(found[layers[0]])
+        for i, x in found.items():  # BOS, whose norm would swamp any statistics, is left out above
+            found[i] = x[~massive(x)]
+            if len(found[i]) < len(x):
+                say(f"layer {i}: {len(x) - len(found[i])} of {len(x)} rows of {spec_name(spec)} "
+                    "have a massive norm and are left out")
+    if count < (a.reference_rows or 1):
+        raise UserError(f"--reference {spec_name(spec)} has {count} rows, and --reference-rows "
+                        f"asks for {a.reference_rows or 1}: ask for at most that, or give more data")
+    return {i: (x, f"{at[i]} of {spec_name(spec)}") for i, x in found.items()}
+
+
+def inputs(model, rows: list[list[int]], wanted: list[list[int]],
+           layers: list[int]) -> dict[int, Tensor]:
+    """The inputs of layers at the wanted places of token rows, {layer: (N, D)} fp32 on the CPU."""
+    found = {i: [] for i in layers}
+    for some in progress(stream(model, rows, wanted, layers), total=-(-len(rows) // 16),
+                         desc="activations", leave=False):
+        for i, x in some.items():
+            found[i].append(x.float().cpu())
+    return {i: torch.cat(parts) for i, parts in found.items()}
+
+
+def reference_rows(a: SimpleNamespace, examples: list[data.Example], vocabulary,
+                   limit: int) -> list[list[int]]:
+    """Token rows in an order made from the seed, one question a context, of `limit` tokens or a
+    little more."""
+    rows, count, seen = [], 0, set()
+    for i in data.Order([e.context for e in examples], 1, a.seed).epoch(0):
+        if count >= limit:
+            break
+        if topic(examples[i]) not in seen:
+            seen.add(topic(examples[i]))
+            row = data.encode(examples[i], vocabulary, a.max_length)
+            rows += [row.ids] * (row is not None)
+            count += len(row.ids) - 1 if row else 0
+    return rows
+
+
+def some_rows(index: Tensor, seed: int, limit: int) -> Tensor:
+    """At most `limit` of the indices (N,), in their order."""
+    chosen = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:limit]
+    return index[chosen.sort().values]
+
+
+def posterior_rows(a: SimpleNamespace, path: str,
+                   layers: list[int]) -> list[dict[int, tuple[Tensor, str]]]:
+    """The prompts that a run ended with, of the layers asked for: one, or one for each particle."""
+    run = Run(Path(path))
+    check_same_model(a, run.config()["sha256"]["model"], run.path)
+    prompts = run.particles()
+    missing = [i for i in layers if i not in prompts[0]]
+    if missing:
+        raise UserError(f"{run.path}: has rows at layers {', '.join(map(str, prompts[0]))} and "
+                        f"none at {', '.join(map(str, missing))}: give runs with as many "
+                        "--deep-layers")
+    return [{i: (rows[i], f"rows of {run.path.name}") for i in layers} for rows in prompts]
+
+
+def draw(a: SimpleNamespace, found: dict[int, Reference],
+         prompts: int = 1) -> tuple[dict[int, Tensor], dict[int, object], list[dict]]:
+    """Fit the prior on each layer's reference, draw rows (prompts, n, D), and say how they stand to
+    it -> the rows, the fitted priors and the reports."""
+    name, options, _ = priors.parse(a.prior)
+    prior = priors.PRIORS[name]
+    rows, fitted, reports = {}, {}, []
+    for i, reference in found.items():
+        fitted[i] = prior.fit(*(reference.parts if prior.several else [reference.rows]), **options)
+        generator = torch.Generator().manual_seed(1000 * a.seed + i)
+        rows[i] = torch.stack([fitted[i].sample(rows_per_layer(a), generator)
+                               for _ in range(prompts)])
+        if not torch.isfinite(rows[i]).all():
+            raise priors.PriorError(f"{a.prior}: drew rows that are not finite: give its options "
+                                    "smaller values")
+        count = len(reference.rows)
+        ratio, about = norm_ratio(rows[i], reference.rows), fitted[i].report()
+        reports.append({"layer": i, "reference": reference.name, "rows": count,
+                        "norm_ratio": ratio, **about})
+        say(f"layer {i}: {prior_name(a)} on {reference.name}, {count} rows: "
+            + ", ".join(f"{key} {value:.4g}" for key, value in {
+                "init-to-token norm ratio": ratio, **about}.items()))
+        if ratio > 5:
+            say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and "
+                "may train badly")
+    return rows, fitted, reports
+
+
+def norm_ratio(rows, reference) -> float:
+    """Mean norm of the rows over mean norm of the reference: 1 is on scale, PEFT's random
+    default is near 45."""
+    return float(rows.norm(dim=-1).mean() / reference.norm(dim=-1).mean())

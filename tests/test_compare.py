@@ -1,0 +1,183 @@
+"""Runs with several prompts, and the commands that measure: eval, compare, interpolate, sample."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import compare
+import geometry
+import priors
+import promptprior
+
+FEW = ["--steps", "3", "--eval-every", "3", "--eval-limit", "6", "--batch-size", "4",
+       "--max-new", "6"]
+
+
+def run(*arguments):
+    return promptprior.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One short run of every posterior, on two tasks."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, arguments in {
+            "squad": ["--data", "squad"], "math": ["--data", "math", "--seed", 1],
+            "svgd": ["--data", "math", "--posterior", "svgd", "--particles", 3],
+            "gaussian": ["--data", "math", "--posterior", "gaussian", "--particles", 2,
+                         "--deep-layers", 1]}.items():
+        assert run("train", "--prior", "fitted", "--out", folder / name, *FEW, *arguments) == 0
+    return folder
+
+
+def test_posteriors_are_written_and_scored(runs, capsys):
+    capsys.readouterr()
+    particles = load_file(runs / "svgd/posterior.safetensors")
+    assert {k: v.shape for k, v in particles.items()} == {"layers.0.particles": (3, 20, 192)}
+    mean = load_file(runs / "svgd/prompt.safetensors")["layers.0"]
+    torch.testing.assert_close(mean, particles["layers.0.particles"].mean(dim=0))
+    gaussian = load_file(runs / "gaussian/posterior.safetensors")
+    assert set(gaussian) == {f"layers.{i}.{k}" for i in (0, 5) for k in ("mean", "sd")}
+    assert all((gaussian[f"layers.{i}.sd"] > 0).all() for i in (0, 5))
+    scores = {}
+    for name, one, count in (("svgd", "particle", 3), ("gaussian", "draw", 2)):
+        assert run("eval", runs / name, "--json") == 0
+        scores[name] = json.loads(capsys.readouterr().out)["scores"]
+        assert list(scores[name])[2:] == [f"fitted prior, trained: {x}" for x in (
+            "mean prompt", *(f"{one} {k}" for k in range(1, count + 1)),
+            f"ensemble of {count}")]
+        for numbers in scores[name].values():
+            assert 0 <= numbers["calibration_error"] <= 100
+    # the mean of log of averages is at least the average of means of logs
+    of = lambda name: [v["loss"] for k, v in scores[name].items() if "particle" in k or "draw" in k]
+    for name, count in (("svgd", 3), ("gaussian", 2)):
+        ensemble = scores[name][f"fitted prior, trained: ensemble of {count}"]["loss"]
+        assert ensemble <= np.mean(of(name)) + 1e-6
+    # training scored the ensemble of particles
+    last = [json.loads(x) for x in (runs / "svgd/metrics.jsonl").read_text().splitlines()][-1]
+    assert last["loss"] == pytest.approx(
+        scores["svgd"]["fitted prior, trained: ensemble of 3"]["loss"], rel=1e-5)
+
+
+def test_a_posterior_needs_a_density(tmp_path, capsys):
+    for arguments in (["--posterior", "svgd"], ["--posterior", "gaussian", "--prior", "xavier"]):
+        assert run("train", *arguments, "--out", tmp_path / "x", *FEW) == 2
+        assert "has no density" in capsys.readouterr().err
+    assert run("train", "--posterior", "laplace", "--out", tmp_path / "x") == 2
+    assert "use one of point, svgd, gaussian" in capsys.readouterr().err
+    assert run("train", "--prior", "fitted", "--posterior", "gaussian", "--prior-weight", 0) == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_posterior_of_runs_is_a_prior(runs, tmp_path, capsys):
+    """Resampled from one run it is that run's prompt; of several prompts a Gaussian."""
+    assert run("train", "--prior", f"posterior:{runs / 'squad'},resample=1", "--data", "math",
+               "--out", tmp_path / "warm", *FEW) == 0
+    torch.testing.assert_close(load_file(tmp_path / "warm/prompts/000000.safetensors"),
+                               load_file(runs / "squad/prompt.safetensors"))
+    assert run("plot", tmp_path / "warm") == 0
+    assert run("sample", "--json", "--prior", f"posterior:{runs / 'squad'},{runs / 'svgd'}") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["rows"] == 20 + 3 * 20
+    assert run("sample", "--prior", f"posterior:{runs / 'squad'}", "--deep-layers", 1) == 2
+    assert "none at 5" in capsys.readouterr().err
+    assert run("sample", "--prior", f"posterior:{tmp_path}") == 2
+    assert "no run is here" in capsys.readouterr().err
+
+
+def test_compare_runs(runs, capsys):
+    capsys.readouterr()
+    assert run("compare", runs / "squad", runs / "gaussian", "--json") == 0
+    one, other = json.loads(capsys.readouterr().out)
+    start, end = (load_file(runs / f"squad/{name}.safetensors")["layers.0"].numpy()
+                  for name in ("prompts/000000", "prompt"))
+    measured = one["measures"]["layer 0 trained"]
+    assert measured["moved"] == pytest.approx(np.linalg.norm(end - start, axis=1).mean(), rel=1e-5)
+    model = promptprior.load_model(promptprior.settings_of(
+        {}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE))
+    tokens = model[0].embeddings[model[1].ordinary].numpy()
+    fitted = priors.Fitted.fit(torch.tensor(tokens))
+    assert measured["radius"] == pytest.approx(
+        geometry.mahalanobis(end, fitted.mean.numpy(), fitted.basis.numpy(),
+                             fitted.scale.numpy()).mean(), rel=1e-5)
+    assert abs(one["measures"]["layer 0 prior draw"]["radius_z"]) < 1 + abs(
+        fitted.whiten(torch.tensor(start)).norm(dim=1).mean().item() - 192**0.5) * 2
+    said = one["tokens"]["0"]["trained"]
+    near = np.linalg.norm(tokens[None] - end[:, None], axis=2).argmin(axis=1)
+    assert said["l2"] == [model[1].decode([model[1].ordinary[i]]) for i in near]
+    assert len(said["cosine"]) == 20 and "layer 5 trained" in other["measures"]
+    deep = load_file(runs / "gaussian/prompt.safetensors")["layers.5"]
+    lens = model[0].logits(model[0].model.norm(deep)).argmax(dim=1).tolist()
+    assert other["tokens"]["5"]["trained"]["logit lens"] == [model[1].decode([t]) for t in lens]
+    assert run("compare", runs / "squad") == 0
+    out = capsys.readouterr().out
+    assert "collapse" in out and "no prompt" in out and "layer 0 trained, l2: " in out
+
+
+def test_compare_collections(tmp_path, capsys):
+    """The cluster claim holds of arithmetic, and fails of one domain against itself; steps of a
+    text shuffled are those of a random walk."""
+    path = tmp_path / "c.safetensors"
+    assert run("collect", "--data", "squad", "again=squad", "math", "--examples", 60, "--layers",
+               "0,3", "--out", path) == 0
+    capsys.readouterr()
+    assert run("compare", path, "--json") == 0
+    apart = json.loads(capsys.readouterr().out)[0]["separation"]
+    assert apart["layer 3: squad - math"]["auc"] > 0.98
+    assert apart["layer 0: squad - again"]["auc"] < 0.9
+    assert apart["layer 3: squad - math"]["mmd_p"] < 0.01 < apart["layer 3: squad - again"]["mmd_p"]
+    file = promptprior_collection(path)
+    paths, index = compare.paths_of(file, "squad")
+    for p in paths:
+        assert (file.field["position"][p].diff() == 1).all()
+        assert len(file.field["example"][p].unique()) == 1
+    local = compare.walks(file, 0, "squad")
+    assert local["p_uniform_spread"] < 0.05 and local["step"] > 0
+    assert run("compare", path) == 0 and "random walks" in capsys.readouterr().out
+
+
+def promptprior_collection(path):
+    from activations import Collection
+
+    return Collection(path)
+
+
+def test_interpolate(runs, tmp_path, capsys):
+    """Its ends are the two runs on their own tasks."""
+    capsys.readouterr()
+    assert run("interpolate", runs / "squad", runs / "math", "--points", 3,
+               "--out", tmp_path / "line", "--json") == 0
+    curve = json.loads(capsys.readouterr().out)
+    assert curve == [json.loads(x) for x in
+                     (tmp_path / "line/curve.jsonl").read_text().splitlines()]
+    assert [(line["t"], line["data"]) for line in curve] == [
+        (t, d) for t in (0, 0.5, 1) for d in ("squad", "math")]
+    for name, t in (("squad", 0), ("math", 1)):
+        assert run("eval", runs / name, "--json") == 0
+        alone = json.loads(capsys.readouterr().out)["scores"]["fitted prior, trained"]
+        here = next(x for x in curve if x["t"] == t and x["data"] == name)
+        assert here["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert run("interpolate", runs / "squad", runs / "gaussian", "--out", tmp_path / "no") == 2
+    assert "no line joins them" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert run("interpolate", runs / "squad", runs / "math", "--points", 1) == 2
+    assert run("interpolate", runs / "squad", runs / "math", "--out", tmp_path / "line") == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_sample_judges_a_prior(capsys):
+    """The reference's own rows are as good as it gets; isotropic draws are told apart; a Gaussian
+    fitted on a Gaussian is not."""
+    x = torch.randn(2000, 12, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 13)
+    judged = dict(compare.judge_prior(priors.Isotropic, [x], {"std": 0.02}, 0))
+    assert judged["prior's draws"]["variance_ratio"] < 1e-3
+    assert judged["prior's draws"]["mmd_p"] < 0.01 < judged["fitted Gaussian's"]["mmd_p"]
+    assert judged["reference rows"]["variance_ratio"] == pytest.approx(1, abs=0.15)
+    fit, held = compare.held_out(x)
+    assert len(held) == 400 and not set(map(tuple, fit.tolist())) & set(map(tuple, held.tolist()))
+    assert run("sample", "--prior", "fitted", "--json") == 0
+    out = capsys.readouterr()
+    report = json.loads(out.out)[0]["judged"]
+    assert set(report) == {"held-out rows", "prior's draws", "reference rows"}
+    assert "judged by it" in out.err
