@@ -118,8 +118,9 @@ def sample(examples: Iterable[data.Example], count: int,
 
 def choose(examples: list[tuple[int, data.Example]], vocabulary: data.Vocabulary, max_length: int,
            roles: tuple[str, ...], pool: str, limit: int, seed: int) -> Chosen:
-    """The tokens of these roles; at most `limit` (0: all) of them, or of pooled rows, each as
-    likely as any other. What the questions of one context have in common is taken once."""
+    """The tokens of these roles; at most `limit` (0: all) of them, or of pooled rows, those of
+    examples drawn at random. What the questions of one context have in common is taken once."""
+    rows_of = len if pool == "token" else lambda places: 1
     bos, chosen, before = vocabulary.bos is not None, Chosen([], [], []), None
     for i, example in examples:
         row = data.encode(example, vocabulary, max_length)
@@ -137,17 +138,17 @@ def choose(examples: list[tuple[int, data.Example]], vocabulary: data.Vocabulary
         if places:
             for part, value in zip(chosen, (row, i, places)):
                 part.append(value)
-    # what is one row: a token, or an example
-    units = [(k, unit) for k, places in enumerate(chosen.places)
-             for unit in ([[p] for p in places] if pool == "token" else [places])]
-    if limit and len(units) > limit:
-        units = [units[j] for j in sorted(random.Random(f"rows {seed}").sample(
-            range(len(units)), limit))]
-    kept: dict[int, list[int]] = {}
-    for k, unit in units:
-        kept.setdefault(k, []).extend(unit)
-    return Chosen([chosen.rows[k] for k in kept], [chosen.examples[k] for k in kept],
-                  list(kept.values()))
+    if not limit or sum(rows_of(p) for p in chosen.places) <= limit:
+        return chosen
+    # whole examples, for a text's tokens are wanted one after the other; the last is cut
+    count, kept = len(chosen.rows), {}
+    for k in random.Random(f"rows {seed}").sample(range(count), count):
+        if limit < 1:
+            break
+        kept[k] = chosen.places[k][:limit] if pool == "token" else chosen.places[k]
+        limit -= rows_of(kept[k])
+    return Chosen(*([part[k] for k in sorted(kept)] for part in chosen[:2]),
+                  [kept[k] for k in sorted(kept)])
 
 
 def collect(model: llama.Llama, vocabulary: data.Vocabulary, domains: dict[str, Chosen],

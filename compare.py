@@ -11,6 +11,7 @@ Prompt-Tuning (arXiv 2412.18582).
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Callable
 
 import numpy as np
 import torch
@@ -41,6 +42,16 @@ def some(x: Tensor, count: int = MOST) -> np.ndarray:
     return x.float().cpu().numpy()
 
 
+def measure(keys: str, call: Callable, *arguments, **options) -> dict[str, float]:
+    """{key: number}; empty if the data are too few or too much alike to be measured, as one row has
+    no spread and copies no distance."""
+    try:
+        values = call(*arguments, **options)
+    except geometry.GeometryError:
+        return {}
+    return dict(zip(keys.split(), map(float, np.atleast_1d(values))))
+
+
 # --------------------------------------------------------------------------------------------------
 # a prior against what it was fitted on
 
@@ -52,35 +63,42 @@ def held_out(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[order[len(x) // 5:]], x[order[:len(x) // 5]]
 
 
-def judge_prior(prior: type, parts: list[Tensor], options: dict, seed: int
-                ) -> list[tuple[str, dict[str, float]]]:
-    """Draws of a prior against a fifth of the reference that it was not fitted on; beside them the
-    fitted Gaussian's draws, and rows of the reference itself, than which no prior can be nearer.
+def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int,
+                seed: int) -> list[tuple[str, dict[str, float]]]:
+    """Draws of a prior, n rows at a time, against a fifth of the reference that it was not fitted
+    on; beside them the fitted Gaussian's draws, and rows of the reference itself, than which no prior can be nearer.
 
     variance: total variance over the held-out rows'; rank at 95 % of the variance; Frechet
     distance; precision and recall (Kynkaanniemi et al. 2019); MMD^2 and its p; kNN: median distance
-    to the third nearest held-out row."""
+    to the third nearest row that was fitted on, of at most 2000."""
     divided = [held_out(x) for x in parts]
     fit, held = [x for x, _ in divided], some(torch.cat([x for _, x in divided]))
-    count, rows = len(held), []
+    count, rows, fitted_on = len(held), [], some(torch.cat(fit))
+
+    def far(x):
+        return float(np.median(geometry.nearest(x, fitted_on, 3)[1][:, 2]))
 
     def draws(kind, references, options):
-        fitted = kind.fit(*references, **options)
-        n = min(count, len(references[0])) if issubclass(kind, priors.Vocab) else count
-        return fitted.sample(n, torch.Generator().manual_seed(seed)).float().numpy()
+        fitted, generator = kind.fit(*references, **options), torch.Generator().manual_seed(seed)
+        if kind is priors.Vocab:  # without replacement
+            return fitted.sample(min(count, len(references[0])), generator).float().numpy()
+        return torch.cat([fitted.sample(n, generator)
+                          for _ in range(-(-count // n))])[:count].float().numpy()
 
     sets = {"prior's draws": draws(prior, fit if prior.several else [torch.cat(fit)], options)}
     if prior is not priors.Fitted:
         sets["fitted Gaussian's"] = draws(priors.Fitted, [torch.cat(fit)], {})
     sets["reference rows"] = some(torch.cat(fit), count)
-    rows.append(("held-out rows", {"effective_rank": geometry.effective_rank(held)}))
+    rows.append(("held-out rows", {"effective_rank": geometry.effective_rank(held),
+                                   "knn": far(held)}))
     for name, x in sets.items():
         precision, recall = geometry.precision_recall(x, held)
         mmd, p = geometry.mmd(x, held)
         rows.append((name, {
             "variance_ratio": geometry.total_variance_ratio(x, held),
             "effective_rank": geometry.effective_rank(x), "frechet": geometry.frechet(x, held),
-            "precision": 100 * precision, "recall": 100 * recall, "mmd": mmd, "mmd_p": p}))
+            "precision": 100 * precision, "recall": 100 * recall, "mmd": mmd, "mmd_p": p,
+            **({} if name == "reference rows" else {"knn": far(x)})}))
     return rows
 
 
@@ -101,19 +119,19 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
     tokens = np.unique(reference.numpy(), axis=0) if tokens is None else tokens.numpy()
     mean, deviation = geometry.chi_law(reference.shape[1])
     for name, x in (("prior draw", start), ("trained", end)):
-        radius = fitted.whiten(x).norm(dim=1).mean().item()
-        mmd, p = geometry.mmd(x.numpy(), population)
+        radius, norms = fitted.whiten(x).norm(dim=1).mean().item(), x.norm(dim=1).mean()
         rows.append((name, {
             "moved": geometry.displacement(start.numpy(), x.numpy()).mean(),
-            "norm_ratio": float(x.norm(dim=1).mean() / reference.norm(dim=1).mean()),
+            "norm_ratio": float(norms / reference.norm(dim=1).mean()),
             "radius": radius, "radius_z": (radius - mean) / deviation,
-            "collapse": float(np.median(geometry.collapse_index(x.numpy(), tokens))),
-            "effective_rank": geometry.effective_rank(x.numpy()),
-            "frechet": geometry.frechet(x.numpy(), population), "mmd": mmd, "mmd_p": p}))
+            **measure("collapse", lambda: np.median(geometry.collapse_index(x.numpy(), tokens))),
+            **measure("effective_rank", geometry.effective_rank, x.numpy()),
+            **measure("frechet", geometry.frechet, x.numpy(), population),
+            **measure("mmd mmd_p", geometry.mmd, x.numpy(), population)}))
     if not torch.equal(start, end):
-        mmd, p = geometry.mmd(start.numpy(), end.numpy())
-        rows.append(("draw to trained", {"frechet": geometry.frechet(start.numpy(), end.numpy()),
-                                         "mmd": mmd, "mmd_p": p}))
+        rows.append(("draw to trained", {
+            **measure("frechet", geometry.frechet, start.numpy(), end.numpy()),
+            **measure("mmd mmd_p", geometry.mmd, start.numpy(), end.numpy())}))
     return rows
 
 
@@ -139,19 +157,28 @@ def what_rows_say(rows: Tensor, layer: int, model: llama.Llama,
 
 
 def separation(file: Collection, layer: int) -> list[tuple[str, dict[str, float]]]:
-    """How far apart the domains lie at a layer, pair by pair: area under the ROC of a linear probe,
-    silhouette, Frechet distance, MMD^2 and its p (paper 4.4 and 4.5, the cluster
-    claim)."""
+    """How far apart the domains lie at a layer, pair by pair: Frechet distance and silhouette of
+    all rows, area under the ROC of a linear probe and MMD^2 with its p of one row an example, for
+    tokens of one text are no independent sample (paper 4.4 and 4.5, the cluster claim)."""
     rows = {name: some(file.rows(layer, file.chosen(name))) for name in file.domains}
-    out = []
-    for a, b in combinations(file.domains, 2):
-        x, y = rows[a], rows[b]
-        mmd, p = geometry.mmd(x, y)
-        out.append((f"{a} - {b}", {
-            "auc": geometry.probe_auc(x, y), "silhouette": geometry.silhouette(
-                np.concatenate([x, y]), np.repeat([0, 1], [len(x), len(y)])),
-            "frechet": geometry.frechet(x, y), "mmd": mmd, "mmd_p": p}))
-    return out
+    apart = {name: some(file.rows(layer, one_an_example(file, name))) for name in file.domains}
+    return [(f"{a} - {b}", {
+        **measure("frechet", geometry.frechet, rows[a], rows[b]),
+        **measure("mmd mmd_p", geometry.mmd, apart[a], apart[b]),
+        **measure("auc", geometry.probe_auc, apart[a], apart[b]),
+        **measure("silhouette", lambda: geometry.silhouette(
+            np.concatenate([rows[a], rows[b]]),
+            np.repeat([0, 1], [len(rows[a]), len(rows[b])])))})
+        for a, b in combinations(file.domains, 2)]
+
+
+def one_an_example(file: Collection, domain: str) -> Tensor:
+    """Indices of one row of each of a domain's examples, drawn at random, the same ones always."""
+    index = file.chosen(domain)
+    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
+    _, kind = file.field["example"][index].unique(return_inverse=True)
+    first = torch.full((int(kind.max()) + 1 if len(kind) else 0,), len(kind))
+    return index[first.scatter_reduce(0, kind, torch.arange(len(kind)), "amin")]
 
 
 def paths_of(file: Collection, domain: str, most: int = MOST) -> tuple[list[Tensor], Tensor]:
@@ -184,4 +211,7 @@ def walks(file: Collection, layer: int, domain: str,
     else:
         _, kind, count = file.field["token"][index].unique(return_inverse=True, return_counts=True)
         population, weights = rows.numpy(), (1.0 / count[kind]).numpy()
-    return geometry.locality([rows[place[p]].numpy() for p in paths], population, weights)
+    try:
+        return geometry.locality([rows[place[p]].numpy() for p in paths], population, weights)
+    except geometry.GeometryError:  # no two tokens stand side by side
+        return {}

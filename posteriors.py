@@ -29,6 +29,8 @@ Rows = dict[int, Tensor]
 class Point(nn.Module):
     """One prompt: maximum likelihood, or with a prior's density in the loss the MAP estimate."""
 
+    clips = True  # whether its gradient's norm may be bounded
+
     def __init__(self, start: Rows, scales: dict[int, float], weight: float, seed: int):
         """start {layer: (K, n, D)}; scales {layer: root mean square of real rows there}."""
         super().__init__()
@@ -67,8 +69,8 @@ class Point(nn.Module):
         return [self.mean()]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the run keeps beside the mean prompt; `particles` reads it."""
-        return {}
+        """What the run keeps, the mean prompt under `layers.I`; `particles` reads it."""
+        return {f"layers.{i}": r for i, r in self.mean().items()}
 
 
 class Particles(Point):
@@ -100,7 +102,8 @@ class Particles(Point):
         return [{i: r.detach() for i, r in rows.items()} for rows in self.members(0)]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"layers.{i}.particles": r.detach() for i, r in self.rows.items()}
+        return super().tensors() | {f"layers.{i}.particles": r.detach()
+                                    for i, r in self.rows.items()}
 
 
 def svgd(x: Tensor, score: Tensor) -> Tensor:
@@ -125,7 +128,8 @@ class MeanField(Point):
     maximising the evidence lower bound E_q[log p(data | rows) + log prior - log q] with one sampled
     prompt a step (reparameterised; as in variational prompt learning)."""
 
-    RATE = 0.02  # of the log standard deviations, which know no scale
+    RATE = 0.05  # of the log standard deviations, which know no scale
+    clips = False  # clipped, the large ones of its noisy gradients would count less: another optimum
 
     def __init__(self, start: Rows, scales: dict[int, float], weight: float, seed: int):
         super().__init__(start, scales, weight, seed)
@@ -146,8 +150,8 @@ class MeanField(Point):
         return -self.weight * sum(s.sum() for s in self.log_sd.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: t for i, r in self.layers.items() for name, t in (
-            (f"layers.{i}.mean", r.detach()), (f"layers.{i}.sd", self.log_sd[i].detach().exp()))}
+        return super().tensors() | {f"layers.{i}.sd": s.detach().exp()
+                                    for i, s in self.log_sd.items()}
 
 
 def draw_normal(mean: dict[str, Tensor], sd: dict[str, Tensor], seed: str) -> Rows:
@@ -160,14 +164,17 @@ def draw_normal(mean: dict[str, Tensor], sd: dict[str, Tensor], seed: str) -> Ro
 
 
 def particles(tensors: dict[str, Tensor], count: int, seed: int) -> list[Rows]:
-    """The prompts of a posterior as `tensors` gave it: its particles, or `count` draws of its
-    Gaussian."""
-    of = lambda kind: {name.split(".")[1]: t for name, t in sorted(tensors.items())
-                       if name.endswith("." + kind)}
-    if of("particles"):
-        K = len(next(iter(of("particles").values())))
-        return [{int(i): r[k] for i, r in of("particles").items()} for k in range(K)]
-    return [draw_normal(of("mean"), of("sd"), f"{seed} draw {k}") for k in range(count)]
+    """The prompts of a posterior as `tensors` gave it: the one, its particles, or `count` draws of
+    its Gaussian."""
+    of = lambda *kind: {name.split(".")[1]: t for name, t in tensors.items()
+                        if tuple(name.split(".")[2:]) == kind}
+    mean, sd, each = of(), of("sd"), of("particles")
+    if each:
+        K = len(next(iter(each.values())))
+        return [{int(i): r[k] for i, r in each.items()} for k in range(K)]
+    if sd:
+        return [draw_normal(mean, sd, f"{seed} draw {k}") for k in range(count)]
+    return [{int(i): r for i, r in mean.items()}]
 
 
 POSTERIORS = {"point": Point, "svgd": Particles, "gaussian": MeanField}

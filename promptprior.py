@@ -65,6 +65,9 @@ def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = TIT
 def final_table(a: SimpleNamespace, metrics: list[dict]) -> str:
     names = {"baseline": "no prompt", "text": text_name(a)}
     evals = [m for m in metrics if m["split"] == "eval"]
+    if not evals:
+        raise UserError("the run has no evaluation in its metrics.jsonl: go on with it by "
+                        "train --out RUN --resume")
     together = f", {a.particles} particles together" if a.posterior == "svgd" else ""
     end = f"{prior_name(a)} prior, {evals[-1]['step']} steps{together}"
     return table([(names[m["split"]], m) for m in metrics if m["split"] in names]
@@ -94,9 +97,9 @@ def layer_figure(i: int, reference: "Reference", series: list[tuple[str, "Tensor
                        title=f"Layer {i}, its input" if i else "Token embeddings", caption=caption)
 
 
-def draw_run(run, a: SimpleNamespace, found: dict, end: dict) -> list[str]:
+def draw_run(run, a: SimpleNamespace, found: dict) -> list[str]:
     """figures/layer-NN.svg for every layer that owns rows."""
-    start, names = run.rows("prompts/000000.safetensors"), []
+    (start, end), names = run.start_and_end(), []
     steps = max((m["step"] for m in run.metrics() if "step" in m), default=0)
     for i, reference in found.items():
         count, norm = len(reference.rows), reference.rows.norm(dim=1).mean()
@@ -245,7 +248,7 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
 
     if not FIRST:
         return
-    start, end = run.rows("prompts/000000.safetensors"), run.rows("prompt.safetensors")
+    start, end = run.start_and_end()
     print(f"\n{len(evals.rows)} questions of "
           f"{spec_name(a.eval_data) if a.eval_data else 'the training data, held out'}; scores in "
           f"percent, loss in nats a token\n\n{final_table(a, run.metrics())}\n")
@@ -254,7 +257,7 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
               f"their norm over the reference's {norm_ratio(start[i], found[i].rows):.3g} -> "
               f"{norm_ratio(end[i], found[i].rows):.3g}")
     print(f"{time.time() - began:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
-          f"metrics.jsonl, {', '.join(draw_run(run, a, found, end))}")
+          f"metrics.jsonl, {', '.join(draw_run(run, a, found))}")
 
 
 def open_run(path: str, given: dict):
@@ -344,7 +347,8 @@ def command_sample(given: dict) -> None:
     for report, (i, reference) in zip(reports, found.items()):
         if name == "text" or sources or min(map(len, reference.parts)) < 100:
             continue  # too few rows to hold some out
-        judged = judge_prior(priors.PRIORS[name], reference.parts, options, a.seed)
+        judged = judge_prior(priors.PRIORS[name], reference.parts, options,
+                             rows_per_layer(a), a.seed)
         report["judged"] = dict(judged)
         say(f"\nlayer {i}, fitted without a fifth of the reference and judged by it:\n"
             f"{table(judged, TITLES)}\n")
@@ -380,11 +384,15 @@ def command_collect(given: dict) -> None:
     path, layers = Path(a.out), chosen_layers(a.layers, model.config.num_hidden_layers)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: choose another --out, or replace it by --overwrite")
+    if path.exists():
+        activations.Collection(path)  # what is not a collection is never overwritten
+    path.parent.mkdir(parents=True, exist_ok=True)
     if a.pool not in activations.POOLS:
         raise UserError(f"--pool {a.pool}: use one of {', '.join(activations.POOLS)}")
-    roles = tuple(a.roles.split(",")) if a.roles else activations.ROLES
-    if not set(roles) <= set(activations.ROLES):
-        raise UserError(f"--roles {a.roles}: use some of {', '.join(activations.ROLES)}")
+    known = [role for role in activations.ROLES if role != "prompt"]  # its rows stand apart
+    roles = tuple(a.roles.split(",") if a.roles else known)
+    if not set(roles) <= set(known):
+        raise UserError(f"--roles {a.roles}: use some of {', '.join(known)}")
     domains = {}
     for given_name, spec in map(named_spec, specs):
         name = given_name or spec_name(spec)
@@ -396,9 +404,9 @@ def command_collect(given: dict) -> None:
         domains[name] = activations.choose(examples, vocabulary, a.max_length, roles, a.pool,
                                            a.limit, a.seed)
         if not domains[name].rows:
-            raise UserError(f"{spec}: no token of the roles {', '.join(roles)} in it: ask for "
-                            "others by --roles")
-    path.parent.mkdir(parents=True, exist_ok=True)
+            raise UserError(f"{spec}: no token of the roles {', '.join(roles)} in examples of at "
+                            f"most {a.max_length} tokens: ask for others by --roles, or raise "
+                            "--max-length")
     activations.collect(model, vocabulary, domains, layers, path, a.pool, {
         "model": a.model, "dtype": a.dtype, "sha256": checksum(model_files(a)),
         "data": [absolute(named_spec(s)[1]) for s in specs], "under": under and os.path.abspath(
@@ -433,22 +441,24 @@ def compare_run(path: str, given: dict) -> dict:
 
     run, a, model, vocabulary, prompt = open_run(path, given)
     found = references(a, model, vocabulary, list(prompt.rows))
-    start, end = run.rows("prompts/000000.safetensors"), run.rows("prompt.safetensors")
+    start, end = run.start_and_end()
+    spoken = [run.particles(f)[0] if a.posterior == "svgd" else run.rows(f)
+              for f in ("prompts/000000.safetensors", "prompt.safetensors")]
     measured, said = [], {}
     tokens = model.embeddings[vocabulary.ordinary].float().cpu()
     for i, reference in found.items():
         rows = compare.measure_rows(start[i], end[i], reference.rows,
                                     priors.Fitted.fit(reference.rows), None if i else tokens)
         measured += [(f"layer {i} {name}", numbers) for name, numbers in rows]
-        said[i] = {name: compare.what_rows_say(r, i, model, vocabulary)
-                   for name, r in (("prior draw", start[i]), ("trained", end[i]))}
+        said[i] = {name: compare.what_rows_say(r[i], i, model, vocabulary)
+                   for name, r in zip(("prior draw", "trained"), spoken)}
     lines = [f"{run.path}: prior {prior_name(a)}, {a.posterior} posterior, seed {a.seed}",
              final_table(a, run.metrics()), "", table(measured, compare.TITLES), "",
-             "the token of each row:"]
+             f"the token of each row{' of particle 1' * (a.posterior == 'svgd')}:"]
     for i, each in said.items():
         lines += [f"layer {i} {name}, {reading}: {' '.join(map(json.dumps, tokens))}"
                   for name, readings in each.items() for reading, tokens in readings.items()]
-    return {"run": str(run.path), "settings": vars(a), "scores": run.metrics()[-1],
+    return {"run": str(run.path), "settings": vars(a), "scores": [m for m in run.metrics() if m["split"] == "eval"][-1],
             "measures": dict(measured), "tokens": said, "text": "\n".join(lines)}
 
 
@@ -457,19 +467,22 @@ def compare_collection(path: str, given: dict) -> dict:
     import activations
     import compare
 
-    file = activations.Collection(Path(path))
-    if 0 in file.layers:
-        a = settings_of({"model": file.about["model"], "dtype": file.about["dtype"], **given},
-                        MODEL, PRIOR, DATA, SAMPLE)
-        check_same_model(a, file.about["sha256"], file.path)
+    file, embeddings = activations.Collection(Path(path)), None
+    a = settings_of({"model": file.about["model"], "dtype": file.about["dtype"], **given},
+                    MODEL, PRIOR, DATA, SAMPLE)
+    if 0 in file.layers and ("model" in given or model_folder(a).is_dir()):
         model, vocabulary = load_model(a)
+        check_same_model(a, file.about["sha256"], file.path)
         embeddings = model.embeddings[vocabulary.ordinary].float().cpu()
+    elif 0 in file.layers:
+        say(f"{a.model}: no such folder, so the uniform walks at layer 0 are over the tokens in "
+            f"{file.path}, not over the vocabulary (--model DIR)")
     apart, local = [], []
     for i in file.layers:
         apart += [(f"layer {i}: {name}", numbers) for name, numbers in compare.separation(file, i)]
         if file.about["pool"] == "token":
-            local += [(f"layer {i}: {name}", compare.walks(file, i, name, embeddings if i == 0
-                                                           else None)) for name in file.domains]
+            local += [(f"layer {i}: {name}", compare.walks(file, i, name, embeddings))
+                      for name in file.domains]
     lines = [f"{file.path}: {len(file.chosen())} rows, without BOS and rows of massive norm"]
     if apart:
         lines += ["", "domains, pair by pair", table(apart, compare.TITLES)]
@@ -501,12 +514,15 @@ def command_interpolate(given: dict) -> None:
         raise UserError(f"{one.path} and {other.path} have other rows ({shapes[0]} and "
                         f"{shapes[1]}, cut {a.cut} and {b.cut}), and no line joins them: give two "
                         "of one --tokens, --deep-layers and --cut or --keep")
+    folder.path.mkdir(parents=True)  # now, not when all is worked out
     tasks = {}
     for run, settings in ((one, a), (other, b)):
         name = spec_name(settings.eval_data or settings.data)
-        if name not in tasks:
-            tasks[name] = settings, encode(training_and_evaluation(settings)[1], vocabulary,
-                                           settings.max_length, name)
+        questions = encode(training_and_evaluation(settings)[1], vocabulary, settings.max_length,
+                           name)
+        if name in tasks and tasks[name][1].rows != questions.rows:  # others of the same name
+            name = f"{name} of {run.path.name}"
+        tasks.setdefault(name, (settings, questions))
     curve = []
     for step in range(points):
         t = step / (points - 1)
@@ -551,7 +567,7 @@ def command_plot(given: dict) -> None:
     for path in given.pop("runs"):
         run, a, model, vocabulary, prompt = open_run(path, given)
         found = references(a, model, vocabulary, list(prompt.rows))
-        for name in draw_run(run, a, found, {i: r.detach().cpu() for i, r in prompt.rows.items()}):
+        for name in draw_run(run, a, found):
             print(run.path / name)
 
 

@@ -132,7 +132,7 @@ def posterior_rows(a: SimpleNamespace, path: str,
                    layers: list[int]) -> list[dict[int, tuple[Tensor, str]]]:
     """The prompts that a run ended with, of the layers asked for: one, or one for each particle."""
     run = Run(Path(path))
-    check_same_model(a, run.config()["sha256"]["model"], run.path)
+    check_same_model(a, run.config().get("sha256", {}).get("model"), run.path)
     prompts = run.particles()
     missing = [i for i in layers if i not in prompts[0]]
     if missing:

@@ -84,7 +84,7 @@ COLLECT = {
     "layers": (None, "layers whose inputs are kept, as in 0,8,16, or all; the model's number of "
                      "layers is what comes after the final norm (the first, the middle, the end)"),
     "examples": (1000, "examples of each SPEC, drawn at random; 0 for all"),
-    "limit": (20000, "rows of each SPEC, drawn at random; 0 for all"),
+    "limit": (20000, "rows of each SPEC, whole examples drawn at random; 0 for all"),
     "pool": ("token", "token: a row a token; mean: an example's mean; last: its last token"),
     "roles": (None, "tokens of these roles: some of bos,context,question,answer,text (all)"),
 }
@@ -149,7 +149,11 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
         if a.prior_weight and not priors.PRIORS[name].has_density:
             flag = "--prior-weight" if a.posterior == "point" else f"--posterior {a.posterior}"
             raise UserError(f"{flag}: the prior {name} has no density to follow: use one of "
-                            f"{', '.join(n for n, p in priors.PRIORS.items() if p.has_density)}")
+                            f"{', '.join(n for n, p in priors.PRIORS.items() if p.has_density)}"
+                            f"{', or --prior-weight 0' * (a.posterior == 'svgd')}")
+        if a.particles > 1000:
+            raise UserError(f"--particles {a.particles}: each is a prompt in memory: ask for at "
+                            "most 1000")
         if a.posterior == "gaussian" and not a.prior_weight:
             raise UserError("--posterior gaussian needs the prior, or its deviations only shrink: "
                             "give --prior-weight above 0")
@@ -372,8 +376,7 @@ def checksums(a: SimpleNamespace) -> dict[str, str]:
 
 def reference_files(a: SimpleNamespace) -> list[Path]:
     """The files of collections, data and runs that a prior is fitted on."""
-    found = [Path(run) / name for run in priors.parse(a.prior)[2]
-             for name in ("prompt.safetensors", "posterior.safetensors")]
+    found = [Path(run) / "prompt.safetensors" for run in priors.parse(a.prior)[2]]
     for spec in a.reference:
         if spec.startswith("collection:"):
             found.append(collection_of(spec)[0])
@@ -385,6 +388,9 @@ def reference_files(a: SimpleNamespace) -> list[Path]:
 def collection_of(spec: str) -> tuple[Path, str | None]:
     """"collection:FILE#DOMAIN" -> the file, and the domain or None."""
     path, _, domain = spec.removeprefix("collection:").partition("#")
+    if not Path(path).is_file():
+        raise UserError(f"reference {spec!r}: no such file: write collection:FILE with a file that "
+                        "collect made")
     return Path(path), domain or None
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import time
 import warnings
@@ -201,39 +202,49 @@ class Run:
         """Remove what an earlier run left here, and nothing else."""
         if not self.writes:
             return
-        for pattern in ("metrics.jsonl", "prompt.safetensors", "posterior.safetensors",
-                        "checkpoint.safetensors", "predictions.jsonl", "trunk*.safetensors",
-                        "prompts/??????.safetensors", "figures/layer-*.svg"):
+        for pattern in ("metrics.jsonl", "prompt.safetensors", "checkpoint.safetensors",
+                        "predictions.jsonl", "trunk*.safetensors", "prompts/??????.safetensors", "figures/layer-*.svg"):
             for old in self.path.glob(pattern):
                 old.unlink()
 
     def rows(self, name: str) -> dict[int, Tensor]:
-        """Prompt rows {layer: (n, D)} of prompt.safetensors or prompts/NNNNNN.safetensors."""
-        try:
-            rows = {int(key.removeprefix("layers.")): r for key, r in self._tensors(name).items()}
-        except ValueError:
-            raise RunError(f"{self.path / name}: not prompt rows") from None
-        return dict(sorted(rows.items()))
+        """Prompt rows {layer: (n, D)} of prompt.safetensors or prompts/NNNNNN.safetensors; of a
+        posterior the mean."""
+        tensors = self._tensors(name)
+        return {i: tensors[f"layers.{i}"] for i in sorted(
+            int(key.split(".")[1]) for key in tensors if key.count(".") == 1)}
 
-    def particles(self) -> list[dict[int, Tensor]]:
+    def particles(self, name: str = "prompt.safetensors") -> list[dict[int, Tensor]]:
         """The prompts that stand for the run's posterior: its particles, draws of its Gaussian, or
         its one prompt."""
         settings = self.config()["settings"]
-        if settings.get("posterior", "point") == "point":
-            return [self.rows("prompt.safetensors")]
-        return posteriors.particles(self._tensors("posterior.safetensors"), settings["particles"],
+        return posteriors.particles(self._tensors(name), settings.get("particles", 1),
                                     settings["seed"])
+
+    def start_and_end(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Rows {layer: (K n, D)} of all prompts that stand for the posterior, as the prior drew
+        them, and as they are now."""
+        first, end = "prompts/000000.safetensors", self.particles()
+        drawn = self.particles(first) if any(
+            key.endswith(".particles") for key in self._tensors(first)) \
+            else [self.rows(first)] * len(end)
+        return tuple({i: torch.cat([rows[i] for rows in each]) for i in end[0]}
+                     for each in (drawn, end))
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         path = self.path / name
         try:
             with safe_open(path, framework="pt") as f:
-                return {key: f.get_tensor(key) for key in f.keys()}
+                tensors = {key: f.get_tensor(key) for key in f.keys()}
         except FileNotFoundError:
             raise RunError(f"{path}: no such file; training has not come that far: "
                            "train it with --resume") from None
         except (SafetensorError, OSError) as e:
             raise RunError(f"{path}: not prompt rows ({str(e).splitlines()[0]})") from None
+        if not tensors or not all(re.fullmatch(r"layers\.\d+(\.particles|\.sd)?", key)
+                                  for key in tensors):
+            raise RunError(f"{path}: not prompt rows, which are named layers.0 and so on")
+        return tensors
 
     def log(self, record: dict) -> None:
         if not self.writes:
@@ -523,16 +534,14 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
         """Score the rows as they are and write them down."""
         metrics, predictions = evaluate(step)
         run.log({"step": step, "split": "eval", **metrics})
-        run.write(f"prompts/{step:06d}.safetensors", rows_to_bytes(posterior.mean(), about))
-        write_rows()
+        write_rows(f"prompts/{step:06d}.safetensors")
+        write_rows("prompt.safetensors")
         run.write("predictions.jsonl",
                   b"".join((json.dumps(p) + "\n").encode() for p in predictions))
 
-    def write_rows() -> None:
-        run.write("prompt.safetensors", rows_to_bytes(posterior.mean(), about))
-        if posterior.tensors():
-            run.write("posterior.safetensors", save(
-                {k: t.cpu().contiguous() for k, t in posterior.tensors().items()}, about))
+    def write_rows(name: str) -> None:
+        run.write(name, save({key: t.float().cpu().contiguous()
+                              for key, t in posterior.tensors().items()}, about))
 
     if resume:
         first, tensors = run.load_checkpoint()
@@ -578,7 +587,8 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
             sum_gradients(parameters)
             posterior.settle()
             loss = sum_up(loss, device=a.device)[0] / tokens
-            norm = torch.nn.utils.clip_grad_norm_(parameters, a.clip)
+            norm = torch.nn.utils.clip_grad_norm_(
+                parameters, a.clip if posterior.clips else math.inf)
             if not math.isfinite(loss + extra + norm.item()):
                 raise Stopped(f"loss {loss:.4g}, gradient norm {norm.item():.4g} at step "
                               f"{step + 1}: not finite, stopped before it could spoil the rows; "
@@ -604,7 +614,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
                 run.save_checkpoint(done, _state(posterior, optimiser))
                 saved = done
             if signal_number:
-                write_rows()
+                write_rows("prompt.safetensors")
                 raise Stopped(f"stopped by {signal.Signals(signal_number).name} after step {done} "
                               f"of {a.steps}, all is saved; go on with: {command}train --out "
                               f"{run.path} --resume", -signal_number)

@@ -11,6 +11,7 @@ import compare
 import geometry
 import priors
 import promptprior
+import train
 
 FEW = ["--steps", "3", "--eval-every", "3", "--eval-limit", "6", "--batch-size", "4",
        "--max-new", "6"]
@@ -35,13 +36,19 @@ def runs(tmp_path_factory):
 
 def test_posteriors_are_written_and_scored(runs, capsys):
     capsys.readouterr()
-    particles = load_file(runs / "svgd/posterior.safetensors")
-    assert {k: v.shape for k, v in particles.items()} == {"layers.0.particles": (3, 20, 192)}
-    mean = load_file(runs / "svgd/prompt.safetensors")["layers.0"]
-    torch.testing.assert_close(mean, particles["layers.0.particles"].mean(dim=0))
-    gaussian = load_file(runs / "gaussian/posterior.safetensors")
-    assert set(gaussian) == {f"layers.{i}.{k}" for i in (0, 5) for k in ("mean", "sd")}
+    particles = load_file(runs / "svgd/prompt.safetensors")
+    assert {k: v.shape for k, v in particles.items()} == {
+        "layers.0": (20, 192), "layers.0.particles": (3, 20, 192)}
+    torch.testing.assert_close(particles["layers.0"],
+                               particles["layers.0.particles"].mean(dim=0))
+    gaussian = load_file(runs / "gaussian/prompt.safetensors")
+    assert set(gaussian) == {f"layers.{i}{k}" for i in (0, 5) for k in ("", ".sd")}
     assert all((gaussian[f"layers.{i}.sd"] > 0).all() for i in (0, 5))
+    start, end = train.Run(runs / "svgd").start_and_end()
+    assert start[0].shape == end[0].shape == (60, 192)  # particles, not their mean
+    assert torch.equal(end[0], particles["layers.0.particles"].flatten(0, 1))
+    drawn = load_file(runs / "svgd/prompts/000000.safetensors")["layers.0.particles"]
+    assert torch.equal(start[0], drawn.flatten(0, 1)) and not torch.equal(drawn[0], drawn[1])
     scores = {}
     for name, one, count in (("svgd", "particle", 3), ("gaussian", "draw", 2)):
         assert run("eval", runs / name, "--json") == 0
@@ -125,7 +132,7 @@ def test_compare_collections(tmp_path, capsys):
     capsys.readouterr()
     assert run("compare", path, "--json") == 0
     apart = json.loads(capsys.readouterr().out)[0]["separation"]
-    assert apart["layer 3: squad - math"]["auc"] > 0.98
+    assert apart["layer 3: squad - math"]["auc"] > 0.95
     assert apart["layer 0: squad - again"]["auc"] < 0.9
     assert apart["layer 3: squad - math"]["mmd_p"] < 0.01 < apart["layer 3: squad - again"]["mmd_p"]
     file = promptprior_collection(path)
@@ -170,7 +177,7 @@ def test_sample_judges_a_prior(capsys):
     """The reference's own rows are as good as it gets; isotropic draws are told apart; a Gaussian
     fitted on a Gaussian is not."""
     x = torch.randn(2000, 12, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 13)
-    judged = dict(compare.judge_prior(priors.Isotropic, [x], {"std": 0.02}, 0))
+    judged = dict(compare.judge_prior(priors.Isotropic, [x], {"std": 0.02}, 20, 0))
     assert judged["prior's draws"]["variance_ratio"] < 1e-3
     assert judged["prior's draws"]["mmd_p"] < 0.01 < judged["fitted Gaussian's"]["mmd_p"]
     assert judged["reference rows"]["variance_ratio"] == pytest.approx(1, abs=0.15)

@@ -62,7 +62,8 @@ def test_two_processes_train_as_one(tmp_path, arguments):
         assert abs(len(mine) - len(other)) <= 1 and len(mine) + len(other) == size
     # those who share weights all evaluate everything
     assert evals[0] == evals[1] if "--shard" in arguments else not set(evals[0]) & set(evals[1])
-    assert out.count("rows moved") == len(load_file(tmp_path / "two" / "prompt.safetensors"))
+    assert out.count("rows moved") == sum(
+        name.count(".") == 1 for name in load_file(tmp_path / "two" / "prompt.safetensors"))
     alone = [a for a in arguments if a != "--shard"]
     assert promptprior.main(["train", "--out", str(tmp_path / "one"), *FEW, *alone]) == 0
     assert {p.name for p in (tmp_path / "one").iterdir()} == {

@@ -45,7 +45,7 @@ def test_mean_field_finds_a_conjugate_posterior():
     q = posteriors.MeanField({0: torch.zeros(1, 3, 2)}, {0: 1.0}, weight, seed=3)
     fit(q, lambda rows: log_posterior(rows[0]), weight, 3000, 0.03)
     found = q.tensors()
-    assert ((found["layers.0.mean"] - mean).abs() < 0.05 * mean.abs().clamp(min=1)).all()
+    assert ((found["layers.0"] - mean).abs() < 0.05 * mean.abs().clamp(min=1)).all()
     assert ((found["layers.0.sd"] / sd - 1).abs() < 0.05).all()
 
 
