@@ -595,6 +595,7 @@ class VAE(Fitted):
         self.into = turned @ (axes * variance.sqrt() @ axes.T)
         self.back = (axes / variance.sqrt() @ axes.T) @ turned.T
         self.codes = tuple(x.double() for x in self.encode(u[_spread(N, 4096)]))
+        self.kl = kl
         self.about = {"latent": len(kl), "active_units": (self.codes[0].var(0) > 0.01).sum(),
                       "kl_mean": kl.mean(), "kl_max": kl.max(), "told": told.trace() / total,
                       "variance": variance.sum() / total}
@@ -633,10 +634,11 @@ class VAE(Fitted):
         bound = torch.logsumexp((log_agg + (q - p) / 2).view(len(e), -1), 0) - math.log(len(e))
         return (bound + self.log_det - self.scale.log().sum()).to(x.dtype)
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, float | list[float]]:
         """Active latent dimensions (their means vary by more than 0.01, Burda et al. 2016), nats
         of each; as shares of u's variance, what they tell, and raw draws (1: no collapse)."""
-        return {**super().report(), **{name: float(x) for name, x in self.about.items()}}
+        return {**super().report(), **{name: float(x) for name, x in self.about.items()},
+                "kl": self.kl.sort(descending=True).values.tolist()}
 
 
 class Posterior(Fitted):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,8 +163,8 @@ def draw(a: SimpleNamespace, found: dict[int, Reference],
         reports.append({"layer": i, "reference": reference.name, "rows": count,
                         "norm_ratio": ratio, **about})
         say(f"layer {i}: {prior_name(a)} on {reference.name}, {count} rows: "
-            + ", ".join(f"{key} {value:.4g}" for key, value in {
-                "init-to-token norm ratio": ratio, **about}.items()))
+            + ", ".join(f"{key} {' '.join(f'{x:.4g}' for x in np.atleast_1d(value))}"
+                        for key, value in {"init-to-token norm ratio": ratio, **about}.items()))
         if ratio > 5:
             say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and "
                 "may train badly")

@@ -173,6 +173,46 @@ def test_interpolate(runs, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+def test_what_cannot_be_measured_is_left_empty(tmp_path, capsys):
+    """One row has no spread, the last tokens of sums are all one, BOS rows are left out."""
+    few = ["--data", "math", "--steps", 1, *FEW[2:]]
+    assert run("train", "--tokens", 1, "--out", tmp_path / "one", *few) == 0
+    path = tmp_path / "a.safetensors"
+    capsys.readouterr()
+    assert run("compare", tmp_path / "one", "--json") == 0
+    measured = json.loads(capsys.readouterr().out)[0]["measures"]["layer 0 trained"]
+    assert "mmd" not in measured and measured["moved"] > 0
+    for arguments in (["--pool", "last"], ["--roles", "bos"], ["--limit", 1]):
+        assert run("collect", "--data", "math", "also=math", "--examples", 3, "--layers", "0,3",
+                   "--out", path, "--overwrite", *arguments) == 0
+        assert run("compare", path, "--json") == 0
+    (tmp_path / "one/metrics.jsonl").write_text("")
+    assert run("compare", tmp_path / "one") == 2
+    assert "no evaluation" in capsys.readouterr().err
+
+
+def test_nothing_else_is_overwritten(runs, capsys):
+    before = (runs / "squad/prompt.safetensors").read_bytes()
+    assert run("collect", "--data", "math", "--overwrite", "--out",
+               runs / "squad/prompt.safetensors") == 2
+    assert "not a collection" in capsys.readouterr().err
+    assert (runs / "squad/prompt.safetensors").read_bytes() == before
+    assert run("collect", "--overwrite", "--out", runs / "squad") == 2
+
+
+def test_interpolate_between_data_of_one_name(tmp_path, capsys):
+    for name, text in (("a", "1 + 1\n2\n2 + 1\n3\n"), ("b", "7 + 1\n8\n6 + 3\n9\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(text)
+        assert run("train", "--data", f"math:{tmp_path / name}/x.txt", "--out",
+                   tmp_path / f"run-{name}", *FEW) == 0
+    capsys.readouterr()
+    assert run("interpolate", tmp_path / "run-a", tmp_path / "run-b", "--points", 2, "--out",
+               tmp_path / "line", "--json") == 0
+    assert {x["data"] for x in json.loads(capsys.readouterr().out)} == {
+        "math:x.txt", "math:x.txt of run-b"}
+
+
 def test_sample_judges_a_prior(capsys):
     """The reference's own rows are as good as it gets; isotropic draws are told apart; a Gaussian
     fitted on a Gaussian is not."""
@@ -180,6 +220,11 @@ def test_sample_judges_a_prior(capsys):
     judged = dict(compare.judge_prior(priors.Isotropic, [x], {"std": 0.02}, 20, 0))
     assert judged["prior's draws"]["variance_ratio"] < 1e-3
     assert judged["prior's draws"]["mmd_p"] < 0.01 < judged["fitted Gaussian's"]["mmd_p"]
+    uniform = dict(compare.judge_prior(priors.Xavier, [x], {}, 20, 0))["prior's draws"]
+    held = compare.held_out(x)[1]  # its bound is that of 20 rows, not of all that are judged
+    assert uniform["variance_ratio"] == pytest.approx(
+        12 * 2 / (20 + 12) / float(held.var(dim=0).sum()), rel=0.05)
+    assert judged["held-out rows"]["knn"] < judged["fitted Gaussian's"]["knn"] * 1.2
     assert judged["reference rows"]["variance_ratio"] == pytest.approx(1, abs=0.15)
     fit, held = compare.held_out(x)
     assert len(held) == 400 and not set(map(tuple, fit.tolist())) & set(map(tuple, held.tolist()))

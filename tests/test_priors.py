@@ -388,6 +388,7 @@ def test_free_bits_keep_latent_dimensions_active():
     plain, kept = (priors.VAE.fit(x, free_bits=bits, hidden=32).report() for bits in (0.0, 0.1))
     assert plain["kl_mean"] < 0.03 and plain["active_units"] < 32
     assert kept["kl_mean"] > 0.09 and kept["active_units"] == 32
+    assert len(kept["kl"]) == 32 and np.mean(kept["kl"]) == pytest.approx(kept["kl_mean"])
 
 
 def test_the_vae_is_the_same_every_time_and_leaves_the_global_generator_alone():
