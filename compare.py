@@ -26,7 +26,8 @@ from activations import Collection
 MOST = 2000  # rows of a population in measures that want all pairs
 
 TITLES = {
-    "moved": "moved", "norm_ratio": "norm ratio", "radius": "radius", "radius_z": "radius z",
+    "moved": "moved", "distance": "distance", "norm_ratio": "norm ratio", "radius": "radius",
+    "radius_z": "radius z",
     "collapse": "collapse", "effective_rank": "rank", "variance_ratio": "variance",
     "frechet": "Frechet", "precision": "precision", "recall": "recall", "mmd": "MMD", "mmd_p": "p",
     "knn": "kNN", "auc": "AUC", "silhouette": "silhouette",
@@ -66,7 +67,8 @@ def held_out(x: Tensor) -> tuple[Tensor, Tensor]:
 def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int,
                 seed: int) -> list[tuple[str, dict[str, float]]]:
     """Draws of a prior, n rows at a time, against a fifth of the reference that it was not fitted
-    on; beside them the fitted Gaussian's draws, and rows of the reference itself, than which no prior can be nearer.
+    on; beside them the fitted Gaussian's draws, and rows of the reference itself, than which no
+    prior can be nearer.
 
     variance: total variance over the held-out rows'; rank at 95 % of the variance; Frechet
     distance; precision and recall (Kynkaanniemi et al. 2019); MMD^2 and its p; kNN: median distance
@@ -111,17 +113,27 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
     """A layer's prior draw (n, D) and trained rows (n, D) in its reference (N, D), and fitted, the
     reference's Gaussian.
 
-    moved: mean distance from the draw; radius: mean Mahalanobis radius, and how many standard
-    deviations of the chi law it lies from that law's mean; collapse: median collapse index among
-    tokens (V, D), without them among the reference's distinct rows; Frechet and MMD^2 with its p:
-    to the reference, and in the last row between draw and trained rows."""
+    moved: mean distance from the draw; distance: mean distance to 1000 random rows of the
+    reference, which the first row has of the reference itself (paper 4.2); radius: mean Mahalanobis
+    radius, and how many standard deviations of the chi law it lies from that law's mean; collapse:
+    median collapse index among tokens (V, D), without them among the reference's distinct rows;
+    Frechet and MMD^2 with its p: to the reference, and in the last row between draw and trained
+    rows."""
     population, rows = some(reference), []
     tokens = np.unique(reference.numpy(), axis=0) if tokens is None else tokens.numpy()
     mean, deviation = geometry.chi_law(reference.shape[1])
+    others = some(reference, 1000)
+
+    def distance(x):
+        return float(np.mean([np.linalg.norm(others - row, axis=1).mean() for row in x]))
+
+    rows.append(("reference", {"distance": distance(population[-20:]), **measure(
+        "effective_rank", geometry.effective_rank, population)}))
     for name, x in (("prior draw", start), ("trained", end)):
         radius, norms = fitted.whiten(x).norm(dim=1).mean().item(), x.norm(dim=1).mean()
         rows.append((name, {
             "moved": geometry.displacement(start.numpy(), x.numpy()).mean(),
+            "distance": distance(x.numpy()),
             "norm_ratio": float(norms / reference.norm(dim=1).mean()),
             "radius": radius, "radius_z": (radius - mean) / deviation,
             **measure("collapse", lambda: np.median(geometry.collapse_index(x.numpy(), tokens))),

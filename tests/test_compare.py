@@ -102,10 +102,13 @@ def test_compare_runs(runs, capsys):
                   for name in ("prompts/000000", "prompt"))
     measured = one["measures"]["layer 0 trained"]
     assert measured["moved"] == pytest.approx(np.linalg.norm(end - start, axis=1).mean(), rel=1e-5)
+    assert measured["distance"] > one["measures"]["layer 0 prior draw"]["distance"] * 0.9
     model = promptprior.load_model(promptprior.settings_of(
         {}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE))
     tokens = model[0].embeddings[model[1].ordinary].numpy()
     fitted = priors.Fitted.fit(torch.tensor(tokens))
+    assert measured["distance"] == pytest.approx(np.mean([[np.linalg.norm(a - b) for b in tokens]
+                                                          for a in end]), rel=1e-4)
     assert measured["radius"] == pytest.approx(
         geometry.mahalanobis(end, fitted.mean.numpy(), fitted.basis.numpy(),
                              fitted.scale.numpy()).mean(), rel=1e-5)
