@@ -193,10 +193,11 @@ def one_an_example(file: Collection, domain: str) -> Tensor:
     return index[first.scatter_reduce(0, kind, torch.arange(len(kind)), "amin")]
 
 
-def paths_of(file: Collection, domain: str, most: int = MOST) -> tuple[list[Tensor], Tensor]:
-    """The domain's unbroken stretches of text, as indices of the collection's rows, until they are
-    `most` points; and the indices of all its rows."""
-    index = file.chosen(domain)
+def paths_of(file: Collection, domain: str, most: int = MOST,
+             roles: tuple[str, ...] = ()) -> tuple[list[Tensor], Tensor]:
+    """The domain's unbroken stretches of text in these roles (none: all), as indices of the
+    collection's rows, until they are `most` points; and the indices of all its rows."""
+    index = file.chosen(domain, roles)
     example, position = file.field["example"][index], file.field["position"][index]
     breaks = (example.diff() != 0) | (position.diff() != 1)
     paths = [p for p in index.tensor_split((breaks.nonzero()[:, 0] + 1).tolist()) if len(p) > 1]
@@ -209,12 +210,12 @@ def paths_of(file: Collection, domain: str, most: int = MOST) -> tuple[list[Tens
     return kept, index
 
 
-def walks(file: Collection, layer: int, domain: str,
-          embeddings: Tensor | None = None) -> dict[str, float]:
-    """Are a domain's texts local at a layer: their steps' mean length and spread against random
+def walks(file: Collection, layer: int, domain: str, embeddings: Tensor | None = None,
+          roles: tuple[str, ...] = ()) -> dict[str, float]:
+    """Are a domain's texts (in these roles; none: all) local at a layer: their steps' mean length and spread against random
     walks over their own tokens, and over all token types alike; at the embeddings, given here
     (V, D), over the vocabulary (paper 4.1)."""
-    paths, index = paths_of(file, domain)
+    paths, index = paths_of(file, domain, roles=roles)
     rows = file.rows(layer, index).float()
     place = torch.full((len(file.field["role"]),), -1)
     place[index] = torch.arange(len(index))

@@ -289,6 +289,17 @@ def silhouette(x: np.ndarray, labels: np.ndarray, sample: int = 2000, seed: int 
                           / np.where(width > 0, width, 1), 0).mean())
 
 
+def bimodality(x: np.ndarray) -> float:
+    """Sarle's coefficient (skewness^2 + 1) / kurtosis of x (N,): 1/3 for a Gaussian, 5/9 if uniform,
+    1 for two points. Heavy tails lower it."""
+    x = _points(np.reshape(x, (-1, 1)), "x", 4)[:, 0].astype(np.float64)
+    z = x - x.mean()
+    if not z.any():
+        raise GeometryError("all values are equal: they have no shape")
+    second, third, fourth = (np.mean((z / np.abs(z).max())**k) for k in (2, 3, 4))
+    return float((third**2 / second**3 + 1) * second**2 / fourth)
+
+
 # --------------------------------------------------------------------------------------------------
 # paths, and confidences
 

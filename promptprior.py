@@ -23,15 +23,15 @@ from types import SimpleNamespace
 
 import data
 import priors
-from settings import (COLLECT, DATA, FIRST, MODEL, PRIOR, SAMPLE, SWITCHES, TRAIN, UserError,
-                      absolute, check_ranges, check_same_model, checksum, checksums, encode,
+from settings import (COLLECT, DATA, FIGURE, FIRST, MODEL, PRIOR, SAMPLE, SWITCHES, TRAIN,
+                      UserError, absolute, check_ranges, check_same_model, checksum, checksums, encode,
                       free_name, layers_with_rows, load_model, model_files, model_folder,
                       plain_pasts, parse_spec, prior_name, read_questions, rows_per_layer, say,
                       settings_of, some_of, spec_name, stored_settings, text_name,
                       training_and_evaluation)
 
 # their own ValueErrors are the user's mistakes
-MODULES = {"activations", "compare", "data", "geometry", "llama", "posteriors", "priors",
+MODULES = {"activations", "compare", "data", "figures", "geometry", "llama", "posteriors", "priors",
            "references", "settings", "train", "viz"}
 
 
@@ -90,11 +90,12 @@ def layer_figure(i: int, reference: "Reference", series: list[tuple[str, "Tensor
     plane = viz.pca(reference if len(reference) > 2 else np.concatenate([reference, *points]))
     flat = [viz.project(plane, rows) for rows in points]
     looks = ((viz.BLUE, True), (viz.VERMILION, False))
-    return viz.scatter(viz.project(plane, reference), name,
-                       [viz.Series(label, xy, *look)
-                        for (label, _), xy, look in zip(series, flat, looks)],
-                       viz.axis_names(plane), tuple(flat) if len(flat) == 2 else None,
-                       title=f"Layer {i}, its input" if i else "Token embeddings", caption=caption)
+    marks = [viz.Points(label, xy, *look) for (label, _), xy, look in zip(series, flat, looks)]
+    if len(flat) == 2:
+        marks.insert(0, viz.Arrows("from start to end", *flat))
+    return viz.figure([viz.Panel([viz.Cloud(name, viz.project(plane, reference)), *marks],
+                                 viz.axis_names(plane))],
+                      f"Layer {i}, its input" if i else "Token embeddings", caption)
 
 
 def draw_run(run, a: SimpleNamespace, found: dict) -> list[str]:
@@ -115,6 +116,25 @@ def draw_run(run, a: SimpleNamespace, found: dict) -> list[str]:
         names.append(f"figures/layer-{i:02d}.svg")
         run.write(names[-1], svg.encode())
     return names
+
+
+def text_picture(run, a: SimpleNamespace, found: dict) -> str:
+    """The same in characters, for a terminal."""
+    import shutil
+
+    import viz
+
+    columns, lines = shutil.get_terminal_size((80, 30))
+    (start, end), out = run.start_and_end(), []
+    for i, reference in found.items():
+        plane = viz.pca(reference.rows.numpy())
+        out += [f"{run.path}, layer {i}: . {reference.name} ({len(reference.rows)} rows), o prior "
+                f"draw, # trained; {', '.join(viz.axis_names(plane))}",
+                viz.braille(viz.project(plane, reference.rows.numpy()),
+                            [(letter, viz.project(plane, rows[i].numpy()))
+                             for letter, rows in (("o", start), ("#", end))],
+                            min(columns, 120) - 1, min(lines - 4, 40))]
+    return "\n".join(out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,8 +171,7 @@ def command_train(given: dict) -> None:
     run = Run(Path(given["out"]))
     config = run.config()
     stored = stored_settings(config)
-    other = [f"--{k.replace('_', '-')} {v} (the run has {stored.get(k)})" for k, v in given.items()
-             if k != "out" and stored.get(k) != v]
+    other = differences(run, given)
     if other:
         raise UserError(f"{run.path}: a run goes on with its own settings, not with "
                         f"{'; '.join(other)}: leave them out, or start another run")
@@ -165,6 +184,13 @@ def command_train(given: dict) -> None:
                        f"{world()[1]} are others in the last digits: start as many by torchrun")
     meet()
     train_run(run, a, config)
+
+
+def differences(run, given: dict) -> list[str]:
+    """What was asked for otherwise than the run was made."""
+    stored = stored_settings(run.config())
+    return [f"--{k.replace('_', '-')} {v} (the run has {stored.get(k)})" for k, v in given.items()
+            if k != "out" and stored.get(k) != v]
 
 
 def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
@@ -495,6 +521,7 @@ def compare_collection(path: str, given: dict) -> dict:
 
 def command_interpolate(given: dict) -> None:
     """Prompts on the straight line between two trained ones, on the tasks of both."""
+    import figures
     from train import Run, evaluate
 
     as_json, points = given.pop("json", False), given.pop("points", 11)
@@ -538,7 +565,10 @@ def command_interpolate(given: dict) -> None:
         print(f"(1 - t) {one.path} + t {other.path}; scores in percent, loss in nats a token\n\n"
               f"{table(sorted(rows, key=lambda r: r[1]['data']))}\n")
     folder.write("curve.jsonl", b"".join((json.dumps(line) + "\n").encode() for line in curve))
-    say(f"{folder.path}: curve.jsonl")
+    folder.write("curve.svg", figures.line(
+        curve, f"(1 - t) {one.path.name} + t {other.path.name}, model {model_folder(a).name}, seeds "
+        f"{a.seed} and {b.seed}; {points} prompts.").encode())
+    say(f"{folder.path}: curve.jsonl, curve.svg")
 
 
 def named_spec(text: str) -> tuple[str, str]:
@@ -561,14 +591,83 @@ def chosen_layers(text: str | None, L: int) -> list[int]:
     return layers
 
 
+def command_figures(given: dict) -> None:
+    """Make what the figures are drawn from, as far as it is not there yet, and draw them."""
+    import activations
+    import figures
+    from train import Run, progress, write_file
+
+    numbers = sorted(set(given.pop("numbers", None) or figures.FIGURES))
+    unknown = [n for n in numbers if n not in figures.FIGURES]
+    if unknown:
+        raise UserError(f"figure {unknown[0]}: the paper has 1 to {max(figures.FIGURES)}")
+    a = settings_of(given, MODEL, PRIOR, DATA, FIGURE)
+    a.text_data, a.squad_data, a.math_data = map(absolute, (a.text_data, a.squad_data,
+                                                            a.math_data))
+    model, vocabulary = load_model(a)
+    folder, needed = Path(a.out), [figures.FIGURES[n] for n in numbers]
+    same = {k: getattr(a, k) for k in ("model", "device", "dtype", "seed")}
+    domains = {"text": a.text_data, "squad": a.squad_data, "math": a.math_data}
+    modules = {f.stem: f"math:{f}" for f in data.files_of("math", parse_spec(a.math_data, 0)[1])}
+    asked = {"tokens": ("token", "all", domains), "means": (
+        "mean", str(model.config.num_hidden_layers), {"text": a.text_data, **modules})}
+    collections = {}
+    for name in dict.fromkeys(c for f in needed for c in f.collections):
+        path, (pool, layers, specs) = folder / f"{name}.safetensors", asked[name]
+        if not path.exists():
+            command_collect({**same, "domains": [f"{k}={v}" for k, v in specs.items()],
+                             "pool": pool, "layers": layers, "examples": a.examples,
+                             "limit": a.limit, "out": str(path)})
+        file = collections[name] = activations.Collection(path)
+        check_same_model(a, file.about["sha256"], path)
+        made = {"data": [*specs.values()], "examples": a.examples, "limit": a.limit,
+                "seed": a.seed}
+        if {k: file.about.get(k) for k in made} != made:
+            raise UserError(f"{path}: collected from other data or with other limits: choose "
+                            "another --out, or remove it")
+    scale, runs = float(model.embeddings.float().square().mean().sqrt()), {}
+    recipes = figures.recipes(a, scale)
+    for name in dict.fromkeys(r for f in needed for r in f.runs):
+        run = runs[name] = Run(folder / "runs" / name)
+        wanted = {**same, **recipes[name], **{k: getattr(a, k) for k in (
+            "steps", "eval_limit", "batch_size")}}
+        there = run.path.exists()
+        if not there or differences(run, wanted) or not any(
+                m["split"] == "eval" and m["step"] == a.steps for m in run.metrics()):
+            command_train({**wanted, "out": str(run.path), **({"resume": True} if there else {})})
+    world = figures.World(a, model, vocabulary, collections, runs)
+    results = {}
+    for n in numbers:
+        figure = figures.FIGURES[n]
+        svg, measured = figures.draw(n, world)
+        name = f"figure-{n:02d}-{figure.name}.svg"
+        write_file(folder / name, svg.encode())
+        results[n] = {"file": name, "title": figure.title, "measured": measured}
+        print(f"{folder / name}\n    " + ", ".join(
+            f"{k} {v:.3g}" for k, v in measured.items() if not isinstance(v, list)))
+    path = folder / "figures.json"
+    if path.exists():
+        results = {**{int(k): v for k, v in json.loads(path.read_text()).items()}, **results}
+    write_file(path, (json.dumps(dict(sorted(results.items())), indent=1) + "\n").encode())
+
+
 def command_plot(given: dict) -> None:
+    import figures
     from references import references
 
+    text, runs = given.pop("text", False), []
     for path in given.pop("runs"):
-        run, a, model, vocabulary, prompt = open_run(path, given)
+        run, a, model, vocabulary, prompt = open_run(path, dict(given))
+        runs.append(run)
         found = references(a, model, vocabulary, list(prompt.rows))
+        if text:
+            print(text_picture(run, a, found))
+            continue
         for name in draw_run(run, a, found):
             print(run.path / name)
+    if not text:
+        runs[0].write("figures/curves.svg", figures.curves(runs).encode())
+        print(runs[0].path / "figures/curves.svg")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -604,7 +703,7 @@ def parser() -> argparse.ArgumentParser:
         for flag, (default, text) in (item for group in groups for item in group.items()):
             kind = float if flag in (
                 "lr", "clip", "prior_weight", "trunk_memory") else int if flag in (
-                "max_length", "eval_every", "reference_rows") or isinstance(default, int) else str
+                "max_length", "eval_every", "snapshot_every", "reference_rows") or isinstance(default, int) else str
             shown = f"{text} ({default})" if default is not None else text
             c.add_argument("--" + flag.replace("_", "-"), type=kind,
                            nargs="+" if flag == "reference" else None,
@@ -677,15 +776,22 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--out", help="folder for curve.jsonl (RUN_A-to-RUN_B)")
     c.add_argument("--json", action="store_true", help="print JSON")
 
+    c = command("figures", "Draw the paper's figures, and measure what each shows.",
+                [MODEL, FIGURE])
+    c.add_argument("numbers", metavar="N", nargs="*", type=int, help="figures, 1 to 13 (all)")
+
     c = command("plot", "Draw a run: the reference, the prior's draw and the trained rows, per "
                 "layer.", [some])
     c.add_argument("runs", metavar="RUN", nargs="+", help="runs' folders")
+    c.add_argument("--text", action="store_true",
+                   help="print each layer's plane in characters, and write nothing")
     return p
 
 
 COMMANDS = {"train": command_train, "eval": command_eval, "generate": command_generate,
             "sample": command_sample, "collect": command_collect,
-            "compare": command_compare, "interpolate": command_interpolate, "plot": command_plot}
+            "compare": command_compare, "interpolate": command_interpolate,
+            "figures": command_figures, "plot": command_plot}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -72,6 +72,8 @@ TRAIN = {
                            "deviation for every number of the rows"),
     "particles": (8, "prompts of --posterior svgd; draws that stand for a gaussian in eval"),
     "eval_every": (None, "steps between evaluations and checkpoints (a quarter of --steps)"),
+    "snapshot_every": (None, "steps between snapshots of the rows in prompts/, beside those at "
+                             "evaluations (a twentieth of --steps)"),
     "trunk_memory": (4.0, "GiB of the device's memory, per process, for the inputs of the first "
                           "layer with rows, worked out once for all epochs when no rows are at the "
                           "tokens; more goes to a file in the run's folder, removed at the end"),
@@ -88,8 +90,20 @@ COLLECT = {
     "pool": ("token", "token: a row a token; mean: an example's mean; last: its last token"),
     "roles": (None, "tokens of these roles: some of bos,context,question,answer,text (all)"),
 }
-POSITIVE = {"particles", "batch_size", "max_new", "eval_every", "max_length", "reference_rows",
-            "lr", "clip"}
+FIGURE = {
+    "out": ("figures", "folder for the figures and for what they are made from, which is kept"),
+    "text_data": ("text", "prose, as the paper's C4: a SPEC"),
+    "squad_data": ("squad", "questions on texts: a SPEC"),
+    "math_data": ("math", "arithmetic, a module a file: a SPEC"),
+    "steps": (200, "training steps of each of the six runs"),
+    "eval_limit": (200, "most questions evaluated; 0 for all"),
+    "batch_size": (16, "examples a step"),
+    "examples": (1000, "examples of each SPEC, drawn at random; 0 for all"),
+    "limit": (5000, "activations of each SPEC and layer, whole examples drawn at random; 0 for "
+                    "all"),
+}
+POSITIVE = {"particles", "batch_size", "max_new", "eval_every", "snapshot_every", "max_length",
+            "reference_rows", "lr", "clip"}
 NOT_NEGATIVE = {"steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight",
                 "trunk_memory", "examples", "limit"}
 SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep prompt tuning "
@@ -142,6 +156,7 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
         a.prior = f"{name}:{','.join(os.path.abspath(r) if r in sources else r for r in rest)}"
     if groups[-1] is TRAIN:
         a.eval_every = a.eval_every or max(1, a.steps // 4)
+        a.snapshot_every = a.snapshot_every or max(1, a.steps // 20)
         if a.posterior not in POSTERIORS:
             raise UserError(f"--posterior {a.posterior}: use one of {', '.join(POSTERIORS)}")
         if a.prior_weight is None:

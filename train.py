@@ -207,6 +207,15 @@ class Run:
             for old in self.path.glob(pattern):
                 old.unlink()
 
+    def snapshots(self) -> list[int]:
+        """The steps whose rows are in prompts/, 0 the prior's draw."""
+        steps = sorted(int(path.stem) for path in self.path.glob("prompts/??????.safetensors")
+                       if path.stem.isdigit())
+        if not steps or steps[0] != 0:
+            raise RunError(f"{self.path}: no snapshot of the prior's draw in prompts/: restore "
+                           "it, or train again with --overwrite")
+        return steps
+
     def rows(self, name: str) -> dict[int, Tensor]:
         """Prompt rows {layer: (n, D)} of prompt.safetensors or prompts/NNNNNN.safetensors; of a
         posterior the mean."""
@@ -608,6 +617,8 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
             scored = done % a.eval_every == 0 or done == a.steps
             if scored:
                 record(done)
+            elif a.snapshot_every and done % a.snapshot_every == 0:  # runs of old have none
+                write_rows(f"prompts/{done:06d}.safetensors")
             came = sum_up(*(signals.count(s) for s in handlers), device=a.device)
             signal_number = next((s for s, n in zip(handlers, came) if n), None)
             if scored or signal_number:

@@ -1,11 +1,10 @@
 """Pictures of embeddings: arrays and labels in, coordinates and SVG text out. Needs numpy alone.
 
-    plane = pca(vocabulary)                               # fitted on the reference only
-    svg = scatter(project(plane, vocabulary), "vocabulary",
-                  [Series("prior draw", project(plane, start), hollow=True),
-                   Series("trained", project(plane, end))],
-                  lines=(project(plane, start), project(plane, end)), axes=axis_names(plane),
-                  title="Layer 0")
+    plane = pca(vocabulary)                                   # fitted on the reference only
+    a, b = project(plane, start), project(plane, end)
+    svg = figure([Panel([Cloud("vocabulary", project(plane, vocabulary)), Arrows("moved", a, b),
+                         Points("prior draw", a, hollow=True), Points("trained", b)],
+                        axis_names(plane))], title="Layer 0")
 
 It returns strings and writes nothing; every text is escaped. The picture is readable on paper, on a
 light and on a dark page, and in grey: colours are Okabe and Ito's, kinds also differ by shape.
@@ -14,17 +13,25 @@ light and on a dark page, and in grey: colours are Okabe and Ito's, kinds also d
 from __future__ import annotations
 
 import base64
+import gzip
+import hashlib
+import html
+import json
 import math
 import re
 import struct
 import textwrap
+import unicodedata
 import zlib
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 from xml.sax.saxutils import escape
 
 import numpy as np
 
-BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's; told apart by everybody, in grey by shape
+# Okabe and Ito's, told apart by everybody; in grey shapes tell
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, BLACK = PALETTE = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+GREY = "#7a8799"  # a background's, on light and on dark
 
 
 class PictureError(ValueError):
@@ -81,109 +88,705 @@ def axis_names(plane: Plane) -> tuple[str, ...]:
 
 
 # --------------------------------------------------------------------------------------------------
-# a figure
+# t-SNE
 
 
-class Series(NamedTuple):
-    """Foreground points."""
+class Embedding(NamedTuple):
+    """A map, and what its caption must say."""
+
+    points: np.ndarray  # (N, 2)
+    kl: float  # the divergence that was minimised, in nats
+    perplexity: float  # the one used: at most (N - 1) / 3
+
+
+# (steps, exaggeration, rate in N / 4, momentum): attract, settle, travel far, settle. Ending at high
+# rate or momentum looks better on clusters, and is worse on data without any.
+SCHEDULE = ((60, 12, 1 / 12, 0.9), (50, 1, 1, 0.8), (110, 1, 2, 0.95), (50, 1, 1, 0.8))
+EXACT = 1500  # points up to which all pairs are summed, which is then the faster way
+MESH = 0.35  # spacing of the mesh, in units of the kernel's width
+CHUNK = 2**16  # entries worked on at a time, that they stay in the processor's cache
+
+
+def tsne(x: np.ndarray, perplexity: float = 30.0, seed: int = 0, exact: bool | None = None,
+         progress: Callable[[int, int, float | None], None] | None = None) -> Embedding:
+    """Map x (N, D) to the plane, neighbours to neighbours (van der Maaten and Hinton 2008)."""
+    x = _scaled(x, 4)
+    N, D = x.shape
+    perplexity = min(float(perplexity), (N - 1) / 3)
+    if not perplexity >= 1:
+        raise PictureError(f"perplexity {perplexity}: ask for at least 1")
+    if D > 64:
+        x = project(pca(x, min(50, N)), x)
+    start = project(pca(x, min(2, x.shape[1])), x)
+    start = np.pad(start, ((0, 0), (0, 2 - start.shape[1])))
+    start *= 1e-4 / start[:, 0].std()
+    start += np.random.default_rng(seed).normal(scale=1e-6, size=start.shape)
+    index, square = _neighbours(x, x, int(3 * perplexity), itself=True)
+    edges = _symmetric(index, _affinity(square, perplexity))
+    points, kl = _descend(edges, start, N <= EXACT if exact is None else exact, progress)
+    return Embedding(points, kl, perplexity)
+
+
+def embed(new: np.ndarray, reference: np.ndarray, points: np.ndarray, k: int = 25) -> np.ndarray:
+    """Places (m, 2) for new rows (m, D) on the map points (N, 2) of reference (N, D), which stays as
+    it is. Each row is placed by itself: from the median of its k nearest reference rows' points to
+    where their pulls, of perplexity k / 3, balance."""
+    reference, new, points = np.asarray(reference), np.asarray(new), np.asarray(points, np.float64)
+    if points.shape != (len(reference), 2) or new.shape[1:] != reference.shape[1:]:
+        raise PictureError(f"new rows {new.shape}, reference {reference.shape} and its points "
+                           f"{points.shape}: give (m, D), (N, D) and (N, 2)")
+    both = _scaled(np.concatenate([reference, new]), 4)
+    k = min(k, len(reference))
+    index, square = _neighbours(both[len(reference):], both[:len(reference)], k)
+    p, near = _affinity(square, max(k / 3, 1)), points[index]
+    y = np.median(near, axis=1)
+    for _ in range(50):
+        w = p / (1 + np.square(near - y[:, None]).sum(2))
+        y = (w[:, :, None] * near).sum(1) / w.sum(1, keepdims=True)
+    return y
+
+
+def _scaled(x, least):
+    """x (N, D) as float64 about its median, which far outliers do not move, within +-1."""
+    x = np.asarray(x)
+    if x.ndim != 2 or x.dtype.kind not in "biuf" or not x.shape[1]:
+        raise PictureError(f"points are {x.dtype} of shape {x.shape}: give numbers (rows, width)")
+    if len(x) < least:
+        raise PictureError(f"a map of {len(x)} points: give at least {least}")
+    x = x.astype(np.float64)
+    if not np.isfinite(x).all():
+        raise PictureError("points with values that are not finite: leave them out")
+    x -= np.median(x, axis=0)
+    largest = np.abs(x).max()
+    if not largest > 0:
+        raise PictureError(f"all {len(x)} points are equal: a map would show nothing")
+    return x / largest
+
+
+# --------------------------------------------------------------------------------------------------
+# affinities
+
+
+def _neighbours(rows, population, k, itself=False):
+    """The k members of population (N, D) nearest to each of rows (n, D), and squared distances:
+    (n, k) each, in no order. itself: rows are the population, and none is its own neighbour."""
+    N, D = population.shape
+    b = np.zeros((-(-N // 128) * 128, D + 1), np.float32)  # a row x . y - |y|^2 / 2 by one product
+    b[:N, :D] = population
+    b[:, D] = -np.inf
+    b[:N, D] = -np.square(b[:N, :D]).sum(1) / 2
+    index = np.empty((len(rows), k), np.int64)
+    square = np.empty((len(rows), k), np.float32)
+    for at in range(0, len(rows), 64):
+        a = np.ones((len(rows[at:at + 64]), D + 1), np.float32)
+        a[:, :D] = rows[at:at + 64]
+        score = a @ b.T
+        each = np.arange(len(a))
+        if itself:
+            score[each, at + each] = -np.inf
+        index[at:at + 64] = found = _largest(score, k)
+        square[at:at + 64] = np.square(a[:, None, :D] - b[found, :D]).sum(2)
+    return index, square
+
+
+def _largest(score, k):
+    """Columns (n, k) of the k largest of every row of score (n, N). They are in the k slices with
+    the largest maxima; a slice is every N / 8-th column."""
+    n, N = score.shape
+    if N < 16 * k or N % 8:
+        return np.argpartition(score, N - k, axis=1)[:, N - k:]
+    slices = _largest(score.reshape(n, 8, N // 8).max(1), k)
+    inside = (slices[:, None] + N // 8 * np.arange(8)[:, None]).reshape(n, -1)
+    best = np.argpartition(np.take_along_axis(score, inside, 1), 7 * k, axis=1)[:, 7 * k:]
+    return np.take_along_axis(inside, best, 1)
+
+
+def _affinity(square, perplexity):
+    """Probabilities (n, k) proportional to exp(-beta square), with the beta (n,) that gives every
+    row the entropy log(perplexity): Newton's method on log beta, within a bracket."""
+    p = np.empty(square.shape)
+    for at in range(0, len(p), 1024):
+        d = square[at:at + 1024].astype(np.float64)
+        d -= d.min(1, keepdims=True)
+        d /= np.maximum(d.mean(1, keepdims=True), 1e-300)
+        u, low, high = np.zeros(len(d)), np.full(len(d), -30.0), np.full(len(d), 30.0)
+        for _ in range(50):
+            beta = np.exp(u)[:, None]
+            q = np.exp(-beta * d)
+            total = q.sum(1)
+            mean = (q * d).sum(1) / total
+            variance = (q * d * d).sum(1) / total - mean**2
+            entropy = np.log(total) + beta[:, 0] * mean
+            excess = entropy - math.log(perplexity)
+            if np.abs(excess).max() < 1e-7:
+                break
+            low, high = np.where(excess > 0, u, low), np.where(excess > 0, high, u)
+            step = u + excess / np.maximum(beta[:, 0]**2 * variance, 1e-300)
+            u = np.where((low < step) & (step < high), step, (low + high) / 2)
+        p[at:at + 1024] = q / total[:, None]
+    return p
+
+
+class Edges(NamedTuple):
+    """Rows of symmetric affinities, of about one length, padded by affinity 0."""
+
+    rows: np.ndarray  # (r,)
+    index: np.ndarray  # (r, w) their neighbours
+    p: np.ndarray  # (r, w)
+
+
+def _symmetric(index, p):
+    """(p + p^T) / 2N, all of which sum to 1, as a list of Edges."""
+    N, k = index.shape
+    key = np.arange(N)[:, None] * N + index
+    key = np.concatenate([key.ravel(), (key % N * N + key // N).ravel()])
+    order = np.argsort(key)
+    key = key[order]
+    first = np.flatnonzero(np.diff(key, prepend=-1))
+    value = np.add.reduceat(np.tile(p.ravel(), 2)[order], first) / (2 * N)
+    column = key[first] % N
+    length = np.bincount(key[first] // N, minlength=N)
+    begin = np.cumsum(length) - length
+    by_length = np.argsort(length, kind="stable")
+    edges, at = [], 0
+    while at < N:
+        rows = by_length[at:at + max(1, CHUNK // length[by_length[at]])]
+        at += len(rows)
+        place = np.arange(length[rows].max())
+        flat = begin[rows][:, None] + place
+        edges.append(Edges(rows, column.take(flat, mode="clip"), np.where(
+            place < length[rows][:, None], value.take(flat, mode="clip"), 0)))
+    return edges
+
+
+# --------------------------------------------------------------------------------------------------
+# gradient
+
+
+def _attraction(edges, y, cost=False):
+    """sum_j p_ij (y_i - y_j) / (1 + d_ij^2) (N, 2), and sum_ij p_ij log(p_ij (1 + d_ij^2))."""
+    force, total = np.empty_like(y), 0.0
+    z = np.ascontiguousarray(y).view(np.complex64 if y.dtype == np.float32 else np.complex128)[:, 0]
+    for rows, index, p in edges:
+        other = z.take(index)
+        dx = y[rows, :1] - other.real
+        dy = y[rows, 1:] - other.imag
+        near = dx * dx
+        near += dy * dy
+        near += 1
+        if cost:
+            total += float((p * np.log(np.where(p > 0, p, 1) * near)).sum())
+        np.divide(p, near, out=near)
+        force[rows, 0] = np.vecdot(near, dx)
+        force[rows, 1] = np.vecdot(near, dy)
+    return force, total
+
+
+def _repulsion(y):
+    """sum_j (y_i - y_j) / (1 + d_ij^2)^2 (N, 2) and Z, the sum of 1 / (1 + d_ij^2) over ordered
+    pairs: all of them."""
+    force, Z = np.empty_like(y), -float(len(y))
+    square, one = np.square(y).sum(1, keepdims=True), np.ones((len(y), 1), y.dtype)
+    right = np.concatenate([y, square, one], axis=1).T
+    ones = np.concatenate([y, one], axis=1)
+    block = max(1, 2**18 // len(y))
+    for at in range(0, len(y), block):
+        a = y[at:at + block]
+        near = np.concatenate([-2 * a, one[:len(a)], square[at:at + block] + 1], axis=1) @ right
+        np.reciprocal(near, out=near)
+        Z += float(near.sum())
+        near *= near
+        moment = near @ ones
+        force[at:at + block] = a * moment[:, 2:] - moment[:, :2]
+    return force, Z
+
+
+class Mesh(NamedTuple):
+    """Spacing h, nodes (along x, along y), and the transform of the kernel on it."""
+
+    h: float
+    size: tuple[int, int]
+    kernel: np.ndarray  # (2 size[0], size[1] + 1)
+    offset: float  # what was left out of the kernel
+
+
+def _mesh(span, h, dtype):
+    """A mesh for points within span (2,)."""
+    h = min(h, span.max() / 128)
+    size = tuple(_fast(math.ceil(s / h) + 8) for s in span)
+    offset = 1.0 if span.max() < 4 else 0.0  # float32 cannot see a small map's potential beside N
+    wave = [(4 + 2 * np.cos(np.pi / s * np.arange(2 * s))) / 6 for s in size]
+    x, y = (h * np.minimum(np.arange(2 * s), 2 * s - np.arange(2 * s)) for s in size)
+    square = np.square(x)[:, None] + np.square(y)
+    kernel = -square / (1 + square) if offset else 1 / (1 + square)
+    kernel = np.fft.rfft2(kernel).real / np.square(wave[0][:, None] * wave[1][:size[1] + 1])
+    return Mesh(h, size, kernel.astype(dtype), offset)
+
+
+def _fast(n):
+    """The next size of which transforms are fast."""
+    return next(m for m in range(n, 2 * n) if 2**20 * 3**10 * 5**6 % m == 0 and m % 4 == 0)
+
+
+def _field(y, mesh, low):
+    """Potential of unit charges at y (n, 2), its coefficients on the mesh."""
+    (a, b), weights = mesh.size, 0
+    cell, wx, wy = _weights(y, mesh, low)[:3]
+    dtype = mesh.kernel.dtype
+    charge = np.zeros((2 * a, 2 * b), dtype)
+    charge.ravel()[:2 * a * b] = np.bincount((cell + _stencil(b)).ravel(), (
+        wx[:, None] * wy).ravel(), 2 * a * b)
+    wave = np.zeros((2 * a, b + 1), np.complex64 if dtype == np.float32 else np.complex128)
+    # numpy transforms in single precision only where it has a factor to apply: norm="ortho"
+    np.fft.rfft(charge[:a], axis=1, norm="ortho", out=wave[:a])
+    wave = np.fft.fft(wave, axis=0, norm="ortho")
+    wave *= mesh.kernel
+    wave = np.fft.ifft(wave, axis=0, norm="ortho")[:a]
+    return np.fft.irfft(wave, axis=1, norm="ortho")
+
+
+def _stencil(b):
+    return (2 * b * np.arange(4)[:, None] + np.arange(4)).reshape(4, 4, 1)
+
+
+def _weights(y, mesh, low):
+    """First node (n,) of the 4 x 4 that carry each of y (n, 2), and cubic B-spline weights and
+    slopes (4, n) along x and along y."""
+    place = (y - low) / mesh.h + 2
+    whole = np.floor(place)
+    t = (place - whole).T.astype(mesh.kernel.dtype)
+    cell = whole.astype(np.int64) @ [2 * mesh.size[1], 1]
+    s = 1 - t
+    w = np.stack([s**3, 4 - 3 * t * t * (1 + s), 4 - 3 * s * s * (1 + t), t**3], 1) / 6
+    d = np.stack([-s * s, t * (3 * t - 4), s * (4 - 3 * s), t * t], 1) / 2
+    return cell, w[0], w[1], d[0], d[1]
+
+
+def _sample(field, y, mesh, low):
+    """Potential (n,) and slopes (n, 2) at y (n, 2)."""
+    cell, wx, wy, dx, dy = _weights(y, mesh, low)
+    phi = field.take(cell + _stencil(mesh.size[1]))
+    along = (phi * wy).sum(1)
+    gy = ((phi * dy).sum(1) * wx).sum(0) / mesh.h
+    return (along * wx).sum(0), np.stack([(along * dx).sum(0) / mesh.h, gy], 1)
+
+
+def _mesh_repulsion(y, mesh):
+    """As _repulsion, by the slope of one potential."""
+    low = y.min(0)
+    field = _field(y, mesh, low)
+    phi, slope = _sample(field, y, mesh, low)
+    return -slope / 2, float(phi.sum(dtype=np.float64)) + len(y) * (len(y) * mesh.offset - 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# optimiser
+
+
+def _descend(edges, start, exact, progress):
+    """Gradient descent with momentum and delta-bar-delta gains (Jacobs 1988)."""
+    y = start - start.mean(0)
+    N, steps = len(y), sum(stage[0] for stage in SCHEDULE)
+    edges = [e._replace(p=e.p.astype(np.float32)) for e in edges]
+    velocity, gain, mesh, step = np.zeros_like(y), np.ones_like(y), None, 0
+    for count, exaggeration, rate, momentum in SCHEDULE:
+        for _ in range(count):
+            single = y.astype(np.float32)
+            pull = _attraction(edges, single)[0]
+            if exact:
+                push, Z = _repulsion(single)
+            else:
+                span = np.ptp(y, axis=0)
+                if mesh is None or not _fits(mesh, span):
+                    mesh = _mesh(span * 1.1, MESH, np.float32)
+                push, Z = _mesh_repulsion(y, mesh)
+            descent = push / Z - exaggeration * pull
+            gain = np.where((descent > 0) == (velocity > 0), gain + 0.2, gain * 0.8 + 0.01)
+            velocity = momentum * velocity + rate * N * gain * descent
+            length = np.sqrt(np.square(velocity).sum(1, keepdims=True))
+            velocity *= np.minimum(1, 5 / np.maximum(length, 1e-300))
+            y += velocity
+            y -= y.mean(0)
+            step += 1
+            if progress:
+                progress(step, steps, None)
+    single = y.astype(np.float32)
+    Z = (_repulsion(single) if exact else _mesh_repulsion(
+        y, _mesh(np.ptp(y, axis=0), MESH / 2, np.float32)))[1]
+    return y, _attraction(edges, single, cost=True)[1] + math.log(Z)
+
+
+def _fits(mesh, span):
+    room = (np.array(mesh.size) - 5) * mesh.h
+    return (span <= room).all() and (span.max() * 1.5 > room.max())
+
+
+# --------------------------------------------------------------------------------------------------
+# what a figure shows: marks, each with the points it covers, its SVG, and its entry in the legend
+
+
+class Frame(NamedTuple):
+    """A plot's place on the page in pixels, and its limits in the data's units."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    low: np.ndarray  # (2,)
+    high: np.ndarray  # (2,)
+
+    def place(self, points: np.ndarray) -> np.ndarray:
+        """Data (m, 2) -> page (m, 2), where y grows downwards."""
+        share = (np.asarray(points, np.float64).reshape(-1, 2) - self.low) / (self.high - self.low)
+        return np.stack([self.left + share[:, 0] * self.width,
+                         self.top + (1 - share[:, 1]) * self.height], 1)
+
+
+class Cloud(NamedTuple):
+    """Many points, as a raster of their log density; several clouds shine through one another. With
+    no colour the density itself is coloured, in viridis."""
+
+    name: str
+    points: np.ndarray  # (m, 2)
+    colour: str | None = GREY
+
+    def extent(self) -> np.ndarray:
+        return self.points
+
+    def draw(self, frame: Frame) -> list[str]:
+        at = frame.place(self.points) - (frame.left, frame.top)
+        content = density_png(at[:, 0], at[:, 1], round(frame.width), round(frame.height),
+                              self.colour)
+        uri = base64.b64encode(content).decode()
+        return [f'<image x="{frame.left:.2f}" y="{frame.top:.2f}" width="{frame.width:.2f}" '
+                f'height="{frame.height:.2f}" xlink:href="data:image/png;base64,{uri}"/>']
+
+    def key(self, x: float, y: float) -> str:
+        if self.colour:
+            return (f'<rect x="{x - 6}" y="{y - 6}" width="12" height="12" rx="2" '
+                    f'fill="{self.colour}" fill-opacity=".55"/>')
+        return "".join(f'<rect x="{x - 7 + 2 * i}" y="{y - 6}" width="2.2" height="12" '
+                       f'fill="{viridis(i / 6)}"/>' for i in range(7))
+
+
+class Points(NamedTuple):
+    """Few points, each a marker, told apart in grey too: by shape, filled or hollow."""
 
     name: str
     points: np.ndarray  # (m, 2)
     colour: str = VERMILION
     hollow: bool = False
+    shape: str = "circle"  # or square, diamond, triangle
+    labels: tuple[str, ...] = ()  # beside the points
+    size: float = 1.0
+
+    def extent(self) -> np.ndarray:
+        return self.points
+
+    def draw(self, frame: Frame) -> list[str]:
+        at, out, taken = frame.place(self.points), [], []
+        for (x, y), text in zip(at, self.labels):
+            wide, text = 6 * len(text), _clean(text)
+            # right or left of its point, above or below, wherever there is room; else nowhere
+            for u, v in ((x + 6, y - 4), (x + 6, y + 11), (x - 6 - wide, y - 4),
+                         (x - 6 - wide, y + 11)):
+                if frame.left < u and u + wide < frame.left + frame.width and not any(
+                        u < b + w and b < u + wide and abs(v - c) < 10 for b, c, w in taken):
+                    out.append(f'<text class="label" x="{u:.2f}" y="{v:.2f}">{_xml(text)}</text>')
+                    taken.append((u, v, wide))
+                    break
+        return [_marker(x, y, self) for x, y in at] + out
+
+    def key(self, x: float, y: float) -> str:
+        return _marker(x, y, self)
 
 
-GREY = "#7a8799"  # the background's, on light and on dark
+class Arrows(NamedTuple):
+    """A thin arrow from every row of start (m, 2) to the same row of end."""
+
+    name: str
+    start: np.ndarray
+    end: np.ndarray
+
+    def extent(self) -> np.ndarray:
+        return np.concatenate([self.start, self.end])
+
+    def draw(self, frame: Frame) -> list[str]:
+        return [_arrow(np.stack(pair), "path") for pair in zip(frame.place(self.start),
+                                                               frame.place(self.end))]
+
+    def key(self, x: float, y: float) -> str:
+        return _arrow(np.array([(x - 8.0, y), (x + 8.0, y)]), "path")
+
+
+class Trails(NamedTuple):
+    """Paths (T, 2) from place to place, from dark to light, with an arrow at their ends."""
+
+    name: str
+    paths: list[np.ndarray]
+
+    def extent(self) -> np.ndarray:
+        return np.concatenate(self.paths)
+
+    def draw(self, frame: Frame) -> list[str]:
+        out = []
+        for path in self.paths:
+            at = frame.place(path)
+            for i in range(len(at) - 1):
+                colour = viridis(0.25 + 0.6 * i / max(len(at) - 2, 1))
+                out.append(_arrow(at[i:i + 2], "trail", f' stroke="{colour}"', colour)
+                           if i == len(at) - 2 else _line(at[i:i + 2], "trail",
+                                                          f' stroke="{colour}"'))
+        return out
+
+    def key(self, x: float, y: float) -> str:
+        return "".join(f'<path class="trail" stroke="{viridis(0.25 + 0.2 * i)}" '
+                       f'd="M{x - 8 + 4 * i} {y}h4"/>' for i in range(4))
+
+
+class Curve(NamedTuple):
+    """y over x, both (m,), and a band from low to high if they are given."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    colour: str = BLUE
+    dots: bool = False
+
+    def extent(self) -> np.ndarray:
+        return np.concatenate([np.stack([self.x, v], 1) for v in (self.y, self.low, self.high)
+                               if v is not None])
+
+    def draw(self, frame: Frame) -> list[str]:
+        at, out = frame.place(np.stack([self.x, self.y], 1)), []
+        if self.low is not None:
+            edge = np.concatenate([np.stack([self.x, self.high], 1),
+                                   np.stack([self.x, self.low], 1)[::-1]])
+            out.append(f'<path fill="{self.colour}" fill-opacity=".18" '
+                       f'd="{_path(frame.place(edge))}Z"/>')
+        out.append(_line(at, "curve", f' stroke="{self.colour}"'))
+        return out + [_marker(x, y, Points("", at, self.colour)) for x, y in at if self.dots]
+
+    def key(self, x: float, y: float) -> str:
+        line = f'<path class="curve" stroke="{self.colour}" d="M{x - 8} {y}h16"/>'
+        return line + (_marker(x, y, Points("", None, self.colour)) if self.dots else "")
+
+
+class Heat(NamedTuple):
+    """A matrix (rows, columns) of numbers, each a coloured cell; nan is an empty one. Its panel
+    has equal=False and no limits but its own."""
+
+    values: np.ndarray
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    low: float = 0.0
+    high: float = 1.0
+    name: str = ""
+
+    def extent(self) -> np.ndarray:
+        return np.array([(0, 0), self.values.shape[::-1]])
+
+    def draw(self, frame: Frame) -> list[str]:
+        (R, C), out = self.values.shape, []
+        wide, tall = frame.width / C, frame.height / R
+        for r, c in np.ndindex(R, C):
+            x, y, value = frame.left + c * wide, frame.top + r * tall, self.values[r, c]
+            if np.isfinite(value):
+                share = float(np.clip((value - self.low) / (self.high - self.low), 0, 1))
+                out.append(f'<rect x="{x:.2f}" y="{y:.2f}" width="{wide + .3:.2f}" '
+                           f'height="{tall + .3:.2f}" fill="{viridis(share)}"/>')
+                ink = "#fff" if share < 0.6 else "#111"
+                out.append(f'<text class="cell" style="fill:{ink}" x="{x + wide / 2:.2f}" '
+                           f'y="{y + tall / 2 + 4:.2f}">{value:.2f}</text>')
+        out += [f'<text class="small" text-anchor="end" x="{frame.left - 6:.2f}" '
+                f'y="{frame.top + (r + .5) * tall + 4:.2f}">{_xml(name)}</text>'
+                for r, name in enumerate(self.rows)]
+        for c, name in enumerate(self.columns):
+            x, y = frame.left + (c + .5) * wide, frame.top + frame.height + 12
+            out.append(f'<text class="small" text-anchor="end" transform="translate({x + 4:.2f} '
+                       f'{y:.2f}) rotate(-40)">{_xml(name)}</text>')
+        return out
+
+    def key(self, x: float, y: float) -> str:
+        return ""
+
+
+# --------------------------------------------------------------------------------------------------
+# a figure: panels of marks, a legend beside them, a caption below
+
+
+class Panel(NamedTuple):
+    """One plot. Marks are drawn in their order, and of equal names one is in the legend."""
+
+    marks: list  # Cloud, Points, Arrows, Trails, Curve, Heat
+    axes: tuple[str, str] = ("", "")
+    title: str = ""
+    equal: bool = True  # one scale for both axes
+    ticks: bool = True  # False where the units mean nothing, as in a t-SNE map
+    frame: np.ndarray | None = None  # (m, 2): the points that set the limits; None: all
+
+
+WIDTH, LEGEND = 720, 190  # pixels; 178 mm, a double column
 STYLE = """text{font-family:Helvetica,Arial,sans-serif;fill:#222;font-size:13px}
-.paper{fill:#fff}.frame,.tick{stroke:#888;fill:none}.grid{stroke:#888;stroke-opacity:.15}
-.path{stroke:#555;stroke-opacity:.55;stroke-width:1}.note{font-size:11px;fill:#555}\
-.title{font-size:16px;font-weight:bold}
-.halo{fill:#fff}
-@media (prefers-color-scheme:dark){text{fill:#ddd}.paper,.halo{fill:#16181c}.note{fill:#aaa}\
-.path{stroke:#ccc}.halo[stroke="#0072B2"]{stroke:#56B4E9}}"""
+.paper,.halo{fill:#fff}.frame,.tick{stroke:#888;fill:none}.grid{stroke:#888;stroke-opacity:.15}
+.path{stroke:#555;stroke-opacity:.6;stroke-width:1;fill:none}
+.head{fill:#555;fill-opacity:.75}.trail{stroke-width:1.5;fill:none}
+.curve{stroke-width:1.6;fill:none;stroke-linejoin:round}
+.small{font-size:11px}.note{font-size:11px;fill:#555}.title{font-size:16px;font-weight:bold}
+.panel{font-size:12px;font-weight:bold}.cell{font-size:11px;text-anchor:middle}
+.label{font-size:10.5px;paint-order:stroke;stroke:#fff;stroke-width:2.5px;stroke-linejoin:round}
+@media (prefers-color-scheme:dark){text{fill:#ddd}.paper,.halo{fill:#16181c}.note{fill:#aaa}
+.path{stroke:#ccc}.head{fill:#ccc}.label{stroke:#16181c}
+[stroke="#0072B2"]{stroke:#56B4E9}[fill="#0072B2"]{fill:#56B4E9}
+[stroke="#000000"]{stroke:#ddd}[fill="#000000"]{fill:#ddd}}"""
 
 
-def scatter(background: np.ndarray, background_name: str, series: list[Series],
-            axes: tuple[str, str], lines: tuple[np.ndarray, np.ndarray] | None = None,
-            title: str = "", caption: str = "") -> str:
-    """An SVG figure: background (N, 2) as a raster of log density, series in front, and a line
-    from each row of lines[0] (m, 2) to the same row of lines[1]. Both axes have one scale. The
-    caption carries the provenance."""
-    points = np.concatenate([background, *(s.points for s in series)])
-    if not len(points) or not np.isfinite(points).all():
-        raise PictureError("no points, or points that are not finite: leave those out")
-    left, top, side = 70, 44, 460  # the legend stands to the right, where it covers nothing
-    low, high = _limits(points)
-    scale = side / (high[0] - low[0])
-    tall = round((high[1] - low[1]) * scale)
-    x_of = lambda v: left + (np.asarray(v) - low[0]) * scale
-    y_of = lambda v: top + tall - (np.asarray(v) - low[1]) * scale
-
+def figure(panels: list[Panel], title: str = "", caption: str = "",
+           columns: int | None = None) -> str:
+    """An SVG figure of panels in a grid. The caption carries the provenance. The same data give the
+    same bytes."""
+    if not panels or not all(panel.marks for panel in panels):
+        raise PictureError("nothing to draw: give at least one panel, and each a mark")
+    columns = columns or min(len(panels), 4)
+    keys = {mark.name: mark for panel in panels for mark in panel.marks if mark.name}
+    left = [max(map(_left, panels[c::columns])) for c in range(columns)]
+    side = (WIDTH - 34 - (LEGEND if keys else 0) - 12 * (columns - 1) - sum(left)) / columns
+    # panels side by side have one shape
+    aspect = max(_frame(p, 1).height for p in panels) if columns > 1 and all(
+        p.equal for p in panels) else None
+    head, top, body = (44 if title else 16), 0.0, []
+    for first in range(0, len(panels), columns):
+        row = panels[first:first + columns]
+        frames = [_frame(p, side, aspect) for p in row]
+        above = 18 if any(p.title for p in row) else 0
+        for c, (panel, frame) in enumerate(zip(row, frames)):
+            body += _draw_panel(panel, frame._replace(
+                left=20 + sum(left[:c + 1]) + c * (side + 12), top=head + top + above))
+        top += above + max(f.height for f in frames) + max(map(_below, row))
+    # the legend stands to the right, where it covers nothing
+    x, y = WIDTH - LEGEND + 6, head + 12
+    for name, mark in keys.items():
+        rows = textwrap.wrap(_clean(name), 22) or [""]
+        body.append(mark.key(x, y))
+        body += [f'<text class="small" x="{x + 15}" y="{y + 4 + 14 * i}">{_xml(line)}</text>'
+                 for i, line in enumerate(rows)]
+        y += 14 * len(rows) + 8
+    bottom = max(head + top, y) + 10
     notes = textwrap.wrap(_clean(caption), 116)
-    width, height = 720, top + tall + 58 + 15 * len(notes)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-           f'viewBox="0 0 {width} {height}" width="178mm" height="{178 * height / width:.2f}mm" '
-           f'role="img" aria-label="{_attribute(title)}">',
-           f"<style>{STYLE}</style>", f'<rect class="paper" width="{width}" height="{height}"/>',
-           f'<text class="title" x="{left}" y="26">{_clean_xml(title)}</text>']
-    for axis, place in ((0, x_of), (1, y_of)):
-        for tick in _ticks(low[axis], high[axis]):
-            p, label = float(place(tick)), f"{tick:.6g}".replace("-", "\u2212")
-            if axis == 0:
-                out.append(f'<path class="grid" d="M{p:.2f} {top}v{tall}"/>'
-                           f'<path class="tick" d="M{p:.2f} {top + tall}v5"/><text x="{p:.2f}" '
-                           f'y="{top + tall + 19}" text-anchor="middle">{label}</text>')
-            else:
-                out.append(f'<path class="grid" d="M{left} {p:.2f}h{side}"/>'
-                           f'<path class="tick" d="M{left - 5} {p:.2f}h5"/><text x="{left - 9}" '
-                           f'y="{p + 4:.2f}" text-anchor="end">{label}</text>')
-    image = base64.b64encode(density_png(
-        x_of(background[:, 0]) - left, y_of(background[:, 1]) - top, side, tall)).decode()
-    out.append(f'<image x="{left}" y="{top}" width="{side}" height="{tall}" '
-               f'xlink:href="data:image/png;base64,{image}"/>')
-    if lines is not None:
-        for (xa, ya), (xb, yb) in zip(*lines):
-            out.append(f'<path class="path" d="M{x_of(xa):.2f} {y_of(ya):.2f}'
-                       f'L{x_of(xb):.2f} {y_of(yb):.2f}"/>')
-    for s in series:
-        out += [_marker(x, y, s) for x, y in zip(x_of(s.points[:, 0]), y_of(s.points[:, 1]))]
-    out.append(f'<rect class="frame" x="{left}" y="{top}" width="{side}" height="{tall}"/>')
-    out.append(f'<text x="{left + side / 2}" y="{top + tall + 40}" text-anchor="middle">'
-               f'{_clean_xml(axes[0])}</text>')
-    out.append(f'<text transform="translate(20 {top + tall / 2}) rotate(-90)" '
-               f'text-anchor="middle">{_clean_xml(axes[1])}</text>')
-    x, y = left + side + 22, top + 12
-    swatch = f'<rect x="{x - 6}" y="{y - 6}" width="12" height="12" rx="2" fill="{GREY}" ' \
-        f'fill-opacity=".55"/>'
-    for name, s in [(background_name, None), *((s.name, s) for s in series)]:
-        rows = textwrap.wrap(_clean(name), 19) or [""]
-        out.append(_marker(x, y, s) if s else swatch)
-        out += [f'<text x="{x + 14}" y="{y + 4.5 + 15 * i}">{_clean_xml(row)}</text>'
-                for i, row in enumerate(rows)]
-        y += 15 * len(rows) + 9
-    if lines is not None:
-        out.append(f'<path class="path" d="M{x - 7} {y}h14"/>'
-                   f'<text x="{x + 14}" y="{y + 4.5}">start to end</text>')
-    for i, note in enumerate(notes):
-        out.append(f'<text class="note" x="{left - 50}" y="{top + tall + 64 + 15 * i}">'
-                   f'{_clean_xml(note)}</text>')
-    return "\n".join(filter(None, out)) + "\n</svg>\n"
+    body += [f'<text class="note" x="20" y="{bottom + 8 + 15 * i:.2f}">{_xml(note)}</text>'
+             for i, note in enumerate(notes)]
+    height = round(bottom + 15 * len(notes) + 8)
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {WIDTH} {height}" width="178mm" height="{178 * height / WIDTH:.2f}mm" '
+        f'role="img" aria-label="{_attribute(title)}">', f"<style>{STYLE}</style>",
+        f'<rect class="paper" width="{WIDTH}" height="{height}"/>',
+        f'<text class="title" x="20" y="26">{_xml(title)}</text>', *body]) + "\n</svg>\n"
 
 
-def _marker(x: float, y: float, s: Series) -> str:
-    fill = f'class="halo" fill-opacity=".75" stroke="{s.colour}" stroke-width="1.6"' \
-        if s.hollow else f'fill="{s.colour}" stroke="#fff" stroke-width=".7"'
-    return f'<circle cx="{x:.2f}" cy="{y:.2f}" r="4.2" {fill}/>'
+def _left(panel: Panel) -> float:
+    """Room for what stands left of a panel: ticks, its axis's name, a matrix's rows."""
+    if isinstance(panel.marks[0], Heat):
+        return 6.2 * max(map(len, panel.marks[0].rows)) - 2
+    return 40 * panel.ticks + 18 * bool(panel.axes[1])
 
 
-def _limits(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A frame around all points with a margin, from half as tall as wide to square and a tenth."""
-    low, high = points.min(0), points.max(0)
+def _below(panel: Panel) -> float:
+    """Room for what stands under it."""
+    if isinstance(panel.marks[0], Heat):
+        return 24 + 4.4 * max(map(len, panel.marks[0].columns))
+    return 12 + 16 * panel.ticks + 18 * bool(panel.axes[0])
+
+
+def _frame(panel: Panel, side: float, aspect: float | None = None) -> Frame:
+    """The panel's limits and size, its place left open. aspect: height over width."""
+    points = np.concatenate([m.extent() for m in panel.marks]) \
+        if panel.frame is None else panel.frame
+    if not len(points) or not all(np.isfinite(m.extent()).all() for m in panel.marks):
+        raise PictureError("no points, or points that are not finite: leave those out")
+    low, high = points.min(0).astype(np.float64), points.max(0).astype(np.float64)
+    if isinstance(panel.marks[0], Heat):
+        return Frame(0, 0, side, side * high[1] / high[0], low, high)
     half = np.maximum((high - low) / 2 * 1.06, 1e-12)
-    half[0] = max(half[0], half[1] / 1.1)
-    half[1] = max(half[1], half[0] / 2)
+    if not panel.equal:
+        half = np.where(high > low, half, np.maximum(np.abs(high), 1) / 2)
+        return Frame(0, 0, side, 0.75 * side, (low + high) / 2 - half, (low + high) / 2 + half)
+    # around all points with a margin, from half as tall as wide to square and a tenth
+    half[0] = max(half[0], half[1] / (aspect or 1.1))
+    half[1] = max(half[1], half[0] * (aspect or 0.5))
     middle = (low + high) / 2
-    return middle - half, middle + half
+    return Frame(0, 0, side, side * half[1] / half[0], middle - half, middle + half)
+
+
+def _draw_panel(panel: Panel, f: Frame) -> list[str]:
+    out, middle, end = [], f.left + f.width / 2, f.top + f.height
+    heat = isinstance(panel.marks[0], Heat)
+    if panel.title:
+        out.append(f'<text class="panel" x="{f.left:.2f}" y="{f.top - 6:.2f}">'
+                   f'{_xml(panel.title)}</text>')
+    for axis in range(2) if panel.ticks and not heat else ():
+        for tick in _ticks(f.low[axis], f.high[axis], 5 if f.width > 250 else 4):
+            x, y = f.place(np.where(np.arange(2) == axis, tick, f.low))[0]
+            label = f"{tick:.6g}".replace("-", "\u2212")
+            out.append(f'<path class="grid" d="M{x:.2f} {f.top:.2f}v{f.height:.2f}"/>'
+                       f'<path class="tick" d="M{x:.2f} {end:.2f}v4"/><text class="small" '
+                       f'x="{x:.2f}" y="{end + 16:.2f}" text-anchor="middle">{label}</text>'
+                       if axis == 0 else
+                       f'<path class="grid" d="M{f.left:.2f} {y:.2f}h{f.width:.2f}"/>'
+                       f'<path class="tick" d="M{f.left - 4:.2f} {y:.2f}h4"/><text class="small" '
+                       f'x="{f.left - 7:.2f}" y="{y + 4:.2f}" text-anchor="end">{label}</text>')
+    # what lies beyond the limits is cut off at them
+    name = f"c{zlib.crc32(repr((f.left, f.top)).encode()):08x}"
+    out.append(f'<clipPath id="{name}"><rect x="{f.left:.2f}" y="{f.top:.2f}" '
+               f'width="{f.width:.2f}" height="{f.height:.2f}"/></clipPath>')
+    drawn = [line for mark in panel.marks for line in mark.draw(f)]
+    out += drawn if heat else [f'<g clip-path="url(#{name})">', *drawn, "</g>"]
+    out.append(f'<rect class="frame" x="{f.left:.2f}" y="{f.top:.2f}" width="{f.width:.2f}" '
+               f'height="{f.height:.2f}"/>')
+    for text, where in ((panel.axes[0], f'x="{middle:.2f}" '
+                         f'y="{end + 14 + 18 * panel.ticks:.2f}"'),
+                        (panel.axes[1], f'transform="translate('
+                         f'{f.left - 8 - 39 * panel.ticks:.2f} {f.top + f.height / 2:.2f}) '
+                         'rotate(-90)"')):
+        if text:
+            out.append(f'<text class="small" {where} text-anchor="middle">{_xml(text)}</text>')
+    return out
+
+
+def _path(at: np.ndarray) -> str:
+    return "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in at)
+
+
+def _line(at: np.ndarray, kind: str, more: str = "") -> str:
+    return f'<path class="{kind}"{more} d="{_path(at)}"/>'
+
+
+def _arrow(at: np.ndarray, kind: str, more: str = "", colour: str = "") -> str:
+    """A line between two places with a head at the second; where they meet there is none."""
+    step = at[1] - at[0]
+    length = math.hypot(*step)
+    if length < 1:
+        return ""
+    along, size = step / length, min(6.0, length)
+    base, across = at[1] - size * along, np.array([-along[1], along[0]]) * size * 0.42
+    fill = f' style="fill:{colour};fill-opacity:1"' if colour else ""
+    return _line(at, kind, more) + f'<path class="head"{fill} ' \
+        f'd="{_path(np.stack([at[1], base + across, base - across]))}Z"/>'
+
+
+SHAPES = {"square": "M-3.8 -3.8h7.6v7.6h-7.6Z", "diamond": "M0 -5.2L5.2 0L0 5.2L-5.2 0Z",
+          "triangle": "M0 -5L4.8 3.6H-4.8Z"}
+
+
+def _marker(x: float, y: float, s: Points) -> str:
+    look = f'class="halo" fill-opacity=".75" stroke="{s.colour}" stroke-width="1.6"' \
+        if s.hollow else f'fill="{s.colour}" stroke="#fff" stroke-width=".7"'
+    if s.shape == "circle":
+        return f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{4.2 * s.size:.2f}" {look}/>'
+    return f'<path transform="translate({x:.2f} {y:.2f}) scale({s.size:g})" ' \
+        f'd="{SHAPES[s.shape]}" {look}/>'
 
 
 def _ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -193,26 +796,54 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def density_png(x: np.ndarray, y: np.ndarray, width: int, height: int, scale: int = 2) -> bytes:
-    """Points at pixels (x, y) of a plot -> a palette PNG of their log density, each point
-    a small disc.
+# --------------------------------------------------------------------------------------------------
+# rasters
+
+
+# matplotlib's viridis at nine places (Smith and van der Walt, CC0)
+VIRIDIS = np.array([(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
+                    (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37)], float)
+
+
+def viridis(share: float) -> str:
+    """From 0, dark violet, to 1, yellow, as #rrggbb."""
+    return "#%02x%02x%02x" % tuple(_viridis(share))
+
+
+def _viridis(share: float) -> list[int]:
+    at = np.clip(share, 0, 1) * (len(VIRIDIS) - 1)
+    return [round(float(np.interp(at, np.arange(len(VIRIDIS)), channel))) for channel in VIRIDIS.T]
+
+
+def density_png(x: np.ndarray, y: np.ndarray, width: int, height: int,
+                colour: str | None = GREY, scale: int = 2) -> bytes:
+    """Points at pixels (x, y) of a plot -> a palette PNG of their log density, each point a small
+    disc; with no colour in viridis. Points outside of the plot are left out.
 
     Transparent where nothing is, so it stands on a light and on a dark page alike."""
+    inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
     count = np.zeros((height * scale, width * scale))
-    row, column = (np.clip((v * scale).astype(np.int64), 0, n - 1)
+    row, column = (np.clip((v[inside] * scale).astype(np.int64), 0, n - 1)
                    for v, n in zip((y, x), count.shape))
     np.add.at(count, (row, column), 1)
-    radius = 3 if len(x) < 20_000 else 2 if len(x) < 60_000 else 1
+    crowd = len(x) * (500 / max(width, 1)) ** 2  # small panels fill earlier
+    radius = 3 if crowd < 20_000 else 2 if crowd < 60_000 else 1
     spread = np.zeros_like(count)
+    padded = np.pad(count, radius)
     for dy in range(-radius, radius + 1):
         for dx in range(-radius, radius + 1):
             if dx * dx + dy * dy <= radius * radius + 1:
-                spread += np.roll(count, (dy, dx), (0, 1))
+                spread += padded[radius + dy:radius + dy + len(count),
+                                 radius + dx:radius + dx + count.shape[1]]
     level = np.log1p(spread)
     level = np.ceil(15 * level / max(level.max(), 1e-9)).astype(np.uint8)  # 0 is empty, 1 to 15
-    red, green, blue = (int(GREY[i:i + 2], 16) for i in (1, 3, 5))
-    palette = bytes((red, green, blue)) * 16
-    alpha = bytes([0] + [int(100 + 130 * i / 15) for i in range(1, 16)])
+    shares = np.arange(16) / 15
+    if colour:
+        palette = bytes(int(colour[i:i + 2], 16) for i in (1, 3, 5)) * 16
+        alpha = bytes([0] + [int(80 + 140 * s) for s in shares[1:]])
+    else:
+        palette = bytes(channel for s in shares for channel in _viridis(s))
+        alpha = bytes([0] + [255] * 15)
     return png(level, palette, alpha)
 
 
@@ -235,6 +866,35 @@ def png(index: np.ndarray, palette: bytes, alpha: bytes) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------------
+# a terminal
+
+
+def braille(background: np.ndarray, series: list[tuple[str, np.ndarray]], columns: int = 76,
+            rows: int = 24) -> str:
+    """A picture in characters: background (N, 2) as braille dots, eight a character, and on it the
+    points (m, 2) of each series as its letter. Both axes have one scale, if a character is twice
+    as tall as wide."""
+    points = np.concatenate([background, *(p for _, p in series)])
+    frame = _frame(Panel([Points("", points)]), 2.0 * columns, 2 * rows / columns)
+    cells = np.zeros((4 * rows, 2 * columns), bool)
+
+    def place(x):
+        at = frame.place(x).astype(np.int64)
+        return at[:, 1].clip(0, 4 * rows - 1), at[:, 0].clip(0, 2 * columns - 1)
+
+    cells[place(background)] = True
+    # the dots' bits: down the left column, down the right one, then the two of the last row
+    bits = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
+    codes = (cells.reshape(rows, 4, columns, 2) * bits[:, None]).sum((1, 3))
+    text = [[chr(0x2800 + c) if c else " " for c in row] for row in codes]
+    for letter, x in series:
+        y, x = place(x)
+        for r, c in zip(y // 4, x // 2):
+            text[r][c] = letter
+    return "\n".join("".join(row).rstrip() for row in text).strip("\n")
+
+
+# --------------------------------------------------------------------------------------------------
 # hostile text
 
 
@@ -244,9 +904,84 @@ def _clean(text: str) -> str:
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
 
 
-def _clean_xml(text: str) -> str:
+def _xml(text: str) -> str:
     return escape(_clean(text))
+
+
+def visible(text: str) -> str:
+    """A token's text as it is read: a space in front as U+2423, line breaks, controls, directions
+    and invisible characters as escapes."""
+    def escape_(c: str) -> str:
+        return c.encode("unicode_escape").decode() if unicodedata.category(c) in (
+            "Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else c
+    return "".join(map(escape_, re.sub("^ | $", "\u2423", text)))
 
 
 def _attribute(text: str) -> str:
     return escape(_clean(text), {'"': "&quot;"})
+
+
+# --------------------------------------------------------------------------------------------------
+# an explorable page
+
+
+def page(template: str, data: dict) -> str:
+    """One self-contained HTML page: a template with @TITLE@, @CSP@ and @DATA@ in it, filled.
+
+    data: dicts, lists, texts, numbers and arrays, and its "title". Arrays of floats are quantised
+    to 16 bits between their least and greatest value, those of whole numbers, which may not be
+    negative, are kept; with the rest as JSON they are one gzipped block in base64, whose alphabet
+    can end no script:
+
+        4 bytes, the length of the JSON | JSON | arrays, each at a multiple of 4 bytes
+
+    An array is {"$array": [place, shape, bytes a number, least, step]} in the JSON, a value that is
+    not finite null. The page's script and style are allowed by their hashes and nothing else is."""
+    blocks, place = [], 0
+
+    def plain(value):
+        nonlocal place
+        if isinstance(value, dict):
+            if "$array" in value:
+                raise PictureError("data with a key '$array', which stands for arrays: rename it")
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, np.ndarray):
+            at, (number, low, step) = place, _quantised(value)
+            blocks.append(number.tobytes() + bytes(-number.nbytes % 4))
+            place += len(blocks[-1])
+            return {"$array": [at, list(value.shape), number.itemsize, low, step]}
+        if isinstance(value, np.generic):
+            value = value.item()
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    text = json.dumps(plain(data), separators=(",", ":"), default=str).encode()
+    text += b" " * (-len(text) % 4)
+    block = gzip.compress(len(text).to_bytes(4, "little") + text + b"".join(blocks), 9, mtime=0)
+    template = template.replace("\r\n", "\n")  # as a browser reads it before it makes the hash
+    allowed = {kind: base64.b64encode(hashlib.sha256(re.search(
+        f"<{kind}>(.*?)</{kind}>", template, re.DOTALL)[1].encode()).digest()).decode()
+        for kind in ("script", "style")}
+    fill = {"TITLE": html.escape("".join(
+                c if c.isprintable() else "\ufffd" for c in str(data.get("title", "")))),
+            "CSP": "default-src 'none'; img-src data: blob:; base-uri 'none'; form-action 'none'; "
+                   + "; ".join(f"{kind}-src 'sha256-{h}'" for kind, h in allowed.items()),
+            "DATA": base64.b64encode(block).decode()}
+    return re.sub("@(TITLE|CSP|DATA)@", lambda m: fill[m[1]], template)
+
+
+def _quantised(x: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Numbers of 1, 2 or 4 bytes, and the least value and the step that make x of them."""
+    if not x.size:
+        return x.astype("<u2"), 0.0, 1.0
+    if x.dtype.kind in "bui":
+        if x.min() < 0 or x.max() >= 2**32:
+            raise PictureError("whole numbers below 0 or from 2**32 on cannot go into a page")
+        return x.astype(next(t for t, top in (("<u1", 2**8), ("<u2", 2**16), ("<u4", 2**32))
+                             if x.max() < top)), 0.0, 1.0
+    if not np.isfinite(x).all():
+        raise PictureError("values that are not finite cannot go into a page: leave them out")
+    low, high = float(x.min()), float(x.max())
+    step = (high - low) / 65535 or 1.0
+    return np.rint((x.astype(np.float64) - low) / step).astype("<u2"), low, step

@@ -402,6 +402,19 @@ def test_locality_refuses():
         g.locality([cloud(4, 3)], cloud(3, 2))
 
 
+@pytest.mark.parametrize("draw, expected", [
+    (lambda r: r.normal(size=100_000), 1 / 3), (lambda r: r.uniform(size=100_000), 5 / 9),
+    (lambda r: r.integers(0, 2, 100_000), 1.0), (lambda r: r.exponential(size=1000), None)])
+def test_bimodality(draw, expected):
+    x = draw(np.random.default_rng(0))
+    value = g.bimodality(x)
+    assert value == pytest.approx((stats.skew(x)**2 + 1) / stats.kurtosis(x, fisher=False))
+    assert g.bimodality(7 - 3e-7 * x.astype(float)) == pytest.approx(value, rel=1e-6)
+    assert expected is None or value == pytest.approx(expected, rel=0.02)
+    with pytest.raises(g.GeometryError, match="equal"):
+        g.bimodality(np.full(9, 0.1))
+
+
 def test_calibration_error():
     # by hand: a bin of two at 0.8 and 0.9 with one right, and one of two at 0.3 with one right
     assert g.calibration_error([0.8, 0.9, 0.3, 0.3], [1, 0, 1, 0], bins=2) == pytest.approx(

@@ -75,28 +75,79 @@ def test_density_shows_where_points_are():
 HOSTILE = '</text><script>alert("1")</script> & \x00\x1b[31m \ud800 \u202e ]]> <!--'
 
 
-def figure(N=900, name="vocabulary", caption="c"):
-    cloud = R.normal(size=(N, 2))
-    start, end = R.normal(size=(20, 2)), 2 * R.normal(size=(20, 2))
-    return viz.scatter(cloud, name, [viz.Series(name, start, viz.BLUE, True),
-                                     viz.Series("trained rows", end)],
-                       ("PC1", name), (start, end), title=name, caption=caption)
+def figure(N=900, name="vocabulary", caption="c", seed=0):
+    r = np.random.default_rng(seed)
+    cloud, start, end = r.normal(size=(N, 2)), r.normal(size=(20, 2)), 2 * r.normal(size=(20, 2))
+    return viz.figure([viz.Panel([
+        viz.Cloud(name, cloud), viz.Arrows(name + " moved", start, end),
+        viz.Points("prior " + name, start, viz.BLUE, True, labels=(name,) * 20),
+        viz.Points("trained rows", end, shape="square")], ("PC1", name), name)], name, caption)
 
 
-def test_figure_parses_and_stays_in_its_frame():
+def test_figure_parses_and_its_legend_covers_nothing():
     root = ET.fromstring(figure())
-    circles = root.findall("{*}circle")
-    assert len(circles) == 20 + 20 + 2 and len(
-        [p for p in root.findall("{*}path") if p.get("class") == "path"]) == 21
+    inside, = root.findall("{*}g")
+    assert len(inside.findall("{*}circle")) == 20 and len(root.findall("{*}circle")) == 1
+    lines = [p for p in inside.findall("{*}path") if p.get("class") == "path"]
+    heads = [p for p in inside.findall("{*}path") if p.get("class") == "head"]
+    assert len(lines) == len(heads) == 20
     frame = next(r for r in root.findall("{*}rect") if r.get("class") == "frame")
     x, y, width, height = (float(frame.get(k)) for k in ("x", "y", "width", "height"))
-    inside = [c for c in circles
-              if x <= float(c.get("cx")) <= x + width and y <= float(c.get("cy")) <= y + height]
-    assert len(inside) == 40  # the two others are the legend's, and it stands outside the data
-    image = root.find("{*}image").get("{http://www.w3.org/1999/xlink}href").removeprefix(
+    for c in inside.findall("{*}circle"):
+        assert x <= float(c.get("cx")) <= x + width and y <= float(c.get("cy")) <= y + height
+    assert float(root.find("{*}circle").get("cx")) > x + width  # the legend's
+    image = inside.find("{*}image").get("{http://www.w3.org/1999/xlink}href").removeprefix(
         "data:image/png;base64,")
     index, _, _ = read_png(base64.b64decode(image))
     assert index.max() == 15
+
+
+def test_marks_stand_where_their_numbers_say():
+    x = np.array([0.0, 1.0, 2.0])
+    panel = viz.Panel([viz.Curve("a", x, x**2, x**2 - 1, x**2 + 1, dots=True)], equal=False,
+                      frame=np.array([(0.0, -1.0), (2.0, 5.0)]))
+    root = ET.fromstring(viz.figure([panel]))
+    frame = next(r for r in root.findall("{*}rect") if r.get("class") == "frame")
+    left, top, width, height = (float(frame.get(k)) for k in ("x", "y", "width", "height"))
+    circles = root.find("{*}g").findall("{*}circle")
+    for c, u in zip(circles, x, strict=True):  # the frame has a margin of 6 % of half the range
+        share = 0.5 + (np.array([u - 1, u**2 - 2]) / (1, 3)) / 2.12
+        assert float(c.get("cx")) == pytest.approx(left + share[0] * width, abs=0.02)
+        assert float(c.get("cy")) == pytest.approx(top + (1 - share[1]) * height, abs=0.02)
+
+
+def test_heat_colours_every_number():
+    values = np.array([[np.nan, 0.0], [1.0, 0.5]])
+    root = ET.fromstring(viz.figure([viz.Panel([viz.Heat(values, ("r0", "r1"), ("c0", "c1"))])]))
+    fills = [r.get("fill") for r in root.findall("{*}rect") if r.get("fill")]
+    assert fills == [viz.viridis(0), viz.viridis(1), viz.viridis(0.5)] and fills[0] == "#440154"
+    cells = [t.text for t in root.findall("{*}text") if t.get("class") == "cell"]
+    assert cells == ["0.00", "1.00", "0.50"]
+
+
+def test_panels_of_a_grid_do_not_overlap():
+    clouds = [np.random.default_rng(i).normal(size=(50, 2)) * [1, i] for i in range(1, 8)]
+    root = ET.fromstring(viz.figure([viz.Panel([viz.Cloud("c", c, None)], ("x", ""), f"layer {i}",
+                                               ticks=False) for i, c in enumerate(clouds)]))
+    boxes = [tuple(float(r.get(k)) for k in ("x", "y", "width", "height"))
+             for r in root.findall("{*}rect") if r.get("class") == "frame"]
+    assert len(boxes) == 7 and len({b[2:] for b in boxes}) == 1  # one shape
+    for i, (x, y, w, h) in enumerate(boxes):
+        assert 0 <= x and x + w <= viz.WIDTH - viz.LEGEND
+        for u, v, _, _ in boxes[:i]:
+            assert abs(x - u) >= w or abs(y - v) >= h + 20
+    assert len(root.findall(".//{*}image")) == 7
+
+
+def test_labels_do_not_cover_one_another():
+    points = np.random.default_rng(0).normal(size=(60, 2)) / 5
+    root = ET.fromstring(viz.figure([viz.Panel([viz.Points("p", points,
+                                                           labels=("word",) * 60)])]))
+    at = np.array([(float(t.get("x")), float(t.get("y"))) for t in root.iter(
+        "{http://www.w3.org/2000/svg}text") if t.get("class") == "label"])
+    assert 5 < len(at) < 60
+    apart = np.abs(at[:, None] - at)[np.triu_indices(len(at), 1)]
+    assert ((apart[:, 0] >= 24) | (apart[:, 1] >= 10)).all()
 
 
 def test_hostile_text_stays_text():
@@ -107,34 +158,53 @@ def test_hostile_text_stays_text():
     assert not re.search("[\x00-\x08\x0b-\x1f]", svg)
 
 
-def test_figure_is_small_and_reproducible():
-    global R
-    sizes = []
-    for N in (500, 128_000):
-        R = np.random.default_rng(1)
-        first = figure(N)
-        R = np.random.default_rng(1)
-        assert figure(N) == first
-        sizes.append(len(first))
-    assert max(sizes) < 300_000
+def test_visible():
+    assert viz.visible(" the") == "\u2423the" and viz.visible("a b ") == "a b\u2423"
+    assert viz.visible("\n\x1b[31m\u202e\ud800\u200b") == r"\n\x1b[31m\u202e\ud800\u200b"
+
+
+@pytest.mark.parametrize("N", [500, 128_000])
+def test_figure_is_small_and_reproducible(N):
+    first = figure(N)
+    assert figure(N) == first and len(first) < 300_000
 
 
 @pytest.mark.parametrize("w, h", [(10.0, 1.0), (1.0, 10.0), (3.0, 3.0)])
 def test_equal_scale_on_both_axes(w, h):
     corners = np.array([[0.0, 0.0], [w, h]])
-    svg = viz.scatter(corners, "b", [viz.Series("s", corners)], ("x", "y"))
+    svg = viz.figure([viz.Panel([viz.Cloud("b", corners), viz.Points("s", corners)], ("x", "y"))])
     root = ET.fromstring(svg)
     (x0, y0), (x1, y1) = [(float(c.get("cx")), float(c.get("cy")))
-                          for c in root.findall("{*}circle")][:2]
+                          for c in root.find("{*}g").findall("{*}circle")]
     assert (x1 - x0) / (y0 - y1) == pytest.approx(w / h, rel=0.01)
-    assert 300 < float(root.get("viewBox").split()[3]) < 700
+    assert 250 < float(root.get("viewBox").split()[3]) < 700
 
 
 def test_one_point_and_nothing():
     one = np.zeros((1, 2))
-    ET.fromstring(viz.scatter(one, "one", [viz.Series("s", one)], ("x", "y")))
-    with pytest.raises(viz.PictureError):
-        viz.scatter(np.full((3, 2), np.inf), "x", [], ("x", "y"))
+    ET.fromstring(viz.figure([viz.Panel([viz.Cloud("one", one), viz.Points("s", one)])]))
+    for bad in ([], [viz.Panel([])], [viz.Panel([viz.Cloud("x", np.full((3, 2), np.inf))])]):
+        with pytest.raises(viz.PictureError):
+            viz.figure(bad)
+
+
+def test_braille():
+    # corners of the plot are corners of the text: one dot each, bit by bit
+    corners = np.array([(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
+    text = viz.braille(corners, [("#", np.array([[0.5, 0.5]]))], 20, 10)
+    lines = text.split("\n")
+    assert max(map(len, lines)) <= 20 and len(lines) <= 10
+    dots = [(r, c, bin(ord(x) - 0x2800).count("1")) for r, line in enumerate(lines)
+            for c, x in enumerate(line) if 0x2800 < ord(x) < 0x2900]
+    assert len(dots) == 4 and all(n == 1 for _, _, n in dots)
+    (r0, c0, _), (_, c1, _), (r1, _, _), _ = sorted(dots)
+    assert r0 == 0 and r1 == len(lines) - 1
+    assert c1 - c0 == pytest.approx(2 * (r1 - r0), abs=2)  # a character is twice as tall as wide
+    assert [(r, c) for r, line in enumerate(lines) for c, x in enumerate(line) if x == "#"] == [
+        (pytest.approx(r1 / 2, abs=1), pytest.approx((c0 + c1) / 2, abs=1))]
+    # every dot of a cell has its bit
+    grid = np.stack(np.meshgrid(np.arange(40), np.arange(40)), -1).reshape(-1, 2).astype(float)
+    assert "\u28ff" in viz.braille(grid, [], 20, 10)
 
 
 @pytest.mark.parametrize("low, high", [(-1.0, 1.0), (0.0, 1e-9), (12345.0, 12350.0), (-3e7, 5e8)])
