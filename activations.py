@@ -19,7 +19,7 @@ import json
 import os
 import random
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,11 +27,31 @@ from torch import Tensor
 
 import data
 import llama
-from train import mapped, progress
+from run import mapped, replacing
+from train import progress
 
 ROLES = ("prompt", "bos", "context", "question", "answer", "text")
 POOLS = ("token", "mean", "last")
 MASSIVE = 10  # times the median norm of its layer
+
+
+
+def _number(x) -> bool:
+    return type(x) is int and 0 <= x < 2**40
+
+
+def _list_of(fits) -> Callable:
+    """Of one member or more, none twice."""
+    return lambda x: isinstance(x, list) and x and all(map(fits, x)) and len(set(x)) == len(x)
+
+
+def _text(x) -> bool:
+    return isinstance(x, str) and "\0" not in x
+
+
+# what a collection's metadata must be
+ABOUT = {"layers": _list_of(_number), "domains": _list_of(_text), "model": _text, "dtype": _text,
+         "sha256": _text, "pool": POOLS.__contains__, "roles": list(ROLES).__eq__}
 
 
 class ActivationError(ValueError):
@@ -181,8 +201,7 @@ def collect(model: llama.Llama, vocabulary: data.Vocabulary, domains: dict[str, 
     shapes |= {key: ((N,), torch.uint8) for key in ("role", "massive")}
     about = {**about, "layers": layers, "num_hidden_layers": L, "pool": pool, "roles": list(ROLES),
              "domains": list(domains)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         out = mapped(temporary, shapes, {"promptprior": json.dumps(about)})
         for key, values in fields.items():
             out[key].copy_(torch.tensor(values))
@@ -206,11 +225,6 @@ def collect(model: llama.Llama, vocabulary: data.Vocabulary, domains: dict[str, 
         for i in layers:
             out["massive"] |= massive(out[f"layers.{i}"])
         del out
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Collection:
@@ -219,18 +233,43 @@ class Collection:
     def __init__(self, path: Path):
         self.path = Path(path)
         try:
-            self.file = safe_open(self.path, framework="pt")
-            self.about = json.loads((self.file.metadata() or {})["promptprior"])
-            self.layers, self.domains = self.about["layers"], self.about["domains"]
-            self.field = {key: self.file.get_tensor(key) for key in (
-                "role", "domain", "example", "position", "token", "massive")}
-            self.width = self.file.get_slice(f"layers.{self.layers[0]}").get_shape()[1]
+            self.file = safe_open(llama.regular(self.path), framework="pt")
+            self.about = data.parse_json((self.file.metadata() or {})["promptprior"], "its metadata")
+            self._check()
         except FileNotFoundError:
             raise ActivationError(f"{self.path}: no such file: make it by `collect --out "
                                   f"{self.path}`") from None
-        except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError) as e:
+        except (SafetensorError, OSError, ValueError, KeyError) as e:
             raise ActivationError(f"{self.path}: not a collection of activations "
-                                  f"({str(e).splitlines()[0]}): make one by `collect`") from None
+                                  f"({llama.cause(e)}): make one by `collect`") from None
+
+    def _check(self) -> None:
+        """Everything but the activations themselves, which rows() checks. Raises ValueError,
+        KeyError or SafetensorError."""
+        for key, fits in ABOUT.items():
+            if not fits(self.about[key]):
+                raise ValueError(f"{key} is {self.about[key]!r:.80}")
+        self.layers, self.domains = self.about["layers"], self.about["domains"]
+        dtypes = {"role": torch.uint8, "massive": torch.uint8}
+        self.field = {}
+        for key in ("role", "domain", "example", "position", "token", "massive"):
+            t = self.field[key] = self.file.get_tensor(key)
+            if t.dtype != dtypes.get(key, torch.int64) or t.shape != self.field["role"].shape[:1]:
+                raise ValueError(f"{key} has shape {tuple(t.shape)} of {t.dtype}")
+            most = {"role": len(ROLES), "domain": len(self.domains)}.get(key, 2**40)
+            if len(t) and not 0 <= int(t.min()) <= int(t.max()) < most:
+                raise ValueError(f"{key} has numbers out of its range")
+        shapes = {key: self.file.get_slice(key).get_shape() for key in self.file.keys()
+                  if key not in self.field}
+        if {key for key in shapes if not key.startswith("prompt.")} != {
+                f"layers.{i}" for i in self.layers}:
+            raise ValueError(f"it holds {', '.join(sorted(shapes))} and not the layers it names")
+        self.width = shapes[f"layers.{self.layers[0]}"][-1]
+        for key, shape in shapes.items():
+            rows = shape[:1] if key.startswith("prompt.") else [len(self.field["role"])]
+            if shape != [*rows, self.width] or not self.file.get_slice(key).get_dtype() in (
+                    "F32", "BF16", "F16"):
+                raise ValueError(f"{key} has shape {shape}")
 
     @property
     def left_out(self) -> Tensor:

@@ -212,8 +212,8 @@ def paths_of(file: Collection, domain: str, most: int = MOST,
 
 def walks(file: Collection, layer: int, domain: str, embeddings: Tensor | None = None,
           roles: tuple[str, ...] = ()) -> dict[str, float]:
-    """Are a domain's texts (in these roles; none: all) local at a layer: their steps' mean length and spread against random
-    walks over their own tokens, and over all token types alike; at the embeddings, given here
+    """Are a domain's texts (in these roles; none: all) local at a layer: their steps' mean length
+    and spread against random walks over their own tokens, and over all token types alike; at the embeddings, given here
     (V, D), over the vocabulary (paper 4.1)."""
     paths, index = paths_of(file, domain, roles=roles)
     rows = file.rows(layer, index).float()

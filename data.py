@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import ast
 import functools
-import glob
 import gzip
 import io
 import json
+import math
 import random
 import re
 import string
@@ -30,6 +30,9 @@ from typing import Iterator, NamedTuple
 
 PAD = -1  # an empty place in a batch of token ids
 NO_LABEL = -100  # a place whose prediction is not scored
+LARGEST = 2**31  # bytes of a file that is read at once
+LONGEST = 2**24  # characters of one text
+EXPANDED = 100  # times its size that a .gz over LONGEST becomes at most; texts become 3 to 10 times
 
 
 class DataError(ValueError):
@@ -67,45 +70,98 @@ def stream(kind: str, path: str) -> Iterator[Example]:
 
 def files_of(kind: str, path: str) -> list[Path]:
     """The files that a path stands for: itself, those of its kind in a folder, or a glob's."""
-    suffixes = READERS[kind][0]
-    if Path(path).is_dir():
-        files = sorted(p for p in Path(path).rglob("*")
-                       if p.name.endswith(suffixes) and p.is_file())
-        expected = f"a file ending in {' or '.join(suffixes)} below it"
-    else:
-        found = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
-        files = [Path(p) for p in found if not Path(p).is_dir()]
-        expected = "a file, a folder, or a pattern that matches files"
+    suffixes, place = READERS[kind][0], Path(path)
+    try:
+        if place.is_dir():
+            files = sorted(p for p in place.rglob("*")
+                           if p.name.endswith(suffixes) and p.is_file())
+            expected = f"a file ending in {' or '.join(suffixes)} below it"
+        else:
+            # not glob.glob, whose ** follows links and so may go round for ever
+            found = [place] if place.exists() else Path(place.anchor or ".").glob(
+                str(place.relative_to(place.anchor)) + "/*" * path.endswith("**"))
+            files = sorted(p for p in found if p.is_file() and (
+                p == place or not p.name.startswith(".")))  # a pipe would be waited on for ever
+            expected = "a file, a folder, or a pattern that matches files"
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: cannot be looked at ({e}): check the path") from None
     if not files:
         raise DataError(f"{path}: nothing found, expected {expected}: check the path")
     return files
 
 
-def _text(path: Path) -> str:
+def read_text(path: str | Path, most: int = LARGEST) -> str:
+    """A file of at most `most` bytes, with or without a byte order mark, its line ends \\n."""
+    path, raw = Path(path), b""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({e}): check the file") from None
+        if not path.is_file() and path.exists():  # opening a pipe would wait for ever
+            raise DataError(f"{path}: a folder, a pipe or a device, expected a file: check the "
+                            "path")
+        if path.stat().st_size > most:
+            raise DataError(f"{path}: {path.stat().st_size} bytes, and no more than {most} are "
+                            "read at once: check the file, or divide it")
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+        if "\0" in text:
+            line = text.count("\n", 0, text.index("\0")) + 1
+            raise DataError(f"{path} line {line}: a NUL, so this is no text, or UTF-16: convert "
+                            "it to UTF-8")
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror}): check the path") from None
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise DataError(f"{path} line {line}: not UTF-8 text ({e.reason}, byte "
+                        f"0x{raw[e.start]:02x}): convert it, or check its kind") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _json(text: str, where: str):
+def parse_json(text: str, where: str):
+    """A JSON value without halves of surrogate pairs, which are no characters. Whatever is wrong
+    is a DataError that begins with `where`."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{where}: not JSON ({e}): fetch the file again, or check "
-                        "its kind") from None
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as e:
+        cause = f"half a surrogate pair, \\u{ord(e.object[e.start]):04x}"
+    except RecursionError:
+        cause = "nested too deep"
+    except ValueError as e:
+        cause = str(e)
+    raise DataError(f"{where}: not JSON ({cause}): fetch the file again, or check its kind")
+
+
+def read_json(path: str | Path, type_: type = object, most: int = LARGEST):
+    """A file's JSON value, of this type."""
+    value = parse_json(read_text(path, most), str(path))
+    if not isinstance(value, type_):
+        raise DataError(f"{path}: holds {type(value).__name__}, expected {type_.__name__}: fetch "
+                        "it again")
+    return value
+
+
+def json_lines(text: str, path: str | Path) -> Iterator[tuple[str, dict]]:
+    """(where, object) of every line that is not empty."""
+    for i, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path} line {i}"
+            value = parse_json(line, where)
+            if not isinstance(value, dict):
+                raise DataError(f"{where}: holds {type(value).__name__}, expected an object with "
+                                "named fields: check the file's kind")
+            yield where, value
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict]]:
     """(where, record) of a JSON array, JSON lines, or an object of columns."""
-    text = _text(path)
-    if text.lstrip()[:1] == "[":
-        rows = _json(text, str(path))
-    elif "\n" in text.strip() and text.lstrip().split("\n", 1)[0].rstrip().endswith("}"):
-        rows = [_json(line, f"{path} line {i}") for i, line in enumerate(text.split("\n"), 1)
-                if line.strip()]
-    else:
-        rows = _json(text, str(path)) if text.strip() else []
+    text = read_text(path)
+    if "\n" in text.strip() and text.lstrip().split("\n", 1)[0].rstrip().endswith("}") \
+            and text.lstrip()[:1] != "[":
+        yield from json_lines(text, path)
+        return
+    rows = parse_json(text, str(path)) if text.strip() else []
+    if not isinstance(rows, list):
         if isinstance(rows, dict) and rows and all(isinstance(v, list) for v in rows.values()):
             if len(set(map(len, rows.values()))) > 1:
                 raise DataError(f"{path}: its columns differ in length: fetch the file again")
@@ -125,19 +181,22 @@ def _field(row: dict, key: str, type_: type, where: str):
         expected = {str: "a text", list: "a list", dict: "an object"}[type_]
         raise DataError(f"{where}: {found}, expected {expected} of that name: "
                         "check that the file is of this kind")
+    if type_ is str and len(row[key]) > LONGEST:
+        raise DataError(f"{where}: {key!r} has {len(row[key])} characters, and no more than "
+                        f"{LONGEST} make sense: check the file")
     return row[key]
 
 
 def _squad(path: Path) -> Iterator[Example]:
     """SQuAD v1.1 and v2.0 (nested), or the flattened export with one record a question."""
-    text = _text(path)
+    text = read_text(path)
     if not text.lstrip().startswith("{") or '"paragraphs"' not in text:
         for where, row in _records(path):
             answers = _field(row, "answers", dict, where)
             yield _question(row, _field(row, "context", str, where),
                             _field(answers, "text", list, where), where)
         return
-    for a, article in enumerate(_field(_json(text, str(path)), "data", list, str(path))):
+    for a, article in enumerate(_field(parse_json(text, str(path)), "data", list, str(path))):
         for p, paragraph in enumerate(_field(article, "paragraphs", list, f"{path} article {a}")):
             where = f"{path} article {a} paragraph {p}"
             context = _field(paragraph, "context", str, where)
@@ -162,7 +221,8 @@ def _math(path: Path) -> Iterator[Example]:
                                 for key in ("question", "answer"))
             yield Example(f"{path.parent.name}/{path.stem}-{i}", "math", "", question, (answer,))
         return
-    lines = _text(path).removesuffix("\n").split("\n") if path.stat().st_size else []
+    text = read_text(path)
+    lines = text.removesuffix("\n").split("\n") if text else []
     if len(lines) % 2:
         raise DataError(f"{path}: {len(lines)} lines, expected a question and an answer in turn, "
                         f"so an even number; line {len(lines)} has no answer: repair the file")
@@ -176,7 +236,8 @@ def _math(path: Path) -> Iterator[Example]:
 
 def _unbyte(text: str) -> str:
     """The export writes the repr of bytes: b'What is 1 + 1?\\n' -> What is 1 + 1?"""
-    if re.fullmatch(r"b'.*'|b\".*\"", text, re.DOTALL):
+    # one literal and nothing else, for Python's parser runs on it
+    if re.fullmatch(r"b'(?:[^'\\\n]|\\.)*+'|b\"(?:[^\"\\\n]|\\.)*+\"", text):
         try:
             text = ast.literal_eval(text).decode()
         except (ValueError, SyntaxError, UnicodeDecodeError):
@@ -215,29 +276,53 @@ def last_boxed(solution: str) -> str | None:
 def _lines_of_text(path: Path) -> Iterator[Example]:
     """C4 json lines (.json, .jsonl, also .gz), or plain text whose paragraphs are parted
     by empty lines. Streamed."""
-    def line_by_line():
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            yield from io.TextIOWrapper(f, encoding="utf-8-sig")
-
     as_json = path.name.removesuffix(".gz").endswith((".json", ".jsonl"))
-    paragraph, count = [], 0
-    try:
-        for number, line in enumerate(line_by_line(), 1):
-            if as_json:
-                if line.strip():
-                    where = f"{path} line {number}"
-                    yield Example(f"{path.stem}-{number}", "text",
-                                  _field(_json(line, where), "text", str, where), "", ())
-            elif line.strip():
-                paragraph.append(line)
-            elif paragraph:
-                yield Example(f"{path.stem}-{(count := count + 1)}", "text",
-                              "".join(paragraph).strip(), "", ())
-                paragraph = []
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-        raise DataError(f"{path}: cannot be read ({e}): fetch it again") from None
+    paragraph, size, count = [], 0, 0
+    for where, line in _lines(path):
+        if as_json:
+            if line.strip():
+                yield Example(f"{path.stem}-{where.rpartition(' ')[2]}", "text",
+                              _field(parse_json(line, where), "text", str, where), "", ())
+            continue
+        if line.strip():
+            paragraph.append(line)
+            size += len(line)
+            if size > LONGEST:
+                raise DataError(f"{where}: a paragraph of more than {LONGEST} characters: part it "
+                                "by empty lines")
+        elif paragraph:
+            yield Example(f"{path.stem}-{(count := count + 1)}", "text",
+                          "".join(paragraph).strip(), "", ())
+            paragraph, size = [], 0
     if paragraph:
         yield Example(f"{path.stem}-{count + 1}", "text", "".join(paragraph).strip(), "", ())
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(where, line) of a file, .gz or not. No more than a line is held, and no line and no .gz
+    may be of any length."""
+    packed = path.suffix == ".gz"
+    where, number, size = str(path), 0, 0
+    try:
+        most = max(EXPANDED * path.stat().st_size, LONGEST) if packed else math.inf
+        with (gzip.open if packed else open)(path, "rb") as f:
+            text = io.TextIOWrapper(f, encoding="utf-8-sig")
+            while line := text.readline(LONGEST + 1):
+                number, size = number + 1, size + len(line)
+                where = f"{path} line {number}"
+                if len(line) > LONGEST:
+                    raise DataError(f"{where}: longer than {LONGEST} characters: divide it")
+                if size > most:
+                    raise DataError(f"{where}: {path.stat().st_size} bytes have become {size}, "
+                                    "which no text does: do not use this file unless you trust "
+                                    "its maker")
+                if "\0" in line:
+                    raise DataError(f"{where}: a NUL, so this is no text, or UTF-16: convert it to "
+                                    "UTF-8")
+                yield where, line
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
+        raise DataError(f"{path}: cannot be read after line {number} ({e}): fetch it "
+                        "again") from None
 
 
 READERS = {  # kind -> (endings looked for in a folder, reader of one file)
@@ -262,8 +347,9 @@ class Vocabulary:
         if not path.is_file():
             raise DataError(f"{path}: no such file; a model folder needs its tokenizer.json: "
                             "fetch it")
+        text = read_text(path)
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_str(text)
         except Exception as e:  # the library raises bare Exception
             raise DataError(f"{path}: not a tokenizer ({e}): fetch it again") from None
         self.tokenizer.no_truncation()  # the file may ask for either; both would falsify the text

@@ -24,7 +24,8 @@ import priors
 import viz
 from activations import Collection
 from settings import prior_name, spec_name, stored_settings
-from train import Run, progress
+from run import Run
+from train import progress
 
 PATHS, STEPS = 3, 12  # trajectories in a picture, and tokens of each
 SIZE = 4000  # rows of a domain in a t-SNE map, and draws of a prior in a picture
@@ -139,7 +140,8 @@ def figure_1(world: World):
                        *trails(world, found, at, f"{len(at)} sentences, from dark to light")],
                       ("t-SNE, distances mean nothing", ""), ticks=False)
     return [panel], numbers, (
-        f"{steps_said(numbers, 'Sentences')}t-SNE of all token embeddings: perplexity {map_.perplexity:.0f}, KL {map_.kl:.3f}, "
+        f"{steps_said(numbers, 'Sentences')}t-SNE of all token embeddings: perplexity "
+        f"{map_.perplexity:.0f}, KL {map_.kl:.3f}, "
         f"seed {world.a.seed}. {made_of(world)}")
 
 
@@ -154,7 +156,8 @@ def figure_2(world: World):
                        *trails(world, found, at, f"{len(at)} sentences, from dark to light")],
                       viz.axis_names(plane))
     return [panel], numbers, (
-        f"{steps_said(numbers, 'Sentences')}Activations after the final norm. {counts(world, 'text')} {made_of(world)}")
+        f"{steps_said(numbers, 'Sentences')}Activations after the final norm. "
+        f"{counts(world, 'text')} {made_of(world)}")
 
 
 def figure_3(world: World):
@@ -214,8 +217,8 @@ def figure_4(world: World):
                                 (f"PC1 {one:.0f} %, PC2 {two:.0f} %", ""),
                                 f"{name}: {numbers[f'bimodality_{i}']:.2f}", ticks=False))
     return panels, numbers, (
-        "Above each panel Sarle's bimodality coefficient along the first component: 0.33 for a Gaussian, "
-        f"0.56 if uniform, towards 1 for two heaps. {counts(world, 'text')} {made_of(world)}")
+        "Above each panel Sarle's bimodality coefficient along the first component: 0.33 for a "
+        f"Gaussian, 0.56 if uniform, towards 1 for two heaps. {counts(world, 'text')} {made_of(world)}")
 
 
 def figure_5(world: World):
@@ -240,8 +243,8 @@ def figure_5(world: World):
     return panels, {"auc_least": least, "silhouette": apart}, (
         f"The least probe AUC of a pair is {least:.3f}, the mean silhouette {apart:.2f} (1: far "
         "apart, 0: overlapping), both in all dimensions. "
-        f"Means over an example's tokens after the final norm, {', '.join(str(len(x)) for x in rows)}"
-        f" examples. t-SNE: perplexity {map_.perplexity:.0f}, KL {map_.kl:.3f}, seed "
+        "Means over an example's tokens after the final norm, "
+        f"{', '.join(str(len(x)) for x in rows)} examples. t-SNE: perplexity {map_.perplexity:.0f}, KL {map_.kl:.3f}, seed "
         f"{world.a.seed}. {made_of(world)}")
 
 
@@ -450,8 +453,8 @@ def figure_13(world: World):
         f"{mine['effective_rank']:.0f} (rows {judged['held-out rows']['effective_rank']:.0f}); "
         f"MMD^2 to the rows {mine['mmd']:.2g} (fitted Gaussian {gaussian['mmd']:.2g}), Frechet "
         f"{mine['frechet']:.3g} ({gaussian['frechet']:.3g}), precision {mine['precision']:.0f} %, "
-        f"recall {mine['recall']:.0f} %. Inputs of layer {i}, one plane. The numbers judge a VAE fitted without a fifth of the "
-        f"rows by that fifth. {counts(world, 'squad')} {made_of(world)}")
+        f"recall {mine['recall']:.0f} %. Inputs of layer {i}, one plane. The numbers judge a VAE fitted "
+        f"without a fifth of the rows by that fifth. {counts(world, 'squad')} {made_of(world)}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -290,8 +290,8 @@ def silhouette(x: np.ndarray, labels: np.ndarray, sample: int = 2000, seed: int 
 
 
 def bimodality(x: np.ndarray) -> float:
-    """Sarle's coefficient (skewness^2 + 1) / kurtosis of x (N,): 1/3 for a Gaussian, 5/9 if uniform,
-    1 for two points. Heavy tails lower it."""
+    """Sarle's coefficient (skewness^2 + 1) / kurtosis of x (N,): 1/3 for a Gaussian, 5/9 if
+    uniform, 1 for two points. Heavy tails lower it."""
     x = _points(np.reshape(x, (-1, 1)), "x", 4)[:, 0].astype(np.float64)
     z = x - x.mean()
     if not z.any():

@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -76,50 +77,38 @@ def read_config(path: Path) -> Config:
                          "choose another folder")
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ModelError(f"{path}: the rope settings are {rope!r}, not an object: repair the file")
+        raise ModelError(f"{path}: the rope settings are {rope!r:.80}, not an object: repair the "
+                         "file")
     # "type" is the old spelling
     rope = {**rope, "rope_type": str(rope.get("rope_type", rope.get("type", "default")))}
     needs = {"default": (), "linear": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if rope["rope_type"] not in needs:
-        raise ModelError(f"{path}: rope type {rope['rope_type']!r} is not known, only "
+        raise ModelError(f"{path}: rope type {rope['rope_type']!r:.80} is not known, only "
                          f"{', '.join(needs)}: choose another model")
     for key in needs[rope["rope_type"]]:
-        if not isinstance(rope.get(key), (int, float)) or not rope[key] > 0:
-            raise ModelError(f"{path}: rope type {rope['rope_type']!r} needs a positive number "
-                             f"{key!r}, found {rope.get(key)!r}: repair the file")
+        _check(path, f"{key!r} of rope type {rope['rope_type']!r}", rope.get(key), *ROPE)
     if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
         raise ModelError(f"{path}: llama3 rope needs low_freq_factor below high_freq_factor: "
                          "repair the file")
     heads, width = c.get("num_attention_heads"), c.get("hidden_size")
-    if isinstance(heads, int) and isinstance(width, int) and heads > 0:
-        c["head_dim"] = c.get("head_dim") or width // heads
-    c["num_key_value_heads"] = c.get("num_key_value_heads") or heads
-    c["rope_theta"] = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
+    several = type(heads) is type(width) is int and heads > 0
+    if rope.get("rope_theta") is not None:
+        c["rope_theta"] = rope["rope_theta"]
+    defaults = {"head_dim": width // heads if several else None, "num_key_value_heads": heads}
+    for key, (default, *allowed) in CONFIG.items():
+        if c.get(key) is None:
+            c[key] = defaults.get(key, default)
+        _check(path, key, c[key], *allowed)
     c["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    c.setdefault("vocab_size", 32000)
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"):
-        if type(c.setdefault(key, 2048 if key == "max_position_embeddings" else None)) is not int \
-                or c[key] < 1:
-            raise ModelError(f"{path}: {key} is {c[key]!r}, expected a positive whole number: "
-                             "repair the file")
-    for key in ("rope_theta", "rms_norm_eps"):
-        if type(c.setdefault(key, 1e-6)) not in (int, float) or not c[key] > 0:
-            raise ModelError(f"{path}: {key} is {c[key]!r}, expected a positive number: "
-                             "repair the file")
-    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        if type(c.setdefault(key, False)) is not bool:
-            raise ModelError(f"{path}: {key} is {c[key]!r}, expected true or false: "
-                             "repair the file")
-    if c.get("bos_token_id") is not None and (
-            type(c["bos_token_id"]) is not int or not 0 <= c["bos_token_id"] < c["vocab_size"]):
-        raise ModelError(f"{path}: bos_token_id is {c['bos_token_id']!r}, expected a token below "
-                         f"{c['vocab_size']}")
+    if c.get("bos_token_id") is not None:
+        _check(path, "bos_token_id", c["bos_token_id"], int, 0, c["vocab_size"] - 1)
     generation = path.with_name("generation_config.json")  # chat models name further ends there
     eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
     eos = c.get("eos_token_id") if eos is None else eos
     c["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    for token in c["eos_token_id"]:
+        _check(path, "eos_token_id", token, int, -1, 2**40)
     if c["num_attention_heads"] % c["num_key_value_heads"] or c["head_dim"] % 2:
         raise ModelError(f"{path}: {heads} heads of width {c['head_dim']} over "
                          f"{c['num_key_value_heads']} key/value heads: the heads must divide "
@@ -127,9 +116,33 @@ def read_config(path: Path) -> Config:
     return Config(**{f.name: c[f.name] for f in fields(Config) if c.get(f.name) is not None})
 
 
+# what config.json may say: key -> default, type, least, most. Nothing is allocated by these sizes,
+# but an absurd one takes long to find out
+CONFIG = {
+    "hidden_size": (None, int, 1, 2**17), "intermediate_size": (None, int, 1, 2**20),
+    "num_hidden_layers": (None, int, 1, 2**10), "num_attention_heads": (None, int, 1, 2**12),
+    "num_key_value_heads": (None, int, 1, 2**12), "head_dim": (None, int, 1, 2**12),
+    "vocab_size": (32000, int, 1, 2**24), "max_position_embeddings": (2048, int, 1, 2**30),
+    "rope_theta": (10000.0, float, 1, 1e15), "rms_norm_eps": (1e-6, float, 1e-30, 1),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"),
+                    (False, bool, False, True))}
+ROPE = (float, 1e-6, 1e9)
+
+
+def _check(path: Path, key: str, value, type_: type, least, most) -> None:
+    """A bool is no number here, and a whole number is a float."""
+    if type(value) not in ((int, float) if type_ is float else (type_,)) \
+            or not least <= value <= most:  # as NaN is not
+        expected = {bool: "true or false", int: f"a whole number from {least} to {most}",
+                    float: f"a number from {least:g} to {most:g}"}[type_]
+        raise ModelError(f"{path}: {key} is {value!r:.80}, expected {expected}: repair the file")
+
+
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if regular(path).stat().st_size > 2**28:
+            raise OSError("of a size that none has")
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; expected a Hugging Face model folder with "
                          "config.json, tokenizer.json and safetensors weights") from None
@@ -139,6 +152,13 @@ def _read_json(path: Path) -> dict:
         raise ModelError(f"{path}: holds {type(value).__name__}, expected a JSON object: "
                          "fetch it again")
     return value
+
+
+def regular(path: Path) -> Path:
+    """path, if it is a file, a link to one, or nothing: opening a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError("a folder, a pipe or a device, not a file")
+    return path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -600,7 +620,7 @@ def load(folder: str | Path, dtype: str | torch.dtype | None = None, device: str
     found = {}
     for path, names in _shards(folder).items():
         try:
-            with safe_open(path, framework="pt") as f:
+            with safe_open(regular(path), framework="pt") as f:
                 for name in f.keys() if names is None else names:
                     if name in ignored or name.endswith("rotary_emb.inv_freq"):
                         continue
@@ -614,15 +634,21 @@ def load(folder: str | Path, dtype: str | torch.dtype | None = None, device: str
                                          f"asks for {wanted[name]}: the two are not of one model; "
                                          "fetch both again")
                     tensor = f.get_tensor(name)
-                    if not tensor.is_floating_point():
+                    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16,
+                                            torch.float64):
                         raise ModelError(f"{path}: tensor {name!r} is {tensor.dtype}, expected "
                                          "floating point: choose a folder that is not quantised")
                     found[name] = tensor.to(device, dtype)
+                    # not isfinite, which makes a copy
+                    if not all(map(math.isfinite, torch.stack(found[name].aminmax()).tolist())):
+                        raise ModelError(f"{path}: tensor {name!r} holds numbers that are not "
+                                         f"finite in {found[name].dtype}: fetch it again, or use "
+                                         "--dtype bfloat16")
         except FileNotFoundError:
             raise ModelError(f"{path}: no such file, though the folder's index or layout asks for "
                              "it: fetch it again") from None
         except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: not a readable safetensors file ({_cause(e)}): "
+            raise ModelError(f"{path}: not a readable safetensors file ({cause(e)}): "
                              "fetch it again") from None
     missing = sorted(wanted.keys() - found.keys())
     if missing:
@@ -642,18 +668,18 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: no weight_map of tensor names to files: fetch it again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or "/" in file or "\\" in file or "\0" in file \
-                or file in (".", ".."):
-            raise ModelError(f"{index}: {name!r} is said to be in {file!r}, which is not "
+        # links may lead anywhere, as the hub's cache is made of them; names may not
+        if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", file):
+            raise ModelError(f"{index}: {name!r:.80} is said to be in {file!r:.80}, which is not "
                              "a file name in this folder: do not use this folder unless you "
                              "trust its maker")
         shards.setdefault(folder / file, []).append(name)
     return shards
 
 
-def _cause(e: Exception) -> str:
+def cause(e: Exception) -> str:
     """The plain cause behind safetensors' wording."""
-    text = str(e)
+    text = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
     if "incomplete" in text.lower():  # first: "incomplete metadata, file not fully covered"
         return "it is cut short"
     if "header" in text.lower():

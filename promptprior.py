@@ -11,6 +11,7 @@ draws. Modules that import torch are imported inside the functions that need the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -24,15 +25,15 @@ from types import SimpleNamespace
 import data
 import priors
 from settings import (COLLECT, DATA, FIGURE, FIRST, MODEL, PRIOR, SAMPLE, SWITCHES, TRAIN,
-                      UserError, absolute, check_ranges, check_same_model, checksum, checksums, encode,
-                      free_name, layers_with_rows, load_model, model_files, model_folder,
-                      plain_pasts, parse_spec, prior_name, read_questions, rows_per_layer, say,
-                      settings_of, some_of, spec_name, stored_settings, text_name,
+                      UserError, absolute, check_ranges, check_same_model, checksum, checksums,
+                      encode, free_name, kind_of, layers_with_rows, load_model, model_files, model_folder,
+                      one_line, plain_pasts, parse_spec, prior_name, read_questions, rows_per_layer,
+                      say, settings_of, show, some_of, spec_name, stored_settings, text_name,
                       training_and_evaluation)
 
 # their own ValueErrors are the user's mistakes
 MODULES = {"activations", "compare", "data", "figures", "geometry", "llama", "posteriors", "priors",
-           "references", "settings", "train", "viz"}
+           "references", "report", "run", "settings", "train", "viz"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,7 +143,8 @@ def text_picture(run, a: SimpleNamespace, found: dict) -> str:
 
 
 def command_train(given: dict) -> None:
-    from train import Run, RunError, agree, join_world, meet, world
+    from run import Run, RunError, read_config
+    from train import agree, join_world, meet, world
 
     def join(a: SimpleNamespace) -> None:
         if int(os.environ.get("WORLD_SIZE", 1)) > a.batch_size:
@@ -154,36 +156,69 @@ def command_train(given: dict) -> None:
                             "--nproc-per-node N promptprior.py train ...`, or leave it out")
 
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
-    if not resume:
-        a = settings_of(given, MODEL, PRIOR, DATA, TRAIN)
-        join(a)
-        a.out = agree(a.out or free_name(a))
-        run = Run(Path(a.out))
-        if run.path.exists() and not (run.path.is_dir() and not any(run.path.iterdir())):
-            run.config()  # what is not a run is never overwritten
-            if not overwrite:
-                raise UserError(f"{run.path} exists: go on with it by --resume, replace it by "
-                                "--overwrite, or choose another --out")
-        meet()  # nothing is written before all have looked
-        return train_run(run, a, None)
-    if "out" not in given:
+    source = given.pop("config", None)
+    if resume and source:
+        raise UserError("--resume goes on with a run's own config.json, --config begins another "
+                        "run like it: give one of the two")
+    if resume and "out" not in given:
         raise UserError("--resume needs --out, the folder of the run to go on with")
-    run = Run(Path(given["out"]))
-    config = run.config()
-    stored = stored_settings(config)
-    other = differences(run, given)
-    if other:
-        raise UserError(f"{run.path}: a run goes on with its own settings, not with "
-                        f"{'; '.join(other)}: leave them out, or start another run")
-    if not (run.path / "checkpoint.safetensors").exists():
-        config = None  # it was stopped before its first checkpoint: from the start
-    a = SimpleNamespace(**{**stored, "out": given["out"]})
+    run = Run(Path(given["out"])) if resume else None
+    if run and not (run.path.exists() and run.empty):
+        config = run.config()
+        stored = stored_settings(config)
+        other = differences(run, {k: v for k, v in given.items() if k not in MAY_CHANGE})
+        if other:
+            raise UserError(f"{run.path}: a run goes on with its own settings, not with "
+                            f"{'; '.join(other)}: leave them out, or start another run; only "
+                            f"{', '.join('--' + k.replace('_', '-') for k in MAY_CHANGE)} may "
+                            "change")
+        a = SimpleNamespace(**{**stored, **given})
+        check_ranges(a)
+        join(a)
+        if config.get("processes", 1) != world()[1]:
+            raise RunError(f"{run.path}: begun by {config.get('processes', 1)} processes, and sums "
+                           f"of {world()[1]} are others in the last digits: start as many by "
+                           "torchrun")
+        with alone(run):
+            return train_run(run, a, config, resume=True)
+    config = read_config(Path(source)) if source else None
+    if config:
+        given = {**{k: v for k, v in stored_settings(config).items() if k != "out"}, **given}
+    a = settings_of(given, MODEL, PRIOR, DATA, TRAIN)
     join(a)
-    if config and config.get("processes", 1) != world()[1]:
-        raise RunError(f"{run.path}: begun by {config.get('processes', 1)} processes, and sums of "
-                       f"{world()[1]} are others in the last digits: start as many by torchrun")
-    meet()
-    train_run(run, a, config)
+    a.out = agree(a.out or free_name(a))
+    run = Run(Path(a.out))
+    if not run.empty:
+        run.config()  # what is not a run is never overwritten
+        if not overwrite:
+            raise UserError(f"{run.path} exists: go on with it by --resume, replace it by "
+                            "--overwrite, or choose another --out")
+    meet()  # nothing is written before all have looked
+    with alone(run):
+        train_run(run, a, config, resume=False)
+
+
+# what a run may go on with otherwise than it began
+MAY_CHANGE = ("out", "steps", "eval_every", "snapshot_every", "skip_bad_steps", "device")
+
+
+@contextlib.contextmanager
+def alone(run):
+    """The run's lock, held by the first process; where it is refused, all stop."""
+    from train import agree
+
+    with contextlib.ExitStack() as stack:
+        refused = None
+        try:
+            word = stack.enter_context(run.lock()) if FIRST else ""
+        except (ValueError, OSError) as e:
+            refused = e
+        refused = agree(refused)
+        if refused:
+            raise refused
+        if word:
+            say(word)
+        yield
 
 
 def differences(run, given: dict) -> list[str]:
@@ -193,14 +228,15 @@ def differences(run, given: dict) -> list[str]:
             if k != "out" and stored.get(k) != v]
 
 
-def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
-    """Everything is read and checked before the first byte of the run is written. resumed is the
-    config.json of the run to go on with, None for a new one."""
+def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> None:
+    """Everything is read and checked before the first byte of the run is written. config: the
+    config.json of the run to go on with, or to do again; None for a new one."""
     import torch
 
     import posteriors
     from references import draw, norm_ratio, references
-    from train import RunError, evaluate, keep_freed_memory, train, trunk, world
+    from run import RunError
+    from train import evaluate, keep_freed_memory, train, trunk, world
 
     began, (rank, size) = time.time(), world()
     keep_freed_memory()
@@ -211,13 +247,24 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     sums = checksums(a)
     for old in run.path.glob("trunk*.safetensors") if FIRST else ():
         old.unlink()  # of a run that was killed
-    if resumed:
-        torch.set_num_threads(resumed["threads"])  # the same sums in the same order
-        changed = [key for key, value in sums.items() if resumed["sha256"].get(key, value) != value]
+    if config:
+        torch.set_num_threads(config["threads"])  # the same sums in the same order
+        stored = stored_settings(config)
+        changed = [key for key, value in sums.items() if config["sha256"].get(key, value) != value
+                   and all(getattr(a, flag, None) == stored[flag] for flag in (
+                       "model", "data", "eval_data", "reference", "prior"))]
         if changed:
             raise RunError(f"{run.path}: the {' and the '.join(changed)} changed since the run "
-                           "began, so it cannot go on to the same end: restore the files, or start "
+                           "began, so it cannot come to the same end: restore the files, or start "
                            "another run")
+    checkpoint = None
+    if resume and run.checkpoints():  # else it was stopped before its first: from the start
+        *checkpoint, wrong = run.load_checkpoint()
+        if checkpoint[0] > a.steps:
+            raise RunError(f"{run.path}: it is at step {checkpoint[0]} already: give --steps of at "
+                           "least that")
+        for what in wrong:
+            say(f"{what}: going on from step {checkpoint[0]}")
     questions = encode(examples, vocabulary, a.max_length, "training")
     evals = encode(evals, vocabulary, a.max_length, "evaluation")
     say(f"model {model_folder(a).name}: {model.config.num_hidden_layers} layers of width "
@@ -234,7 +281,15 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
     def scores(past, name):
         return evaluate(model, vocabulary, past, evals, a, name)
 
-    if not resumed:
+    if checkpoint:
+        now = {k: getattr(a, k) for k in MAY_CHANGE if k != "out" and getattr(a, k) != stored[k]}
+        if now:
+            say(f"{run.path}: from step {checkpoint[0]} on with " + ", ".join(
+                f"--{k.replace('_', '-')} {v} instead of {stored[k]}" for k, v in now.items())
+                + ": not the end that it would have come to")
+            run.write_json("config.json", {**config, "settings": vars(a), "changes": [
+                *config.get("changes", []), {"step": checkpoint[0], **now}]})
+    else:
         run.clear()
         run.write_json("config.json", {
             "settings": vars(a), "priors": reports, "learning_rates": rates,
@@ -266,30 +321,31 @@ def train_run(run, a: SimpleNamespace, resumed: dict | None) -> None:
                 f"{layers[0]} for {len(top.inputs)} tokens, {top.inputs.nbytes / 2**30:.2f} GiB "
                 f"{f'in {file}, removed at the end' if file.exists() else 'in memory'}")
         train(run, a, top, posterior, rates, batch_of,
+              lambda step: [questions.examples[i].id for i in order[step]],
               penalty if a.prior_weight else None, lambda step: scores(
                   [model.prompt_past(rows, a.cut) for rows in posterior.scored()], f"step {step}"),
-              bool(resumed))
+              checkpoint)
     finally:
         file.unlink(missing_ok=True)
 
     if not FIRST:
         return
     start, end = run.start_and_end()
-    print(f"\n{len(evals.rows)} questions of "
+    show(f"\n{len(evals.rows)} questions of "
           f"{spec_name(a.eval_data) if a.eval_data else 'the training data, held out'}; scores in "
           f"percent, loss in nats a token\n\n{final_table(a, run.metrics())}\n")
     for i in layers:
-        print(f"layer {i}: rows moved {(end[i] - start[i]).norm(dim=1).mean():.3g} on average; "
+        show(f"layer {i}: rows moved {(end[i] - start[i]).norm(dim=1).mean():.3g} on average; "
               f"their norm over the reference's {norm_ratio(start[i], found[i].rows):.3g} -> "
               f"{norm_ratio(end[i], found[i].rows):.3g}")
-    print(f"{time.time() - began:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
+    show(f"{time.time() - began:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
           f"metrics.jsonl, {', '.join(draw_run(run, a, found))}")
 
 
 def open_run(path: str, given: dict):
     """A trained run: its folder, settings, model, tokenizer and prompt."""
     import llama
-    from train import Run
+    from run import Run
 
     run = Run(Path(path))
     a = SimpleNamespace(**{**stored_settings(run.config()), **given, "shard": False})
@@ -315,10 +371,10 @@ def command_eval(given: dict) -> None:
     pasts = [*plain_pasts(a, model, vocabulary).values(), *trained_pasts(run, a, model, prompt)]
     rows = [(name, evaluate(model, vocabulary, past, evals, a, name)[0]) for name, past in pasts]
     if as_json:
-        print(json.dumps({"run": str(run.path), "data": spec, "questions": len(evals.rows),
+        show(json.dumps({"run": str(run.path), "data": spec, "questions": len(evals.rows),
                           "scores": dict(rows)}))
     else:
-        print(f"{run.path} on {len(evals.rows)} questions of {spec}; scores in percent, loss in "
+        show(f"{run.path} on {len(evals.rows)} questions of {spec}; scores in percent, loss in "
               f"nats a token\n\n{table(rows)}")
 
 
@@ -352,13 +408,13 @@ def command_generate(given: dict) -> None:
     if len(ids) > room:
         raise UserError(f"the text has {len(ids)} tokens, and {room} fit beside the prompt and "
                         "--max-new: shorten it")
-    print(vocabulary.first_line(llama.generate(model, [ids], past, a.max_new, vocabulary.stop)[0]))
+    show(vocabulary.first_line(llama.generate(model, [ids], past, a.max_new, vocabulary.stop)[0]))
 
 
 def command_sample(given: dict) -> None:
     from compare import TITLES, judge_prior
     from references import draw, references
-    from train import Run, rows_to_bytes
+    from run import Run, rows_to_bytes
 
     as_json = given.pop("json", False)
     a = settings_of(given, MODEL, PRIOR, DATA, SAMPLE)
@@ -390,7 +446,7 @@ def command_sample(given: dict) -> None:
     else:
         say("nothing written (--out DIR keeps the rows and a figure for every layer)")
     if as_json:
-        print(json.dumps(reports))
+        show(json.dumps(reports))
 
 
 def command_collect(given: dict) -> None:
@@ -442,10 +498,10 @@ def command_collect(given: dict) -> None:
         mine = file.field["domain"] == d
         bos = mine & (file.field["role"] == activations.ROLES.index("bos"))
         large = mine & file.left_out & ~bos
-        print(f"{name}: {int(mine.sum())} rows of {len(domains[name].rows)} examples; "
+        show(f"{name}: {int(mine.sum())} rows of {len(domains[name].rows)} examples; "
               f"{int(bos.sum())} of BOS and {int(large.sum())} others of massive norm, marked and "
               "left out of fits and pictures")
-    print(f"{path}: layers {', '.join(map(str, layers))} of width {file.width}, "
+    show(f"{path}: layers {', '.join(map(str, layers))} of width {file.width}, "
           f"{path.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -454,10 +510,10 @@ def command_compare(given: dict) -> None:
     for path in given.pop("paths"):
         out.append((compare_collection if Path(path).is_file() else compare_run)(path, dict(given)))
         if not as_json:
-            print(out[-1].pop("text"), end="\n\n")
+            show(out[-1].pop("text") + "\n")
         out[-1].pop("text", None)
     if as_json:
-        print(json.dumps(out))
+        show(json.dumps(out))
 
 
 def compare_run(path: str, given: dict) -> dict:
@@ -484,7 +540,8 @@ def compare_run(path: str, given: dict) -> dict:
     for i, each in said.items():
         lines += [f"layer {i} {name}, {reading}: {' '.join(map(json.dumps, tokens))}"
                   for name, readings in each.items() for reading, tokens in readings.items()]
-    return {"run": str(run.path), "settings": vars(a), "scores": [m for m in run.metrics() if m["split"] == "eval"][-1],
+    scores = [m for m in run.metrics() if m["split"] == "eval"][-1]
+    return {"run": str(run.path), "settings": vars(a), "scores": scores,
             "measures": dict(measured), "tokens": said, "text": "\n".join(lines)}
 
 
@@ -522,7 +579,8 @@ def compare_collection(path: str, given: dict) -> dict:
 def command_interpolate(given: dict) -> None:
     """Prompts on the straight line between two trained ones, on the tasks of both."""
     import figures
-    from train import Run, evaluate
+    from run import Run
+    from train import evaluate
 
     as_json, points = given.pop("json", False), given.pop("points", 11)
     paths = given.pop("run_a"), given.pop("run_b")
@@ -560,14 +618,14 @@ def command_interpolate(given: dict) -> None:
             curve.append({"t": t, "data": name, **scores})
     rows = [(f"{line['t']:.2f} on {line['data']}", line) for line in curve]
     if as_json:
-        print(json.dumps(curve))
+        show(json.dumps(curve))
     else:
-        print(f"(1 - t) {one.path} + t {other.path}; scores in percent, loss in nats a token\n\n"
+        show(f"(1 - t) {one.path} + t {other.path}; scores in percent, loss in nats a token\n\n"
               f"{table(sorted(rows, key=lambda r: r[1]['data']))}\n")
     folder.write("curve.jsonl", b"".join((json.dumps(line) + "\n").encode() for line in curve))
     folder.write("curve.svg", figures.line(
-        curve, f"(1 - t) {one.path.name} + t {other.path.name}, model {model_folder(a).name}, seeds "
-        f"{a.seed} and {b.seed}; {points} prompts.").encode())
+        curve, f"(1 - t) {one.path.name} + t {other.path.name}, model {model_folder(a).name}, "
+        f"seeds {a.seed} and {b.seed}; {points} prompts.").encode())
     say(f"{folder.path}: curve.jsonl, curve.svg")
 
 
@@ -595,7 +653,7 @@ def command_figures(given: dict) -> None:
     """Make what the figures are drawn from, as far as it is not there yet, and draw them."""
     import activations
     import figures
-    from train import Run, progress, write_file
+    from run import Run, write_file
 
     numbers = sorted(set(given.pop("numbers", None) or figures.FIGURES))
     unknown = [n for n in numbers if n not in figures.FIGURES]
@@ -631,9 +689,12 @@ def command_figures(given: dict) -> None:
         run = runs[name] = Run(folder / "runs" / name)
         wanted = {**same, **recipes[name], **{k: getattr(a, k) for k in (
             "steps", "eval_limit", "batch_size")}}
-        there = run.path.exists()
-        if not there or differences(run, wanted) or not any(
-                m["split"] == "eval" and m["step"] == a.steps for m in run.metrics()):
+        there = not run.empty
+        if there and differences(run, wanted):
+            raise UserError(f"{run.path}: trained otherwise, with {differences(run, wanted)[0]}: "
+                            "choose another --out, or remove it")
+        if not there or not any(m["split"] == "eval" and m["step"] == a.steps
+                                for m in run.metrics()):
             command_train({**wanted, "out": str(run.path), **({"resume": True} if there else {})})
     world = figures.World(a, model, vocabulary, collections, runs)
     results = {}
@@ -643,31 +704,46 @@ def command_figures(given: dict) -> None:
         name = f"figure-{n:02d}-{figure.name}.svg"
         write_file(folder / name, svg.encode())
         results[n] = {"file": name, "title": figure.title, "measured": measured}
-        print(f"{folder / name}\n    " + ", ".join(
+        show(f"{folder / name}\n    " + ", ".join(
             f"{k} {v:.3g}" for k, v in measured.items() if not isinstance(v, list)))
     path = folder / "figures.json"
     if path.exists():
-        results = {**{int(k): v for k, v in json.loads(path.read_text()).items()}, **results}
+        results = {**{int(k): v for k, v in data.read_json(path, dict).items()
+                      if k.isascii() and k.isdecimal()}, **results}
     write_file(path, (json.dumps(dict(sorted(results.items())), indent=1) + "\n").encode())
 
 
 def command_plot(given: dict) -> None:
     import figures
+    import report
+    import viz
     from references import references
+    from run import Run, write_file
 
-    text, runs = given.pop("text", False), []
-    for path in given.pop("runs"):
-        run, a, model, vocabulary, prompt = open_run(path, dict(given))
-        runs.append(run)
-        found = references(a, model, vocabulary, list(prompt.rows))
-        if text:
-            print(text_picture(run, a, found))
-            continue
-        for name in draw_run(run, a, found):
-            print(run.path / name)
+    text, out, folders = given.pop("text", False), given.pop("out", None), given.pop("runs")
+    runs = [Run(Path(path)) for path in folders]
     if not text:
-        runs[0].write("figures/curves.svg", figures.curves(runs).encode())
-        print(runs[0].path / "figures/curves.svg")
+        report.check(runs)  # width, weights, snapshots: before a model is loaded or a file written
+
+    def opened():
+        """Each run with what the page wants of it; its own figures are drawn on the way."""
+        for path in folders:
+            run, a, model, vocabulary, prompt = open_run(path, dict(given))
+            found = references(a, model, vocabulary, list(prompt.rows))
+            show(text_picture(run, a, found) if text else "\n".join(
+                str(run.path / name) for name in draw_run(run, a, found)))
+            yield run, a, model, vocabulary, found
+
+    if text:
+        for _ in opened():
+            pass
+        return
+    template = (Path(__file__).resolve().parent / "report.html").read_text(encoding="utf-8")
+    page = viz.page(template, report.gather(opened())).encode()
+    target = Path(out) if out else runs[0].path / "report.html"
+    write_file(target, page)
+    runs[0].write("figures/curves.svg", figures.curves(runs).encode())
+    show(f"{runs[0].path / 'figures/curves.svg'}\n{target}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -687,7 +763,7 @@ def prior_help() -> str:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"promptprior: error: {message}: see `{self.prog} --help`\n")
+        self.exit(2, f"promptprior: error: {one_line(message)}: see `{self.prog} --help`\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -701,11 +777,8 @@ def parser() -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
         for flag, (default, text) in (item for group in groups for item in group.items()):
-            kind = float if flag in (
-                "lr", "clip", "prior_weight", "trunk_memory") else int if flag in (
-                "max_length", "eval_every", "snapshot_every", "reference_rows") or isinstance(default, int) else str
             shown = f"{text} ({default})" if default is not None else text
-            c.add_argument("--" + flag.replace("_", "-"), type=kind,
+            c.add_argument("--" + flag.replace("_", "-"), type=kind_of(flag, default),
                            nargs="+" if flag == "reference" else None,
                            metavar=flag.upper().split("_")[-1], help=shown.replace("%", "%%"))
         return c
@@ -730,6 +803,8 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--keep-unanswerable", **unanswerable)
     c.add_argument("--resume", action="store_true",
                    help="go on with the run in --out, to the same bytes")
+    c.add_argument("--config", metavar="FILE", help="begin with the settings of a run's "
+                   "config.json, for the same bytes again; other flags change them")
     c.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 
     some = {k: (None, text) for k, (_, text) in MODEL.items() if k in ("model", "device", "dtype")}
@@ -780,9 +855,11 @@ def parser() -> argparse.ArgumentParser:
                 [MODEL, FIGURE])
     c.add_argument("numbers", metavar="N", nargs="*", type=int, help="figures, 1 to 13 (all)")
 
-    c = command("plot", "Draw a run: the reference, the prior's draw and the trained rows, per "
-                "layer.", [some])
+    c = command("plot", "Draw runs: a page to explore, report.html, and for every layer the "
+                "reference, the prior's draw and the trained rows.", [some])
     c.add_argument("runs", metavar="RUN", nargs="+", help="runs' folders")
+    c.add_argument("--out", metavar="FILE", help="where the page goes (report.html in the first "
+                   "RUN's folder)")
     c.add_argument("--text", action="store_true",
                    help="print each layer's plane in characters, and write nothing")
     return p
@@ -795,11 +872,18 @@ COMMANDS = {"train": command_train, "eval": command_eval, "generate": command_ge
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = vars(parser().parse_args(argv))
+    p = parser()
+    given = vars(p.parse_args(argv))
+    for text in sys.argv[1:] if argv is None else argv:
+        if any("\ud800" <= c <= "\udfff" for c in text):  # so Python stands for other bytes
+            p.error(f"{ascii(text)}: not UTF-8: rename the file, or convert the text")
     if given["command"] != "train" and not FIRST:
         return 0  # no other command has work for several processes
     try:
         COMMANDS[given.pop("command")](given)
+    except BrokenPipeError:  # as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at the end
+        status = -signal.SIGPIPE
     except KeyboardInterrupt:
         say("promptprior: stopped; a run that has begun goes on with train --out RUN --resume")
         status = -signal.SIGINT
@@ -807,10 +891,10 @@ def main(argv: list[str] | None = None) -> int:
         status = exit_status(e)
         if status is None:
             raise
-        text = f"{'error: ' * (status > 0)}{' '.join(str(e).split())}"
+        text = f"{'error: ' * (status > 0)}{one_line(message(e))}"
         say(f"promptprior: {text}")
         if not FIRST and status > 0 and joined():  # it may be this one's alone
-            print(f"promptprior: process {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
+            show(f"promptprior: process {os.environ['RANK']}: {text}", sys.stderr)
     else:
         return 0
     if status < 0:  # end by the signal itself, so that a calling shell or scheduler sees it
@@ -832,7 +916,23 @@ def exit_status(e: Exception) -> int | None:
     if isinstance(e, ValueError) and type(e).__module__ in MODULES:
         return 2
     # train.Stopped brings its own
-    return getattr(e, "status", 1 if isinstance(e, OSError) else None)
+    return getattr(e, "status", 1 if isinstance(e, OSError) or out_of_memory(e) else None)
+
+
+def out_of_memory(e: Exception) -> bool:
+    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" \
+        or isinstance(e, RuntimeError) and "not enough memory" in str(e) \
+        or isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+
+
+def message(e: Exception) -> str:
+    """What, where, and the remedy."""
+    if isinstance(e, OSError) and e.strerror and e.filename:
+        return f"{e.filename}: {e.strerror}: check the path, and who may use it"
+    if out_of_memory(e) and not hasattr(e, "status"):
+        return (f"memory does not suffice ({e or 'no more of it'}): lower --batch-size, "
+                "--max-length or --limit, or use a smaller model")
+    return str(e) or type(e).__name__
 
 
 if __name__ == "__main__":

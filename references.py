@@ -16,10 +16,22 @@ from torch import Tensor
 
 import data
 import priors
-from activations import Collection, massive, stream
+from activations import ROLES, Collection, massive, roles_of, stream
 from settings import (REFERENCE_ROWS, UserError, check_same_model, collection_of, parse_spec,
                       prior_name, rows_per_layer, say, spec_name, topic, training_and_evaluation)
 from train import Run, progress
+
+
+class Labels(NamedTuple):
+    """What the rows of a population (N, D) are."""
+
+    token: Tensor  # (N,) ids
+    role: list[str]  # of activations.ROLES; "token" in the vocabulary
+    domain: list[str]  # the data they come from
+
+    def take(self, index: Tensor) -> Labels:
+        return Labels(self.token[index], *([values[i] for i in index.tolist()]
+                                           for values in self[1:]))
 
 
 class Reference(NamedTuple):
@@ -27,6 +39,7 @@ class Reference(NamedTuple):
 
     parts: list[Tensor]  # (N, D) fp32 each: one for every --reference, or every run
     name: str
+    labels: list[Labels] | None = None  # one for each part; rows of runs are no tokens
 
     @property
     def rows(self) -> Tensor:
@@ -42,7 +55,8 @@ def references(a: SimpleNamespace, model, vocabulary, layers: list[int],
         if not ids:
             raise UserError("--prior text needs --text, the text whose tokens the rows begin as")
         x = inputs(model, [ids], [list(range(len(ids)))], layers)
-        found = [{i: (x[i], f"tokens of {a.text!r}") for i in layers}]
+        labels = Labels(torch.tensor(ids), ["text"] * len(ids), ["text"] * len(ids))
+        found = [{i: (x[i], f"tokens of {a.text!r}", labels) for i in layers}]
     elif sources:
         found = [rows for run in sources for rows in posterior_rows(a, run, layers)]
     else:
@@ -56,20 +70,23 @@ def references(a: SimpleNamespace, model, vocabulary, layers: list[int],
         raise UserError(f"the reference is not of width {model.config.hidden_size} as the model "
                         "is: it was made with another one")
     return {i: Reference([f[i][0] for f in found], " and ".join(dict.fromkeys(
-        f[i][1] for f in found))) for i in layers}
+        f[i][1] for f in found)), None if sources else [f[i][2] for f in found]) for i in layers}
 
 
 def population(a: SimpleNamespace, model, vocabulary, layers: list[int], spec: str,
-               examples: list[data.Example] | None = None) -> dict[int, tuple[Tensor, str]]:
-    """One reference at each layer, {layer: ((N, D) fp32 on the CPU, its name)}; of vocab at deep
-    layers the activations of --data."""
+               examples: list[data.Example] | None = None
+               ) -> dict[int, tuple[Tensor, str, Labels]]:
+    """One reference at each layer, {layer: ((N, D) fp32 on the CPU, its name, its labels)}; of
+    vocab at deep layers the activations of --data."""
     limit = a.reference_rows or REFERENCE_ROWS
     at = {i: f"layer {i} inputs" if i else "token embeddings" for i in layers}
     if spec == "vocab":
         deep = [i for i in layers if i > 0]
         found = population(a, model, vocabulary, deep, a.data, examples) if deep else {}
         if 0 in layers:
-            found[0] = (model.embeddings[vocabulary.ordinary].float().cpu(), "vocabulary")
+            ids = torch.tensor(vocabulary.ordinary)
+            found[0] = (model.embeddings[ids].float().cpu(), "vocabulary",
+                        Labels(ids, ["token"] * len(ids), ["vocabulary"] * len(ids)))
         return found
     if spec.startswith("collection:"):
         path, domain = collection_of(spec)
@@ -77,23 +94,34 @@ def population(a: SimpleNamespace, model, vocabulary, layers: list[int], spec: s
         check_same_model(a, file.about.get("sha256"), file.path)
         index = some_rows(file.chosen(domain), a.seed, limit)
         say(f"{file.path}: {int(file.left_out.sum())} rows of BOS or of massive norm left out")
-        found, count = {i: file.rows(i, index).float() for i in layers}, len(index)
+        labels = Labels(file.field["token"][index],
+                        [ROLES[r] for r in file.field["role"][index].tolist()],
+                        [file.domains[d] for d in file.field["domain"][index].tolist()])
+        found = {i: (file.rows(i, index).float(), labels) for i in layers}
+        count = len(index)
     else:
         if spec != a.data:
             examples = data.read(*parse_spec(spec, 0), limit=limit)
         rows = reference_rows(a, examples or training_and_evaluation(a)[0], vocabulary, limit)
-        found = inputs(model, rows, [list(range(1, len(r))) for r in rows], layers)
-        found = {i: x[:limit] for i, x in found.items()}
-        count = len(found[layers[0]])
-        for i, x in found.items():  # BOS, whose norm would swamp any statistics, is left out above
-            found[i] = x[~massive(x)]
-            if len(found[i]) < len(x):
-                say(f"layer {i}: {len(x) - len(found[i])} of {len(x)} rows of {spec_name(spec)} "
+        bos, domain = vocabulary.bos is not None, spec_name(spec)
+        # BOS, whose norm would swamp any statistics, is left out
+        labels = Labels(torch.tensor([t for r in rows for t in r.ids[1:]])[:limit],
+                        [role for r in rows for role in roles_of(r, bos)[1:]][:limit], [])
+        count = len(labels.token)
+        labels = labels._replace(domain=[domain] * count)
+        found = inputs(model, [r.ids for r in rows], [list(range(1, len(r.ids))) for r in rows],
+                       layers)
+        for i, x in found.items():
+            x = x[:limit]
+            kept = (~massive(x)).nonzero()[:, 0]
+            found[i] = (x[kept], labels.take(kept))
+            if len(kept) < len(x):
+                say(f"layer {i}: {len(x) - len(kept)} of {len(x)} rows of {domain} "
                     "have a massive norm and are left out")
     if count < (a.reference_rows or 1):
         raise UserError(f"--reference {spec_name(spec)} has {count} rows, and --reference-rows "
                         f"asks for {a.reference_rows or 1}: ask for at most that, or give more data")
-    return {i: (x, f"{at[i]} of {spec_name(spec)}") for i, x in found.items()}
+    return {i: (x, f"{at[i]} of {spec_name(spec)}", labels) for i, (x, labels) in found.items()}
 
 
 def inputs(model, rows: list[list[int]], wanted: list[list[int]],
@@ -108,7 +136,7 @@ def inputs(model, rows: list[list[int]], wanted: list[list[int]],
 
 
 def reference_rows(a: SimpleNamespace, examples: list[data.Example], vocabulary,
-                   limit: int) -> list[list[int]]:
+                   limit: int) -> list[data.Row]:
     """Token rows in an order made from the seed, one question a context, of `limit` tokens or a
     little more."""
     rows, count, seen = [], 0, set()
@@ -118,7 +146,7 @@ def reference_rows(a: SimpleNamespace, examples: list[data.Example], vocabulary,
         if topic(examples[i]) not in seen:
             seen.add(topic(examples[i]))
             row = data.encode(examples[i], vocabulary, a.max_length)
-            rows += [row.ids] * (row is not None)
+            rows += [row] * (row is not None)
             count += len(row.ids) - 1 if row else 0
     return rows
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -65,6 +66,8 @@ TRAIN = {
                  "mean square, which is 1e-3 at the token embeddings of LLaMA 3.2 1B)"),
     "warmup": (10, "steps of linear warm-up"),
     "clip": (1.0, "largest norm of the gradient"),
+    "skip_bad_steps": (0, "steps whose loss or gradient is not finite that may be left out before "
+                          "the run stops"),
     "prior_weight": (None, "weight of the prior's log density in the loss; 1 gives the MAP "
                            "estimate (0; 1 with --posterior svgd or gaussian)"),
     "posterior": ("point", "what is trained: point, one prompt; svgd, several that follow the "
@@ -104,8 +107,11 @@ FIGURE = {
 }
 POSITIVE = {"particles", "batch_size", "max_new", "eval_every", "snapshot_every", "max_length",
             "reference_rows", "lr", "clip"}
-NOT_NEGATIVE = {"steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight",
+NOT_NEGATIVE = {"steps", "skip_bad_steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight",
                 "trunk_memory", "examples", "limit"}
+MOST = {"particles": 1000, "batch_size": 2**16}  # each is a prompt, or a row, in memory
+FLOATS = {"lr", "clip", "prior_weight", "trunk_memory"}
+COUNTS = {"max_length", "eval_every", "snapshot_every", "reference_rows"}  # without a default
 SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep prompt tuning "
                    "(default with --deep-layers)",
             "keep": "let the rows' outputs go on through the layers, as in prompt tuning "
@@ -125,9 +131,33 @@ class UserError(ValueError):
 # settings
 
 
+CONTROL = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)?"
+                     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> str:
+    """Text without what a terminal obeys: escape sequences, control characters but line break and
+    tab, marks that turn the direction of writing. Data, vocabularies and names of files may hold
+    any."""
+    return CONTROL.sub("", text)
+
+
+def one_line(text: str) -> str:
+    """Clean, and no longer than can be read: what and where it says first, the remedy last."""
+    text = " ".join(clean(text).split())
+    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
+
+
+def show(text: str, file=None) -> None:
+    """Print, clean, what comes from anywhere; a character that the terminal has not is escaped."""
+    file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(clean(text).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
 def say(text: str) -> None:
     if FIRST:
-        print(text, file=sys.stderr, flush=True)
+        show(text, sys.stderr)
 
 
 def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
@@ -157,8 +187,6 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
     if groups[-1] is TRAIN:
         a.eval_every = a.eval_every or max(1, a.steps // 4)
         a.snapshot_every = a.snapshot_every or max(1, a.steps // 20)
-        if a.posterior not in POSTERIORS:
-            raise UserError(f"--posterior {a.posterior}: use one of {', '.join(POSTERIORS)}")
         if a.prior_weight is None:
             a.prior_weight = float(a.posterior != "point")
         if a.prior_weight and not priors.PRIORS[name].has_density:
@@ -166,9 +194,6 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
             raise UserError(f"{flag}: the prior {name} has no density to follow: use one of "
                             f"{', '.join(n for n, p in priors.PRIORS.items() if p.has_density)}"
                             f"{', or --prior-weight 0' * (a.posterior == 'svgd')}")
-        if a.particles > 1000:
-            raise UserError(f"--particles {a.particles}: each is a prompt in memory: ask for at "
-                            "most 1000")
         if a.posterior == "gaussian" and not a.prior_weight:
             raise UserError("--posterior gaussian needs the prior, or its deviations only shrink: "
                             "give --prior-weight above 0")
@@ -182,8 +207,11 @@ def absolute(spec: str | None) -> str | None:
 
 
 def check_ranges(a: SimpleNamespace) -> None:
+    if getattr(a, "posterior", "point") not in POSTERIORS:
+        raise UserError(f"--posterior {a.posterior}: use one of {', '.join(POSTERIORS)}")
     for flag, value in vars(a).items():
-        most = math.inf if isinstance(value, float) else 2**40  # a seed is a 64-bit number
+        # a seed is a 64-bit number
+        most = math.inf if isinstance(value, float) else MOST.get(flag, 2**40 - 1) + 1
         if flag in POSITIVE and value is not None and not 0 < value < most:
             raise UserError(f"--{flag.replace('_', '-')} {value}: expected more than 0, and less "
                             f"than {most}")
@@ -192,12 +220,39 @@ def check_ranges(a: SimpleNamespace) -> None:
                             f"than {most}")
 
 
-def stored_settings(config: dict) -> dict:
-    """A run's settings, with what later versions ask for as it was then."""
-    stored = {**{flag: default for flag, (default, _) in TRAIN.items()}, **DEFAULT_SWITCHES,
+def kind_of(flag: str, default) -> type:
+    """The type of a flag's value."""
+    return float if flag in FLOATS else int if flag in COUNTS or isinstance(default, int) else str
+
+
+def stored_settings(config: dict, path: str | Path = "config.json") -> dict:
+    """A run's settings, with what later versions ask for as it was then. Raises UserError for what
+    no flag can have given."""
+    groups = {**MODEL, **PRIOR, **DATA, **TRAIN}
+    stored = {**{flag: default for flag, (default, _) in groups.items()}, **DEFAULT_SWITCHES,
               "trunk": False, **config["settings"]}
     if isinstance(stored["reference"], str):  # one, of at most so many rows
         stored |= {"reference": [stored["reference"]], "reference_rows": None}
+    text = lambda x: isinstance(x, str) and "\0" not in x
+    fits = {str: text, int: lambda x: type(x) is int, float: lambda x: type(x) in (int, float)}
+    for flag, value in stored.items():
+        if flag == "reference":
+            right = isinstance(value, list) and value and all(map(text, value))
+        elif flag in DEFAULT_SWITCHES:
+            right = type(value) is bool
+        elif flag in groups:
+            default = groups[flag][0]
+            right = fits[kind_of(flag, default)](value) or value is None and default is None \
+                and flag not in ("device", "dtype", "text")  # which are settled
+        else:
+            right = True  # of another version
+        if not right:
+            raise UserError(f"{path}: the setting {flag} is {value!r:.80}, which no run has: "
+                            "restore the file")
+    try:
+        check_ranges(SimpleNamespace(**stored))
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     return stored
 
 
@@ -254,7 +309,7 @@ def load_model(a: SimpleNamespace):
     if a.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {a.dtype}: use float32, bfloat16 or float16")
     try:
-        torch.zeros(0, device=a.device)
+        torch.zeros(0, device=a.device).cpu()  # meta has nothing to give back
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {a.device}: {str(e).splitlines()[0]}: use cpu") from None
     model = llama.load(folder, a.dtype, "cpu" if a.shard else a.device)
@@ -376,7 +431,8 @@ def plain_pasts(a: SimpleNamespace, model, vocabulary) -> dict[str, tuple[str, o
 
 def model_files(a: SimpleNamespace) -> list[Path]:
     folder = model_folder(a)
-    return sorted({*folder.glob("*.safetensors"), *folder.glob("*.json")})
+    return sorted(f for f in {*folder.glob("*.safetensors"), *folder.glob("*.json")}
+                  if f.is_file())
 
 
 def checksums(a: SimpleNamespace) -> dict[str, str]:

@@ -1,22 +1,17 @@
-"""Training the prompt of a frozen model: the run's folder, the loop, the evaluation.
+"""Training the prompt of a frozen model: the loop, the loss, the evaluation, many processes.
 
-    run = Run(Path("runs/first"))
-    # writes all of the run's folder but its figures
-    train(run, settings, model, prompt, rates, batch_of, penalty, evaluate, resume=False)
+    # writes all of the run's folder but config.json and its figures
+    train(run, settings, model, posterior, rates, batch_of, ids_of, penalty, evaluate)
 
-A run's folder is described in the README. Its files are replaced whole or not at all,
-and what resuming needs is in one of them, checkpoint.safetensors, together with the
-checksum of its contents.
+The run's folder is run.py's.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import math
 import os
-import re
 import signal
 import time
 import warnings
@@ -28,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -37,10 +31,7 @@ import data
 import geometry
 import llama
 import posteriors
-
-
-class RunError(ValueError):
-    """A run's folder that cannot be used: what, where, and the remedy, in one line."""
+from run import Run, RunError, mapped
 
 
 class Stopped(Exception):
@@ -89,6 +80,17 @@ def agree(value):
     return values[0]
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc not to hand every freed activation back to the system, only to ask for it again:
+    a tenth to a quarter of a step on the CPU. Elsewhere nothing happens."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return  # another C library
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
 def progress(iterable=None, **options) -> tqdm:
     """A bar at a terminal, of one process."""
     return tqdm(iterable, disable=None if world()[0] == 0 else True, **options)
@@ -124,187 +126,6 @@ def shard(model: llama.Llama, device: str) -> None:
     for module in (model.model.embed_tokens, model.model.norm, getattr(model, "lm_head", None)):
         if module is not None:
             module.to(device)
-
-
-# --------------------------------------------------------------------------------------------------
-# files
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file whole: temporary in the same folder, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc not to hand every freed activation back to the system, only to ask for it again:
-    a tenth to a quarter of a step on the CPU. Elsewhere nothing happens."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return  # another C library
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-def rows_to_bytes(rows: dict[int, Tensor], about: dict[str, str]) -> bytes:
-    return save({f"layers.{i}": r.detach().float().cpu().contiguous() for i, r in rows.items()},
-                about)
-
-
-class Run:
-    """A run's folder. Of several processes only the first writes."""
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-
-    @property
-    def writes(self) -> bool:
-        return world()[0] == 0
-
-    def write(self, name: str, content: bytes) -> None:
-        if self.writes:
-            write_file(self.path / name, content)
-
-    def write_json(self, name: str, value) -> None:
-        self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-    def config(self) -> dict:
-        try:
-            config = json.loads((self.path / "config.json").read_text())
-        except FileNotFoundError:
-            raise RunError(f"{self.path}: no config.json, so no run is here: give the folder that "
-                           "train made") from None
-        except (OSError, ValueError) as e:
-            raise RunError(f"{self.path / 'config.json'}: cannot be read ({e})") from None
-        settings = config.get("settings") if isinstance(config, dict) else None
-        if not isinstance(settings, dict) or not {
-                "model", "prior", "data", "tokens", "cut"} <= settings.keys():
-            raise RunError(f"{self.path / 'config.json'}: no settings of a run in it, "
-                           "so this is not a run's folder")
-        return config
-
-    def clear(self) -> None:
-        """Remove what an earlier run left here, and nothing else."""
-        if not self.writes:
-            return
-        for pattern in ("metrics.jsonl", "prompt.safetensors", "checkpoint.safetensors",
-                        "predictions.jsonl", "trunk*.safetensors", "prompts/??????.safetensors", "figures/layer-*.svg"):
-            for old in self.path.glob(pattern):
-                old.unlink()
-
-    def snapshots(self) -> list[int]:
-        """The steps whose rows are in prompts/, 0 the prior's draw."""
-        steps = sorted(int(path.stem) for path in self.path.glob("prompts/??????.safetensors")
-                       if path.stem.isdigit())
-        if not steps or steps[0] != 0:
-            raise RunError(f"{self.path}: no snapshot of the prior's draw in prompts/: restore "
-                           "it, or train again with --overwrite")
-        return steps
-
-    def rows(self, name: str) -> dict[int, Tensor]:
-        """Prompt rows {layer: (n, D)} of prompt.safetensors or prompts/NNNNNN.safetensors; of a
-        posterior the mean."""
-        tensors = self._tensors(name)
-        return {i: tensors[f"layers.{i}"] for i in sorted(
-            int(key.split(".")[1]) for key in tensors if key.count(".") == 1)}
-
-    def particles(self, name: str = "prompt.safetensors") -> list[dict[int, Tensor]]:
-        """The prompts that stand for the run's posterior: its particles, draws of its Gaussian, or
-        its one prompt."""
-        settings = self.config()["settings"]
-        return posteriors.particles(self._tensors(name), settings.get("particles", 1),
-                                    settings["seed"])
-
-    def start_and_end(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Rows {layer: (K n, D)} of all prompts that stand for the posterior, as the prior drew
-        them, and as they are now."""
-        first, end = "prompts/000000.safetensors", self.particles()
-        drawn = self.particles(first) if any(
-            key.endswith(".particles") for key in self._tensors(first)) \
-            else [self.rows(first)] * len(end)
-        return tuple({i: torch.cat([rows[i] for rows in each]) for i in end[0]}
-                     for each in (drawn, end))
-
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        path = self.path / name
-        try:
-            with safe_open(path, framework="pt") as f:
-                tensors = {key: f.get_tensor(key) for key in f.keys()}
-        except FileNotFoundError:
-            raise RunError(f"{path}: no such file; training has not come that far: "
-                           "train it with --resume") from None
-        except (SafetensorError, OSError) as e:
-            raise RunError(f"{path}: not prompt rows ({str(e).splitlines()[0]})") from None
-        if not tensors or not all(re.fullmatch(r"layers\.\d+(\.particles|\.sd)?", key)
-                                  for key in tensors):
-            raise RunError(f"{path}: not prompt rows, which are named layers.0 and so on")
-        return tensors
-
-    def log(self, record: dict) -> None:
-        if not self.writes:
-            return
-        with open(self.path / "metrics.jsonl", "ab") as f:
-            f.write((json.dumps(record) + "\n").encode())
-
-    def metrics(self) -> list[dict]:
-        """The log, without a last line that a killed run left unfinished."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def save_checkpoint(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """All that resuming needs in one file, so that no two files can disagree: the state
-        is in its metadata."""
-        if not self.writes:
-            return
-        log = self.path / "metrics.jsonl"
-        with open(log, "ab") as f:
-            os.fsync(f.fileno())
-        state = {"step": step, "metrics_bytes": log.stat().st_size}
-        content = save(tensors, {"state": json.dumps(state), "sha256": _digest(tensors, state)})
-        self.write("checkpoint.safetensors", content)
-
-    def load_checkpoint(self) -> tuple[int, dict[str, Tensor]]:
-        """The step reached and its tensors; metrics.jsonl is cut back to that step."""
-        path = self.path / "checkpoint.safetensors"
-        try:
-            with safe_open(path, framework="pt") as f:
-                about = f.metadata() or {}
-                # not mapped: the file is replaced
-                tensors = {key: f.get_tensor(key).clone() for key in f.keys()}
-            state = json.loads(about["state"])
-        except (SafetensorError, OSError, ValueError, KeyError) as e:
-            raise RunError(f"{path}: not a checkpoint ({str(e).splitlines()[0]}): "
-                           "train again with --overwrite") from None
-        if about.get("sha256") != _digest(tensors, state):
-            raise RunError(f"{path}: its contents do not match their checksum, the file is "
-                           "damaged: train again with --overwrite")
-        if self.writes:
-            os.truncate(self.path / "metrics.jsonl", state["metrics_bytes"])
-        return state["step"], tensors
-
-
-def _digest(tensors: dict[str, Tensor], state: dict) -> str:
-    h = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    for name in sorted(tensors):
-        h.update(name.encode() + tensors[name].cpu().contiguous().view(-1).view(
-            torch.uint8).numpy().tobytes())
-    return h.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -442,37 +263,6 @@ def trunk(model: llama.Llama, rows: list[data.Row], layer: int, n: int, a: Simpl
     return model.part(layer, model.config.num_hidden_layers, inputs), placed
 
 
-def mapped(path: Path, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
-           about: dict[str, str] | None = None) -> dict[str, Tensor]:
-    """Tensors {name: (shape, dtype)} of a new safetensors file, zero until they are written, and
-    written through the page cache."""
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-             torch.int64: "I64", torch.uint8: "U8"}
-    header, end, places = {"__metadata__": about or {}}, 0, {}
-    # as safetensors lays them out: the widest first, so that each begins at a multiple of its width
-    for name, (shape, dtype) in sorted(shapes.items(), key=lambda i: (-i[1][1].itemsize, i[0])):
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        places[name] = start, end
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = 8 + len(header) + end
-    try:
-        with open(path, "wb") as f:
-            f.write(len(header).to_bytes(8, "little") + header)
-            f.flush()
-            # all of it now: a full disk is an error here and a dead process later
-            reserve = getattr(os, "posix_fallocate", lambda f, start, n: os.ftruncate(f, n))
-            reserve(f.fileno(), 0, size)
-    except OSError as e:
-        path.unlink(missing_ok=True)
-        raise OSError(f"{path}: no room for {size / 2**30:.1f} GiB ({e.strerror})") from None
-    whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[-end:]
-    return {name: whole[start:stop].view(shapes[name][1]).view(shapes[name][0])
-            for name, (start, stop) in places.items()}
-
-
 @torch.no_grad()
 def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past | list[llama.Past],
              questions: Questions, a: SimpleNamespace,
@@ -523,116 +313,164 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: posteriors.Point,
           rates: dict[int, float], batch_of: Callable[[int], data.Batch],
+          ids_of: Callable[[int], list[str]],
           penalty: Callable[[dict[int, Tensor]], Tensor] | None,
-          evaluate: Callable[[int], tuple[dict, list[dict]]], resume: bool) -> None:
+          evaluate: Callable[[int], tuple[dict, list[dict]]],
+          checkpoint: tuple[int, dict[str, Tensor], bool] | None = None) -> None:
     """AdamW on the posterior's rows, with a peak learning rate {layer: rate} for each layer's.
     Every member's objective is its loss per answer token + prior_weight * penalty(rows); see
     README, MAP, and posteriors.py.
 
-    batch_of(step) must be a pure function of the step; of several processes each has its share of
-    the batch, and gradients are summed. evaluate(step) scores the prompt as it is.
-    Raises Stopped on SIGINT and SIGTERM, after the step, and when the loss is not finite."""
+    batch_of(step) must be a pure function of the step, and ids_of(step) its examples; of several
+    processes each has its share of the batch, and gradients are summed. evaluate(step) scores the
+    prompt as it is. checkpoint: the step to go on from, its tensors, and whether its evaluation is
+    still to come.
+    Raises Stopped on SIGINT, SIGTERM and SIGHUP, after the step, and when the loss is not finite, a
+    file cannot be written or memory does not suffice: the checkpoints are whole."""
     a = settings
     # without its folder: the same bytes anywhere
-    about = {"settings": json.dumps({k: v for k, v in vars(a).items() if k != "out"},
-                                    sort_keys=True)}
+    about = {"settings": json.dumps({k: v for k, v in vars(a).items() if k not in (
+        "out", "device")}, sort_keys=True)}
     optimiser = torch.optim.AdamW([{**g, "peak": g["lr"]} for g in posterior.groups(rates)],
                                   weight_decay=0.0)
+    size, signals, batch, saved = world()[1], [], None, None
+    parameters = list(posterior.parameters())
+    command = f"torchrun --nproc-per-node {size} promptprior.py " if size > 1 else ""
 
-    def record(step: int) -> None:
+    def keep(due: bool) -> None:
+        nonlocal saved
+        run.save_checkpoint(done, _state(posterior, optimiser), due)
+        saved = done
+
+    def record() -> None:
         """Score the rows as they are and write them down."""
-        metrics, predictions = evaluate(step)
-        run.log({"step": step, "split": "eval", **metrics})
-        write_rows(f"prompts/{step:06d}.safetensors")
+        metrics, predictions = evaluate(done)
+        run.log({"step": done, "split": "eval", **metrics})
+        write_rows(f"prompts/{done:06d}.safetensors")
         write_rows("prompt.safetensors")
         run.write("predictions.jsonl",
                   b"".join((json.dumps(p) + "\n").encode() for p in predictions))
+        keep(due=False)
 
     def write_rows(name: str) -> None:
         run.write(name, save({key: t.float().cpu().contiguous()
                               for key, t in posterior.tensors().items()}, about))
 
-    if resume:
-        first, tensors = run.load_checkpoint()
-        _restore(posterior, optimiser, tensors, run.path)
-    else:
-        first = 0
-        record(0)
-        run.save_checkpoint(0, _state(posterior, optimiser))
-
-    size, signals = world()[1], []
-    parameters = list(posterior.parameters())
-    command = f"torchrun --nproc-per-node {size} promptprior.py " if size > 1 else ""
+    def go_on() -> str:
+        if saved is None:
+            return f"begin again with: {command}train --out {run.path} --resume"
+        return (f"{run.path}/checkpoints holds step {saved}; go on with: {command}train --out "
+                f"{run.path} --resume")
 
     def heed(number, frame):
         signals.append(number)
         signal.signal(number, handlers[number])  # a second acts at once; the checkpoint is whole
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, heed)
-    bar = progress(total=a.steps, initial=first, desc="train", unit=" steps")
-    try:
-        saved = first
-        for step in range(first, a.steps):
-            start = time.perf_counter()
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * schedule(step, a.steps, a.warmup)
-            batch = batch_of(step)
-            members = posterior.members(step)
-            loss, extra, cost = 0.0, 0.0, posterior.cost()
-            tokens, examples = sum_up(int((batch.labels != data.NO_LABEL).sum()),
-                                      len(batch.tails), device=a.device)
-            for rows in members:
-                past = model.extend(batch.shared, model.prompt_past(rows, a.cut))
-                summed, _ = answer_loss(model, past, batch)
-                own = penalty(rows) if penalty else torch.zeros(())
-                (summed / tokens + a.prior_weight * own / size).backward()
-                loss += summed.item() / len(members)
-                extra += a.prior_weight * own.item() / len(members)
-            if torch.is_tensor(cost):
-                (a.prior_weight * cost / size).backward()
-                extra += a.prior_weight * cost.item()
-            sum_gradients(parameters)
-            posterior.settle()
-            loss = sum_up(loss, device=a.device)[0] / tokens
-            norm = torch.nn.utils.clip_grad_norm_(
-                parameters, a.clip if posterior.clips else math.inf)
-            if not math.isfinite(loss + extra + norm.item()):
-                raise Stopped(f"loss {loss:.4g}, gradient norm {norm.item():.4g} at step "
-                              f"{step + 1}: not finite, stopped before it could spoil the rows; "
-                              f"{run.path}/checkpoint.safetensors holds step {saved}: lower --lr "
-                              f"(now {max(rates.values()):.3g})", 1)
+    def step() -> None:
+        """One step of the optimiser, or of none if a number is not finite."""
+        nonlocal batch, skipped
+        start = time.perf_counter()
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * schedule(done, a.steps, a.warmup)
+        batch = batch_of(done)
+        members = posterior.members(done)
+        loss, extra, cost = 0.0, 0.0, posterior.cost()
+        tokens, examples = sum_up(int((batch.labels != data.NO_LABEL).sum()), len(batch.tails),
+                                  device=a.device)
+        for rows in members:
+            past = model.extend(batch.shared, model.prompt_past(rows, a.cut))
+            summed, _ = answer_loss(model, past, batch)
+            own = penalty(rows) if penalty else torch.zeros(())
+            (summed / tokens + a.prior_weight * own / size).backward()
+            loss += summed.item() / len(members)
+            extra += a.prior_weight * own.item() / len(members)
+        if torch.is_tensor(cost):
+            (a.prior_weight * cost / size).backward()
+            extra += a.prior_weight * cost.item()
+        sum_gradients(parameters)
+        posterior.settle()
+        loss = sum_up(loss, device=a.device)[0] / tokens
+        norm = torch.nn.utils.clip_grad_norm_(
+            parameters, a.clip if posterior.clips else math.inf).item()
+        rate = optimiser.param_groups[0]["lr"]
+        if math.isfinite(loss + extra + norm):
             optimiser.step()
-            optimiser.zero_grad()
             seconds = time.perf_counter() - start
-            line = {"step": step + 1, "split": "train", "loss": loss,
-                    "lr": optimiser.param_groups[0]["lr"], "grad_norm": norm.item(),
-                    "examples_per_second": round(examples / seconds, 2),
+            line = {"step": done + 1, "split": "train", "loss": loss, "lr": rate,
+                    "grad_norm": norm, "examples_per_second": round(examples / seconds, 2),
                     "seconds": round(seconds, 4)}
             run.log({**line, "penalty": extra} if penalty else line)
-            bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            done = step + 1
-            scored = done % a.eval_every == 0 or done == a.steps
-            if scored:
-                record(done)
-            elif a.snapshot_every and done % a.snapshot_every == 0:  # runs of old have none
-                write_rows(f"prompts/{done:06d}.safetensors")
+        else:
+            skipped += 1
+            ids = ids_of(done)
+            if skipped > a.skip_bad_steps:
+                raise Stopped(
+                    f"loss {loss:.4g}, gradient norm {norm:.4g} at step {done + 1}, learning rate "
+                    f"{rate:.3g}, on {', '.join(ids[:4])}{' ...' * (len(ids) > 4)}: not finite, "
+                    f"stopped before it could spoil the rows: lower --lr (now "
+                    f"{max(rates.values()):.3g} at its peak), or leave such steps out by "
+                    f"--skip-bad-steps; {go_on()}", 1)
+            run.log({"step": done + 1, "split": "skipped", "lr": rate, "ids": ids})
+        optimiser.zero_grad()
+        bar.update()
+
+    done, due = 0, True
+    if checkpoint:
+        done, tensors, due = checkpoint
+        saved = done
+        _restore(posterior, optimiser, tensors, run.path)
+    skipped = sum(m["split"] == "skipped" for m in run.metrics()) if checkpoint else 0
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in handlers:
+        signal.signal(number, heed)
+    bar = progress(total=a.steps, initial=done, desc="train", unit=" steps")
+    try:
+        if not checkpoint:
+            keep(due)
+        while due or done < a.steps:
+            if due:
+                record()
+                due = False
+            else:
+                step()
+                done += 1
+                due = done % a.eval_every == 0 or done == a.steps
+                if due:
+                    keep(due)  # the evaluation may take longer than the steps since the last one
+                elif a.snapshot_every and done % a.snapshot_every == 0:  # runs of old have none
+                    write_rows(f"prompts/{done:06d}.safetensors")
             came = sum_up(*(signals.count(s) for s in handlers), device=a.device)
             signal_number = next((s for s, n in zip(handlers, came) if n), None)
-            if scored or signal_number:
-                run.save_checkpoint(done, _state(posterior, optimiser))
-                saved = done
             if signal_number:
+                if saved != done:
+                    keep(due)
                 write_rows("prompt.safetensors")
                 raise Stopped(f"stopped by {signal.Signals(signal_number).name} after step {done} "
-                              f"of {a.steps}, all is saved; go on with: {command}train --out "
-                              f"{run.path} --resume", -signal_number)
+                              f"of {a.steps}, all is saved; {go_on()}", -signal_number)
+    except OSError as e:
+        raise Stopped(f"{e}; {go_on()}", 1) from e
+    except Exception as e:
+        if not out_of_memory(e):
+            raise
+        longest = f" of {len(batch.tails)} questions with up to " \
+            f"{batch.shared.shape[1] + batch.tails.shape[1]} tokens" if batch is not None else ""
+        raise Stopped(f"out of memory at step {done + 1}, in a batch{longest}: begin again with a "
+                      f"smaller --batch-size (now {a.batch_size}) or --max-length (now "
+                      f"{a.max_length}), or with --recompute; {go_on()}", 1) from e
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
+
+
+def out_of_memory(e: BaseException) -> bool:
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(
+        e, RuntimeError) and ("can't allocate memory" in str(e) or "out of memory" in str(e))
 
 
 def _state(posterior: posteriors.Point, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -647,7 +485,7 @@ def _restore(posterior: posteriors.Point, optimiser: torch.optim.Optimizer,
     for name, p in posterior.named_parameters():
         rows = tensors.get(f"rows.{name}")
         if rows is None or rows.shape != p.shape:
-            raise RunError(f"{path}/checkpoint.safetensors: rows {name!r} are missing or of "
+            raise RunError(f"{path}/checkpoints: rows {name!r} are missing or of "
                            f"another shape than {tuple(p.shape)}: "
                            "this checkpoint is of another run")
         p.data.copy_(rows)

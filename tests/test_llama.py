@@ -317,7 +317,7 @@ SPOILT = {
                         "rope_theta is '1e4'"),
     "tied is a text": (lambda f: edit_config(f, tie_word_embeddings="false"),
                        "tie_word_embeddings is 'false'"),
-    "BOS outside": (lambda f: edit_config(f, bos_token_id=97), "bos_token_id is 97.*below 97"),
+    "BOS outside": (lambda f: edit_config(f, bos_token_id=97), "bos_token_id is 97.*from 0 to 96"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "cut short": (cut_short, "cut short"),
     "a web page": (lambda f: (f / "model.safetensors").write_text("<html>" * 99),

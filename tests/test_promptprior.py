@@ -43,8 +43,8 @@ def trained(tmp_path_factory):
 def test_the_runs_folder(trained):
     files = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file()}
     assert files == {"config.json", "metrics.jsonl", "predictions.jsonl", "prompt.safetensors",
-                     "checkpoint.safetensors",
-                     *(f"prompts/{step:06d}.safetensors" for step in (0, 2, 4)),
+                     "checkpoints/000002.safetensors", "checkpoints/000004.safetensors",
+                     *(f"prompts/{step:06d}.safetensors" for step in range(5)),
                      *(f"figures/layer-{i:02d}.svg" for i in (0, 3, 4, 5))}
     m = metrics(trained)
     assert [x["split"] for x in m] == ["baseline", "text", "eval", "train", "train", "eval",
@@ -136,15 +136,14 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
     assert run("train", "--out", parts, "--resume") == 0
     names = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
     assert names == {p.relative_to(parts) for p in parts.rglob("*") if p.is_file()}
-    for name in names - {Path("config.json"), Path("metrics.jsonl"),
-                         Path("checkpoint.safetensors")}:
-        if name.suffix != ".svg":  # it names its run
+    for name in names - {Path("config.json"), Path("metrics.jsonl")}:
+        if name.suffix != ".svg" and name.parent.name != "checkpoints":  # its run, or log's length
             assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
     clock = ("seconds", "examples_per_second")
     strip = lambda folder: [{k: v for k, v in m.items() if k not in clock} for m in metrics(folder)]
     assert strip(whole) == strip(parts)
     ends = [train.Run(folder).load_checkpoint() for folder in (whole, parts)]
-    assert ends[0][0] == ends[1][0] == 7 and all(
+    assert ends[0][0] == ends[1][0] == 7 and not ends[0][2] and all(
         torch.equal(t, ends[1][1][k]) for k, t in ends[0][1].items())
 
 
@@ -166,9 +165,19 @@ def test_resume_refuses_other_settings_and_a_damaged_checkpoint(trained, tmp_pat
     assert run("train", "--out", folder, "--resume", "--lr", 0.5, "--tokens", 20) == 2
     error = capsys.readouterr().err
     assert "--lr 0.5 (the run has None)" in error and "tokens" not in error
-    content = bytearray((folder / "checkpoint.safetensors").read_bytes())
+    newest = folder / "checkpoints/000004.safetensors"
+    content = bytearray(newest.read_bytes())
     content[-5] ^= 1
-    (folder / "checkpoint.safetensors").write_bytes(content)
+    newest.write_bytes(content)
+    for name in ("prompt.safetensors", "predictions.jsonl", "prompts/000004.safetensors"):
+        (folder / name).unlink()
+    assert run("train", "--out", folder, "--resume") == 0  # from the one before
+    error = capsys.readouterr().err
+    assert "000004.safetensors" in error and "checksum" in error and "from step 2" in error
+    for name in ("prompt.safetensors", "predictions.jsonl", "prompts/000004.safetensors"):
+        assert (folder / name).read_bytes() == (trained / name).read_bytes()
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(bytes(content))
     assert run("train", "--out", folder, "--resume") == 2
     assert "checksum" in capsys.readouterr().err
 
@@ -416,7 +425,7 @@ def test_not_finite_stops_before_the_step(tmp_path, capsys):
                "--eval-every", 1, "--eval-limit", 2, "--max-new", 2, "--batch-size", 2,
                "--prior", "isotropic", "--prior-weight", 1, "--out", out) == 1
     error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert "not finite" in error and "checkpoint.safetensors holds step" in error \
+    assert "not finite" in error and "checkpoints holds step" in error \
         and "--lr" in error
-    _, tensors = train.Run(out).load_checkpoint()
+    _, tensors, *_ = train.Run(out).load_checkpoint()
     assert all(torch.isfinite(t).all() for k, t in tensors.items() if k.startswith("rows"))

@@ -1,0 +1,174 @@
+"""viz.tsne against openTSNE and scikit-learn: CPU seconds, divergence, memory.
+
+    pip install openTSNE==1.0.4 scikit-learn
+    python benchmarks/tsne.py [--sizes 2000,10000,50000,128000] [--rounds 3] [--data clusters,tokens]
+
+Every fit is a process of its own with one thread; rounds take turns, and a ratio is the median over
+rounds. Processor seconds, imports left out, are what a busy machine disturbs least. The divergence
+is the same for all, in float64: affinities by bisection from exact neighbours, Z over all pairs.
+Perplexity 30, each method's own defaults otherwise. A peer that would take too long at a size is
+left out unless --all: scikit-learn and openTSNE with exact neighbours beyond 10,000 points, all
+beyond 50,000, where the divergence is left out too.
+
+clusters: 20 Gaussian clusters of random shapes, axes shrinking as exp(-i / 10), in 50 dimensions.
+tokens: as a table of token embeddings: 192 dimensions whose spread falls slowly, as i^-1/4, rows
+in groups of about 20 that hardly stand out, norms log-normal; made 50 wide by its principal
+components, for all methods alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import viz
+
+PERPLEXITY = 30
+METHODS = {"ours": 10**9, "openTSNE": 50_000, "openTSNE, exact": 10_000, "scikit-learn": 10_000}
+
+
+def clusters(N: int, seed: int = 0) -> np.ndarray:
+    r, D = np.random.default_rng(seed), 50
+    centre, group, x = 3 * r.normal(size=(20, D)), r.integers(20, size=N), np.empty((N, D))
+    for g in range(20):
+        shape = r.normal(size=(D, D)) * np.exp(-np.arange(D) / 10)
+        x[group == g] = centre[g] + r.normal(size=((group == g).sum(), D)) @ shape.T
+    return x.astype(np.float32)
+
+
+def tokens(N: int, seed: int = 0) -> np.ndarray:
+    r, spread = np.random.default_rng(seed), np.arange(1, 193) ** -0.25
+    groups = 0.6 * spread * r.normal(size=(N // 20, 192))
+    x = groups[r.integers(len(groups), size=N)] + spread * r.normal(size=(N, 192))
+    x *= 0.02 * np.exp(0.15 * r.normal(size=(N, 1)))
+    return viz.project(viz.pca(x, 50), x).astype(np.float32)
+
+
+DATA = {"clusters": clusters, "tokens": tokens}
+
+
+def fit(method: str, x: np.ndarray) -> np.ndarray:
+    if method == "ours":
+        return viz.tsne(x, PERPLEXITY).points
+    if method == "scikit-learn":
+        from sklearn.manifold import TSNE
+
+        return TSNE(perplexity=PERPLEXITY, random_state=0, n_jobs=1).fit_transform(x)
+    from openTSNE import TSNE
+
+    neighbours = {"neighbors": "exact"} if method.endswith("exact") else {}
+    return np.asarray(TSNE(perplexity=PERPLEXITY, random_state=0, n_jobs=1, **neighbours).fit(x))
+
+
+def child(method: str, source: str, target: str) -> None:
+    """One fit: the map to target, seconds and peak memory to standard output."""
+    x = np.load(source)
+    fit(method, x[:100])  # imports, and what is compiled at first use
+    before, wall, cpu = _peak(), time.perf_counter(), time.process_time()
+    points = fit(method, x)
+    print(json.dumps({"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall,
+                      "memory": _peak() - before}))
+    np.save(target, points)
+
+
+def _peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def affinities(x: np.ndarray):
+    """Rows, columns and values of symmetric P, by bisection in float64."""
+    from scipy.sparse import coo_array
+
+    x = x.astype(np.float64) - x.mean(0)
+    N, k, length = len(x), 3 * PERPLEXITY, np.square(x).sum(1)
+    index, p = np.empty((N, k), np.int64), np.empty((N, k))
+    for at in range(0, N, 256):
+        b = slice(at, min(at + 256, N))
+        d = length[b, None] + length - 2 * x[b] @ x.T
+        d[np.arange(len(d)), np.arange(b.start, b.stop)] = np.inf
+        index[b] = np.argpartition(d, k, axis=1)[:, :k]
+        d = np.take_along_axis(d, index[b], 1)
+        d -= d.min(1, keepdims=True)
+        low, high = np.full((len(d), 1), -60.0), np.full((len(d), 1), 60.0)
+        for _ in range(60):
+            beta = np.exp((low + high) / 2)
+            q = np.exp(-beta * d)
+            q /= q.sum(1, keepdims=True)
+            wide = -(q * np.log(np.maximum(q, 1e-300))).sum(1, keepdims=True) > math.log(PERPLEXITY)
+            low, high = np.where(wide, (low + high) / 2, low), np.where(wide, high, (low + high) / 2)
+        p[b] = q
+    p = coo_array((p.ravel(), (np.repeat(np.arange(N), k), index.ravel())), shape=(N, N)).tocsr()
+    p = ((p + p.T) / (2 * N)).tocoo()
+    return *p.coords, p.data
+
+
+def divergence(i, j, p, y) -> float:
+    y = y.astype(np.float64)
+    Z = sum((1 / (1 + np.square(y[at:at + 256, None] - y).sum(2))).sum()
+            for at in range(0, len(y), 256)) - len(y)
+    return float((p * np.log(p * (1 + np.square(y[i] - y[j]).sum(1)))).sum() + math.log(Z))
+
+
+def measure(kind: str, N: int, methods: list[str], rounds: int, with_kl: bool) -> None:
+    results = {method: [] for method in methods}
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = f"{folder}/x.npy", f"{folder}/y.npy"
+        x = DATA[kind](N)
+        np.save(source, x)
+        reference = affinities(x) if with_kl else None
+        for turn in range(rounds):
+            for method in methods:
+                out = subprocess.run([sys.executable, __file__, "--child", method, source, target],
+                                     stdout=subprocess.PIPE, text=True, check=True)
+                result = json.loads(out.stdout.splitlines()[-1])
+                if turn == 0 and with_kl:
+                    result["kl"] = divergence(*reference, np.load(target))
+                results[method].append(result)
+    print(f"\n{kind}, {N} points x {x.shape[1]}, {rounds} rounds\n{'':<18}{'CPU s':>8}{'wall s':>8}"
+          f"{'KL':>9}{'KL / ours':>11}{'MB':>7}{'CPU / ours: median (least - most)':>36}")
+    ours = results["ours"]
+    for method, runs in results.items():
+        cpu, wall, memory = (statistics.median(r[key] for r in runs)
+                             for key in ("cpu", "wall", "memory"))
+        kl, ratios = runs[0].get("kl", math.nan), [r["cpu"] / o["cpu"] for r, o in zip(runs, ours)]
+        print(f"{method:<18}{cpu:>8.2f}{wall:>8.2f}{kl:>9.4f}"
+              f"{kl / ours[0].get('kl', math.nan):>11.4f}{memory / 1e6:>7.0f}"
+              f"{statistics.median(ratios):>16.1f} ({min(ratios):.1f} - {max(ratios):.1f})",
+              flush=True)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--sizes", default="2000,10000", help="numbers of points")
+    p.add_argument("--data", default=",".join(DATA), help=f"of {', '.join(DATA)}")
+    p.add_argument("--methods", help="instead of those that a size allows, separated by ;")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--all", action="store_true", help="every method at every size")
+    a = p.parse_args()
+    for name in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
+        os.environ[f"{name}_NUM_THREADS"] = "1"
+    packages = ("numpy", "openTSNE", "scikit-learn")
+    print("one thread;", ", ".join(f"{n} {importlib.metadata.version(n)}" for n in packages))
+    for N in map(int, a.sizes.split(",")):
+        chosen = a.methods.split(";") if a.methods else [
+            m for m, largest in METHODS.items() if a.all or N <= largest]
+        for kind in a.data.split(","):
+            measure(kind, N, chosen, a.rounds, N <= 50_000)
+
+
+if __name__ == "__main__":
+    child(*sys.argv[2:]) if sys.argv[1:2] == ["--child"] else main()

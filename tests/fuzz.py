@@ -1,0 +1,621 @@
+"""Damaged and hostile inputs of every kind that the program reads, and what it does with them.
+
+    python tests/fuzz.py --seconds 60 --seed 0
+    python tests/fuzz.py --seed 0 --case 123       # one again, with all that it prints
+
+A case is a small real input, damaged, and a command that reads it: a pure function of the seed and
+its number. Right are: exit 0, with the output of the undamaged input where the damage means
+nothing; exit 2 or 1 and, as the last line on stderr, the one that says `promptprior: error: `. A
+traceback, another error line, a warning, a control character, seconds without an end, memory out of
+all proportion or a dead process are failures, and print the case's number.
+
+Cases run in a process of their own, one after the other, until one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import faulthandler
+import gzip
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+import llama  # noqa: E402
+import promptprior  # noqa: E402
+
+SLOW, DEAD = 10, 40  # seconds a case may take; seconds after which its process is killed
+MEMORY = 500 << 20  # bytes that one case may add to the most that its process has held
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+FEW = ["--steps", "1", "--eval-limit", "1", "--max-new", "2", "--batch-size", "2", "--tokens", "3"]
+
+
+# --------------------------------------------------------------------------------------------------
+# undamaged inputs
+
+
+def world(folder: Path) -> None:
+    """Small real inputs of every kind, always the same bytes but for times and places."""
+    torch.set_num_threads(1)
+    tiny = Path(promptprior.__file__).parent / "tiny"
+    c = {**json.loads((tiny / "config.json").read_text()), "hidden_size": 16,
+         "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 256,
+         "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(c))
+    for name in ("tokenizer.json", "generation_config.json"):
+        shutil.copy(tiny / name, model)
+    with torch.device("meta"):
+        wanted = llama.Llama(llama.read_config(model / "config.json")).state_dict()
+    g = torch.Generator().manual_seed(0)
+    weights = {k: torch.randn(t.shape, generator=g).bfloat16() * 0.3 for k, t in wanted.items()}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    shutil.copytree(model, folder / "sharded")
+    (folder / "sharded/model.safetensors").unlink()
+    names = sorted(weights)
+    places = {k: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, k in enumerate(names)}
+    for file in set(places.values()):
+        save_file({k: weights[k] for k in names if places[k] == file}, folder / "sharded" / file)
+    (folder / "sharded/model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {"total_size": 1}, "weight_map": places}))
+
+    asked = [("Who lives in Tarn?", "Bolu"), ("Where does Bolu live?", "Tarn"), ("Why?", "")]
+    squad = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [
+        {"context": f"{where}: Bolu lives in Tarn, a t\u00f6wn \u2014 far away. " * 2, "qas": [
+            {"id": f"{where}{i}", "question": q, "is_impossible": not a,
+             "answers": [{"text": a, "answer_start": 0}] * bool(a)}
+            for i, (q, a) in enumerate(asked)]} for where in "AB"]}]}
+    flat = [{"id": q["id"], "context": p["context"], "question": q["question"], "answers": {
+        "text": [x["text"] for x in q["answers"]], "answer_start": [0]}}
+        for p in squad["data"][0]["paragraphs"] for q in p["qas"]]
+    sums = [(f"What is {i} + 1?", str(i + 1)) for i in range(3)]
+    texts = [{"text": f"The cat {i} sat on the mat. \u732b" * 2, "url": "u"} for i in range(4)]
+    lines = lambda rows: "".join(json.dumps(r) + "\n" for r in rows)
+    for name, content in {
+            "squad.json": json.dumps(squad, ensure_ascii=False), "flat.json": json.dumps(flat),
+            "flat.jsonl": lines(flat), "columns.json": json.dumps(
+                {k: [r[k] for r in flat] for k in flat[0]}),
+            "sums.txt": "".join(f"{q}\n{a}\n" for q, a in sums),
+            "export.json": json.dumps([{"question": f"b'{q}\\n'", "answer": f"b'{a}\\n'"}
+                                       for q, a in sums]),
+            "hendrycks.json": json.dumps({"problem": "1 + 1?", "level": "Level 1",
+                                          "solution": "so \\boxed{\\frac{4}{2}}."}),
+            "c4.json": lines(texts), "c4.json.gz": gzip.compress(lines(texts).encode(), mtime=0),
+            "prose.txt": "\n\n".join(t["text"] for t in texts)}.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for name, flags in {
+            "point": ["--prior", "vocab"],
+            "svgd": ["--prior", "fitted", "--posterior", "svgd", "--particles", "2"],
+            "gaussian": ["--prior", "fitted", "--posterior", "gaussian", "--particles", "2"]
+            }.items():
+        spec = f"squad:{folder}/squad.json"
+        assert promptprior.main([
+            "train", "--model", str(model), "--data", spec, "--eval-data", spec, *FEW, "--steps",
+            "2", "--eval-every", "1", "--deep-layers", "1", *flags, "--out",
+            str(folder / "runs" / name)]) == 0
+    assert promptprior.main([
+        "collect", "--model", str(model), "--data", f"a=squad:{folder}/squad.json",
+        f"b=text:{folder}/c4.json", "--layers", "0,2", "--limit", "12", "--out",
+        str(folder / "acts.safetensors")]) == 0
+
+
+class Kind(NamedTuple):
+    copied: str  # what a case has of its own: a file or a folder of the world
+    files: str  # which of its files are damaged, a pattern below it; "" for itself
+    commands: list[list[str]]  # COPY and WORLD stand for paths, OUT for a new one
+
+
+MODEL = [["generate", "WORLD/runs/point", "Who?", "--model", "COPY", "--max-new", "2"],
+         ["eval", "WORLD/runs/svgd", "--limit", "1", "--json", "--model", "COPY"],
+         ["train", "--model", "COPY", "--data", "squad:WORLD/squad.json", "--eval-data",
+          "squad:WORLD/squad.json", *FEW, "--out", "OUT"]]
+RUN = [["eval", "COPY", "--json"], ["eval", "COPY"], ["generate", "COPY", "Who?"],
+       ["compare", "COPY", "--json"], ["compare", "COPY"], ["plot", "COPY", "--text"],
+       ["plot", "COPY"], ["train", "--out", "COPY", "--resume"],
+       ["train", "--out", "COPY", "--resume", "--steps", "3"],
+       ["train", "--config", "COPY/config.json", "--out", "OUT"],
+       ["interpolate", "WORLD/runs/point", "COPY", "--points", "2", "--out", "OUT"],
+       ["sample", "--model", "WORLD/model", "--prior", "posterior:COPY", "--tokens", "3",
+        "--json"],
+       ["collect", "--under", "COPY", "--data", "squad:WORLD/squad.json", "--limit", "5",
+        "--out", "OUT"]]
+
+
+def of_data(kind: str) -> list[list[str]]:
+    spec = f"{kind}:COPY"
+    if kind == "text":
+        return [["sample", "--model", "WORLD/model", "--prior", "isotropic", "--tokens", "3",
+                 "--reference", spec, "--json"],
+                ["collect", "--model", "WORLD/model", "--data", spec, "--limit", "5", "--out",
+                 "OUT"]]
+    return [["eval", "WORLD/runs/point", "--data", spec, "--limit", "2", "--json"],
+            ["train", "--model", "WORLD/model", "--data", spec, "--eval-data", spec, *FEW,
+             "--out", "OUT"],
+            ["train", "--model", "WORLD/model", "--data", spec, *FEW, "--out", "OUT"]]
+
+
+KINDS = {
+    "weights": Kind("model", "model.safetensors", MODEL),
+    "shards": Kind("sharded", "*.safetensors", MODEL),
+    "index": Kind("sharded", "*.index.json", MODEL),
+    "config": Kind("model", "config.json", MODEL),
+    "generation_config": Kind("model", "generation_config.json", MODEL),
+    "tokenizer": Kind("model", "tokenizer.json", MODEL),
+    **{f"squad {name}": Kind(name, "", of_data("squad")) for name in (
+        "squad.json", "flat.json", "flat.jsonl", "columns.json")},
+    "math text": Kind("sums.txt", "", of_data("math")),
+    "math export": Kind("export.json", "", of_data("math")),
+    "hendrycks": Kind("hendrycks.json", "", of_data("hendrycks")),
+    **{f"text {name}": Kind(name, "", of_data("text")) for name in (
+        "c4.json", "c4.json.gz", "prose.txt")},
+    **{f"run {file}, {name}": Kind(f"runs/{name}", file, RUN)
+       for name in ("point", "svgd", "gaussian") for file in (
+           "config.json", "metrics.jsonl", "prompt.safetensors", "prompts/*.safetensors",
+           "checkpoints/*.safetensors")},
+    "run predictions.jsonl": Kind("runs/point", "predictions.jsonl", [["plot", "COPY"]]),
+    "collection": Kind("acts.safetensors", "", [
+        ["compare", "COPY"], ["compare", "COPY", "--json"],
+        ["sample", "--model", "WORLD/model", "--prior", "isotropic", "--tokens", "3",
+         "--reference", "collection:COPY", "--json"],
+        ["sample", "--model", "WORLD/model", "--prior", "fitted", "--tokens", "3",
+         "--reference", "collection:COPY#b"],
+        ["collect", "--model", "WORLD/model", "--data", "squad:WORLD/squad.json", "--limit", "5",
+         "--out", "COPY", "--overwrite"]]),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# damage: each takes a generator of random numbers and a content, and gives another
+
+DEEP = "[" * 100_000
+RAW = ["NaN", "-Infinity", "1e999", "1" + "0" * 30, "9" * 5000, "-1", "0", "1.5", "2147483648",
+       "9223372036854775808", "null", "true", "false", "\"\"", "[]", "{}", "[null]", "[[]]",
+       "\"x\"", '"\\u0000"', '"\\ud83d"', '"\\u001b]0;owned\\u0007\\u001b[31mred"', '"\\u202eabc"',
+       '"' + "y" * 300_000 + '"', '{"a": 1, "a": 2}', DEEP, "[1, -1, 999999999]", '"../../x"',
+       '"/etc/passwd"', '"cuda:99"', '"\\n\\n"', "[\"a\", \"a\"]", "1e-320", "[0.5]"]
+
+
+class Raw(str):
+    """JSON text that stands for a value."""
+
+
+def to_json(value, **options) -> str:
+    raw: list[str] = []
+
+    def hide(x):
+        if isinstance(x, Raw):
+            raw.append(x)
+            return f"<raw {len(raw) - 1}>"
+        if isinstance(x, dict):
+            return {k: hide(v) for k, v in x.items()}
+        return list(map(hide, x)) if isinstance(x, list) else x
+
+    text = json.dumps(hide(value), **options)
+    return re.sub(r'"<raw (\d+)>"', lambda m: raw[int(m[1])], text)
+
+
+def places(value, path: tuple = ()) -> list[tuple]:
+    inside = value.items() if isinstance(value, dict) else enumerate(value) \
+        if isinstance(value, list) else ()
+    return [path] + [p for k, v in inside for p in places(v, (*path, k))]
+
+
+def damaged_value(r: random.Random, value):
+    """A JSON value with a part deleted, doubled, exchanged, renamed or of another type."""
+    value = copy.deepcopy(value)
+    for _ in range(r.choice([1, 1, 1, 2, 5])):
+        # a shallow part as often as one of many deep ones
+        found = [p for p in places(value) if p]
+        if not found:
+            return Raw(r.choice(RAW))
+        depth = r.choice(sorted({len(p) for p in found}))
+        *way, key = r.choice([p for p in found if len(p) == depth])
+        holder = value
+        for k in way:
+            holder = holder[k]
+        old, how = holder[key], r.randrange(8)
+        if how == 0:
+            del holder[key]
+        elif how == 1 and isinstance(holder, list):
+            holder.insert(r.randrange(len(holder) + 1), copy.deepcopy(old))
+        elif how == 2 and isinstance(holder, dict):
+            holder[r.choice([f"{key}x", "", "__class__", "a\x1b[2Jb", *holder])] = holder.pop(key)
+        elif how == 3:
+            other = r.choice(found)
+            there = value
+            for k in other:
+                there = there[k] if isinstance(there, (list, dict)) and not isinstance(
+                    there, Raw) else there
+            holder[key] = copy.deepcopy(there)
+        elif how == 4 and type(old) in (int, float):
+            holder[key] = r.choice([-old, old + 1, old - 1, old * 2, old * 10**6, old / 3, str(old),
+                                    [old]])
+        elif how == 5 and isinstance(old, str) and not isinstance(old, Raw):
+            i = r.randrange(len(old) + 1)
+            holder[key] = old[:i] + r.choice(
+                ["\0", "\x1b[31m", "\ud800", "\u2028", "\u202e", "", "\n", "\x9b2J", "\U0001f600",
+                 "/../", "'", "\\boxed{"]) + old[i + r.randrange(3):]
+        else:
+            holder[key] = Raw(r.choice(RAW))
+    return value
+
+
+def damaged_json(r: random.Random, content: bytes) -> bytes:
+    value = damaged_value(r, json.loads(content))
+    return to_json(value, ensure_ascii=True, indent=r.choice([None, 1])).encode()
+
+
+def damaged_lines(r: random.Random, content: bytes) -> bytes:
+    lines = content.split(b"\n")
+    for _ in range(r.choice([1, 1, 3])):
+        i = r.randrange(len(lines))
+        how = r.randrange(6)
+        if how == 0:
+            lines.insert(i, r.choice(lines))
+        elif how == 1 and len(lines) > 1:
+            del lines[i]
+        elif how == 2:
+            lines[i] = r.choice(RAW).encode()
+        elif lines[i][:1] == b"{":
+            try:
+                lines[i] = damaged_json(r, lines[i])
+            except ValueError:  # damaged before
+                lines[i] = lines[i][:-1]
+        else:
+            lines[i] = damaged_bytes(r, lines[i])
+    return b"\n".join(lines)
+
+
+def damaged_bytes(r: random.Random, content: bytes) -> bytes:
+    b = bytearray(content)
+    for _ in range(r.choice([1, 1, 2, 10])):
+        i, n = r.randrange(len(b) + 1), r.choice([1, 2, 8, 64, 4096])
+        how = r.randrange(7)
+        if how == 0 and i < len(b):
+            b[i] ^= 1 << r.randrange(8)
+        elif how == 1:
+            del b[i:]
+        elif how == 2:
+            del b[i:i + n]
+        elif how == 3:
+            b[i:i] = b[i:i + n] or b"x"
+        elif how == 4:
+            b[i:i + n] = bytes(min(n, len(b) - i))
+        elif how == 5:
+            b[i:i] = r.randbytes(n)
+        else:
+            b[i:i] = r.choice([b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\x1b[2J", b"\r\n", b"\r",
+                               b"\n\n\n", b'"', b"}", b"[" * 3000, b"\xed\xa0\x80", b"\xc2\x9b"])
+    return bytes(b)
+
+
+def damaged_safetensors(r: random.Random, content: bytes) -> bytes:
+    """The header changed and its length set right, or numbers of a tensor that no training has."""
+    size = int.from_bytes(content[:8], "little")
+    header, rest = json.loads(content[8:8 + size]), bytearray(content[8 + size:])
+    how, tensors = r.randrange(5), [k for k in header if k != "__metadata__"]
+    if how == 0:
+        start, end = header[r.choice(tensors)]["data_offsets"]
+        step = r.choice([1, 2, 4, 8])
+        i = start + r.randrange(max((end - start) // step, 1)) * step
+        rest[i:i + step] = r.choice([b"\xff", b"\x00", b"\x7f", b"\x80", b"\xc0"]) * (step - 1) \
+            + r.choice([b"\x7f", b"\xff", b"\x00"])
+        del rest[len(content) - 8 - size:]
+    elif how == 1:
+        for k in r.sample(tensors, min(len(tensors), r.choice([1, 3]))):
+            header[k]["dtype"] = r.choice(["F64", "F32", "F16", "BF16", "F8_E4M3", "F4", "C64",
+                                           "I64", "U16", "I8", "U8", "BOOL", "X", "F6_E2M3"])
+    elif how == 2 and len(tensors) > 1:
+        a, b = r.sample(tensors, 2)
+        header[a], header[b] = header[b], header[a]
+    elif how == 3 and header.get("__metadata__"):
+        about = header["__metadata__"]
+        k = r.choice(sorted(about))
+        try:
+            about[k] = to_json(damaged_value(r, json.loads(about[k])))
+        except ValueError:
+            about[k] = r.choice(RAW)
+    else:
+        header = damaged_value(r, header)
+    text = to_json(header, separators=(",", ":")).encode()
+    if r.randrange(8):
+        text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + bytes(rest)
+
+
+def other_content(r: random.Random, content: bytes) -> bytes:
+    return r.choice([
+        b"", b"\n", b"{}", b"[]", b"null", DEEP.encode(), pickle.dumps({"a": 1}, 2),
+        b"PK\x03\x04" + bytes(60), b"<!DOCTYPE html><html>" * 40, gzip.compress(content),
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", bytes(5000),
+        content.decode("latin-1").encode("utf-16"), content.decode("latin-1").encode("utf-16-le"),
+        content * 3, content[::-1], (2**63).to_bytes(8, "little") + content[8:],
+        (2**27).to_bytes(8, "little") + content[8:], b'{"a":' * 50_000, b"\xef\xbb\xbf" + content])
+
+
+def harmless(r: random.Random, path: Path) -> bool:
+    """Another spelling of the same, if there is one."""
+    content = path.read_bytes()
+    if path.suffix in (".safetensors", ".gz") or path.name == "metrics.jsonl":  # cut by bytes
+        return False
+    if path.name != "tokenizer.json" and r.randrange(2):
+        content = b"\xef\xbb\xbf" + content
+    if path.suffix == ".json" and r.randrange(2) and content[:1] in b"{[" and b"\n{" not in content:
+        content = json.dumps(json.loads(content), indent=2).encode()
+    path.write_bytes(content.replace(b"\n", b"\r\n"))
+    return True
+
+
+def no_file(r: random.Random, path: Path) -> None:
+    """Something that is no file with a content stands in its place."""
+    path.unlink()
+    how = r.randrange(8)
+    if how == 0:
+        path.mkdir()
+    elif how == 1:
+        os.mkfifo(path)
+    elif how == 2:
+        path.symlink_to(path.name)
+    elif how == 3:
+        path.symlink_to("nowhere")
+    elif how == 4:
+        path.symlink_to(r.choice(["/dev/zero", "/dev/null"]))
+    elif how == 5:
+        with open(path, "wb") as f:
+            f.truncate(2**32)
+    elif how == 6:
+        path.write_bytes(gzip.compress(bytes(2**26)) if path.suffix == ".gz" else b"x" * 2**22)
+
+
+def damage(r: random.Random, path: Path) -> bool:
+    """Damage a file; whether the damage means nothing."""
+    if r.random() < 0.06 and harmless(r, path):
+        return True
+    if r.random() < 0.06:
+        no_file(r, path)
+        return False
+    content, packed = path.read_bytes(), path.suffix == ".gz"
+    some: list[Callable] = [damaged_bytes, other_content]
+    if path.suffix == ".safetensors":
+        some = [damaged_safetensors] * 5 + some
+    elif path.name.endswith((".jsonl", "c4.json", ".txt")):
+        some = [damaged_lines] * 4 + some
+    elif path.suffix == ".json":
+        some = [damaged_json] * 5 + some
+    if packed and r.randrange(3):
+        path.write_bytes(gzip.compress(r.choice([damaged_lines, damaged_bytes, other_content])(
+            r, gzip.decompress(content)), mtime=0))
+    else:
+        path.write_bytes(r.choice(some)(r, content))
+    return False
+
+
+# --------------------------------------------------------------------------------------------------
+# a case
+
+
+class Hang(BaseException):
+    pass
+
+
+class Outcome(NamedTuple):
+    kind: str
+    command: str
+    status: int | str
+    problem: str  # "" if it is right
+    output: str
+
+
+def run_case(seed: int, number: int, base: Path, kinds: dict[str, Kind]) -> Outcome:
+    r = random.Random(f"{seed} {number}")
+    name = r.choice(sorted(kinds))
+    kind, folder = kinds[name], base / "case"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    own = folder / Path(kind.copied).name
+    (shutil.copytree if (base / kind.copied).is_dir() else shutil.copy)(base / kind.copied, own)
+    file = r.choice(sorted(own.glob(kind.files))) if kind.files else own
+    command = r.choice(kind.commands)
+    same = damage(r, file)
+    for text, path in (("COPY", own), ("WORLD", base), ("OUT", folder / "out")):
+        command = [part.replace(text, str(path)) for part in command]
+    status, out, err, problem = captured(command, folder)
+    problem = problem or wrong(command, status, out, err)
+    if not problem and same:
+        for path in (own, folder / "out"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (shutil.copytree if (base / kind.copied).is_dir() else shutil.copy)(base / kind.copied, own)
+        expected = captured(command, folder)[:2]
+        if status != expected[0] or "--json" in command and out != expected[1]:
+            problem = "another outcome, though the damage means nothing"
+    return Outcome(name, f"{' '.join(command)} [{file.name}]", status, problem, out + err)
+
+
+def captured(command: list[str], folder: Path) -> tuple[int | str, str, str, str]:
+    """Status, stdout, stderr and what went wrong, of the process's own descriptors, for libraries
+    print too."""
+    problem, before = "", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    files = [open(folder / f".{n}", "w+b") for n in (1, 2)]
+    kept = [os.dup(n) for n in (1, 2)]
+    for n, f in zip((1, 2), files):
+        os.dup2(f.fileno(), n)
+
+    def alarm(*_):
+        faulthandler.dump_traceback()
+        raise Hang
+
+    signal.signal(signal.SIGALRM, alarm)
+    signal.alarm(SLOW)
+    try:
+        status: int | str = promptprior.main(command)
+    except SystemExit as e:
+        status = e.code
+    except Hang:
+        status, problem = "hang", f"no end after {SLOW} s"
+    except BaseException as e:
+        import traceback
+
+        status, problem = "raised", "".join(traceback.format_exception(e))
+    finally:
+        signal.alarm(0)
+        sys.stdout.flush(), sys.stderr.flush()
+        for n, k in zip((1, 2), kept):
+            os.dup2(k, n)
+            os.close(k)
+    out, err = (Path(f.name).read_bytes().decode(errors="replace") for f in files)
+    for f in files:
+        f.close()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    if not problem and grown > MEMORY:
+        problem = f"held {grown >> 20} MiB more than before"
+    return status, out, err, problem
+
+
+def wrong(command: list[str], status: int | str, out: str, err: str) -> str:
+    """Why this is no right outcome, or ""."""
+    found = CONTROL.search(out + err)
+    if found:
+        return f"control character {found[0]!r}"
+    lines = err.splitlines()
+    errors = [line for line in lines if line.startswith("promptprior: ")]
+    if "Traceback" in err or "panicked" in err or "Warning" in err:
+        return "a traceback, a panic or a warning"
+    if "memory does not suffice" in err:
+        return "more memory wanted than there is"
+    if status == 0:
+        if errors:
+            return "exit 0 and an error"
+        if "--json" in command:
+            json.loads(out)
+        return "" if out or command[0] == "sample" else "exit 0 and no output"
+    if status not in (1, 2):
+        return f"exit {status}"
+    if len(errors) != 1 or errors != lines[-1:] or not errors[0].startswith("promptprior: error: "):
+        return "not one line of error, the last"
+    return "" if len(errors[0]) < 1100 else "an error of any length"
+
+
+# --------------------------------------------------------------------------------------------------
+# many cases
+
+
+def work(seed: int, number: int, base: Path, kinds: dict[str, Kind], end: float,
+         pipe: int) -> None:
+    """Cases from `number` on; before and after each a line of JSON into the pipe."""
+    def tell(value) -> None:
+        os.write(pipe, (json.dumps(value) + "\n").encode())
+
+    free = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (free + (8 << 30),) * 2)  # the machine is not ours
+    for n in range(number, number + 2000):
+        if time.monotonic() > end:
+            break
+        tell(n)
+        outcome = run_case(seed, n, base, kinds)
+        tell(outcome)
+        if outcome.status == "hang":
+            break
+
+
+def fuzz(seed: int, seconds: float, base: Path, kinds: dict[str, Kind], most: int = 20
+         ) -> tuple[Counter, list[tuple[int, Outcome]]]:
+    """Outcomes counted by (kind, status), and at most so many failures with their numbers."""
+    counts, failures, number = Counter(), [], 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and len(failures) < most:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                work(seed, number, base, kinds, end, writer)
+            finally:
+                os._exit(0)
+        os.close(writer)
+        rest, running = b"", False
+        while len(failures) < most:
+            if not select.select([reader], [], [], DEAD)[0]:
+                failures.append((number, Outcome("", "", "dead", f"no end after {DEAD} s", "")))
+                break
+            got = os.read(reader, 1 << 16)
+            if not got:  # its end
+                if running:
+                    failures.append((number, Outcome("", "", "dead", "the process died", "")))
+                break
+            *lines, rest = (rest + got).split(b"\n")
+            for line in map(json.loads, lines):
+                running = isinstance(line, int)
+                if running:
+                    number = line
+                else:
+                    outcome = Outcome(*line)
+                    counts[outcome.kind, str(outcome.status)] += 1
+                    failures += [(number, outcome)] * bool(outcome.problem)
+        number += 1
+        os.close(reader)
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.waitpid(child, 0)
+    return counts, failures
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--seconds", type=float, default=60)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--case", type=int, help="one case again")
+    p.add_argument("--only", default="", help="kinds with this in their name")
+    p.add_argument("--most", type=int, default=20, help="failures to stop at")
+    a = p.parse_args()
+    kinds = {name: kind for name, kind in KINDS.items() if a.only in name}
+    base, counter = Path(tempfile.mkdtemp(prefix="fuzz-")), iter(range(10**9))
+    try:
+        clock, time.perf_counter = time.perf_counter, lambda: next(counter)  # the same bytes always
+        world(base)
+        time.perf_counter = clock
+        if a.case is not None:
+            outcome = run_case(a.seed, a.case, base, kinds)
+            print(f"{outcome.kind}: {outcome.command}\nstatus {outcome.status}\n{outcome.output!r}"
+                  f"\n{outcome.problem or 'right'}")
+            return bool(outcome.problem)
+        counts, failures = fuzz(a.seed, a.seconds, base, kinds, a.most)
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+    statuses = sorted({status for _, status in counts})
+    print(f"{'':32}" + "".join(f"{status:>8}" for status in statuses))
+    for name in [*kinds, ""]:
+        each = [sum(n for (k, s), n in counts.items() if s == status and (k == name or not name))
+                for status in statuses]
+        print(f"{name or 'all ' + str(sum(counts.values())):32}" + "".join(f"{n:8}" for n in each))
+    only = f" --only {a.only!r}" * bool(a.only)
+    for number, outcome in failures:
+        print(f"\nFAILED --seed {a.seed} --case {number}{only}: {outcome.kind}: {outcome.command}\n"
+              f"status {outcome.status}: {outcome.problem[-3000:]}\n{outcome.output[-1500:]!r}")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

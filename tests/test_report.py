@@ -1,0 +1,617 @@
+"""The explorable page: its data against the runs' own files, its text against a parser, and the
+page itself in a real headless Chromium (skipped where there is none)."""
+
+import base64
+import csv
+import gzip
+import hashlib
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import geometry
+import promptprior
+import report
+import viz
+from references import references
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = (ROOT / "report.html").read_text()
+HOSTILE = ["</script><img src=x onerror=alert(1)>", "</script><script>alert(1)</script>", "<!--",
+           "]]>", '"><img src=x onerror=alert(1)>', "\u202etxt.exe", "\x00", "\ud800",
+           "<style>*{display:none}", "z" * 1_000_000]
+
+
+# --------------------------------------------------------------------------------------------------
+# a small page, made up
+
+
+def some_data(layers=(0, 3), runs=2, B=60, rows=4, steps=(0, 2, 5, 9)):
+    r, S = np.random.default_rng(0), len(steps)
+
+    def map_of(i):
+        return {"layer": i, "name": "token embeddings", "rows": B, "width": 16,
+                "norm": r.random(B) + .5, "token": np.arange(B), "role": np.arange(B) % 2,
+                "roles": ["word", "sign"],
+                "domains": ["text", HOSTILE[0]], "domain": np.arange(B) % 2,
+                "pca": r.normal(size=(B, 2)), "explained": [.5, .2], "asked": np.arange(B),
+                "near": r.integers(0, B, (B, 5)), "cosine": r.random((B, 5)),
+                "tsne": {"points": 20 * r.normal(size=(B - 9, 2)), "sample": np.arange(9, B),
+                         "perplexity": 15.0, "kl": 1.0, "seed": 0, "recall": .5}}
+
+    def run(k):
+        at = {str(i): {"pca": np.cumsum(r.normal(size=(S, rows, 2)), axis=0) + 3,
+                       "tsne": 20 * r.normal(size=(S, rows, 2)),
+                       "near": r.integers(0, B, (S, rows, 5)), "cosine": r.random((S, rows, 5)),
+                       "norm": r.random((S, rows)), "moved": r.random((S, rows)),
+                       **({"lens": r.integers(0, B, (S, rows, 3))} if i else {}),
+                       **({"spread": np.ones((S, rows, 3)) * [.2, .05, .1]} if k else {})}
+              for i in layers}
+        evals = [{"step": s, "split": "eval", "loss": 1 / (s + 1), "f1": 10. * s} for s in steps]
+        return {"name": f"run {k} <b>", "prior": "vocab", "posterior": "gaussian" if k else "point",
+                "steps": list(steps), "particles": 1, "all_particles": 1, "evals": evals,
+                "curve": [[s, .9 / s] for s in range(1, 10)], "text": HOSTILE[1],
+                "beside": {"baseline": {"loss": 2., "f1": 5.}, "text": {"loss": .5, "f1": 80.}},
+                "predictions": [{"question": "Where?" + HOSTILE[4], "prediction": "there",
+                                 "answers": ["there"], "exact_match": 100. * (q % 2)}
+                                for q in range(6)],
+                "all_predictions": 6, "layers": at,
+                "config": {"settings": {"data": "squad", "seed": k, "lr": float("nan")}}}
+
+    tokens = HOSTILE + [f" word{i}" for i in range(B - len(HOSTILE))]
+    return {"title": HOSTILE[0], "tokens": tokens, "maps": [map_of(i) for i in layers],
+            "runs": [run(k) for k in range(runs)]}
+
+
+class Elements(HTMLParser):
+    """Start tags with their attributes, and what scripts and styles contain."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.inside, self.contents = [], None, []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self.inside = tag if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside:
+            self.contents.append((self.inside, data))
+
+
+def unpack(page):
+    """The data of a page, as its script reads them."""
+    [text] = [text for _, text in Elements(page).contents
+              if re.fullmatch(r"[A-Za-z0-9+/=]{200,}", text)]
+    raw = gzip.decompress(base64.b64decode(text))
+    start = 4 + int.from_bytes(raw[:4], "little")
+
+    def revive(value):
+        if "$array" not in value:
+            return value
+        at, shape, size, low, step = value["$array"]
+        whole = np.frombuffer(raw, f"<u{size}", int(np.prod(shape)), start + at).reshape(shape)
+        return whole if (low, step) == (0, 1) else low + whole * step
+    return json.loads(raw[4:start], object_hook=revive)
+
+
+# --------------------------------------------------------------------------------------------------
+# the page as text
+
+
+def test_no_text_of_the_data_becomes_html():
+    page = viz.page(TEMPLATE, some_data())
+    found = Elements(page).found
+    plain = Elements(viz.page(TEMPLATE, some_data() | {"title": "x", "tokens": ["x"] * 60})).found
+    assert [tag for tag, _ in found] == [tag for tag, _ in plain]
+    assert [a for tag, a in found if tag == "script"] == [{"type": "text/plain", "id": "data"}, {}]
+    assert not any(key.startswith("on") or key in ("src", "style") for _, a in found for key in a)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|"
+                         "new Function", page)
+    for text in (*HOSTILE[:2], HOSTILE[5]):
+        assert text not in page
+    assert unpack(page)["tokens"] == HOSTILE + some_data()["tokens"][len(HOSTILE):]
+
+
+def test_nothing_is_fetched_and_only_its_own_script_runs():
+    page = viz.page(TEMPLATE, some_data())
+    policy = next(a["content"] for _, a in Elements(page).found if "http-equiv" in a)
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    for kind, content in ((k, c) for k, c in Elements(page).contents if len(c) > 4000 and " " in c):
+        sha = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{sha}'" in policy
+    assert set(re.findall(r"https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(|WebSocket", page)
+
+
+def test_arrays_come_back_to_sixteen_bits():
+    data = some_data()
+    back = unpack(viz.page(TEMPLATE, data))
+
+    def compare(a, b):
+        if isinstance(a, dict):
+            assert a.keys() == b.keys()
+            for key in a:
+                compare(a[key], b[key])
+        elif isinstance(a, list):
+            assert len(a) == len(b)
+            for x, y in zip(a, b):
+                compare(x, y)
+        elif isinstance(a, np.ndarray) and a.dtype.kind == "f":
+            np.testing.assert_allclose(b, a, rtol=0, atol=np.ptp(a) / 65535 * .51 + 1e-12)
+        elif isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert b == (None if a != a else a)
+    compare(data, back)
+    assert viz.page(TEMPLATE, data) == viz.page(TEMPLATE.replace("\n", "\r\n"), data)
+
+
+@pytest.mark.parametrize("x", [np.array([1., np.nan]), np.array([-1]), {"$array": 1}])
+def test_page_refuses(x):
+    with pytest.raises(viz.PictureError):
+        viz.page(TEMPLATE, {"x": x})
+
+
+def test_a_vocabulary_of_128256_is_below_five_megabytes():
+    r, V, data = np.random.default_rng(0), 128_256, some_data(layers=(0,))
+    letters = np.array(list(" etaoinshrdlucmfwypvbgkjqxz"))
+    data["tokens"] = ["".join(w) for w in letters[r.integers(0, 27, (V, 6))]]
+    m = data["maps"][0]
+    m |= {"rows": V, "token": np.arange(V), "role": r.integers(0, 6, V),
+          "pca": r.normal(size=(V, 2)), "domain": r.integers(0, 2, V), "norm": r.random(V),
+          "asked": np.arange(10_000),
+          "near": r.integers(0, V, (10_000, 5)), "cosine": r.random((10_000, 5))}
+    m["tsne"] |= {"points": r.normal(size=(10_000, 2)), "sample": r.permutation(V)[:10_000]}
+    assert len(viz.page(TEMPLATE, data)) < 5_000_000
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_text_stands_out_from_what_is_behind_it(scheme):
+    """WCAG's contrast of at least 4.5, by the page's own colours, light and dark."""
+    block = re.findall(r":root \{(.*?)\}", TEMPLATE, re.DOTALL)[scheme]
+    tone = {k: re.sub(r"^#(.)(.)(.)$", r"#\1\1\2\2\3\3", v)
+            for k, v in re.findall(r"--([\w-]+): (#\w+)", block)}
+
+    def luminance(name):
+        rgb = np.array([int(tone[name][i:i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4)
+        return linear @ [.2126, .7152, .0722]
+
+    for a, behind in [(a, b) for a in ("ink", "soft", "accent", "good", "bad")
+                      for b in ("paper", "page", "faint")] + [("on-accent", "accent")]:
+        one, two = sorted((luminance(a), luminance(behind)))
+        assert (two + .05) / (one + .05) >= 4.5, (a, behind)
+
+
+# --------------------------------------------------------------------------------------------------
+# what it shows of runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    common = ("train --steps 2 --eval-every 1 --eval-limit 4 --reference-rows 300 --data math "
+              "--batch-size 4 --tokens 3 --out").split()
+    for name, more in (("a", "--deep-layers 1 --reference math"),
+                       ("b", "--prior fitted --posterior svgd --particles 2")):
+        assert promptprior.main([*common, str(folder / name), *more.split()]) == 0
+    return folder
+
+
+def opened(*paths):
+    for path in paths:
+        run, a, model, vocabulary, prompt = promptprior.open_run(str(path), {})
+        yield run, a, model, vocabulary, references(a, model, vocabulary, list(prompt.rows))
+
+
+def test_gather_shows_runs_as_they_are(runs):
+    data = report.gather(opened(runs / "a", runs / "b"))
+    a, b = data["runs"]
+    run, _, model, vocabulary, found = next(opened(runs / "a"))
+    first, last = run.rows("prompts/000000.safetensors"), run.rows("prompt.safetensors")
+    tokens = model.embeddings[vocabulary.ordinary].numpy()
+
+    m, deep = data["maps"]
+    assert (m["layer"], deep["layer"], a["steps"], b["particles"]) == (0, 5, [0, 1, 2], 2)
+    assert m["rows"] == len(tokens) and m["domains"] == ["math", "in no reference"]
+    used = np.isin(m["token"], found[0].labels[0].token)  # by the reference, and no others
+    assert (np.array(m["domains"])[m["domain"]] == np.where(used, "math", "in no reference")).all()
+    plane = viz.pca(tokens)
+    np.testing.assert_allclose(m["pca"], viz.project(plane, tokens), atol=1e-6)
+    for s, rows in ((0, first), (-1, last)):
+        np.testing.assert_allclose(a["layers"]["0"]["pca"][s], viz.project(plane, rows[0].numpy()),
+                                   atol=1e-5)
+        index, cosine = geometry.nearest(rows[0].numpy(), tokens, 5, metric="cosine")
+        np.testing.assert_array_equal(a["layers"]["0"]["near"][s], index)
+    np.testing.assert_allclose(a["layers"]["5"]["moved"][-1], (last[5] - first[5]).norm(dim=1),
+                               rtol=1e-4)
+    np.testing.assert_allclose(a["layers"]["0"]["norm"][-1], last[0].norm(dim=1).numpy()
+                               / np.linalg.norm(tokens, axis=1).mean(), rtol=1e-5)
+    assert b["layers"]["0"]["pca"].shape == (3, 6, 2) and "5" not in b["layers"]
+
+    # rows of the deep map carry the tokens and roles that made them
+    assert set(deep["roles"]) <= {"context", "question", "answer"} and deep["domains"] == ["math"]
+    labels = found[0].labels[0]
+    torch.testing.assert_close(found[0].rows, model.embeddings[labels.token], rtol=0, atol=0)
+    assert labels.role == found[5].labels[0].role
+    answers = deep["token"][deep["role"] == deep["roles"].index("answer")]
+    assert re.fullmatch(r"[-\d./ \n]+", "".join(data["tokens"][t] for t in answers))
+    for near in (m, deep):
+        assert near["near"].shape[1] == 5 and (near["near"] != near["asked"][:, None]).all()
+    index, cosine = geometry.nearest(tokens, tokens, 7, metric="cosine")
+    others = np.array([c[i != row][:5] for row, (i, c) in enumerate(zip(index, cosine))])
+    np.testing.assert_allclose(m["cosine"], others, atol=1e-6)
+    with torch.no_grad():
+        said = model.logits(model.model.norm(last[5])).argmax(dim=1)
+    np.testing.assert_array_equal(a["layers"]["5"]["lens"][-1][:, 0], said)
+    assert a["predictions"] and a["beside"].keys() == {"baseline", "text"} and len(a["curve"]) == 2
+    page = viz.page(TEMPLATE, data)
+    assert unpack(page)["runs"][1]["name"] == "b" and str(runs) not in page
+
+
+def test_very_many_rows_are_shown_at_fewer_steps(runs, monkeypatch):
+    run, a = next(opened(runs / "b"))[:2]
+    assert report.shown_steps(run, a) == [0, 1, 2]
+    monkeypatch.setattr(report, "STATES", 13)  # of 6 rows a step
+    assert report.shown_steps(run, a) == [0, 2]
+
+
+def test_a_gaussian_shows_its_spread(runs, tmp_path):
+    run, a, model, vocabulary, found = next(opened(runs / "b"))
+    rows = run.rows("prompt.safetensors")
+    sd = torch.rand(rows[0].shape)
+    (tmp_path / "prompts").mkdir()
+    for name in ("prompts/000000", "prompts/000001", "prompt"):
+        save_file({"layers.0": rows[0], "layers.0.sd": sd}, tmp_path / f"{name}.safetensors")
+    shutil.copy(runs / "b/config.json", tmp_path)
+    a.posterior = "gaussian"
+    data = report.gather([(type(run)(tmp_path), a, model, vocabulary, found)])
+    plane = viz.pca(model.embeddings[vocabulary.ordinary].numpy())
+    normal = torch.randn(20000, sd.shape[1], generator=torch.Generator().manual_seed(0))
+    draws = rows[0][0] + sd[0] * normal
+    x, y = viz.project(plane, draws.numpy()).T
+    np.testing.assert_allclose(data["runs"][0]["layers"]["0"]["spread"][1, 0],
+                               [x.var(), np.cov(x, y)[0, 1], y.var()], atol=.02)
+
+
+def test_runs_that_cannot_stand_together_are_refused(runs, tmp_path):
+    run = next(opened(runs / "b"))[0]
+    shutil.copytree(runs / "b", tmp_path / "c")
+    other = type(run)(tmp_path / "c")
+    report.check([run, other])
+    save_file({"layers.0": torch.zeros(3, 64)}, tmp_path / "c/prompt.safetensors")
+    with pytest.raises(report.ReportError, match="width 64 and .* of width 192.*plot them apart"):
+        report.check([run, other])
+    shutil.copy(runs / "b/prompt.safetensors", tmp_path / "c")
+    config = json.loads((tmp_path / "c/config.json").read_text())
+    config["sha256"]["model"] = "0" * 64
+    (tmp_path / "c/config.json").write_text(json.dumps(config))
+    with pytest.raises(report.ReportError, match="other weights"):
+        report.check([run, other])
+    shutil.rmtree(tmp_path / "c/prompts")
+    with pytest.raises(ValueError, match="no snapshot .*--overwrite"):
+        report.gather([(other, *next(opened(runs / "b"))[1:])])
+
+
+def test_tokens_are_shown_as_a_text_has_them():
+    vocabulary = promptprior.data.Vocabulary(ROOT / "tiny", 0)
+    texts = [report.text_of(vocabulary, i) for i in range(vocabulary.size)]
+    assert {" the", "\n", "<0x93>"} <= set(texts) and not any("\ufffd" in t for t in texts)
+    assert [report.kind_of(t) for t in (" the", "ing", "7", " +", "\n", "<0x93>", "<")] == [
+        "word", "part of a word", "number", "sign", "white space", "bytes", "sign"]
+    sentencepiece = SimpleNamespace(tokenizer=SimpleNamespace(id_to_token=lambda i: "\u2581a"))
+    assert report.text_of(sentencepiece, 0) == " a"
+
+
+# --------------------------------------------------------------------------------------------------
+# in a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+         "--disable-background-networking --disable-component-update --disable-sync").split()
+
+
+class Browser:
+    """A headless Chromium, by chromedriver's own protocol (W3C WebDriver)."""
+
+    def __init__(self, folder):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.at = f"http://127.0.0.1:{s.getsockname()[1]}"
+        self.process = subprocess.Popen([DRIVER, f"--port={self.at.rsplit(':')[-1]}"],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(f"{self.at}/status", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(.05)
+        options = {"args": [*FLAGS, f"--user-data-dir={folder}"], "binary": CHROMIUM}
+        try:
+            self.at += "/session/" + self.post("/session", capabilities={"alwaysMatch": {
+                "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
+                )["sessionId"]
+        except (AssertionError, OSError):
+            self.process.terminate()
+            self.process.wait()
+            raise
+
+    def post(self, path, **body):
+        request = urllib.request.Request(self.at + path, json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as e:
+            raise AssertionError(json.load(e)["value"]["message"].splitlines()[0]) from None
+
+    def close(self):
+        end = urllib.request.Request(self.at, method="DELETE")
+        try:
+            urllib.request.urlopen(end, timeout=20).close()
+        finally:
+            self.process.terminate()
+            self.process.wait()
+
+    def js(self, code, *arguments):
+        return self.post("/execute/sync", script=code, args=arguments)
+
+    def look(self, width=1400, height=900, scheme="light", still=False):
+        cdp = lambda cmd, **params: self.post("/goog/cdp/execute", cmd=cmd, params=params)
+        cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+            mobile=width < 500)
+        cdp("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"}])
+
+    def open(self, path):
+        self.post("/url", url=path.as_uri())
+        self.until("return document.documentElement.dataset.ready === 'yes'")
+
+    def until(self, code, *arguments, seconds=10):
+        end = time.time() + seconds
+        while time.time() < end:
+            if self.js(code, *arguments):
+                return
+            time.sleep(.03)
+        raise AssertionError(f"never came true: {code}")
+
+    def settled(self):
+        """Wait until what was asked to be drawn is drawn."""
+        self.post("/execute/async", script="const done = arguments[0]; requestAnimationFrame(() => "
+                  "requestAnimationFrame(() => setTimeout(() => done(1), 20)))", args=[])
+
+    def mouse(self, x, y, *more):
+        """The pointer to a place on the canvas, then "pointerDown", "pointerUp"."""
+        at = self.js("const b = document.getElementById('canvas').getBoundingClientRect(); "
+                     "return [b.x, b.y]")
+        self.post("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": [
+            {"type": "pointerMove", "x": round(at[0] + x), "y": round(at[1] + y), "duration": 0},
+            *({"type": kind, "button": 0} for kind in more)]}])
+        self.settled()
+
+    def keys(self, text):
+        self.post("/actions", actions=[{"type": "key", "id": "keys", "actions": [
+            {"type": kind, "value": c} for c in text for kind in ("keyDown", "keyUp")]}])
+        self.settled()
+
+    def pixels(self, rgb):
+        """How many of the canvas are about that colour, and their mean place."""
+        self.settled()
+        return self.js("""
+            const c = document.getElementById("canvas"), d = c.getContext("2d").getImageData(
+                0, 0, c.width, c.height).data, want = arguments[0];
+            let n = 0, x = 0, y = 0;
+            for (let i = 0; i < d.length; i += 4)
+              if (want.every((v, k) => Math.abs(d[i + k] - v) < 12) && d[i + 3] > 240) {
+                n++; x += i / 4 % c.width; y += Math.floor(i / 4 / c.width);
+              }
+            return [n, x / n, y / n];""", rgb)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("no browser: the page was not tried in one (apt-get install chromium "
+                    "chromium-driver)")
+    try:
+        b = Browser(tmp_path_factory.mktemp("browser"))
+    except (AssertionError, OSError) as e:
+        pytest.skip(f"{CHROMIUM} does not start: the page was not tried in a browser ({e})")
+    yield b
+    b.close()
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(viz.page(TEMPLATE, some_data()))
+    return path
+
+
+@pytest.fixture
+def page(browser, page_file):
+    """The made-up page, wide and light; afterwards the console must be free of errors."""
+    browser.look()
+    browser.open(page_file)
+    yield browser
+    assert [e for e in browser.post("/se/log", type="browser") if e["level"] == "SEVERE"] == []
+
+
+VERMILION, BLUE = [0xD5, 0x5E, 0x00], [0x00, 0x72, 0xB2]  # the runs' marks
+TEXT = "return document.getElementById(arguments[0]).textContent"
+SPOT = "return where({kind: arguments[0], i: arguments[1], r: 0, p: arguments[1], prior: false})"
+CLICK = ("[...document.querySelectorAll('button')].find(b => b.textContent.trim().startsWith("
+         "arguments[0])).click()")
+
+
+def test_hostile_texts_are_texts(page):
+    assert page.js("return document.querySelectorAll('img, script, b').length") == 2
+    assert page.js("return document.title") == HOSTILE[0]
+    assert HOSTILE[0] in page.js(TEXT, "name")
+    for i, shown in ((0, HOSTILE[0]), (5, "\\u{202e}txt.exe"), (6, "\\u{0}"),
+                     (9, "z" * 80 + "\u2026"), (20, "\u2423word10")):
+        page.js("goTo(arguments[0])", i)
+        assert page.js("return document.querySelector('#pinned .title').textContent") == shown
+    for tab in range(5):
+        page.js("document.querySelectorAll('[role=tab]')[arguments[0]].click()", tab)
+        assert page.js("return document.querySelectorAll('img, b, script').length") == 2
+    # and a script that came in after all is not run
+    page.js("const s = document.createElement('script'); s.textContent = 'window.bad = 1'; "
+            "document.body.append(s)")
+    assert page.js("return window.bad === undefined")
+    page.post("/se/log", type="browser")  # the refusal is an entry
+
+
+def test_hover_and_click(page):
+    assert page.js("return document.getElementById('tip').classList.contains('hidden')")
+    page.mouse(*page.js(SPOT, "row", 1))
+    assert "run 0 <b>, row 2" in page.js(TEXT, "tip") and "step 9" in page.js(TEXT, "tip")
+    page.js(CLICK, "run 0"), page.js(CLICK, "run 1")  # prompts lie on top of tokens
+    page.mouse(*page.js(SPOT, "map", 30))
+    tip = page.js(TEXT, "tip")
+    assert all(text in tip for text in ("\u2423word20", "kind", "domain", "token id30", "cosine"))
+    page.mouse(*page.js(SPOT, "map", 30), "pointerDown", "pointerUp")
+    assert "\u2423word20" in page.js(TEXT, "pinned") and "\u2423word20" in page.js(TEXT, "live")
+    page.mouse(2, 2)
+    assert page.js("return document.getElementById('tip').classList.contains('hidden')")
+    assert "\u2423word20" in page.js(TEXT, "pinned")
+
+
+def test_the_slider_moves_prompts_and_tells_the_step(page):
+    ends = page.pixels(VERMILION)
+    page.js("const s = arguments[0]; const e = document.getElementById('slider'); e.value = s; "
+            "e.dispatchEvent(new Event('input'))", 0)
+    starts = page.pixels(VERMILION)
+    assert np.hypot(ends[1] - starts[1], ends[2] - starts[2]) > 5
+    assert page.js(TEXT, "step") == "step 0 of 9"
+    page.js("document.getElementById('slider').focus()")
+    page.keys("\ue014")  # right arrow
+    assert page.js(TEXT, "step") == "step 2 of 9"
+    page.js("document.querySelectorAll('[role=tab]')[1].click()")
+    assert "step 2" in page.js(TEXT, "panel")
+    page.js("document.getElementById('canvas').focus()")
+    page.keys(" ")
+    page.until("return document.getElementById('step').textContent === 'step 9 of 9' "
+               "&& document.getElementById('play').textContent === 'Play'")
+    assert page.pixels(VERMILION)[:1] == pytest.approx(ends[:1], abs=30)
+
+
+def test_the_legend_hides(page):
+    assert page.pixels(VERMILION)[0] > 50 and page.pixels(BLUE)[0] > 50
+    page.js(CLICK, "run 0")
+    assert page.pixels(VERMILION)[0] == 0 and page.pixels(BLUE)[0] > 50
+    page.js(CLICK, "run 0")
+    for key in ("prior's draw", "prompt at this step", "path", "one standard deviation"):
+        page.js(CLICK, key)
+    assert page.pixels(VERMILION)[0] == page.pixels(BLUE)[0] == 0
+    before = page.js("return document.getElementById('canvas').toDataURL().length")
+    for kind in ("word", "sign"):
+        page.js(CLICK, kind)
+    page.settled()
+    assert page.js("return document.getElementById('canvas').toDataURL().length") < before
+    page.mouse(*page.js(SPOT, "map", 30))
+    assert page.js("return document.getElementById('tip').classList.contains('hidden')")
+
+
+def test_layers_maps_search_and_zoom(page):
+    page.js("const e = document.getElementById('layer'); e.value = 1; "
+            "e.dispatchEvent(new Event('change'))")
+    page.js(CLICK, "t-SNE")
+    assert all(text in page.js(TEXT, "caption") for text in ("perplexity 15", "KL 1.00", "seed 0",
+                                                            "recall@10 50 %", "not metric"))
+    page.js("const e = document.getElementById('search'); e.value = 'WORD3'; "
+            "e.dispatchEvent(new Event('input'))")
+    assert page.js(TEXT, "results").startswith("11 tokens")  # word3, word30 to word39
+    page.js("document.querySelector('#results button').click()")
+    assert "\u2423word3" in page.js(TEXT, "pinned")
+    here = page.js(SPOT, "map", 40)
+    page.js("const c = document.getElementById('canvas'), b = c.getBoundingClientRect(); "
+            "c.dispatchEvent(new WheelEvent('wheel', {deltaY: -200, clientX: arguments[0] + b.x, "
+            "clientY: arguments[1] + b.y}))", *here)
+    assert page.js(SPOT, "map", 40) == pytest.approx(here, abs=.6)  # zooms at the pointer
+    assert page.js("return view.k / fitted") > 1.3
+    page.js("document.getElementById('canvas').focus()")
+    page.keys("\ue013-0n")  # arrow up, out, all, the next row
+    assert page.js("return view.k / fitted") == pytest.approx(1)
+    assert "row 1" in page.js(TEXT, "pinned") and "logit lens" in page.js(TEXT, "pinned")
+    page.keys("\ue00c")  # Escape
+    assert "row 1" not in page.js(TEXT, "pinned")
+
+
+def test_tables(page):
+    tab = "document.querySelectorAll('[role=tab]')[arguments[0]].click()"
+    assert all(text in page.js(TEXT, "panel") for text in ("no prompt", "text prompt", "untrained",
+                                                          "9 steps", "90.0"))
+    page.js(tab, 2)
+    assert page.js("return document.querySelectorAll('#predicted tbody tr').length") == 6
+    page.js(CLICK, "wrong")
+    assert page.js("return document.querySelectorAll('#predicted tbody tr').length") == 3
+    page.js(tab, 3)
+    assert page.js("return document.querySelector('.differs').textContent") == "seed01"
+
+
+def test_csv_and_picture(page):
+    page.js("save = async (name, blob) => { window.saved = [name, blob.type, await blob.text()]; }")
+    page.js(CLICK, "CSV")
+    page.until("return window.saved")
+    name, _, text = page.js("return window.saved")
+    rows = list(csv.DictReader(text.splitlines()))
+    assert name == "layer-0.csv" and len(rows) == 2 * 4 * 4  # runs, steps, rows
+    data = some_data()
+    at = data["runs"][1]["layers"]["0"]
+    assert (rows[-1]["run"], rows[-1]["step"], rows[-1]["row"]) == ("run 1 <b>", "9", "4")
+    assert float(rows[-1]["pc1"]) == pytest.approx(at["pca"][-1, -1, 0], abs=1e-3)
+    assert float(rows[-1]["cosine"]) == pytest.approx(at["cosine"][-1, -1, 0], abs=1e-3)
+    page.js("window.saved = null")
+    page.js(CLICK, "PNG")
+    page.until("return window.saved")
+    assert page.js("return window.saved.slice(0, 2)") == ["layer-0-pca-step-9.png", "image/png"]
+
+
+@pytest.mark.parametrize("width, height, scheme", [(390, 844, "dark"), (390, 844, "light"),
+                                                   (1400, 900, "dark")])
+def test_narrow_and_dark(page, width, height, scheme):
+    page.look(width, height, scheme, still=True)
+    page.settled()
+    assert page.js("return document.documentElement.scrollWidth") <= width
+    paper = page.js("return getComputedStyle(document.body).backgroundColor")
+    light = paper == "rgb(247, 247, 245)"
+    assert light == (scheme == "light")
+    assert page.pixels(VERMILION if light else [0xEE, 0x7A, 0x26])[0] > 30
+    nameless = ("return [...document.querySelectorAll('button, input, select')].filter(e => "
+                "e.offsetParent && !e.textContent.trim() && !e.getAttribute('aria-label')).length")
+    assert page.js(nameless) == 0
+
+
+def test_a_real_page_loads(browser, runs, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(viz.page(TEMPLATE, report.gather(opened(runs / "a", runs / "b"))))
+    browser.look()
+    browser.open(path)
+    for layer in (1, 0):
+        browser.js("const e = document.getElementById('layer'); e.value = arguments[0]; "
+                   "e.dispatchEvent(new Event('change'))", layer)
+        browser.js(CLICK, "t-SNE")
+        browser.mouse(*browser.js(SPOT, "row", 0))
+        assert "row 1" in browser.js(TEXT, "tip")
+    assert [e for e in browser.post("/se/log", type="browser") if e["level"] == "SEVERE"] == []

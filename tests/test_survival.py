@@ -1,0 +1,449 @@
+"""Runs that are killed, interrupted, out of disk or memory: what is left is good, and resuming ends
+in the bytes of an undisturbed run."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import promptprior
+import run as run_module
+import train
+from priors import PRIORS
+
+HERE = Path(__file__).resolve().parent.parent
+FEW = ["--data", "math", "--prior", "isotropic", "--tokens", "3", "--batch-size", "2",
+       "--eval-limit", "3", "--max-new", "2", "--steps", "6", "--eval-every", "2"]
+
+
+def main(*arguments):
+    return promptprior.main([str(a) for a in arguments])
+
+
+def same(whole, parts):
+    """Whether two runs ended alike: every byte but of clocks, and of what names the run."""
+    names = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
+    assert names == {p.relative_to(parts) for p in parts.rglob("*") if p.is_file()}
+    for name in names:
+        if name.suffix == ".safetensors" and name.parent.name != "checkpoints" \
+                or name.name == "predictions.jsonl":
+            assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    logs = [[{k: v for k, v in json.loads(line).items()
+              if k not in ("seconds", "examples_per_second")}
+             for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (whole, parts)]
+    assert logs[0] == logs[1]
+    ends = [run_module.Run(folder).load_checkpoint() for folder in (whole, parts)]
+    assert ends[0][0] == ends[1][0] and all(
+        torch.equal(t, ends[1][1][k]) for k, t in ends[0][1].items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main("train", "--out", out, *FEW) == 0
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# faults inside the writer
+
+
+class Faults:
+    """Stands before and after the system calls of writing the n-th checkpoint, and acts at one."""
+
+    def __init__(self, point, n, act):
+        self.point, self.left, self.act = point, n, act
+
+    def pass_by(self, point):
+        if point == self.point:
+            self.left -= 1
+            if self.left == 0:
+                self.act()
+
+    def install(self, patch):
+        faults, unlink = self, Path.unlink
+        calls = {name: getattr(os, name) for name in ("fsync", "replace")}
+
+        class Half:
+            """A file whose write stops half-way."""
+
+            def __init__(self, file):
+                self.file = file
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                self.file.close()
+
+            def write(self, content):
+                self.file.write(content[:len(content) // 2])
+                self.file.flush()
+                faults.pass_by("half-written")
+                self.file.write(content[len(content) // 2:])
+
+        def open_(path, mode="r", *more, **options):
+            ours = mode == "wb" and "/checkpoints/" in str(path)
+            if ours:
+                faults.pass_by("before open")
+            file = open(path, mode, *more, **options)
+            if ours:
+                faults.pass_by("after open")
+            return Half(file) if ours else file
+
+        def fsync(fd):
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            kind = "folder's fsync" if path.endswith("/checkpoints") else "fsync" \
+                if "/checkpoints/" in path else ""
+            faults.pass_by(f"before {kind}")
+            calls["fsync"](fd)
+            faults.pass_by(f"after {kind}")
+
+        def replace(source, target):
+            kind = "replace" if "/checkpoints/" in str(target) else ""
+            faults.pass_by(f"before {kind}")
+            calls["replace"](source, target)
+            faults.pass_by(f"after {kind}")
+
+        def remove(path, missing_ok=False):
+            kind = "removal" if path.parent.name == "checkpoints" \
+                and path.suffix == ".safetensors" else ""
+            faults.pass_by(f"before {kind}")
+            unlink(path, missing_ok=missing_ok)
+            faults.pass_by(f"after {kind}")
+
+        patch(run_module, "open", open_)
+        patch(os, "fsync", fsync)
+        patch(os, "replace", replace)
+        patch(Path, "unlink", remove)
+
+
+POINTS = ["before open", "after open", "half-written", "before fsync", "after fsync",
+          "before replace", "after replace", "before folder's fsync", "after folder's fsync"]
+# every evaluated step is kept twice, before its evaluation and after: eight in all
+CASES = [(point, n) for point in POINTS for n in (1, 4, 8)] + [
+    (f"{when} removal", n) for when in ("before", "after") for n in (1, 2)]
+
+
+def victim(arguments, point, n):
+    """A process of its own that SIGKILL meets at the point."""
+    torch.set_num_threads(1)
+    Faults(point, n, lambda: os.kill(os.getpid(), signal.SIGKILL)).install(setattr)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    os._exit(promptprior.main(arguments))
+
+
+def test_killed_inside_the_writer(tmp_path):
+    """At every point of the first, a middle and the last checkpoint."""
+    context = multiprocessing.get_context("forkserver")  # no torch threads to inherit
+    context.set_forkserver_preload(["torch", "promptprior", "references", "train", "test_survival"])
+    threads, alone = torch.get_num_threads(), tmp_path / "whole"
+    torch.set_num_threads(1)  # as its victims
+    try:
+        assert main("train", "--out", alone, *FEW) == 0
+        for case, (point, n) in enumerate(CASES):
+            out = tmp_path / str(case)
+            child = context.Process(target=victim, args=(
+                ["train", "--out", str(out), *FEW], point, n))
+            child.start()
+            child.join(60)
+            assert child.exitcode == -signal.SIGKILL, (point, n)
+            checkpoints = run_module.Run(out).checkpoints()
+            assert point.startswith("before open") or not checkpoints or all(
+                run_module._read_checkpoint(p) for p in checkpoints), (point, n)
+            assert main("train", "--out", out, "--resume", *FEW) == 0, (point, n)
+            same(alone, out)
+            shutil.rmtree(out)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("point, n", [(p, n) for p in POINTS for n in (1, 5) if "after" not in p])
+def test_a_disk_that_fails(whole, tmp_path, monkeypatch, capsys, point, n, number):
+    """One line, exit 1, no temporary, and the checkpoint before is good."""
+    if (POINTS.index(point) + n + number) % 3:
+        return  # a third of the combinations, each point and error among them
+    def fail():
+        raise OSError(number, os.strerror(number))
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as m:
+        Faults(point, n, fail).install(lambda *a: m.setattr(*a, raising=False))
+        assert main("train", "--out", out, *FEW) == 1
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("promptprior: error: ") and os.strerror(number) in error \
+        and "--resume" in error and "/checkpoints/" in error
+    assert not [p for p in out.rglob("*") if p.name.endswith((".tmp", ".lock"))]
+    checkpoints = run_module.Run(out).checkpoints()
+    assert all(run_module._read_checkpoint(p) for p in checkpoints) and (checkpoints or n == 1)
+    assert main("train", "--out", out, "--resume", *FEW) == 0
+    same(whole, out)
+
+
+def test_a_full_disk(tmp_path):
+    """A real limit on file sizes, met by the log in the middle of a run."""
+    command = [sys.executable, HERE / "promptprior.py", "train", "--out"]
+    few = [*FEW, "--steps", "60", "--eval-every", "20"]
+    subprocess.run([*command, tmp_path / "a", *few], check=True, capture_output=True)
+    limit = (tmp_path / "a/metrics.jsonl").stat().st_size * 2 // 3
+    assert limit > 1.5 * max(p.stat().st_size for p in (tmp_path / "a").glob("p*"))
+    found = subprocess.run([*command, tmp_path / "b", *few], capture_output=True, text=True,
+                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE,
+                                                                 (limit, limit)))
+    error = found.stderr.strip().split("\n")[-1]
+    assert found.returncode == 1 and "metrics.jsonl: cannot be written" in error \
+        and "--resume" in error and "Traceback" not in found.stderr
+    subprocess.run([*command, tmp_path / "b", "--resume"], check=True, capture_output=True)
+    same(tmp_path / "a", tmp_path / "b")
+
+
+# --------------------------------------------------------------------------------------------------
+# kills and signals from outside
+
+
+@pytest.mark.parametrize("kills", [10])
+def test_killed_at_random(tmp_path, kills):
+    """Thirty SIGKILLs of the real program, ten to each of three runs, at random moments of its
+    work; two at a time."""
+    kinds = [["--prior", "fitted", "--prior-weight", "1"],
+             ["--prior", "fitted", "--posterior", "svgd", "--particles", "2"],
+             ["--posterior", "gaussian", "--deep-layers", "1", "--dtype", "bfloat16"]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(out, *arguments):
+        return subprocess.Popen([sys.executable, HERE / "promptprior.py", "train", "--out", out,
+                                 *FEW, "--reference-rows", "300", "--steps", "30", "--eval-every",
+                                 "5", *arguments], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE, text=True, env=environment)
+
+    def survive(i):
+        whole, parts, rng = tmp_path / f"whole{i}", tmp_path / f"parts{i}", random.Random(i)
+        done = start(whole, *kinds[i])
+        assert done.wait() == 0, done.stderr.read()
+        killed = 0
+        while killed < kills:
+            child = start(parts, *kinds[i], *["--resume"] * parts.exists())
+            while not (parts / "run.lock").exists() and child.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 1.2))
+            child.send_signal(signal.SIGKILL)
+            if child.wait() == 0:  # it was done: from the start again
+                same(whole, parts)
+                shutil.rmtree(parts)
+                continue
+            killed += 1
+        last = start(parts, *kinds[i], *["--resume"] * parts.exists())
+        assert last.wait() == 0, last.stderr.read()
+        assert "taken over from process" in last.stderr.read() or not killed
+        same(whole, parts)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(survive, range(3)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_by_itself(tmp_path, number):
+    command = [sys.executable, HERE / "promptprior.py", "train", "--out"]
+    few = [*FEW, "--steps", "400", "--eval-every", "200"]
+    child = subprocess.Popen([*command, tmp_path / "b", *few], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "b/metrics.jsonl").exists() or \
+            (tmp_path / "b/metrics.jsonl").read_text().count('"train"') < 3:
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(number)
+    assert child.wait(60) == -number  # a shell sees 130 or 143
+    error = child.stderr.read().strip().split("\n")[-1]
+    step = int(re.search(r"after step (\d+) of 400", error)[1])
+    assert signal.Signals(number).name in error and "--resume" in error
+    assert run_module.Run(tmp_path / "b").load_checkpoint()[0] == step
+    assert not (tmp_path / "b/run.lock").exists()
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
+    """In a step that does not end; the checkpoint before is good."""
+    original = train.answer_loss
+
+    def stuck(*arguments):
+        if len(list((tmp_path / "b/checkpoints").glob("*"))) > 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "answer_loss", stuck)
+    with pytest.raises(KeyboardInterrupt):
+        promptprior.command_train({k: v for k, v in vars(promptprior.parser().parse_args(
+            ["train", "--out", str(tmp_path / "b"), *FEW])).items() if k != "command"})
+    step, tensors, *_ = run_module.Run(tmp_path / "b").load_checkpoint()
+    assert step == 2 and all(torch.isfinite(t).all() for t in tensors.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# two processes, no memory, no number
+
+
+def test_one_process_a_run(whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with run_module.Run(out).lock() as word:
+        assert not word
+        for more in (["--resume"], ["--overwrite", *FEW]):
+            assert main("train", "--out", out, *more) == 2
+            error = capsys.readouterr().err
+            assert f"process {os.getpid()} on " in error and "another --out" in error
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    (out / "run.lock").write_text("process 1 on elsewhere\n")  # its owner is dead: nobody locks it
+    (out / ".prompt.safetensors.77.tmp").write_bytes(b"half")
+    assert main("train", "--out", out, "--resume") == 0
+    assert "taken over from process 1 on elsewhere" in capsys.readouterr().err
+    assert not (out / "run.lock").exists() and not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to"),
+                                   MemoryError(), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory(whole, tmp_path, monkeypatch, capsys, error):
+    calls, original = [], train.answer_loss
+
+    def loss(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise error
+        return original(*arguments)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "answer_loss", loss)
+        assert main("train", "--out", tmp_path / "b", *FEW) == 1
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert re.search(r"out of memory at step 4, in a batch of 2 questions with up to \d+ tokens",
+                     said) and "--batch-size (now 2)" in said and "holds step 2" in said
+    assert main("train", "--out", tmp_path / "b", "--resume") == 0
+    same(whole, tmp_path / "b")
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_not_finite(whole, tmp_path, monkeypatch, capsys, where):
+    """Stops before the step, or leaves it out if allowed; no file ever holds it."""
+    bad, original = {3}, train.answer_loss
+
+    def loss(model, past, batch):
+        summed, count = original(model, past, batch)
+        if len([1 for m in run_module.Run(out).metrics() if m["split"] in (
+                "train", "skipped")]) in bad:
+            # a square root's slope at 0 is infinite, its value is not
+            summed = summed * float("nan") if where == "loss" else \
+                summed + (summed - summed.detach()).abs().sqrt()
+        return summed, count
+
+    monkeypatch.setattr(train, "answer_loss", loss)
+    out = tmp_path / "stops"
+    assert main("train", "--out", out, *FEW) == 1
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "at step 4, learning rate" in said and "not finite" in said and "holds step 2" in said \
+        and "train-easy" in said or "arithmetic" in said
+    out = tmp_path / "skips"
+    assert main("train", "--out", out, *FEW, "--skip-bad-steps", 1) == 0
+    skipped = [m for m in run_module.Run(out).metrics() if m["split"] == "skipped"]
+    assert len(skipped) == 1 and skipped[0]["step"] == 4 and len(skipped[0]["ids"]) == 2
+    bad.add(4)
+    out = tmp_path / "too many"
+    assert main("train", "--out", out, *FEW, "--skip-bad-steps", 1) == 1
+    for folder in ("stops", "skips", "too many"):
+        for path in (tmp_path / folder).rglob("*.safetensors"):
+            assert all(torch.isfinite(t).all() for t in load_file(path).values()), path
+
+
+# --------------------------------------------------------------------------------------------------
+# the same bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("prior", sorted(PRIORS))
+def test_every_prior_resumes_to_the_same_bytes(whole, tmp_path, monkeypatch, prior, dtype):
+    few = [*FEW, "--prior", f"posterior:{whole}" if prior == "posterior" else prior, "--dtype",
+           dtype, "--tokens", 3, "--reference-rows", 200]
+    few += ["--prior-weight", 1] if PRIORS[prior].has_density else []
+    if (sorted(PRIORS).index(prior) + (dtype == "float32")) % 2 and prior not in (
+            "vae", "fitted"):
+        return  # each prior in one of the two, MAP on a fit and on a network in both
+    assert main("train", "--out", tmp_path / "a", *few) == 0
+    calls, original = [], train.answer_loss
+
+    def loss(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise ZeroDivisionError  # as good as SIGKILL: nothing is caught
+        return original(*arguments)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "answer_loss", loss)
+        with pytest.raises(ZeroDivisionError):
+            main("train", "--out", tmp_path / "b", *few)
+    assert main("train", "--out", tmp_path / "b", "--resume") == 0
+    same(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_config_begins_the_same_run(whole, tmp_path, capsys):
+    config = json.loads((whole / "config.json").read_text())
+    assert main("train", "--config", whole / "config.json", "--out", tmp_path / "b") == 0
+    same(whole, tmp_path / "b")
+    again = json.loads((tmp_path / "b/config.json").read_text())
+    assert {**again["settings"], "out": 0} == {**config["settings"], "out": 0}
+    assert main("train", "--config", whole / "config.json", "--seed", 1, "--out",
+                tmp_path / "c") == 0
+    assert (tmp_path / "c/prompt.safetensors").read_bytes() != \
+        (whole / "prompt.safetensors").read_bytes()
+    assert main("train", "--config", whole / "config.json", "--out", tmp_path / "b",
+                "--resume") == 2
+    assert main("train", "--config", tmp_path / "none.json", "--out", tmp_path / "d") == 2
+    assert not (tmp_path / "d").exists()
+
+
+def test_what_may_change_on_the_way(whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    capsys.readouterr()
+    assert main("train", "--out", out, "--resume", "--steps", 9, "--eval-every", 3) == 0
+    said = capsys.readouterr().err
+    assert "from step 6 on with --steps 9 instead of 6, --eval-every 3 instead of 2" in said
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["steps"] == 9 and config["changes"] == [
+        {"step": 6, "steps": 9, "eval_every": 3}]
+    steps = [m["step"] for m in run_module.Run(out).metrics() if m["split"] == "eval"]
+    assert steps == [0, 2, 4, 6, 9]
+    assert main("train", "--out", out, "--resume", "--steps", 5) == 2
+    assert "step 9 already" in capsys.readouterr().err
+
+
+def test_the_golden_master(tmp_path):
+    """Numbers of this machine's kind, with room for another's."""
+    assert main("train", "--prior", "xavier", "--steps", 20, "--eval-limit", 20, "--out",
+                tmp_path / "run") == 0
+    log = run_module.Run(tmp_path / "run").metrics()
+    first, last = ([m for m in log if m["split"] == "eval"][i]["loss"] for i in (0, -1))
+    assert first == pytest.approx(GOLDEN["first"], rel=1e-3)
+    assert last == pytest.approx(GOLDEN["last"], rel=0.05)
+    prediction = json.loads((tmp_path / "run/predictions.jsonl").read_text().split("\n")[0])
+    assert (prediction["question"], prediction["prediction"]) == GOLDEN["prediction"]
+
+
+GOLDEN = {"first": 0.25028, "last": 0.009349, "prediction": (
+    "What is the name of the dog of Mitrovuth?", "Wodro")}
