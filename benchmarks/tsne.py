@@ -1,7 +1,7 @@
 """viz.tsne against openTSNE and scikit-learn: CPU seconds, divergence, memory.
 
     pip install openTSNE==1.0.4 scikit-learn
-    python benchmarks/tsne.py [--sizes 2000,10000,50000,128000] [--rounds 3] [--data clusters,tokens]
+    python benchmarks/tsne.py [--sizes 2000,10000,50000,128000] [--data clusters,tokens]
 
 Every fit is a process of its own with one thread; rounds take turns, and a ratio is the median over
 rounds. Processor seconds, imports left out, are what a busy machine disturbs least. The divergence
@@ -23,7 +23,6 @@ import importlib.metadata
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -86,7 +85,8 @@ def child(method: str, source: str, target: str) -> None:
 
 
 def _peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()  # getrusage would count what the parent held
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def affinities(x: np.ndarray):
@@ -109,7 +109,8 @@ def affinities(x: np.ndarray):
             q = np.exp(-beta * d)
             q /= q.sum(1, keepdims=True)
             wide = -(q * np.log(np.maximum(q, 1e-300))).sum(1, keepdims=True) > math.log(PERPLEXITY)
-            low, high = np.where(wide, (low + high) / 2, low), np.where(wide, high, (low + high) / 2)
+            middle = (low + high) / 2
+            low, high = np.where(wide, middle, low), np.where(wide, high, middle)
         p[b] = q
     p = coo_array((p.ravel(), (np.repeat(np.arange(N), k), index.ravel())), shape=(N, N)).tocsr()
     p = ((p + p.T) / (2 * N)).tocoo()

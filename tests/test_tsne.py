@@ -1,0 +1,314 @@
+"""t-SNE against all pairs, finite differences, scikit-learn and itself."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import viz
+
+
+def clusters(n, width=50, groups=12, seed=0):
+    r = np.random.default_rng(seed)
+    shape = r.normal(size=(groups, width, width)) * np.exp(-np.arange(width) / 10)
+    group = r.integers(groups, size=n)
+    x = 3 * r.normal(size=(groups, width))[group]
+    return (x + np.einsum("nd,ndk->nk", r.normal(size=(n, width)), shape.transpose(0, 2, 1)[group])
+            ).astype(np.float32)
+
+
+def nearest(x, k):
+    """(N, k) other rows, nearest first, by all distances in float64."""
+    x = x.astype(np.float64)
+    square = np.square(x).sum(1)[:, None] + np.square(x).sum(1) - 2 * x @ x.T
+    np.fill_diagonal(square, np.inf)
+    return np.argsort(square, axis=1)[:, :k]
+
+
+def recall(x, points, k=10):
+    return np.mean([len(set(a) & set(b)) / k
+                    for a, b in zip(nearest(x, k), nearest(points, k))])
+
+
+def dense_affinities(x, perplexity):
+    """(N, N) as the paper has them: bisection over all other points, symmetric, of sum 1."""
+    N = len(x)
+    square = np.square(x[:, None].astype(np.float64) - x).sum(2)
+    p = np.zeros((N, N))
+    for i, d in enumerate(square):
+        d = np.delete(d, i)
+        d = np.sort(d)[int(3 * perplexity) - 1:].min() >= d  # the neighbours that are kept
+        d = np.where(d, np.delete(square[i], i), np.inf)
+        low, high = 0.0, 1e6
+        for _ in range(200):
+            beta = (low + high) / 2
+            q = np.exp(-beta * (d - d.min()))
+            q /= q.sum()
+            entropy = -(q[q > 0] * np.log(q[q > 0])).sum()
+            low, high = (beta, high) if entropy > math.log(perplexity) else (low, beta)
+        p[i] = np.insert(q, i, 0)
+    return (p + p.T) / (2 * N)
+
+
+def divergence(p, y):
+    """KL(P || Q) of dense P (N, N) and places y (N, 2): the definition."""
+    q = 1 / (1 + np.square(y[:, None] - y).sum(2))
+    np.fill_diagonal(q, 0)
+    q /= q.sum()
+    return (p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum()
+
+
+def sparse(x, perplexity):
+    index, square = viz._neighbours(x, x, int(3 * perplexity), itself=True)
+    return viz._symmetric(index, viz._affinities(square, perplexity))
+
+
+def dense(order, edges):
+    """The blocks of _symmetric as a matrix (N, N) in the data's order."""
+    p, at = np.zeros((len(order), len(order))), 0
+    for index, value in edges:
+        i = np.broadcast_to(np.arange(at, at := at + index.shape[1]), index.shape)
+        np.add.at(p, (order[i], order[index]), value)
+    return p
+
+
+@pytest.fixture(scope="module")
+def small():
+    """200 points, their affinities by the definition, and some places, far from converged."""
+    x = clusters(200, seed=1)
+    return x, dense_affinities(x, 20), np.random.default_rng(2).normal(size=(200, 2)) * 3
+
+
+@pytest.fixture(scope="module")
+def thousand():
+    return clusters(1000)
+
+
+# --------------------------------------------------------------------------------------------------
+# affinities
+
+
+@pytest.mark.parametrize("N, k", [(300, 5), (4000, 90), (4001, 3)])
+def test_neighbours_are_the_nearest(N, k):
+    x = np.random.default_rng(0).normal(size=(N, 8)) + 100
+    x[:3] *= 1e4  # far outliers
+    index, square = viz._neighbours(x, x, k, itself=True)
+    true = nearest(x - np.median(x, 0), k)
+    assert (np.sort(index) == np.sort(true)).all()
+    found = np.square(x[:, None] - x[index]).sum(2)
+    ratio = square / found
+    np.testing.assert_allclose(ratio[3:], np.median(ratio), rtol=1e-3)
+
+
+def test_affinities_are_the_definition(small):
+    x, p, _ = small
+    order, edges = sparse(x, 20)
+    assert np.array_equal(np.sort(order), np.arange(200))
+    np.testing.assert_allclose(dense(order, edges), p, atol=2e-8)
+    assert sum(value.sum(dtype=np.float64) for _, value in edges) == pytest.approx(1, abs=1e-6)
+
+
+def test_affinities_have_the_perplexity():
+    square = np.random.default_rng(0).exponential(size=(3000, 90)) ** 3
+    square[::2] *= 1e-9
+    square[5] = 0
+    p = viz._affinities(square, 30)
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+    assert entropy[5] == pytest.approx(math.log(90))  # ties: no beta would do
+    np.testing.assert_allclose(np.delete(entropy, 5), math.log(30), atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# gradient
+
+
+@pytest.mark.parametrize("repulsion", [viz._all_pairs, viz._on_mesh])
+def test_gradient_equals_finite_differences(small, repulsion, monkeypatch):
+    x, p, y = small
+    monkeypatch.setattr(viz, "SPACING", 0.05)
+    order, edges = sparse(x, 20)
+    slope, kl, _ = viz._gradient(edges, y[order], repulsion, cost=True)
+    assert kl == pytest.approx(divergence(p, y), abs=1e-5)
+    for i, axis in [(0, 0), (17, 1), (55, 0), (199, 1)]:
+        e = np.zeros_like(y)
+        e[order[i], axis] = 1e-4
+        difference = (divergence(p, y + e) - divergence(p, y - e)) / 2e-4
+        assert slope[i, axis] == pytest.approx(difference, rel=1e-3, abs=1e-3 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale, spacing, tolerance", [
+    (1e-4, 0.35, 1e-4), (0.1, 0.35, 1e-3), (1, 0.35, 1e-3), (30, 0.35, 1e-2), (30, 0.15, 1e-3)])
+def test_mesh_equals_all_pairs(dtype, scale, spacing, tolerance, monkeypatch):
+    monkeypatch.setattr(viz, "SPACING", spacing)
+    r = np.random.default_rng(0)
+    y = np.concatenate([r.normal(size=(1500, 2)), r.normal(size=(500, 2)) / 20 + 1])
+    y *= [scale, scale / 2]
+    force, Z, _ = viz._all_pairs(y)
+    push, total, mesh = viz._on_mesh(y.astype(dtype))
+    assert push.dtype == dtype and mesh.size[0] > 1.5 * mesh.size[1]
+    assert np.linalg.norm(push - force) < tolerance * np.linalg.norm(force)
+    assert total == pytest.approx(Z, rel=1e-3)
+
+
+def test_a_mesh_serves_while_the_map_fits():
+    y = np.random.default_rng(0).uniform(size=(500, 2)).astype(np.float32) * 50
+    mesh = viz._on_mesh(y)[2]
+    assert viz._on_mesh(y * 1.05, mesh)[2] is mesh
+    for scale in (1.3, 0.3):
+        push, Z, other = viz._on_mesh(y * np.float32(scale), mesh)
+        assert other is not mesh
+        assert Z == pytest.approx(viz._all_pairs(y * np.float32(scale))[1], rel=2e-3)
+        assert np.array_equal(push, viz._on_mesh(y * np.float32(scale))[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# maps
+
+
+def test_map_is_as_good_as_scikit_learns(thousand):
+    from sklearn.manifold import TSNE, trustworthiness
+
+    map_ = viz.tsne(thousand)
+    peer = TSNE(perplexity=30, random_state=0, max_iter=750).fit(thousand)
+    assert map_.perplexity == 30 and map_.points.dtype == np.float64
+    assert map_.kl == pytest.approx(divergence(dense(*sparse(thousand, 30)), map_.points), rel=1e-3)
+    assert map_.kl <= 1.005 * peer.kl_divergence_
+    assert recall(thousand, map_.points) >= recall(thousand, peer.embedding_) - 0.02
+    assert (trustworthiness(thousand, map_.points, n_neighbors=10)
+            >= trustworthiness(thousand, peer.embedding_, n_neighbors=10) - 0.02)
+
+
+@pytest.mark.parametrize("name, kl, slack", [
+    ("isotropic", 3.0670, 1.015), ("clusters", 0.4616, 1.005), ("few", 0.0792, 1.03)])
+def test_map_is_as_good_as_openTSNEs(name, kl, slack, thousand):
+    """Its KL, of version 1.0.4 with exact neighbours and theta 0.1; data without clusters are where
+    a schedule that ends too fast fails, and few points where it diverges. Seeds differ by slack."""
+    x = {"isotropic": np.random.default_rng(5).normal(size=(1600, 50)), "clusters": thousand,
+         "few": clusters(60, groups=4)}[name]
+    assert viz.tsne(x).kl <= slack * kl
+
+
+def test_mesh_and_all_pairs_give_maps_alike(thousand):
+    exact, mesh = (viz.tsne(thousand, exact=e) for e in (True, False))
+    assert mesh.kl == pytest.approx(exact.kl, rel=0.03)
+    assert recall(thousand, mesh.points) == pytest.approx(recall(thousand, exact.points), abs=0.02)
+
+
+def test_progress_reports_every_step():
+    seen = []
+    end = viz.tsne(clusters(100), progress=lambda *step: seen.append(step)).kl
+    assert [s for s, _, _ in seen] == list(range(1, len(seen) + 1)) and seen[-1][1] == len(seen)
+    assert [s for s, _, kl in seen if kl is not None] == list(range(50, len(seen) + 1, 50))
+    assert seen[-1 - len(seen) % 50][2] == pytest.approx(end, rel=0.1)
+
+
+CODE = """
+import hashlib, numpy as np, viz
+x = np.random.default_rng(0).normal(size=(1800, 70)).astype(np.float32)
+print(hashlib.sha256(viz.tsne(x, 10).points.tobytes()).hexdigest(),
+      hashlib.sha256(viz.tsne(x[:500], 10, seed=1).points.tobytes()).hexdigest())
+"""
+
+
+def test_same_seed_same_bits():
+    def digest(threads):
+        return subprocess.run(
+            [sys.executable, "-c", CODE], cwd=Path(viz.__file__).parent, text=True, check=True,
+            capture_output=True, env={**os.environ, "OPENBLAS_NUM_THREADS": threads}).stdout
+
+    assert digest("1") == digest("1") == digest("2")
+
+
+def test_seeds_differ():
+    x = clusters(100)
+    assert (viz.tsne(x, seed=1).points != viz.tsne(x).points).any()
+
+
+# --------------------------------------------------------------------------------------------------
+# new rows on a map
+
+
+def test_embed_places_rows_among_their_neighbours(thousand):
+    reference, new = thousand[:900], thousand[900:]
+    points = viz.tsne(reference).points
+    before = points.copy()
+    y = viz.embed(new, reference, points)
+
+    def kept(y):  # of a row's 10 nearest reference rows, the share that is among 10 in the map
+        near = [np.argsort(np.square(a[:, None].astype(np.float64) - b).sum(2), axis=1)[:, :10]
+                for a, b in ((new, reference), (y, points))]
+        return np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*near)])
+
+    index, _ = viz._neighbours(new, reference, 25)
+    assert kept(y) > kept(np.median(points[index], axis=1)) + 0.03
+    assert kept(y) > recall(thousand[:900], points) - 0.1
+    # by itself, and whatever the scale
+    np.testing.assert_allclose(viz.embed(new[:3], reference, points), y[:3], atol=1e-4)
+    np.testing.assert_allclose(viz.embed(1e3 * new, 1e3 * reference, points), y, atol=1e-2)
+    assert (points == before).all() and viz.embed(new[:0], reference, points).shape == (0, 2)
+
+
+def test_embed_finds_the_place_of_a_reference_row():
+    x = clusters(600, width=100)  # beyond 64, where tsne takes principal components
+    points = viz.tsne(x).points
+    apart = np.linalg.norm(viz.embed(x, x, points) - points, axis=1)
+    assert np.median(apart) < 0.1 * np.ptp(points)
+
+
+# --------------------------------------------------------------------------------------------------
+# odd data
+
+
+@pytest.mark.parametrize("x, words", [
+    (np.ones((9, 3)), "are equal"), (np.full((9, 3), 0.1), "are equal"),
+    (np.full((9, 3), np.nan), "finite"), (np.ones((3, 3)), "3 rows"), (np.ones(9), "shape"),
+    (np.array([["a"] * 3] * 9), "shape"), (np.ones((9, 0)), "shape"),
+    (np.diag([1e20] * 9), "1e15"), (np.array([[0.0, np.inf]] * 9), "finite")])
+def test_refuses(x, words):
+    with pytest.raises(viz.PictureError, match=words) as error:
+        viz.tsne(x)
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_arguments():
+    x = clusters(20)
+    for perplexity in (0, -1, 0.5, math.nan):
+        with pytest.raises(viz.PictureError, match="perplexity"):
+            viz.tsne(x, perplexity)
+    for new, reference, points in ((x[:, :3], x, x[:, :2]), (x, x, x), (x, x, x[:9, :2])):
+        with pytest.raises(viz.PictureError, match="points"):
+            viz.embed(new, reference, points)
+
+
+R = np.random.default_rng(3)
+ODD = {"four": R.normal(size=(4, 3)), "five": R.normal(size=(5, 3)),
+       "one column": R.normal(size=(90, 1)), "integers": R.integers(9, size=(90, 3)),
+       "booleans": R.integers(2, size=(90, 70)) > 0, "half": np.float16(R.normal(size=(90, 5))),
+       "wide": R.normal(size=(30, 300)), "tiny": 1e-30 * R.normal(size=(90, 5)),
+       "far": R.normal(size=(90, 5)) + 1e7,
+       "duplicates": np.repeat(R.normal(size=(30, 5)), 4, axis=0),
+       "nearly all equal": np.eye(90)[:, :5], "line": np.arange(90)[:, None] * np.ones(6),
+       "outliers": R.normal(size=(200, 5)) * np.where(np.arange(200) < 3, 1e9, 1)[:, None]}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_data_are_mapped(name, exact):
+    x = ODD[name]
+    with np.errstate(all="raise", under="ignore"):
+        map_ = viz.tsne(x, exact=exact)
+    assert map_.points.shape == (len(x), 2) and np.isfinite(map_.points).all()
+    assert math.isfinite(map_.kl) and map_.perplexity == min(30, (len(x) - 1) / 3)
+    assert np.abs(map_.points.mean(0)).max() < 1e-6 * np.abs(map_.points).max()
+    assert np.abs(map_.points).max() < 1e3
+
+
+def test_structure_beside_far_outliers_survives():
+    x = clusters(400, groups=4, seed=2)
+    x[:4] *= 1e5
+    assert recall(x[4:], viz.tsne(x).points[4:]) > recall(x[4:], viz.tsne(x[4:]).points) - 0.05
