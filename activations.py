@@ -51,7 +51,7 @@ def _text(x) -> bool:
 
 # what a collection's metadata must be
 ABOUT = {"layers": _list_of(_number), "domains": _list_of(_text), "model": _text, "dtype": _text,
-         "sha256": _text, "pool": POOLS.__contains__, "roles": list(ROLES).__eq__}
+         "sha256": _text, "pool": POOLS.__contains__, "roles": lambda x: x == list(ROLES)}
 
 
 class ActivationError(ValueError):

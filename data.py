@@ -13,11 +13,13 @@ writes, and knows nothing of models.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import gzip
 import io
 import json
 import math
+import os
 import random
 import re
 import string
@@ -32,6 +34,7 @@ PAD = -1  # an empty place in a batch of token ids
 NO_LABEL = -100  # a place whose prediction is not scored
 LARGEST = 2**31  # bytes of a file that is read at once
 LONGEST = 2**24  # characters of one text
+SEEN = 2**20  # of them that are made tokens, each some hundred bytes; no model has so many positions
 EXPANDED = 100  # times its size that a .gz over LONGEST becomes at most; texts become 3 to 10 times
 
 
@@ -340,6 +343,8 @@ READERS = {  # kind -> (endings looked for in a folder, reader of one file)
 class Vocabulary:
     """A model folder's tokenizer.json, with exactly one BOS in front of every text."""
 
+    path = Path("tokenizer.json")
+
     def __init__(self, folder: str | Path, bos: int | None, eos: tuple[int, ...] = ()):
         from tokenizers import Tokenizer
 
@@ -348,14 +353,14 @@ class Vocabulary:
             raise DataError(f"{path}: no such file; a model folder needs its tokenizer.json: "
                             "fetch it")
         text = read_text(path)
-        try:
+        with _unheard(), _blamed(path):
             self.tokenizer = Tokenizer.from_str(text)
-        except Exception as e:  # the library raises bare Exception
-            raise DataError(f"{path}: not a tokenizer ({e}): fetch it again") from None
-        self.tokenizer.no_truncation()  # the file may ask for either; both would falsify the text
-        self.tokenizer.no_padding()
-        self.bos, self.eos = bos, eos
-        added = self.tokenizer.encode("").ids
+            self.tokenizer.no_truncation()  # the file may ask for either; both falsify the text
+            self.tokenizer.no_padding()
+            added = self.tokenizer.encode("").ids
+            # some fail only now
+            self.tokenizer.decode(self.tokenizer.encode(string.printable + "\u00fc\u732b\0").ids)
+        self.path, self.bos, self.eos = path, bos, eos
         if added and added != [bos] and (bos is not None or len(added) > 1):
             raise DataError(f"{path}: puts tokens {added} around a text and config.json says BOS "
                             f"is {bos}, expected that alone: the two are not of one model; "
@@ -383,12 +388,14 @@ class Vocabulary:
                              if "Ċ" in piece or "\n" in piece or piece == "<0x0A>")}
 
     def encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text).ids
+        with _blamed(self.path):
+            ids = self.tokenizer.encode(text).ids
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def encode_at(self, text: str, place: int) -> tuple[list[int], int]:
         """encode, and the index of the first token that begins at character `place` or after."""
-        encoding = self.tokenizer.encode(text)
+        with _blamed(self.path):
+            encoding = self.tokenizer.encode(text)
         ids = encoding.ids
         added = 0 if self.bos is None or ids[:1] == [self.bos] else 1
         first = next((i for i, (begin, end) in enumerate(encoding.offsets)
@@ -397,14 +404,45 @@ class Vocabulary:
 
     def encode_plain(self, text: str) -> list[int]:
         """Without BOS: a text that stands where prompt rows do."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _blamed(self.path):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
+        with _blamed(self.path):
+            return self.tokenizer.decode(ids)
 
     def first_line(self, ids: list[int]) -> str:
         """A generated answer: without its line break and what may follow."""
         return self.decode(ids).split("\n")[0].strip()
+
+
+@contextlib.contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """What the tokenizers library raises, bare Exceptions and panics, which are none, is the
+    fault of its file."""
+    try:
+        yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise DataError(f"{path}: not a tokenizer ({e}): fetch it again") from None
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """A panic's own lines on stderr go nowhere."""
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no stderr
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class Row(NamedTuple):
@@ -432,12 +470,14 @@ def encode(example: Example, vocabulary: Vocabulary, max_length: int) -> Row | N
     those alone are too long. An unanswerable question's answer is a space, which no tokenizer
     merges with the colon before it. A text is a row without a question."""
     if example.kind == "text":
-        ids = vocabulary.encode(example.context)
+        ids = vocabulary.encode(example.context[:SEEN])
         cut = max(len(ids) - max_length, 0)
         ids = ids[:max_length]
         return Row(ids, len(ids), ids, example.context, cut, len(ids))
     answer = f" {example.answers[0] if example.answers else ''}\n"
-    context, cut = example.context, 0
+    context, cut = example.context[:SEEN], 0
+    if len(example.question) + len(answer) > SEEN:
+        return None
     while True:
         question = question_text(context, example.question)
         ids, body = vocabulary.encode_at(question + answer, len(context))
@@ -500,29 +540,36 @@ class Batch(NamedTuple):
     parent: "Tensor"  # (Q,) int64: row of `shared` that a tail goes on from
     labels: "Tensor"  # (Q, Tq) int64: the token that follows if it is the answer's, else NO_LABEL
     asked: list[list[int]]  # Q tails without the answer, to generate from
+    head: "Tensor | None" = None  # (Q, Th) int64: tokens between a beginning and its tail's prompt
 
     def to(self, device) -> Batch:
-        return Batch(*(t.to(device) for t in self[:4]), self.asked)
+        return Batch(*(t.to(device) for t in self[:4]), self.asked,
+                     None if self.head is None else self.head.to(device))
 
 
-def collate(rows: list[Row], share: bool = True) -> Batch:
+def collate(rows: list[Row], share: bool = True, suffix: bool = False) -> Batch:
     """Rows -> a trie, in their order. Causality makes it exact: what a beginning computes does not
     depend on its tail.
 
-    At least the last token before an answer is in its tail: it predicts the answer's first one."""
+    At least the last token before an answer is in its tail: it predicts the answer's first one.
+    suffix: that token alone is, so that a prompt can stand in front of it; the rest is in head."""
     import torch
 
     groups: dict = {}
     for i, row in enumerate(rows):
         groups.setdefault(row.context if share else i, []).append(i)
-    shared, tails, labels, asked, parent = [], {}, {}, {}, {}
+    shared, head, tails, labels, asked, parent = [], {}, {}, {}, {}, {}
     for members in groups.values():
-        beginning = common_beginning([rows[i].ids[: rows[i].start - 1] for i in members])
+        # where the answer changes the question's last token, the seam is before that
+        seams = {i: min([rows[i].start - 1] + suffix * [len(rows[i].question) - 1, len(
+            common_beginning([rows[i].ids, rows[i].question]))]) for i in members}
+        beginning = common_beginning([rows[i].ids[:seams[i]] for i in members])
         c = len(beginning)
         for i in members:
-            row = rows[i]
-            tails[i], asked[i], parent[i] = row.ids[c:-1], row.question[c:], len(shared)
-            labels[i] = [NO_LABEL] * (row.start - c - 1) + row.ids[row.start:]
+            row, seam = rows[i], seams[i] if suffix else c
+            head[i], tails[i], asked[i] = row.ids[c:seam], row.ids[seam:-1], row.question[seam:]
+            parent[i] = len(shared)
+            labels[i] = [NO_LABEL] * (row.start - seam - 1) + row.ids[row.start:]
         shared.append(beginning)
 
     def padded(lists, value):
@@ -532,7 +579,8 @@ def collate(rows: list[Row], share: bool = True) -> Batch:
 
     in_order = lambda found: [found[i] for i in range(len(rows))]
     return Batch(padded(shared, PAD), padded(in_order(tails), PAD), torch.tensor(in_order(parent)),
-                 padded(in_order(labels), NO_LABEL), in_order(asked))
+                 padded(in_order(labels), NO_LABEL), in_order(asked),
+                 padded(in_order(head), PAD) if suffix else None)
 
 
 # --------------------------------------------------------------------------------------------------

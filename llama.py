@@ -447,8 +447,10 @@ class Llama(nn.Module):
                         else self.lm_head.weight)
 
     def prompt_past(self, rows: dict[int, Tensor], cut: bool,
-                    tap: Callable[[int, Tensor], None] | None = None) -> Past:
-        """Run prompt rows {layer: (n, D)} alone, at positions 0..n-1 -> Past of batch 1.
+                    tap: Callable[[int, Tensor], None] | None = None,
+                    past: Past | None = None) -> Past:
+        """Run prompt rows {layer: (n, D)} after what past has seen (None: nothing, so at positions
+        0..n-1) -> the Past of both, of past's batch.
 
         Rows at layer i replace the prompt's part of that layer's input. cut drops the layer's
         outputs there, so that only layers with rows have prompt columns (paper 3.2); otherwise they
@@ -461,23 +463,56 @@ class Llama(nn.Module):
                 s != (n, D) for s in shapes.values()):
             raise ModelError(f"prompt rows {shapes} do not fit a model of {L} layers and width "
                              f"{D}: every entry must be {{layer: (n, width)}} with one n")
-        position = torch.arange(n, device=self.embeddings.device)
-        real = torch.ones(1, n, dtype=torch.bool, device=position.device)
-        layout, (cos, sin) = self._layout(real, real[:, :0], None), self._angles(position)
+        past = past or self.empty()
+        B = len(past.position)
+        position = past.position[:, None] + torch.arange(n, device=self.embeddings.device)
+        real = torch.ones(B, n, dtype=torch.bool, device=position.device)
+        layout, (cos, sin) = self._layout(real, past.real, None), self._angles(position.flatten())
         x, keys, values = None, [], []
-        for i, layer in enumerate(self.model.layers, first):
-            x = rows[i].to(self.embeddings.dtype) if i in rows else x
+        for i, layer, *seen in zip(range(first, L), self.model.layers, past.keys, past.values):
+            x = rows[i].to(self.embeddings.dtype).repeat(B, 1) if i in rows else x
             if x is None:
-                keys.append(None), values.append(None)
+                keys.append(seen[0]), values.append(seen[1])
                 continue
             if tap:
                 tap(i, x)
-            x, k, v = layer(x, None, None, layout, cos, sin, cache=True, output=not cut
+            x, k, v = layer(x, *seen, layout, cos, sin, cache=True, output=not cut
                             and i + 1 not in rows and (i + 1 < L or tap is not None))
-            keys.append(k), values.append(v)
+            # prompt columns stand first: an order means nothing to attention, positions are rotated
+            keys.append(k.roll(n, 2)), values.append(v.roll(n, 2))
         if tap and x is not None:
             tap(L, self.model.norm(x))
-        return Past(tuple(keys), tuple(values), real[:, :0], position.new_tensor([n]))
+        return Past(tuple(keys), tuple(values), past.real, past.position + n)
+
+    def prefix_past(self, keys: dict[int, Tensor], values: dict[int, Tensor],
+                    past: Past | None = None) -> Past:
+        """Keys, rotated, and values {layer: (n, G, hd)} of prompt columns, beside what past has
+        seen (None: nothing) -> Past; the text goes on n positions later. Layers without have no
+        prompt columns."""
+        c, first = self.config, self.first
+        shapes = {i: tuple(t.shape) for given in (keys, values) for i, t in given.items()}
+        n = next(iter(shapes.values()), (0,))[0]
+        fits = (n, c.num_key_value_heads, c.head_dim)
+        if not n or keys.keys() != values.keys() or any(
+                tuple(t.shape) != fits for given in (keys, values) for t in given.values()) or any(
+                not first <= i < c.num_hidden_layers for i in keys):
+            raise ModelError(f"a prefix {shapes} does not fit a model of {c.num_hidden_layers} "
+                             f"layers, {c.num_key_value_heads} key heads of width {c.head_dim}: "
+                             "every layer's keys and values must be (n, heads, width) with one n")
+        past = past or self.empty()
+
+        def beside(given, seen):
+            """(n, G, hd) in front of (B, G, S, hd), either of which may be missing."""
+            if given is None:
+                return seen
+            given = given.transpose(0, 1)[None].to(self.embeddings)
+            return given if seen is None else torch.cat(
+                (given.expand(len(seen), -1, -1, -1), seen), dim=2)
+
+        place = range(first, c.num_hidden_layers)
+        return Past(tuple(beside(keys.get(i), s) for i, s in zip(place, past.keys)),
+                    tuple(beside(values.get(i), s) for i, s in zip(place, past.values)),
+                    past.real, past.position + n)
 
     def _run(self, ids: Tensor, past: Past | None, parent: Tensor | None = None, tap=None,
              cache: bool = True, output: bool = True,
@@ -541,8 +576,30 @@ class Prompt(nn.Module):
     def rows(self) -> dict[int, Tensor]:
         return {int(i): r for i, r in self.layers.items()}
 
-    def past(self, model: Llama) -> Past:
-        return model.prompt_past(self.rows, self.cut)
+    def past(self, model: Llama, past: Past | None = None) -> Past:
+        return model.prompt_past(self.rows, self.cut, past=past)
+
+
+class Prefix(nn.Module):
+    """Trainable keys and values {layer: (n, G, hd)} given directly, the keys as they stand in the
+    cache, rotated: prefix tuning (Li and Liang 2021). fp32, cast where they enter the model."""
+
+    def __init__(self, keys: dict[int, Tensor], values: dict[int, Tensor]):
+        super().__init__()
+        self.keys, self.values = (nn.ParameterDict({
+            str(i): nn.Parameter(t.detach().float().clone()) for i, t in sorted(given.items())})
+            for given in (keys, values))
+
+    def past(self, model: Llama, past: Past | None = None) -> Past:
+        return model.prefix_past(*({int(i): t for i, t in given.items()}
+                                   for given in (self.keys, self.values)), past)
+
+
+class Placed(NamedTuple):
+    """A prompt that stands inside the text: after BOS, or before the last token that asks."""
+
+    put: Callable[[Past], Past]  # what was seen before it -> that and the prompt
+    place: str  # after-bos or suffix
 
 
 def ensemble(logits: list[Tensor]) -> Tensor:

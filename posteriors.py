@@ -73,6 +73,44 @@ class Point(nn.Module):
         return {f"layers.{i}": r for i, r in self.mean().items()}
 
 
+class Encoded(Point):
+    """One prompt whose rows are its start and what a small network makes of fewer or common
+    numbers, so that what one row or layer learns the others share.
+
+    mlp: one vector a row for all layers, through two linear maps with a tanh between (prefix
+    tuning, Li and Liang 2021; P-tuning v2). shared: one vector a row and layer, and from it by one
+    linear map the key, by another the value (the shared structure of arXiv 2410.02200). The last
+    maps begin at zero, so the rows begin as the prior drew them."""
+
+    def __init__(self, start: Rows, scales: dict[int, float], weight: float, seed: int, kind: str):
+        """start {layer: (1, n, W)}."""
+        super().__init__(start, scales, weight, seed)
+        for r in self.layers.values():
+            r.requires_grad_(False)
+        widths = {i: r.shape[1] for i, r in self.layers.items()}
+        n, g = len(next(iter(self.layers.values()))), torch.Generator().manual_seed(seed)
+        draw = lambda *shape: nn.Parameter(torch.randn(*shape, generator=g) / shape[0]**0.5)
+        # half of a key and value side by side: a row's common vector is as wide as one of the two
+        self.hidden = max(widths.values()) // (2 if kind == "shared" else 1)
+        self.first = draw(self.hidden, self.hidden) if kind == "mlp" else None
+        self.common = nn.ParameterDict({name: nn.Parameter(torch.randn(n, self.hidden, generator=g))
+                                        for name in (["all"] if kind == "mlp" else widths)})
+        self.last = nn.ParameterDict({i: nn.Parameter(torch.zeros(self.hidden, w))
+                                      for i, w in widths.items()})
+
+    @property
+    def rows(self) -> Rows:
+        hidden = {name: torch.tanh(c if self.first is None else c @ self.first)
+                  for name, c in self.common.items()}
+        return {int(i): r + self.scales[int(i)] * (hidden.get(i, hidden.get("all")) @ self.last[i])
+                for i, r in self.layers.items()}
+
+    def groups(self, rates: dict[int, float]) -> list[dict]:
+        # every hidden number moves a row: as many as there are, so much smaller are the steps
+        rate = 4 / self.hidden * sum(rates[i] / self.scales[i] for i in rates) / len(rates)
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": rate}]
+
+
 class Particles(Point):
     """Stein variational gradient descent: K prompts that follow the posterior's gradient and keep
     apart by a kernel (Liu and Wang 2016, equation 8; over prompts as in BMTPT)."""

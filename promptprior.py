@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -26,13 +27,13 @@ import data
 import priors
 from settings import (COLLECT, DATA, FIGURE, FIRST, MODEL, PRIOR, SAMPLE, SWITCHES, TRAIN,
                       UserError, absolute, check_ranges, check_same_model, checksum, checksums,
-                      encode, free_name, kind_of, layers_with_rows, load_model, model_files, model_folder,
-                      one_line, plain_pasts, parse_spec, prior_name, read_questions, rows_per_layer,
+                      encode, free_name, imported, kind_of, layers_with_rows, load_model, model_files, model_folder,
+                      on_hub, one_line, over, plain_pasts, parse_spec, prior_name, read_questions, rows_per_layer,
                       say, settings_of, show, some_of, spec_name, stored_settings, text_name,
                       training_and_evaluation)
 
 # their own ValueErrors are the user's mistakes
-MODULES = {"activations", "compare", "data", "figures", "geometry", "llama", "posteriors", "priors",
+MODULES = {"activations", "adapters", "compare", "data", "figures", "geometry", "llama", "posteriors", "priors",
            "references", "report", "run", "settings", "train", "viz"}
 
 
@@ -66,6 +67,8 @@ def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = TIT
 def final_table(a: SimpleNamespace, metrics: list[dict]) -> str:
     names = {"baseline": "no prompt", "text": text_name(a)}
     evals = [m for m in metrics if m["split"] == "eval"]
+    if not evals and imported(a):
+        return "imported: `eval` scores it"
     if not evals:
         raise UserError("the run has no evaluation in its metrics.jsonl: go on with it by "
                         "train --out RUN --resume")
@@ -107,7 +110,7 @@ def draw_run(run, a: SimpleNamespace, found: dict) -> list[str]:
         count, norm = len(reference.rows), reference.rows.norm(dim=1).mean()
         moved = (end[i] - start[i]).norm(dim=1).mean().item()
         caption = (f"{run.path.name}: prior {prior_name(a)}, seed {a.seed}, {steps} steps on "
-                   f"{spec_name(a.data)}, model {model_folder(a).name}. {len(end[i])} rows in the "
+                   f"{spec_name(a.data)}, model {Path(a.model).name}. {len(end[i])} rows in the "
                    f"principal plane of the reference ({reference.name}, {count} rows), fitted "
                    f"without them. A row moved {moved:.3g} on average; mean norms: reference "
                    f"{norm:.3g}, draw {start[i].norm(dim=1).mean():.3g}, "
@@ -172,6 +175,9 @@ def command_train(given: dict) -> None:
                             f"{'; '.join(other)}: leave them out, or start another run; only "
                             f"{', '.join('--' + k.replace('_', '-') for k in MAY_CHANGE)} may "
                             "change")
+        if imported(SimpleNamespace(**stored)):
+            raise RunError(f"{run.path}: an imported prompt has no training to go on with: start "
+                           f"one from it by --prior posterior:{run.path},resample=1")
         a = SimpleNamespace(**{**stored, **given})
         check_ranges(a)
         join(a)
@@ -183,7 +189,8 @@ def command_train(given: dict) -> None:
             return train_run(run, a, config, resume=True)
     config = read_config(Path(source)) if source else None
     if config:
-        given = {**{k: v for k, v in stored_settings(config).items() if k != "out"}, **given}
+        given = over({k: v for k, v in stored_settings(config).items()
+                      if k not in ("out", "imported")}, given)
     a = settings_of(given, MODEL, PRIOR, DATA, TRAIN)
     join(a)
     a.out = agree(a.out or free_name(a))
@@ -236,7 +243,7 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
     import posteriors
     from references import draw, norm_ratio, references
     from run import RunError
-    from train import evaluate, keep_freed_memory, train, trunk, world
+    from train import evaluate, keep_freed_memory, prompt_of, train, trunk, world
 
     began, (rank, size) = time.time(), world()
     keep_freed_memory()
@@ -267,7 +274,7 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
             say(f"{what}: going on from step {checkpoint[0]}")
     questions = encode(examples, vocabulary, a.max_length, "training")
     evals = encode(evals, vocabulary, a.max_length, "evaluation")
-    say(f"model {model_folder(a).name}: {model.config.num_hidden_layers} layers of width "
+    say(f"model {Path(a.model).name}: {model.config.num_hidden_layers} layers of width "
         f"{model.config.hidden_size}, {a.dtype} on {a.device}; {len(questions.rows)} questions to "
         f"train on, {len(evals.rows)} to evaluate")
     found = references(a, model, vocabulary, layers, examples)
@@ -275,8 +282,16 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
     scales = {i: float(r.rows.square().mean().sqrt()) for i, r in found.items()}
     rates = {i: a.lr or scale / 20 for i, scale in scales.items()}
     answer_tokens = sum(len(r.ids) - r.start for r in questions.rows)
-    posterior = posteriors.POSTERIORS[a.posterior](start, scales, 1 / answer_tokens,
-                                                   a.seed).to(a.device)
+    if a.method == "prefix":  # what the prior's rows give as keys and values
+        with torch.no_grad():
+            past = model.prompt_past({i: r[0].to(a.device) for i, r in start.items()}, cut=True)
+        start = {i: torch.stack([t[0].transpose(0, 1) for t in kv], dim=1).flatten(1)[None].cpu()
+                 for i, *kv in zip(range(len(past.keys)), past.keys, past.values) if i in start}
+        scales = {i: float(r.float().square().mean().sqrt()) for i, r in start.items()}
+        rates = {i: a.lr or scale / 20 for i, scale in scales.items()}
+    arguments = start, scales, 1 / answer_tokens, a.seed
+    posterior = (posteriors.POSTERIORS[a.posterior](*arguments) if a.reparam == "none"
+                 else posteriors.Encoded(*arguments, a.reparam)).to(a.device)
 
     def scores(past, name):
         return evaluate(model, vocabulary, past, evals, a, name)
@@ -314,7 +329,8 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
     top, file = model, run.path / f"trunk{rank or ''}.safetensors"
     try:
         # what every text passes through unchanged is worth keeping if a text comes twice
-        if a.trunk and layers[0] > 0 and a.steps * a.batch_size > len(questions.rows):
+        if a.trunk and layers[0] > 0 and a.place == "before" \
+                and a.steps * a.batch_size > len(questions.rows):
             top, placed = trunk(model, questions.rows, layers[0], rows_per_layer(a), a, file)
             questions = questions._replace(placed=placed)
             say(f"layers 0 to {layers[0] - 1} are worked out once for all epochs: inputs of layer "
@@ -323,7 +339,7 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
         train(run, a, top, posterior, rates, batch_of,
               lambda step: [questions.examples[i].id for i in order[step]],
               penalty if a.prior_weight else None, lambda step: scores(
-                  [model.prompt_past(rows, a.cut) for rows in posterior.scored()], f"step {step}"),
+                  [prompt_of(model, rows, a) for rows in posterior.scored()], f"step {step}"),
               checkpoint)
     finally:
         file.unlink(missing_ok=True)
@@ -335,11 +351,18 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
           f"{spec_name(a.eval_data) if a.eval_data else 'the training data, held out'}; scores in "
           f"percent, loss in nats a token\n\n{final_table(a, run.metrics())}\n")
     for i in layers:
-        show(f"layer {i}: rows moved {(end[i] - start[i]).norm(dim=1).mean():.3g} on average; "
-              f"their norm over the reference's {norm_ratio(start[i], found[i].rows):.3g} -> "
-              f"{norm_ratio(end[i], found[i].rows):.3g}")
-    show(f"{time.time() - began:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
-          f"metrics.jsonl, {', '.join(draw_run(run, a, found))}")
+        moved = (end[i] - start[i]).norm(dim=1).mean()
+        if a.method == "prefix":
+            show(f"layer {i}: keys and values moved {moved:.3g} on average; their norm grew "
+                 f"{norm_ratio(end[i], start[i]):.3g} times")
+        else:
+            show(f"layer {i}: rows moved {moved:.3g} on average; their norm over the reference's "
+                 f"{norm_ratio(start[i], found[i].rows):.3g} -> "
+                 f"{norm_ratio(end[i], found[i].rows):.3g}")
+    # keys and values have no reference to be drawn in
+    drawn = draw_run(run, a, found) if a.method == "prompt" else []
+    show(f"{time.time() - began:.0f} s; {run.path}: "
+         f"{', '.join(['prompt.safetensors', 'predictions.jsonl', 'metrics.jsonl', *drawn])}")
 
 
 def open_run(path: str, given: dict):
@@ -348,13 +371,29 @@ def open_run(path: str, given: dict):
     from run import Run
 
     run = Run(Path(path))
-    a = SimpleNamespace(**{**stored_settings(run.config()), **given, "shard": False})
+    a = SimpleNamespace(**{**over(stored_settings(run.config()), given), "shard": False})
     check_ranges(a)
     rows = run.rows("prompt.safetensors")
     model, vocabulary = load_model(a)
-    prompt = llama.Prompt(rows, a.cut).to(a.device)
+    if a.method == "prefix":
+        heads = model.config.num_key_value_heads
+        if any(r.shape[1] % (2 * heads) for r in rows.values()):
+            raise UserError(f"{run.path}: keys and values of another model than {a.model}")
+        prompt = llama.Prefix(*({i: r.view(len(r), 2, heads, -1)[:, k] for i, r in rows.items()}
+                                for k in (0, 1))).to(a.device)
+    else:
+        prompt = llama.Prompt(rows, a.cut).to(a.device)
     prompt.past(model)  # refuses rows that do not fit
     return run, a, model, vocabulary, prompt
+
+
+def open_rows(path: str, given: dict):
+    """open_run, for what needs rows in the space of a layer's inputs."""
+    opened = open_run(path, given)
+    if opened[1].method == "prefix":
+        raise UserError(f"{path}: it trained keys and values, which lie among no embeddings or "
+                        "activations: eval, generate, attention and export take it")
+    return opened
 
 
 def command_eval(given: dict) -> None:
@@ -382,11 +421,14 @@ def trained_pasts(run, a: SimpleNamespace, model, prompt) -> list[tuple[str, obj
     """A run's prompt as a Past; of a posterior its mean, each of its prompts, and all together."""
     import torch
 
-    name, mean = f"{prior_name(a)} prior, trained", prompt.past(model)
-    if a.posterior == "point":
-        return [(name, mean)]
+    from train import placed, prompt_of
+
     with torch.no_grad():
-        each = [model.prompt_past({i: r.to(a.device) for i, r in rows.items()}, a.cut)
+        name = f"{prior_name(a)} {'prompt' if imported(a) else 'prior, trained'}"
+        mean = placed(functools.partial(prompt.past, model), a)
+        if a.posterior == "point":
+            return [(name, mean)]
+        each = [prompt_of(model, {i: r.to(a.device) for i, r in rows.items()}, a)
                 for rows in run.particles()]
     one = "particle" if a.posterior == "svgd" else "draw"
     return [(f"{name}: mean prompt", mean),
@@ -398,17 +440,33 @@ def command_generate(given: dict) -> None:
     import torch
 
     import llama
+    from train import begin, placed
 
-    text, path = given.pop("prompt_text"), given.pop("run")
+    text, path, file = given.pop("prompt_text", None), given.pop("run"), given.pop("batch", None)
+    if (text is None) == (file is None):
+        raise UserError("generate: give a TEXT, or --batch FILE of JSON lines with a text each")
     _, a, model, vocabulary, prompt = open_run(path, given)
+    lines = [("the text", {"text": text})] if file is None else [
+        *data.json_lines(data.read_text(Path(file)), file)]
+    room, rows = model.config.max_position_embeddings - rows_per_layer(a) - a.max_new, []
+    for where, line in lines:
+        if not isinstance(line.get("text"), str):
+            raise UserError(f'{where}: no text in it: expected {{"text": "..."}}')
+        ids = vocabulary.encode(line["text"])
+        if len(ids) > room:
+            raise UserError(f"{where} has {len(ids)} tokens, and {room} fit beside the prompt and "
+                            "--max-new: shorten it")
+        rows.append(data.Row([*ids, 0], len(ids), ids, "", 0))  # an answer to come
     with torch.no_grad():
-        past = prompt.past(model)
-    ids = vocabulary.encode(text)
-    room = model.config.max_position_embeddings - rows_per_layer(a) - a.max_new
-    if len(ids) > room:
-        raise UserError(f"the text has {len(ids)} tokens, and {room} fit beside the prompt and "
-                        "--max-new: shorten it")
-    show(vocabulary.first_line(llama.generate(model, [ids], past, a.max_new, vocabulary.stop)[0]))
+        where = placed(functools.partial(prompt.past, model), a)
+        for at in range(0, len(rows), a.batch_size):
+            batch = data.collate(rows[at:at + a.batch_size], a.share, a.place == "suffix")
+            past, batch = begin(model, batch.to(a.device), where)
+            said = llama.generate(model, batch.asked, past, a.max_new, vocabulary.stop,
+                                  batch.parent)
+            for (_, line), ids in zip(lines[at:], said):
+                answer = vocabulary.first_line(ids)
+                show(json.dumps({**line, "answer": answer}) if file else answer)
 
 
 def command_sample(given: dict) -> None:
@@ -438,7 +496,7 @@ def command_sample(given: dict) -> None:
         run.write("rows.safetensors", rows_to_bytes(rows, {"settings": json.dumps(vars(a))}))
         for i, reference in found.items():
             caption = (f"{len(rows[i])} draws of the prior {prior_name(a)}, seed {a.seed}, model "
-                       f"{model_folder(a).name}; on {reference.name}.")
+                       f"{Path(a.model).name}; on {reference.name}.")
             svg = layer_figure(i, reference, [(f"draws of {prior_name(a)}", rows[i])], caption)
             run.write(f"figures/layer-{i:02d}.svg", svg.encode())
         say(f"{run.path}: rows.safetensors, "
@@ -457,7 +515,10 @@ def command_collect(given: dict) -> None:
     overwrite = given.pop("overwrite", False)
     if under:
         flags = {flag: default for flag, (default, _) in COLLECT.items()}
-        _, a, model, vocabulary, prompt = open_run(under, {**flags, **given})
+        _, a, model, vocabulary, prompt = open_rows(under, {**flags, **given})
+        if a.place != "before":
+            raise UserError(f"{under}: its prompt stands inside the texts (--place {a.place}), and "
+                            "activations are collected under one that stands before them")
         prompt = ({i: r.detach() for i, r in prompt.rows.items()}, a.cut)
     else:
         a = settings_of(given, MODEL, PRIOR, DATA, COLLECT)
@@ -490,7 +551,7 @@ def command_collect(given: dict) -> None:
                             f"most {a.max_length} tokens: ask for others by --roles, or raise "
                             "--max-length")
     activations.collect(model, vocabulary, domains, layers, path, a.pool, {
-        "model": a.model, "dtype": a.dtype, "sha256": checksum(model_files(a)),
+        "model": a.model, "revision": a.revision, "dtype": a.dtype, "sha256": checksum(model_files(a)),
         "data": [absolute(named_spec(s)[1]) for s in specs], "under": under and os.path.abspath(
             under), "examples": a.examples, "limit": a.limit, "seed": a.seed}, prompt)
     file = activations.Collection(path)
@@ -521,7 +582,7 @@ def compare_run(path: str, given: dict) -> dict:
     import compare
     from references import references
 
-    run, a, model, vocabulary, prompt = open_run(path, given)
+    run, a, model, vocabulary, prompt = open_rows(path, given)
     found = references(a, model, vocabulary, list(prompt.rows))
     start, end = run.start_and_end()
     spoken = [run.particles(f)[0] if a.posterior == "svgd" else run.rows(f)
@@ -540,7 +601,7 @@ def compare_run(path: str, given: dict) -> dict:
     for i, each in said.items():
         lines += [f"layer {i} {name}, {reading}: {' '.join(map(json.dumps, tokens))}"
                   for name, readings in each.items() for reading, tokens in readings.items()]
-    scores = [m for m in run.metrics() if m["split"] == "eval"][-1]
+    scores = [None, *(m for m in run.metrics() if m["split"] == "eval")][-1]
     return {"run": str(run.path), "settings": vars(a), "scores": scores,
             "measures": dict(measured), "tokens": said, "text": "\n".join(lines)}
 
@@ -551,8 +612,8 @@ def compare_collection(path: str, given: dict) -> dict:
     import compare
 
     file, embeddings = activations.Collection(Path(path)), None
-    a = settings_of({"model": file.about["model"], "dtype": file.about["dtype"], **given},
-                    MODEL, PRIOR, DATA, SAMPLE)
+    made = {k: file.about.get(k) for k in ("model", "revision", "dtype")}
+    a = settings_of(over(made, given), MODEL, PRIOR, DATA, SAMPLE)
     if 0 in file.layers and ("model" in given or model_folder(a).is_dir()):
         model, vocabulary = load_model(a)
         check_same_model(a, file.about["sha256"], file.path)
@@ -580,7 +641,7 @@ def command_interpolate(given: dict) -> None:
     """Prompts on the straight line between two trained ones, on the tasks of both."""
     import figures
     from run import Run
-    from train import evaluate
+    from train import evaluate, prompt_of
 
     as_json, points = given.pop("json", False), given.pop("points", 11)
     paths = given.pop("run_a"), given.pop("run_b")
@@ -591,11 +652,11 @@ def command_interpolate(given: dict) -> None:
     if folder.path.exists():
         raise UserError(f"{folder.path} exists: choose another --out")
     (one, a, model, vocabulary, first), (other, b, _, _, second) = (
-        open_run(p, dict(given)) for p in paths)
+        open_rows(p, dict(given)) for p in paths)
     if checksum(model_files(a)) != checksum(model_files(b)):
         raise UserError(f"{one.path} and {other.path} are of different models: give two of one")
     shapes = [{i: tuple(r.shape) for i, r in p.rows.items()} for p in (first, second)]
-    if shapes[0] != shapes[1] or a.cut != b.cut:
+    if shapes[0] != shapes[1] or (a.cut, a.place) != (b.cut, b.place):
         raise UserError(f"{one.path} and {other.path} have other rows ({shapes[0]} and "
                         f"{shapes[1]}, cut {a.cut} and {b.cut}), and no line joins them: give two "
                         "of one --tokens, --deep-layers and --cut or --keep")
@@ -611,10 +672,11 @@ def command_interpolate(given: dict) -> None:
     curve = []
     for step in range(points):
         t = step / (points - 1)
-        past = model.prompt_past({i: (1 - t) * first.rows[i].detach()
-                                  + t * second.rows[i].detach() for i in first.rows}, a.cut)
+        rows = {i: (1 - t) * first.rows[i].detach() + t * second.rows[i].detach()
+                for i in first.rows}
         for name, (settings, questions) in tasks.items():
-            scores, _ = evaluate(model, vocabulary, past, questions, settings, f"{t:.2f} {name}")
+            scores, _ = evaluate(model, vocabulary, prompt_of(model, rows, settings), questions,
+                                 settings, f"{t:.2f} {name}")
             curve.append({"t": t, "data": name, **scores})
     rows = [(f"{line['t']:.2f} on {line['data']}", line) for line in curve]
     if as_json:
@@ -624,7 +686,7 @@ def command_interpolate(given: dict) -> None:
               f"{table(sorted(rows, key=lambda r: r[1]['data']))}\n")
     folder.write("curve.jsonl", b"".join((json.dumps(line) + "\n").encode() for line in curve))
     folder.write("curve.svg", figures.line(
-        curve, f"(1 - t) {one.path.name} + t {other.path.name}, model {model_folder(a).name}, "
+        curve, f"(1 - t) {one.path.name} + t {other.path.name}, model {Path(a.model).name}, "
         f"seeds {a.seed} and {b.seed}; {points} prompts.").encode())
     say(f"{folder.path}: curve.jsonl, curve.svg")
 
@@ -664,7 +726,7 @@ def command_figures(given: dict) -> None:
                                                             a.math_data))
     model, vocabulary = load_model(a)
     folder, needed = Path(a.out), [figures.FIGURES[n] for n in numbers]
-    same = {k: getattr(a, k) for k in ("model", "device", "dtype", "seed")}
+    same = {k: getattr(a, k) for k in ("model", "revision", "device", "dtype", "seed")}
     domains = {"text": a.text_data, "squad": a.squad_data, "math": a.math_data}
     modules = {f.stem: f"math:{f}" for f in data.files_of("math", parse_spec(a.math_data, 0)[1])}
     asked = {"tokens": ("token", "all", domains), "means": (
@@ -728,7 +790,7 @@ def command_plot(given: dict) -> None:
     def opened():
         """Each run with what the page wants of it; its own figures are drawn on the way."""
         for path in folders:
-            run, a, model, vocabulary, prompt = open_run(path, dict(given))
+            run, a, model, vocabulary, prompt = open_rows(path, dict(given))
             found = references(a, model, vocabulary, list(prompt.rows))
             show(text_picture(run, a, found) if text else "\n".join(
                 str(run.path / name) for name in draw_run(run, a, found)))
@@ -742,8 +804,131 @@ def command_plot(given: dict) -> None:
     page = viz.page(template, report.gather(opened())).encode()
     target = Path(out) if out else runs[0].path / "report.html"
     write_file(target, page)
-    runs[0].write("figures/curves.svg", figures.curves(runs).encode())
-    show(f"{runs[0].path / 'figures/curves.svg'}\n{target}")
+    scored = [run for run in runs if any(m["split"] == "eval" for m in run.metrics())]
+    if scored:  # an imported prompt is not
+        runs[0].write("figures/curves.svg", figures.curves(scored).encode())
+        show(str(runs[0].path / "figures/curves.svg"))
+    show(str(target))
+
+
+def command_export(given: dict) -> None:
+    """A run's prompt as a PEFT adapter, read back and held to its logits; its log as a table."""
+    import torch
+
+    import adapters
+    from run import Run, write_file
+    from train import placed
+
+    path, to, log = given.pop("run"), given.pop("to", None), given.pop("csv", None)
+    overwrite = given.pop("overwrite", False)
+    if to is None and log is None:
+        raise UserError("export: give --to DIR for a PEFT adapter, --csv for the log, or both")
+    if log is not None:
+        run = Run(Path(path))
+        run.config()  # is it a run's folder?
+        text = adapters.to_csv(run.metrics())
+        show(text.rstrip("\n")) if log == "-" else write_file(Path(log), text.encode())
+    if to is None:
+        return
+    folder = Path(to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (
+            overwrite and (folder / adapters.ABOUT).is_file()):
+        raise UserError(f"{folder} exists: choose another --to" + (
+            "; only an adapter that export made is overwritten" if overwrite else
+            ", or replace an adapter that export made by --overwrite"))
+    run, a, model, vocabulary, prompt = open_run(path, given)
+    check_same_model(a, run.config()["sha256"].get("model"), run.path)
+    with torch.no_grad():
+        past = placed(functools.partial(prompt.past, model), a)
+        if a.place == "suffix":
+            raise UserError(f"{run.path}: its prompt stands inside the text, and PEFT's before it: "
+                            "train with --place before")
+        if a.place == "after-bos" and vocabulary.bos is None:
+            raise UserError(f"{run.path}: {a.model} has no BOS, so no prompt is after it: train "
+                            "with --place before")
+        if a.place == "after-bos":
+            past = past.put(model.extend(torch.tensor([[vocabulary.bos]], device=a.device)))
+        rows = a.method == "prompt" and a.place == "before" and [*prompt.rows] == [0] and not a.cut
+        files = adapters.to_peft(model, prompt.rows[0] if rows else past,
+                                 str(model_folder(a)) if a.model == "tiny" else a.model, a.revision)
+    about = {"run": run.path.resolve().name, "layers": [*run.rows("prompt.safetensors")],
+             "sha256": run.config()["sha256"]["model"], **{k: getattr(a, k) for k in (
+                 "method", "place", "tokens", "deep_layers", "cut", "posterior", "seed", "dtype")},
+             "prior": prior_name(a), "data": spec_name(a.data)}
+    for name, content in (files | {adapters.ABOUT: (json.dumps(about, indent=2) + "\n").encode()}
+                          ).items():
+        write_file(folder / name, content)
+    with torch.no_grad():
+        apart, scale = adapters.difference(
+            model, past, adapters.from_peft(folder, model.config).to(a.device).past(model))
+    # the same numbers, so but for what a device adds up in another order the same logits
+    if not apart <= scale * (1e-4 if a.dtype == "float32" else 2e-2):
+        for name in (*files, adapters.ABOUT):
+            (folder / name).unlink()
+        raise OSError(f"{folder}: read back, the adapter's logits differ by {apart:.3g}: removed; "
+                      "is the disk sound?")
+    kind, (n, width) = adapters.read(folder).kind, adapters.read(folder).numbers.shape
+    if a.posterior != "point":
+        say(f"{run.path}: the mean prompt of its {a.posterior} posterior")
+    if a.place == "after-bos":
+        say("BOS is one of the adapter's virtual tokens: give PEFT texts without it")
+    show(f"{folder}: {kind}, {n} virtual tokens of {width} numbers; read back, its logits differ "
+         f"by at most {apart:.2g} from the run's")
+
+
+def command_import(given: dict) -> None:
+    """A run's folder of somebody else's prompt: one that has seen no training here."""
+    import torch
+    from safetensors.torch import save
+
+    import adapters
+    import llama
+    from run import Run
+
+    adapter, overwrite = adapters.read(Path(given.pop("adapter"))), given.pop("overwrite", False)
+    base = adapter.config.get("base_model_name_or_path")
+    if "model" not in given:
+        if not isinstance(base, str) or not base:
+            raise UserError(f"{adapter.path}: it does not name the model it was trained on: give "
+                            "--model")
+        given["model"] = "tiny" if Path(base) == model_folder(SimpleNamespace(
+            model="tiny")) else base
+        revision = adapter.config.get("revision")
+        if isinstance(revision, str) and "revision" not in given and on_hub(base):
+            given["revision"] = revision
+    a = settings_of({**given, "steps": 0}, MODEL, PRIOR, DATA, TRAIN)
+    a.tokens, a.method = len(adapter.numbers), "prompt"
+    a.imported = adapter.path.resolve().name
+    if adapter.about.get("place") == "after-bos":  # its last position is BOS, which texts bring
+        a.place, a.tokens = "after-bos", a.tokens - 1
+        adapter = adapter._replace(numbers=adapter.numbers[:-1])
+    run = Run(Path(a.out))
+    if not run.empty:
+        run.config()  # what is not a run is never overwritten
+        if not overwrite:
+            raise UserError(f"{run.path} exists: replace it by --overwrite, or choose another "
+                            "--out")
+    model, vocabulary = load_model(a)
+    prompt = adapters.fit(adapter, model.config)
+    if "sha256" in adapter.about:
+        check_same_model(a, adapter.about["sha256"], adapter.path)
+    if isinstance(prompt, llama.Prefix):
+        a.method = "prefix"
+    content = save(adapters.tensors(prompt))
+    sums = checksums(a)
+    with run.lock():
+        run.clear()
+        run.write("prompts/000000.safetensors", content)
+        run.write("prompt.safetensors", content)
+        run.write_json("config.json", {
+            "settings": vars(a), "imported_from": {
+                "path": str(adapter.path.resolve()), "config": adapter.config,
+                "about": adapter.about},
+            "priors": [], "learning_rates": {}, "threads": torch.get_num_threads(), "processes": 1,
+            "versions": {"python": sys.version.split()[0], **{p: version(p) for p in (
+                "torch", "safetensors", "tokenizers", "numpy")}}, "sha256": sums})
+    show(f"{run.path}: {a.tokens} {'keys and values a layer' if a.method == 'prefix' else 'rows'} "
+         f"of {adapter.kind}, for {a.model}; `eval {run.path}` scores them on {spec_name(a.data)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -763,7 +948,8 @@ def prior_help() -> str:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"promptprior: error: {one_line(message)}: see `{self.prog} --help`\n")
+        say(f"promptprior: error: {one_line(message)}: see `{self.prog} --help`")
+        self.exit(2)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -807,7 +993,8 @@ def parser() -> argparse.ArgumentParser:
                    "config.json, for the same bytes again; other flags change them")
     c.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 
-    some = {k: (None, text) for k, (_, text) in MODEL.items() if k in ("model", "device", "dtype")}
+    some = {k: (None, text) for k, (_, text) in MODEL.items() if k in (
+        "model", "revision", "device", "dtype")}
     c = command("eval", "Score a run's prompt beside no prompt and a text prompt.", [some])
     c.add_argument("run", metavar="RUN", help="a run's folder")
     c.add_argument("--data", help="data to evaluate on, a SPEC (the run's evaluation data)")
@@ -819,7 +1006,9 @@ def parser() -> argparse.ArgumentParser:
 
     c = command("generate", "Continue a text under a run's prompt, to the end of the line.", [some])
     c.add_argument("run", metavar="RUN", help="a run's folder")
-    c.add_argument("prompt_text", metavar="TEXT", help="the text to go on from")
+    c.add_argument("prompt_text", metavar="TEXT", nargs="?", help="the text to go on from")
+    c.add_argument("--batch", metavar="FILE", help='JSON lines, {"text": "..."} each, in place of '
+                   "TEXT; they come back with an answer each")
     c.add_argument("--max-new", type=int, help="most tokens (the run's)")
 
     c = command("sample", "Draw rows from a prior, report on them and picture them.",
@@ -862,13 +1051,31 @@ def parser() -> argparse.ArgumentParser:
                    "RUN's folder)")
     c.add_argument("--text", action="store_true",
                    help="print each layer's plane in characters, and write nothing")
+
+    c = command("export", "Write a run's prompt as an adapter that PEFT loads, or its log as a "
+                "table.", [some])
+    c.add_argument("run", metavar="RUN", help="a run's folder")
+    c.add_argument("--to", metavar="DIR", help="the adapter's folder")
+    c.add_argument("--csv", metavar="FILE", nargs="?", const="-",
+                   help="metrics.jsonl as CSV, a line a record (printed)")
+    c.add_argument("--overwrite", action="store_true", help="replace an adapter that export made")
+
+    c = command("import", "Make a run's folder of a prompt that PEFT trained, or of rows in "
+                "numpy's format, for eval, generate, compare, plot and --prior posterior:RUN.",
+                [{**MODEL, "model": (None, MODEL["model"][1] + " (the adapter's own)")}, DATA])
+    c.add_argument("adapter", metavar="DIR", help="the adapter's folder, or a .npy file of rows "
+                   "(n, width)")
+    c.add_argument("--out", metavar="RUN", required=True, help="the run's folder")
+    c.add_argument("--keep-unanswerable", **unanswerable)
+    c.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     return p
 
 
 COMMANDS = {"train": command_train, "eval": command_eval, "generate": command_generate,
             "sample": command_sample, "collect": command_collect,
             "compare": command_compare, "interpolate": command_interpolate,
-            "figures": command_figures, "plot": command_plot}
+            "figures": command_figures, "plot": command_plot,
+            "export": command_export, "import": command_import}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -162,6 +162,9 @@ def posterior_rows(a: SimpleNamespace, path: str,
     """The prompts that a run ended with, of the layers asked for: one, or one for each particle."""
     run = Run(Path(path))
     check_same_model(a, run.config().get("sha256", {}).get("model"), run.path)
+    if run.config()["settings"].get("method") == "prefix":
+        raise UserError(f"{run.path}: it trained keys and values, and a prior is over rows: give "
+                        "runs of --method prompt")
     prompts = run.particles()
     missing = [i for i in layers if i not in prompts[0]]
     if missing:

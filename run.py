@@ -187,7 +187,7 @@ class Run:
 
     def rows(self, name: str) -> dict[int, Tensor]:
         """Prompt rows {layer: (n, D)} of prompt.safetensors or prompts/NNNNNN.safetensors; of a
-        posterior the mean."""
+        posterior the mean; of a prefix {layer: (n, 2 G hd)}, keys and values side by side."""
         tensors = self._tensors(name)
         return {i: tensors[f"layers.{i}"] for i in sorted(
             int(key.split(".")[1]) for key in tensors if key.count(".") == 1)}
@@ -219,9 +219,13 @@ class Run:
                            "train it with --resume") from None
         except (SafetensorError, OSError) as e:
             raise RunError(f"{path}: not prompt rows ({cause(e)}): restore the file") from None
-        shapes = _shapes(tensors, path)
-        if name != last and (self.path / last).exists() and shapes != _shapes(
-                self._tensors(last), path):
+        _shapes(tensors, path)
+        for layer in [key.removesuffix(".keys") for key in tensors if key.endswith(".keys")]:
+            tensors[layer] = torch.cat([tensors.pop(f"{layer}.{kind}").flatten(1)
+                                        for kind in ("keys", "values")], dim=1)
+        shapes = lambda found: {key: t.shape for key, t in found.items()}
+        if name != last and (self.path / last).exists() \
+                and shapes(tensors) != shapes(self._tensors(last)):
             raise RunError(f"{path}: rows of other layers or shapes than {last} has, so the two "
                            "are not of one run: restore the file")
         return tensors
@@ -325,7 +329,7 @@ def read_config(path: Path) -> dict:
         raise RunError(f"{path}: no settings of a run in it, so this is not a run's folder")
     stored_settings(config, path)  # refuses what no run can have
     for key, fits, expected in (
-            ("threads", lambda x: type(x) is int and 0 < x < 2**12, "a number of threads"),
+            ("threads", lambda x: type(x) is int and 0 < x <= 2**10, "a number of threads"),
             ("processes", lambda x: x is None or type(x) is int and 0 < x < 2**20,
              "a number of processes"),
             ("changes", lambda x: x is None or isinstance(x, list), "a list"),
@@ -339,21 +343,23 @@ def read_config(path: Path) -> dict:
 
 def _shapes(tensors: dict[str, Tensor], path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a prompt's rows, layers.I (n, D) fp32 with one n and D, and of some posteriors
-    layers.I.sd (n, D) or layers.I.particles (K, n, D) at all layers. Raises RunError for others."""
+    layers.I.sd (n, D) or layers.I.particles (K, n, D) at all layers; or of a prefix layers.I.keys
+    and layers.I.values (n, G, hd). Raises RunError for others."""
     shapes, kinds = {key: tuple(t.shape) for key, t in tensors.items()}, {}
     for key, t in tensors.items():
-        named = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,5})(\.particles|\.sd|)", key)
+        named = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,5})(\.particles|\.sd|\.keys|\.values|)", key)
         if not named or t.dtype != torch.float32 or 0 in t.shape \
-                or t.dim() != 2 + (named[2] == ".particles"):
+                or t.dim() != 2 + (named[2] in (".particles", ".keys", ".values")):
             raise RunError(f"{path}: {key!r:.80} of shape {shapes[key]} is no prompt rows, which "
                            "are layers.0 (rows, width) and so on: restore the file")
         if not torch.isfinite(t).all():
             raise RunError(f"{path}: {key} holds numbers that are not finite: restore the file")
         kinds.setdefault(named[2], {})[named[1]] = shapes[key]
-    layers = kinds.get("", {})
+    prefix = kinds.keys() == {".keys", ".values"}
+    layers = kinds.get(".keys" if prefix else "", {})
     if any(each.keys() != layers.keys() or len({*each.values()}) > 1 or {
-            s[-2:] for s in each.values()} != {*layers.values()} for each in kinds.values()) \
-            or not layers:
+            s if prefix else s[-2:] for s in each.values()} != {*layers.values()}
+            for each in kinds.values()) or not layers:
         raise RunError(f"{path}: its rows {shapes!s:.200} are not of one prompt: restore the file")
     return shapes
 

@@ -25,12 +25,16 @@ BUNDLED = {"squad": ("squad/train.json", "squad/dev.json"),
            "math": ("math/train-easy", "math/interpolate"), "text": ("text", "text")}
 TOKENS = 20  # rows a layer, as in the paper
 REFERENCE_ROWS = 20000
-POSTERIORS = ("point", "svgd", "gaussian")
+CHOICES = {"posterior": ("point", "svgd", "gaussian"), "method": ("prompt", "prefix"),
+           "reparam": ("none", "shared", "mlp"), "place": ("before", "after-bos", "suffix")}
 BUNDLED_TEXT = "short answer"  # the header that the bundled model was pre-trained with
 
 # flag -> (default, help); a default of None is explained in the help
 MODEL = {
-    "model": ("tiny", "model folder in Hugging Face's layout; tiny is the bundled one"),
+    "model": ("tiny", "model folder in Hugging Face's layout, or NAME/MODEL of the hub, from the "
+                      "cache or fetched; tiny is the bundled one"),
+    "revision": (None, "branch, tag or commit of a model of the hub (main; a run keeps the "
+                       "commit)"),
     "device": (None, "cpu, cuda, cuda:1 ... (cuda when there is one)"),
     "dtype": (None, "float32, bfloat16 or float16 of the frozen weights "
                     "(bfloat16 on cuda, else float32)"),
@@ -70,6 +74,15 @@ TRAIN = {
                           "the run stops"),
     "prior_weight": (None, "weight of the prior's log density in the loss; 1 gives the MAP "
                            "estimate (0; 1 with --posterior svgd or gaussian)"),
+    "method": ("prompt", "prompt: rows at layers' inputs; prefix: keys and values, given directly, "
+                         "which begin as those of the prior's rows (prefix tuning)"),
+    "prefix_layers": (None, "how many of the last layers --method prefix gives keys and values "
+                            "(all)"),
+    "reparam": ("none", "none; mlp: rows come from one vector each, through a network common to "
+                        "all layers; shared: a key and its value come from one vector (prefix)"),
+    "place": ("before", "where the prompt stands: before BOS and text, after-bos, or suffix, "
+                        "before the last token that asks for the answer"),
+    "train_examples": (0, "training questions, drawn at random; 0 for all"),
     "posterior": ("point", "what is trained: point, one prompt; svgd, several that follow the "
                            "posterior's gradient and keep apart; gaussian, a mean and a standard "
                            "deviation for every number of the rows"),
@@ -107,11 +120,12 @@ FIGURE = {
 }
 POSITIVE = {"particles", "batch_size", "max_new", "eval_every", "snapshot_every", "max_length",
             "reference_rows", "lr", "clip"}
-NOT_NEGATIVE = {"steps", "skip_bad_steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight",
+NOT_NEGATIVE = {"prefix_layers", "train_examples", "steps", "skip_bad_steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight",
                 "trunk_memory", "examples", "limit"}
 MOST = {"particles": 1000, "batch_size": 2**16}  # each is a prompt, or a row, in memory
 FLOATS = {"lr", "clip", "prior_weight", "trunk_memory"}
-COUNTS = {"max_length", "eval_every", "snapshot_every", "reference_rows"}  # without a default
+# numbers that have no default
+COUNTS = {"max_length", "eval_every", "snapshot_every", "reference_rows", "prefix_layers"}
 SWITCHES = {"cut": "drop the rows' outputs at each layer, as in the paper's deep prompt tuning "
                    "(default with --deep-layers)",
             "keep": "let the rows' outputs go on through the layers, as in prompt tuning "
@@ -177,7 +191,8 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
     name, _, sources = priors.parse(a.prior)
     a.cut = bool(a.deep_layers) if a.cut is None else a.cut
     a.eval_data = a.data if a.eval_data is None and a.data in BUNDLED else a.eval_data
-    a.model = a.model if a.model == "tiny" else os.path.abspath(a.model)  # runs open from anywhere
+    if a.model != "tiny" and not on_hub(a.model):
+        a.model = os.path.abspath(a.model)  # runs open from anywhere
     a.data, a.eval_data = absolute(a.data), absolute(a.eval_data)
     a.reference = [*map(absolute, a.reference or (
         ["text", "math"] if name == "interpolation" else ["vocab"]))]
@@ -194,6 +209,19 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
             raise UserError(f"{flag}: the prior {name} has no density to follow: use one of "
                             f"{', '.join(n for n, p in priors.PRIORS.items() if p.has_density)}"
                             f"{', or --prior-weight 0' * (a.posterior == 'svgd')}")
+        if a.method == "prefix":
+            if a.prior_weight or a.posterior != "point":
+                raise UserError("--method prefix trains keys and values, over which no prior has a "
+                                "density: leave out --prior-weight and --posterior, or use "
+                                "--method prompt")
+            if a.deep_layers:
+                raise UserError("--method prefix has keys and values at layers, not rows: give "
+                                "--prefix-layers instead of --deep-layers")
+        elif a.prefix_layers is not None or a.reparam == "shared":
+            flag = "prefix-layers" if a.prefix_layers is not None else "reparam shared"
+            raise UserError(f"--{flag} is for --method prefix: give that too")
+        if a.reparam != "none" and a.posterior != "point":
+            raise UserError("--reparam trains one prompt: leave out --posterior")
         if a.posterior == "gaussian" and not a.prior_weight:
             raise UserError("--posterior gaussian needs the prior, or its deviations only shrink: "
                             "give --prior-weight above 0")
@@ -207,8 +235,9 @@ def absolute(spec: str | None) -> str | None:
 
 
 def check_ranges(a: SimpleNamespace) -> None:
-    if getattr(a, "posterior", "point") not in POSTERIORS:
-        raise UserError(f"--posterior {a.posterior}: use one of {', '.join(POSTERIORS)}")
+    for flag, known in CHOICES.items():
+        if getattr(a, flag, known[0]) not in known:
+            raise UserError(f"--{flag} {getattr(a, flag)}: use one of {', '.join(known)}")
     for flag, value in vars(a).items():
         # a seed is a 64-bit number
         most = math.inf if isinstance(value, float) else MOST.get(flag, 2**40 - 1) + 1
@@ -233,7 +262,7 @@ def stored_settings(config: dict, path: str | Path = "config.json") -> dict:
               "trunk": False, **config["settings"]}
     if isinstance(stored["reference"], str):  # one, of at most so many rows
         stored |= {"reference": [stored["reference"]], "reference_rows": None}
-    text = lambda x: isinstance(x, str) and "\0" not in x
+    text = lambda x: isinstance(x, str) and "\0" not in x and len(x) < 2**20
     fits = {str: text, int: lambda x: type(x) is int, float: lambda x: type(x) in (int, float)}
     for flag, value in stored.items():
         if flag == "reference":
@@ -256,12 +285,25 @@ def stored_settings(config: dict, path: str | Path = "config.json") -> dict:
     return stored
 
 
+def over(stored: dict, given: dict) -> dict:
+    """A run's settings, and over them what is given now; a revision is one model's."""
+    return {**stored, **({"revision": None} if "model" in given else {}), **given}
+
+
 # --------------------------------------------------------------------------------------------------
 # names
 
 
+def imported(a: SimpleNamespace) -> bool:
+    """Whether the run's prompt comes from elsewhere and has seen no training here."""
+    return bool(getattr(a, "imported", None))
+
+
 def prior_name(a: SimpleNamespace) -> str:
-    """The prior as it was asked for, its runs without their folders."""
+    """The prior as it was asked for, its runs without their folders; an imported prompt has
+    none."""
+    if imported(a):
+        return "imported"
     name, colon, rest = a.prior.partition(":")
     return name + colon + ",".join(Path(part).name if os.sep in part else part
                                    for part in rest.split(","))
@@ -292,7 +334,89 @@ def free_name(a: SimpleNamespace) -> str:
 
 
 def model_folder(a: SimpleNamespace) -> Path:
-    return TINY if a.model == "tiny" else Path(a.model)
+    """Where the model is, or for one of the hub that is not in the cache would be if it was none:
+    nothing is fetched."""
+    if a.model == "tiny":
+        return TINY
+    return on_hub(a.model) and cached(a.model, a.revision) or Path(a.model)
+
+
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json",
+             "model.safetensors.index.json", "*.safetensors"]
+NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights once more, in another layout
+
+
+def on_hub(model: str) -> bool:
+    """Whether this is no folder and could be the hub's name of a model."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII)) \
+        and not os.path.exists(model)
+
+
+def cached(name: str, revision: str | None) -> Path | None:
+    """The folder of a model of the hub in the cache on this disk, if all of it is there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError as e:
+        raise UserError(f"--model {name}: no such folder, and {one_line(str(e))}: give a folder, "
+                        "or NAME/MODEL of the hub") from None
+    folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder and not missing_files(folder) else None
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a model's folder lacks to be loaded."""
+    wanted, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        shards = data.read_json(index, dict).get("weight_map")
+        wanted = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    return sorted(name for name in {"config.json", "tokenizer.json", *wanted}
+                  if not (folder / name).exists())
+
+
+def fetch(name: str, revision: str | None) -> Path:
+    """A model of the hub, from the hub into its cache: what is needed of it and no more, the
+    weights only after the configuration was found to be a LLaMA's."""
+    import llama
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (GatedRepoError, LocalEntryNotFoundError,
+                                        RepositoryNotFoundError, RevisionNotFoundError)
+
+    page = f"{constants.ENDPOINT}/{name}"
+    command = f"hf download {name}{f' --revision {revision}' if revision else ''}"
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json"]))
+        if (folder / "config.json").exists():
+            llama.read_config(folder / "config.json")
+        folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=HUB_FILES,
+                                        ignore_patterns=NOT_HUB_FILES))
+    except llama.ModelError:
+        raise
+    except GatedRepoError:
+        raise UserError(f"--model {name}: its makers want their licence accepted first: do so at "
+                        f"{page}, then run `hf auth login`, and this again") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"--model {name}: no such folder, and no such model at {page}: check the "
+                        "name; for a private model run `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise UserError(f"--revision {revision}: {name} has none of that name: give a branch, tag "
+                        f"or commit that {page} shows") from None
+    except LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+        raise UserError(f"--model {name}: no such folder, not in the cache "
+                        f"({constants.HF_HUB_CACHE}), and {why}: run `{command}` where there is a "
+                        "network") from None
+    except Exception as e:  # of whichever library carries it, and of the disk
+        raise UserError(f"--model {name}: the download failed ({one_line(str(e))[:300]}): run "
+                        f"`{command}`, which goes on where it stopped") from e
+    missing = missing_files(folder)
+    if missing:  # of a cache filled in part too, when the hub does not answer
+        raise UserError(f"--model {name}: the hub gave no {', '.join(missing)}: run `{command}` "
+                        "where there is a network, or choose a model that has a tokenizer.json and "
+                        "safetensors weights")
+    return folder
 
 
 def load_model(a: SimpleNamespace):
@@ -302,10 +426,16 @@ def load_model(a: SimpleNamespace):
     import llama
     from train import shard
 
-    folder = model_folder(a)
+    folder, hub = model_folder(a), on_hub(a.model)
+    if hub and not folder.is_dir():
+        folder = fetch(a.model, a.revision)
     if not folder.is_dir():
         raise UserError(f"--model {a.model}: no such folder: download a model with "
                         "`hf download NAME --local-dir DIR` and give DIR")
+    if a.revision is not None and not hub:
+        raise UserError(f"--revision {a.revision}: {a.model} is a folder, and only a model of the "
+                        "hub has revisions: leave it out")
+    a.revision = folder.name if hub else None  # the commit: a branch may move on
     if a.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {a.dtype}: use float32, bfloat16 or float16")
     try:
@@ -336,6 +466,12 @@ def rows_per_layer(a: SimpleNamespace) -> int:
 
 def layers_with_rows(a: SimpleNamespace, model) -> list[int]:
     L = model.config.num_hidden_layers
+    if getattr(a, "method", "prompt") == "prefix":
+        k = L if a.prefix_layers is None else a.prefix_layers
+        if not 0 < k <= L or not a.tokens:
+            raise UserError(f"--prefix-layers {k}, --tokens {a.tokens}: the model has {L} layers: "
+                            f"give 1 to {L}, and at least one token")
+        return list(range(L - k, L))
     if a.deep_layers > L or not (a.tokens or a.deep_layers):
         raise UserError(f"--tokens {a.tokens} --deep-layers {a.deep_layers}: the model has {L} "
                         f"layers; give 0 to {L} deep layers, and rows at the tokens, at deep "
@@ -387,7 +523,7 @@ def training_and_evaluation(a: SimpleNamespace) -> tuple[list[data.Example], lis
     out, by whole topics."""
     examples = read_questions(a.data, 0, a.keep_unanswerable)
     if a.eval_data is not None:
-        return examples, some_of(read_questions(a.eval_data, 1, a.keep_unanswerable), a.eval_limit)
+        return some_of(examples, a.train_examples), some_of(read_questions(a.eval_data, 1, a.keep_unanswerable), a.eval_limit)
     count = max(len(examples) // 10, 1)
     held = set(map(topic, some_of(examples, min(count, a.eval_limit or count))))
     evals = [e for e in examples if topic(e) in held]
@@ -395,7 +531,7 @@ def training_and_evaluation(a: SimpleNamespace) -> tuple[list[data.Example], lis
         raise UserError(f"--data {a.data}: all {len(examples)} questions share one context, so "
                         "none can be held out: give --eval-data")
     say(f"{len(evals)} of {len(examples)} questions held out for evaluation (no --eval-data)")
-    return [e for e in examples if topic(e) not in held], evals
+    return some_of([e for e in examples if topic(e) not in held], a.train_examples), evals
 
 
 def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int, what: str):
@@ -431,8 +567,10 @@ def plain_pasts(a: SimpleNamespace, model, vocabulary) -> dict[str, tuple[str, o
 
 def model_files(a: SimpleNamespace) -> list[Path]:
     folder = model_folder(a)
-    return sorted(f for f in {*folder.glob("*.safetensors"), *folder.glob("*.json")}
-                  if f.is_file())
+    # of a cache, which others fill too, what is fetched for this
+    found = HUB_FILES if on_hub(a.model) else ["*.safetensors", "*.json"]
+    return sorted(f for f in {f for pattern in found for f in folder.glob(pattern)}
+                  if f.is_file() and not (on_hub(a.model) and f.match(NOT_HUB_FILES[1])))
 
 
 def checksums(a: SimpleNamespace) -> dict[str, str]:

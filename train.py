@@ -9,6 +9,7 @@ The run's folder is run.py's.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import math
 import os
@@ -132,12 +133,29 @@ def shard(model: llama.Llama, device: str) -> None:
 # loss and scores
 
 
+def begin(model: llama.Llama, batch: data.Batch,
+          prompt: llama.Past | llama.Placed) -> tuple[llama.Past, data.Batch]:
+    """The prompt in its place among a batch's beginnings -> what its tails go on from, and the
+    batch that says so."""
+    past = prompt if isinstance(prompt, llama.Past) else model.empty()
+    shared = batch.shared
+    if isinstance(prompt, llama.Placed) and prompt.place == "after-bos":
+        past, shared = prompt.put(model.extend(shared[:1, :1], past)), shared[:, 1:]
+    past = model.extend(shared, past)
+    if batch.head is not None:
+        past = model.extend(batch.head, past.take(batch.parent))
+        batch = batch._replace(parent=torch.arange(len(batch.tails), device=shared.device))
+    if isinstance(prompt, llama.Placed) and prompt.place == "suffix":
+        past = prompt.put(past.take(batch.parent))
+        batch = batch._replace(parent=torch.arange(len(batch.tails), device=shared.device))
+    return past, batch
+
+
 def answer_loss(model: llama.Llama, past: llama.Past, batch: data.Batch) -> tuple[Tensor, int]:
     """Summed cross-entropy in nats over the answers' tokens, and their number. Logits are made
     there only.
 
-    past holds the prompt and the batch's shared beginnings:
-    model.extend(batch.shared, prompt.past(model))."""
+    past holds the prompt and the batch's beginnings, see begin."""
     scored = batch.labels != data.NO_LABEL
     logits = model.logits(model.states(batch.tails, past, batch.parent, scored))
     return _cross_entropy(logits, batch.labels[scored]), len(logits)
@@ -203,6 +221,27 @@ def _reread(past: llama.Past, columns: int, read: Tensor) -> llama.Past:
                          position=past.position - last.sum(dim=1) + read)
 
 
+def prompt_of(model: llama.Llama, rows: dict[int, Tensor],
+              a: SimpleNamespace) -> llama.Past | llama.Placed:
+    """Rows {layer: (n, D)}, or of prefix tuning {layer: (n, 2 G hd)}, rotated keys and values side
+    by side, as what the model goes on from, or where it is to be put."""
+    if a.method == "prefix":
+        c = model.config
+        parts = {i: r.view(len(r), 2, c.num_key_value_heads, c.head_dim).unbind(1)
+                 for i, r in rows.items()}
+        put = functools.partial(model.prefix_past, {i: k for i, (k, _) in parts.items()},
+                                {i: v for i, (_, v) in parts.items()})
+    else:
+        put = functools.partial(model.prompt_past, rows, a.cut, None)
+    return placed(put, a)
+
+
+def placed(put: Callable[[llama.Past | None], llama.Past],
+           a: SimpleNamespace) -> llama.Past | llama.Placed:
+    """A prompt in its place: before everything it is what the model goes on from."""
+    return put(None) if a.place == "before" else llama.Placed(put, a.place)
+
+
 class Questions(NamedTuple):
     """What a prompt is trained or scored on: examples and the same as token rows."""
 
@@ -211,9 +250,10 @@ class Questions(NamedTuple):
     placed: list[data.Row] | None = None  # rows whose ids are a trunk's
 
     def batch(self, places: list[int], a: SimpleNamespace) -> data.Batch:
-        batch = data.collate([self.rows[i] for i in places], a.share)
+        suffix = a.place == "suffix"
+        batch = data.collate([self.rows[i] for i in places], a.share, suffix)
         if self.placed:  # the labels are tokens all the same
-            batch = data.collate([self.placed[i] for i in places], a.share)._replace(
+            batch = data.collate([self.placed[i] for i in places], a.share, suffix)._replace(
                 labels=batch.labels)
         return batch.to(a.device)
 
@@ -278,8 +318,9 @@ def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past |
     with progress(total=sum(map(len, mine)), desc=name, unit=" questions", leave=False) as bar:
         for some in mine:
             batch = questions.batch(some, a)
-            begun = [model.extend(batch.shared, p) for p in pasts]
-            loss, tokens, found, sure = answers(model, begun, batch, a.max_new, vocabulary.stop)
+            begun, onward = zip(*(begin(model, batch, p) for p in pasts))
+            loss, tokens, found, sure = answers(model, list(begun), onward[0], a.max_new,
+                                                vocabulary.stop)
             total, count = total + loss.item(), count + tokens
             found_by_place |= dict(zip(some, zip(found, sure)))
             bar.update(len(some))
@@ -353,8 +394,13 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
         keep(due=False)
 
     def write_rows(name: str) -> None:
-        run.write(name, save({key: t.float().cpu().contiguous()
-                              for key, t in posterior.tensors().items()}, about))
+        tensors = posterior.tensors()
+        if a.method == "prefix":
+            c = model.config
+            tensors = {f"{key}.{kind}": t for key, r in tensors.items() for kind, t in zip(
+                ("keys", "values"), r.view(len(r), 2, c.num_key_value_heads, -1).unbind(1))}
+        run.write(name, save({key: t.float().cpu().contiguous() for key, t in tensors.items()},
+                             about))
 
     def go_on() -> str:
         if saved is None:
@@ -378,8 +424,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
         tokens, examples = sum_up(int((batch.labels != data.NO_LABEL).sum()), len(batch.tails),
                                   device=a.device)
         for rows in members:
-            past = model.extend(batch.shared, model.prompt_past(rows, a.cut))
-            summed, _ = answer_loss(model, past, batch)
+            summed, _ = answer_loss(model, *begin(model, batch, prompt_of(model, rows, a)))
             own = penalty(rows) if penalty else torch.zeros(())
             (summed / tokens + a.prior_weight * own / size).backward()
             loss += summed.item() / len(members)

@@ -34,7 +34,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+if __name__ == "__main__":  # a process that is to be forked has one thread
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "COLUMNS": "80",
+                   "HF_HUB_OFFLINE": "1"}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
@@ -55,7 +57,6 @@ FEW = ["--steps", "1", "--eval-limit", "1", "--max-new", "2", "--batch-size", "2
 
 def world(folder: Path) -> None:
     """Small real inputs of every kind, always the same bytes but for times and places."""
-    torch.set_num_threads(1)
     tiny = Path(promptprior.__file__).parent / "tiny"
     c = {**json.loads((tiny / "config.json").read_text()), "hidden_size": 16,
          "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -170,11 +171,13 @@ KINDS = {
     "hendrycks": Kind("hendrycks.json", "", of_data("hendrycks")),
     **{f"text {name}": Kind(name, "", of_data("text")) for name in (
         "c4.json", "c4.json.gz", "prose.txt")},
-    **{f"run {file}, {name}": Kind(f"runs/{name}", file, RUN)
-       for name in ("point", "svgd", "gaussian") for file in (
-           "config.json", "metrics.jsonl", "prompt.safetensors", "prompts/*.safetensors",
-           "checkpoints/*.safetensors")},
-    "run predictions.jsonl": Kind("runs/point", "predictions.jsonl", [["plot", "COPY"]]),
+    **{f"run {file}, {name}": Kind(f"runs/{name}", file, [
+        c for c in RUN if c[0] in readers or "--resume" in c and "resume" in readers])
+       for name in ("point", "svgd", "gaussian") for file, readers in {
+           "config.json": {c[0] for c in RUN}, "metrics.jsonl": {"compare", "plot", "resume"},
+           "prompt.safetensors": {c[0] for c in RUN} - {"train"},
+           "prompts/*.safetensors": {"compare", "plot"},
+           "checkpoints/*.safetensors": {"resume"}, "predictions.jsonl": {"plot"}}.items()},
     "collection": Kind("acts.safetensors", "", [
         ["compare", "COPY"], ["compare", "COPY", "--json"],
         ["sample", "--model", "WORLD/model", "--prior", "isotropic", "--tokens", "3",
@@ -281,7 +284,7 @@ def damaged_lines(r: random.Random, content: bytes) -> bytes:
         elif lines[i][:1] == b"{":
             try:
                 lines[i] = damaged_json(r, lines[i])
-            except ValueError:  # damaged before
+            except (ValueError, RecursionError):  # damaged before
                 lines[i] = lines[i][:-1]
         else:
             lines[i] = damaged_bytes(r, lines[i])
@@ -436,9 +439,10 @@ def run_case(seed: int, number: int, base: Path, kinds: dict[str, Kind]) -> Outc
     folder.mkdir()
     own = folder / Path(kind.copied).name
     (shutil.copytree if (base / kind.copied).is_dir() else shutil.copy)(base / kind.copied, own)
-    file = r.choice(sorted(own.glob(kind.files))) if kind.files else own
+    files = sorted(own.glob(kind.files)) if kind.files else [own]
+    files = r.sample(files, min(len(files), r.choice([1, 1, 2])))
     command = r.choice(kind.commands)
-    same = damage(r, file)
+    same = all([damage(r, file) for file in files])
     for text, path in (("COPY", own), ("WORLD", base), ("OUT", folder / "out")):
         command = [part.replace(text, str(path)) for part in command]
     status, out, err, problem = captured(command, folder)
@@ -450,7 +454,7 @@ def run_case(seed: int, number: int, base: Path, kinds: dict[str, Kind]) -> Outc
         expected = captured(command, folder)[:2]
         if status != expected[0] or "--json" in command and out != expected[1]:
             problem = "another outcome, though the damage means nothing"
-    return Outcome(name, f"{' '.join(command)} [{file.name}]", status, problem, out + err)
+    return Outcome(name, f"{' '.join(command)} [{files[0].name}]", status, problem, out + err)
 
 
 def captured(command: list[str], folder: Path) -> tuple[int | str, str, str, str]:
@@ -592,6 +596,7 @@ def main() -> int:
     a = p.parse_args()
     kinds = {name: kind for name, kind in KINDS.items() if a.only in name}
     base, counter = Path(tempfile.mkdtemp(prefix="fuzz-")), iter(range(10**9))
+    torch.set_num_threads(1)
     try:
         clock, time.perf_counter = time.perf_counter, lambda: next(counter)  # the same bytes always
         world(base)
