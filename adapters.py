@@ -50,8 +50,8 @@ def to_peft(model: llama.Llama, prompt: Tensor | llama.Past, base: str,
     the token embeddings whose outputs go on, or what any prompt leaves in the layers, of batch 1.
     base, revision: the model's name on the hub, or its folder.
 
-    Raises AdapterError for a prompt that some layer has less of: PEFT's prefix is in all layers,
-    and without biases the queries of x and -x are opposite, so no finite key goes unseen by both."""
+    Raises AdapterError for a prompt that some layer has less of: PEFT's prefix is in all layers, and
+    as the queries of x and -x are opposite but for biases, no finite key is unseen by both."""
     c = model.config
     if isinstance(prompt, Tensor):
         numbers, own = prompt, {
@@ -183,9 +183,9 @@ def fit(adapter: Adapter, c: llama.Config) -> llama.Prompt | llama.Prefix:
 def _embeddings(path: Path) -> Tensor:
     """prompt_embeddings of an adapter's folder, as they are stored."""
     if not (path / WEIGHTS).exists() and (path / "adapter_model.bin").exists():
-        raise AdapterError(f"{path / 'adapter_model.bin'}: a pickle, which can run anything when it "
-                           "is read: load it with PEFT where you trust it, and save it again by "
-                           "model.save_pretrained(DIR), which writes safetensors")
+        raise AdapterError(f"{path / 'adapter_model.bin'}: a pickle, which can run anything when "
+                           "it is read: load it with PEFT where you trust it, and save it again "
+                           "by model.save_pretrained(DIR), which writes safetensors")
     try:
         with safe_open(regular(path / WEIGHTS), framework="pt") as f:
             names = [*f.keys()]

@@ -31,6 +31,8 @@ TITLES = {
     "collapse": "collapse", "effective_rank": "rank", "variance_ratio": "variance",
     "frechet": "Frechet", "precision": "precision", "recall": "recall", "mmd": "MMD", "mmd_p": "p",
     "knn": "kNN", "auc": "AUC", "silhouette": "silhouette",
+    "mass": "mass", "content": "content", "shift": "shift", "bias": "bias", "one": "one",
+    "one_head": "one, head",
     "step": "step", "matched_step": "matched", "p_matched_step": "p", "uniform_step": "uniform",
     "p_uniform_step": "p", "spread": "spread", "matched_spread": "matched",
     "p_matched_spread": "p", "uniform_spread": "uniform", "p_uniform_spread": "p"}
@@ -162,6 +164,73 @@ def what_rows_say(rows: Tensor, layer: int, model: llama.Llama,
             rows.numpy(), embeddings.float().cpu().numpy(), metric=metric)[0][:, 0]]
             for metric in ("cosine", "l2")}
     return {reading: [vocabulary.decode([i]) for i in tokens] for reading, tokens in ids.items()}
+
+
+@torch.no_grad()
+def attention(model: llama.Llama, past: llama.Past, texts: list[list[int]]
+              ) -> list[tuple[str, dict[str, float]]]:
+    """What a prompt before token rows does to attention, at each layer where it has columns: a
+    prefix can only scale what content pays to content, and add a bias of few directions (Petrov
+    et al. 2024, arXiv 2310.19698).
+
+    mass: the share that goes to the prompt, mean over heads and tokens. content: the largest
+    difference that the prompt makes to what a token pays to each other, renormalised over content:
+    0 at the first such layer, whose input is the same with and without. shift: mean total
+    variation between the two. bias: mean norm of what the prompt's values add, over that of all
+    that attention adds. one: the share of that bias's square over positions that lies in one
+    direction, of the layer's output and, mean over heads, of a head's."""
+    found: dict[int, list[dict]] = {}
+    for ids in texts:
+        inputs = [{}, {}]
+        for start, x in zip((None, past), inputs):
+            model(torch.tensor([ids], device=model.embeddings.device), start, tap=x.__setitem__)
+        for i, layer in enumerate(model.model.layers):
+            if past.keys[i] is None:
+                continue
+            (plain, _), (scores, v) = (_scores(model, layer, x[i], k, n) for x, k, n in zip(
+                inputs, (None, past.keys[i]), (0, int(past.position))))
+            n = past.keys[i].shape[2]
+            w, w0 = scores.softmax(dim=-1), plain.softmax(dim=-1)  # (H, T, n + T), (H, T, T)
+            mass = w[..., :n].sum(dim=-1)
+            content = w[..., n:] / w[..., n:].sum(dim=-1, keepdim=True)
+            group = len(w) // past.values[i].shape[1]
+            prompt = past.values[i][0].repeat_interleave(group, 0).float()  # (H, n, hd)
+            value = v.transpose(0, 1).repeat_interleave(group, 0)  # (H, T, hd)
+            heads = w[..., :n] @ prompt
+            out = layer.self_attn.o_proj.weight.float()
+            add = lambda h: h.transpose(0, 1).flatten(1) @ out.T  # (H, T, hd) -> (T, D)
+            found.setdefault(i, []).append({
+                "mass": mass.mean(), "content": (content - w0).abs().max(),
+                "shift": (content - w0).abs().sum(dim=-1).mean() / 2,
+                "bias": add(heads).norm(dim=1).mean()
+                / (add(heads + w[..., n:] @ value)).norm(dim=1).mean(),
+                "add": add(heads), "heads": heads})
+    rows = []
+    for i, each in found.items():
+        whole = torch.cat([e.pop("add") for e in each])
+        heads = torch.cat([e.pop("heads") for e in each], dim=1)
+        one = lambda x: (s := torch.linalg.svdvals(x) ** 2)[..., 0] / s.sum(dim=-1)
+        numbers = {k: float((torch.stack([e[k] for e in each])).max() if k == "content" else
+                            torch.stack([e[k] for e in each]).mean()) for k in each[0]}
+        rows.append((f"layer {i}", {**numbers, "one": float(one(whole)),
+                                    "one_head": float(one(heads).mean())}))
+    return rows
+
+
+def _scores(model, layer, x: Tensor, k0: Tensor | None, position: int):
+    """Attention's logits (H, T, n + T) of a layer with input x (T, D), and its values (T, G, hd),
+    in fp32."""
+    T, hd = len(x), layer.hd
+    cos, sin = model._angles(position + torch.arange(T, device=x.device))
+    h = layer.input_layernorm(x)
+    q, k, v = (layer.self_attn[name](h).unflatten(-1, (-1, hd)) for name in (
+        "q_proj", "k_proj", "v_proj"))
+    q, k = (llama.rotate(t, cos, sin).transpose(0, 1).float() for t in (q, k))
+    k = k if k0 is None else torch.cat((k0[0].float(), k), dim=1)
+    scores = q @ k.repeat_interleave(len(q) // len(k), 0).transpose(1, 2) * hd**-0.5
+    hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    hidden = torch.nn.functional.pad(hidden, (k.shape[1] - T, 0))
+    return scores.masked_fill_(hidden, -torch.inf), v.float()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -379,6 +379,21 @@ def line(curve: list[dict], caption: str) -> str:
     return viz.figure(panels, "From one prompt to another", caption)
 
 
+def attention(rows: list[tuple[str, dict[str, float]]], caption: str) -> str:
+    """What a prompt does to attention, layer by layer."""
+    x = np.array([int(name.split()[1]) for name, _ in rows], float)
+    curve = lambda name, key, colour: viz.Curve(
+        name, x, np.array([numbers[key] for _, numbers in rows]), None, None, colour, True)
+    panels = [[curve("share of attention to the prompt", "mass", viz.VERMILION),
+               curve("shift of attention among content", "shift", viz.BLUE)],
+              [curve("one direction's share of the bias", "one", viz.GREEN),
+               curve("the same, of a head's", "one_head", viz.PURPLE),
+               curve("bias over all that attention adds", "bias", viz.ORANGE)]]
+    return viz.figure([viz.Panel(marks, ("layer", ""), equal=False, frame=np.array([
+        (x.min(), 0.0), (max(x.max(), x.min() + 1), 1.0)])) for marks in panels],
+        "What the prompt does to attention", caption)
+
+
 def figure_9(world: World):
     """Draws of the exclusion prior over the vocabulary, PCA."""
     vocabulary, seed = world.embeddings, world.a.seed

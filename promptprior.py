@@ -65,7 +65,7 @@ def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = TIT
 
 
 def final_table(a: SimpleNamespace, metrics: list[dict]) -> str:
-    names = {"baseline": "no prompt", "text": text_name(a)}
+    names = {"baseline": "no prompt", "text": text_name(a.text)}
     evals = [m for m in metrics if m["split"] == "eval"]
     if not evals and imported(a):
         return "imported: `eval` scores it"
@@ -399,7 +399,7 @@ def open_rows(path: str, given: dict):
 def command_eval(given: dict) -> None:
     from train import evaluate
 
-    as_json, spec = given.pop("json", False), given.pop("data", None)
+    as_json, spec, texts = (given.pop(k, None) for k in ("json", "data", "texts"))
     run, a, model, vocabulary, prompt = open_run(given.pop("run"), given)
     if spec is None:
         evals = training_and_evaluation(a)[1]
@@ -407,7 +407,7 @@ def command_eval(given: dict) -> None:
         evals = some_of(read_questions(spec, 1, a.keep_unanswerable), a.eval_limit)
     spec = spec or a.eval_data or f"{a.data}, held out"
     evals = encode(evals, vocabulary, a.max_length, spec)
-    pasts = [*plain_pasts(a, model, vocabulary).values(), *trained_pasts(run, a, model, prompt)]
+    pasts = [*plain_pasts(a, model, vocabulary, texts).values(), *trained_pasts(run, a, model, prompt)]
     rows = [(name, evaluate(model, vocabulary, past, evals, a, name)[0]) for name, past in pasts]
     if as_json:
         show(json.dumps({"run": str(run.path), "data": spec, "questions": len(evals.rows),
@@ -691,6 +691,36 @@ def command_interpolate(given: dict) -> None:
     say(f"{folder.path}: curve.jsonl, curve.svg")
 
 
+def command_attention(given: dict) -> None:
+    """What the theory says of a prompt before the text, and what happens."""
+    import torch
+
+    import compare
+    import figures
+
+    as_json, limit = given.pop("json", False), given.pop("limit", 32)
+    if limit < 1:
+        raise UserError(f"--limit {limit}: ask for at least one question")
+    run, a, model, vocabulary, prompt = open_run(given.pop("run"), given)
+    if a.place != "before":
+        raise UserError(f"{run.path}: its prompt stands inside the texts (--place {a.place}), and "
+                        "what is measured is one before them")
+    questions = encode(some_of(training_and_evaluation(a)[1], limit), vocabulary, a.max_length,
+                       "evaluation")
+    with torch.no_grad():
+        rows = compare.attention(model, prompt.past(model), [r.question for r in questions.rows])
+    caption = (f"{run.path.name}: {a.method}, prior {prior_name(a)}, seed {a.seed}, {a.steps} "
+               f"steps on {spec_name(a.data)}, model {model_folder(a).name}; "
+               f"{len(questions.rows)} questions. At the first layer with prompt columns the "
+               f"content's own shares differ by at most {rows[0][1]['content']:.1g}.")
+    run.write("figures/attention.svg", figures.attention(rows, caption).encode())
+    if as_json:
+        show(json.dumps({"run": str(run.path), "attention": dict(rows)}))
+    else:
+        show(f"{run.path}, {len(questions.rows)} questions\n\n{table(rows, compare.TITLES)}")
+    say(f"{run.path / 'figures/attention.svg'}")
+
+
 def named_spec(text: str) -> tuple[str, str]:
     """"prose=text:PATH" -> ("prose", "text:PATH"); without a name it is "".  """
     name, equals, spec = text.partition("=")
@@ -855,8 +885,9 @@ def command_export(given: dict) -> None:
              "sha256": run.config()["sha256"]["model"], **{k: getattr(a, k) for k in (
                  "method", "place", "tokens", "deep_layers", "cut", "posterior", "seed", "dtype")},
              "prior": prior_name(a), "data": spec_name(a.data)}
-    for name, content in (files | {adapters.ABOUT: (json.dumps(about, indent=2) + "\n").encode()}
-                          ).items():
+    (folder / adapters.CONFIG).unlink(missing_ok=True)  # last: without it there is no adapter
+    for name, content in ({adapters.ABOUT: (json.dumps(about, indent=2) + "\n").encode()}
+                          | files).items():
         write_file(folder / name, content)
     with torch.no_grad():
         apart, scale = adapters.difference(
@@ -1000,6 +1031,8 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--data", help="data to evaluate on, a SPEC (the run's evaluation data)")
     c.add_argument("--limit", dest="eval_limit", type=int,
                    help="most questions, 0 for all (the run's)")
+    c.add_argument("--text", dest="texts", nargs="+", metavar="TEXT",
+                   help="text prompts to score beside it (the run's)")
     c.add_argument("--max-length", type=int, help="most tokens of a question's text (the run's)")
     c.add_argument("--keep-unanswerable", **unanswerable)
     c.add_argument("--json", action="store_true", help="print JSON")
@@ -1040,6 +1073,12 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--out", help="folder for curve.jsonl (RUN_A-to-RUN_B)")
     c.add_argument("--json", action="store_true", help="print JSON")
 
+    c = command("attention", "Measure what a run's prompt does to attention: the share it takes, "
+                "what it changes among content, the directions it adds.", [some])
+    c.add_argument("run", metavar="RUN", help="a run's folder")
+    c.add_argument("--limit", type=int, help="questions (32)")
+    c.add_argument("--json", action="store_true", help="print JSON")
+
     c = command("figures", "Draw the paper's figures, and measure what each shows.",
                 [MODEL, FIGURE])
     c.add_argument("numbers", metavar="N", nargs="*", type=int, help="figures, 1 to 13 (all)")
@@ -1074,7 +1113,7 @@ def parser() -> argparse.ArgumentParser:
 COMMANDS = {"train": command_train, "eval": command_eval, "generate": command_generate,
             "sample": command_sample, "collect": command_collect,
             "compare": command_compare, "interpolate": command_interpolate,
-            "figures": command_figures, "plot": command_plot,
+            "attention": command_attention, "figures": command_figures, "plot": command_plot,
             "export": command_export, "import": command_import}
 
 

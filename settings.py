@@ -309,8 +309,8 @@ def prior_name(a: SimpleNamespace) -> str:
                                    for part in rest.split(","))
 
 
-def text_name(a: SimpleNamespace) -> str:
-    return f"text prompt {textwrap.shorten(a.text, 40)!r}"
+def text_name(text: str) -> str:
+    return f"text prompt {textwrap.shorten(text, 40, placeholder='...')!r}"
 
 
 def spec_name(spec: str) -> str:
@@ -553,15 +553,21 @@ def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length
     return Questions(*map(list, zip(*pairs)))
 
 
-def plain_pasts(a: SimpleNamespace, model, vocabulary) -> dict[str, tuple[str, object]]:
-    """What a trained prompt stands beside, {split: (name, Past)}: no prompt, and a text prompt if
-    there is a text."""
+def plain_pasts(a: SimpleNamespace, model, vocabulary,
+                texts: list[str] | None = None) -> dict[str, tuple[str, object]]:
+    """What a trained prompt stands beside, {split: (name, Past)}: no prompt, and text prompts (None:
+    the run's own, if it has one)."""
     import torch
 
     pasts = {"baseline": ("no prompt", model.empty())}
-    if a.text:
-        ids = torch.tensor([vocabulary.encode_plain(a.text)], device=a.device)
-        pasts["text"] = (text_name(a), model.extend(ids))
+    room = model.config.max_position_embeddings - a.max_length - a.max_new
+    for i, text in enumerate(texts or [a.text] * bool(a.text)):
+        ids = vocabulary.encode_plain(text)
+        if not 0 < len(ids) <= room:
+            raise UserError(f"the {text_name(text)} has {len(ids)} tokens: give 1 to {room}, or "
+                            f"less --max-length (now {a.max_length})")
+        pasts[f"text{f' {i + 1}' * (i > 0)}"] = (text_name(text), model.extend(
+            torch.tensor([ids], device=a.device)))
     return pasts
 
 

@@ -158,7 +158,8 @@ def test_rows_in_numpys_format(hf, tmp_path):
             np.save(f, x.numpy().astype(dtype))
         prompt = from_peft(tmp_path / "encoder.prompt.prompt.prompt", c)
         torch.testing.assert_close(prompt.rows[0].detach(), x, rtol=1e-3, atol=1e-3)
-    for bad, said in ((x.numpy()[0], "expected floating-point"), (x.numpy()[:, :7], "another model"),
+    for bad, said in ((x.numpy()[0], "expected floating-point"),
+                      (x.numpy()[:, :7], "another model"),
                       (np.array([["a"]]), "<U1 numbers"), (x.numpy() * np.nan, "not finite"),
                       (np.array([[object()]]), "no array of numbers"),
                       (np.ones((2, 48), np.int64), "int64")):

@@ -236,3 +236,45 @@ def test_sample_judges_a_prior(capsys):
     report = json.loads(out.out)[0]["judged"]
     assert set(report) == {"held-out rows", "prior's draws", "reference rows"}
     assert "judged by it" in out.err
+
+
+@pytest.mark.parametrize("cut, layers", [(True, (1, 3)), (False, (0,))])
+def test_attention_of_a_prompt_is_what_theory_says(hf, cut, layers):
+    """At the first layer with columns the content's own shares stay as they were; of one row a
+    head's bias has one direction; the weights are those of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    import llama
+    from llama import load
+
+    oracle, folder = hf()
+    model, g = load(folder, torch.float32), torch.Generator().manual_seed(0)
+    texts = [torch.randint(2, 97, (t,), generator=g).tolist() for t in (9, 14)]
+    past = model.prompt_past({i: torch.randn(3, 48, generator=g) for i in layers}, cut)
+    rows = dict(compare.attention(model, past, texts))
+    assert [*rows] == [f"layer {i}" for i in (layers if cut else range(4))]
+    first, *later = rows.values()
+    assert first["content"] < 1e-5 and first["shift"] < 1e-6 and 0 < first["mass"] < 1
+    assert all(n["content"] > 1e-3 for n in later)
+    assert all(0 < n["one"] <= 1 and 0 < n["bias"] for n in rows.values())
+    one = dict(compare.attention(model, model.prompt_past(
+        {i: torch.randn(1, 48, generator=g) for i in layers}, cut), texts))
+    assert [*one.values()][0]["one_head"] == pytest.approx(1, abs=1e-5)
+    # a prompt of tokens, kept, is a text: transformers tells what it takes of attention
+    ids = [5, 6, 7]
+    past = model.extend(torch.tensor([ids]))
+    past = llama.Past(past.keys, past.values, past.real[:, :0], past.position)
+    rows = compare.attention(model, past, texts[:1])
+    oracle = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        weights = oracle(torch.tensor([ids + texts[0]]), output_attentions=True).attentions
+    for (_, numbers), w in zip(rows, weights, strict=True):
+        assert numbers["mass"] == pytest.approx(w[0, :, 3:, :3].sum(-1).mean().item(), rel=1e-4)
+
+
+def test_attention_command(runs, capsys):
+    assert run("attention", runs / "squad", "--limit", 3, "--json") == 0
+    measured = json.loads(capsys.readouterr().out)["attention"]
+    assert [*measured] == [f"layer {i}" for i in range(6)] and measured["layer 0"]["content"] < 1e-5
+    assert (runs / "squad/figures/attention.svg").exists()
+    assert run("attention", runs / "squad", "--limit", 0) == 2

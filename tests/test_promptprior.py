@@ -312,17 +312,27 @@ def test_the_readme_lists_the_registry():
         assert row.endswith("| yes |") == prior.has_density
 
 
-def test_modules_stand_alone(tmp_path):
-    """Each of these is copied into an empty folder and imported there."""
+@pytest.mark.parametrize("name", ["llama", "data", "priors", "posteriors", "geometry", "viz"])
+def test_modules_stand_alone(tmp_path, name):
+    """Each is copied into an empty folder, imported there, and what the README says of it runs."""
     import shutil
 
-    for name in ("llama", "data", "priors", "posteriors", "geometry", "viz"):
-        folder = tmp_path / name
-        folder.mkdir()
-        shutil.copy(HERE / f"{name}.py", folder)
-        subprocess.run([sys.executable, "-I", "-c",
-                        f"import sys; sys.path.insert(0, '.'); import {name}"],
-                       cwd=folder, check=True)
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    (tmp_path / "tiny").symlink_to(HERE / "tiny")
+    readme = (HERE / "README.md").read_text()
+    snippet = re.search(rf"<!-- copied: {name} -->\n```python\n(.*?)```", readme, re.DOTALL)
+    assert snippet or name in ("data", "posteriors", "geometry")
+    subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.')\n"
+                    + (snippet[1] if snippet else f"import {name}")], cwd=tmp_path, check=True)
+
+
+def test_eval_scores_several_texts(trained, capsys):
+    assert run("eval", trained, "--json", "--text", "short answer", "story") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert [*scores][:3] == ["no prompt", "text prompt 'short answer'", "text prompt 'story'"]
+    assert scores["text prompt 'short answer'"]["loss"] < scores["text prompt 'story'"]["loss"]
+    assert run("eval", trained, "--text", "a " * 600) == 2
+    assert "tokens: give 1 to" in capsys.readouterr().err
 
 
 def squad_file(folder, **changes):
