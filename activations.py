@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 import random
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -234,7 +233,8 @@ class Collection:
         self.path = Path(path)
         try:
             self.file = safe_open(llama.regular(self.path), framework="pt")
-            self.about = data.parse_json((self.file.metadata() or {})["promptprior"], "its metadata")
+            about = (self.file.metadata() or {})["promptprior"]
+            self.about = data.parse_json(about, "its metadata")
             self._check()
         except FileNotFoundError:
             raise ActivationError(f"{self.path}: no such file: make it by `collect --out "

@@ -50,8 +50,9 @@ def to_peft(model: llama.Llama, prompt: Tensor | llama.Past, base: str,
     the token embeddings whose outputs go on, or what any prompt leaves in the layers, of batch 1.
     base, revision: the model's name on the hub, or its folder.
 
-    Raises AdapterError for a prompt that some layer has less of: PEFT's prefix is in all layers, and
-    as the queries of x and -x are opposite but for biases, no finite key is unseen by both."""
+    Raises AdapterError for a prompt that some layer has less of: PEFT's prefix is in all layers,
+    and as the queries of x and -x are opposite but for biases, none of its keys is unseen by both.
+    """
     c = model.config
     if isinstance(prompt, Tensor):
         numbers, own = prompt, {
@@ -205,7 +206,7 @@ def _numpy(path: Path) -> Tensor:
     """Rows of a file in numpy's format, whatever its name (google-research/prompt-tuning's has no
     ending)."""
     try:
-        x = np.load(path, allow_pickle=False)
+        x = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(x, np.ndarray) and x.dtype.kind == "f":
             return torch.from_numpy(x.astype(np.float32))
         what = f"{x.dtype} numbers" if isinstance(x, np.ndarray) else "an archive"

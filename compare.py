@@ -11,6 +11,7 @@ Prompt-Tuning (arXiv 2412.18582).
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Callable
 
 import numpy as np
@@ -22,6 +23,7 @@ import geometry
 import llama
 import priors
 from activations import Collection
+from settings import UserError, imported, prior_name, text_name
 
 MOST = 2000  # rows of a population in measures that want all pairs
 
@@ -36,6 +38,46 @@ TITLES = {
     "step": "step", "matched_step": "matched", "p_matched_step": "p", "uniform_step": "uniform",
     "p_uniform_step": "p", "spread": "spread", "matched_spread": "matched",
     "p_matched_spread": "p", "uniform_spread": "uniform", "p_uniform_spread": "p"}
+
+
+SCORES = {"loss": "loss", "exact_match": "exact match", "precision": "precision",
+          "recall": "recall", "f1": "F1", "accuracy": "accuracy", "accuracy_value": "same value",
+          "calibration_error": "ECE"}
+
+
+def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = SCORES) -> str:
+    """Names and numbers as aligned columns, those of titles {key: heading} that any row has. A
+    score has one decimal, anything else three digits."""
+    keys = [k for k in titles if any(k in numbers for _, numbers in rows)]
+
+    def cell(key: str, numbers: dict[str, float]) -> str:
+        if key not in numbers:
+            return ""
+        if key in SCORES:
+            return f"{numbers[key]:.3f}" if key == "loss" else f"{numbers[key]:.1f}"
+        return f"{numbers[key]:#.3g}".rstrip(".")
+
+    lines = [["", *(titles[k] for k in keys)]]
+    lines += [[name, *(cell(k, numbers) for k in keys)] for name, numbers in rows]
+    wide = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(f"{first:<{wide[0]}}" + "".join(
+        f"  {text:>{max(w, 6)}}" for text, w in zip(rest, wide[1:])) for first, *rest in lines)
+
+
+def final_table(a: SimpleNamespace, metrics: list[dict]) -> str:
+    names = {"baseline": "no prompt", "text": text_name(a.text)}
+    evals = [m for m in metrics if m["split"] == "eval"]
+    if not evals and imported(a):
+        return "imported: `eval` scores it"
+    if not evals:
+        raise UserError("the run has no evaluation in its metrics.jsonl: go on with it by "
+                        "train --out RUN --resume")
+    together = f", {a.particles} particles together" if a.posterior == "svgd" else ""
+    end = f"{prior_name(a)} prior, {evals[-1]['step']} steps{together}"
+    return table([(names[m["split"]], m) for m in metrics if m["split"] in names]
+                 + [(f"{prior_name(a)} prior, untrained", evals[0])]
+                 + [(end, m) for m in evals[-1:] if m["step"]],
+                 {k: title for k, title in SCORES.items() if k != "calibration_error"})
 
 
 def some(x: Tensor, count: int = MOST) -> np.ndarray:
@@ -282,8 +324,8 @@ def paths_of(file: Collection, domain: str, most: int = MOST,
 def walks(file: Collection, layer: int, domain: str, embeddings: Tensor | None = None,
           roles: tuple[str, ...] = ()) -> dict[str, float]:
     """Are a domain's texts (in these roles; none: all) local at a layer: their steps' mean length
-    and spread against random walks over their own tokens, and over all token types alike; at the embeddings, given here
-    (V, D), over the vocabulary (paper 4.1)."""
+    and spread against random walks over their own tokens, and over all token types alike; at the
+    embeddings, given here (V, D), over the vocabulary (paper 4.1)."""
     paths, index = paths_of(file, domain, roles=roles)
     rows = file.rows(layer, index).float()
     place = torch.full((len(file.field["role"]),), -1)

@@ -34,7 +34,7 @@ PAD = -1  # an empty place in a batch of token ids
 NO_LABEL = -100  # a place whose prediction is not scored
 LARGEST = 2**31  # bytes of a file that is read at once
 LONGEST = 2**24  # characters of one text
-SEEN = 2**20  # of them that are made tokens, each some hundred bytes; no model has so many positions
+SEEN = 2**20  # of them that are made tokens, of a hundred bytes and more each
 EXPANDED = 100  # times its size that a .gz over LONGEST becomes at most; texts become 3 to 10 times
 
 

@@ -10,6 +10,7 @@ is made (the command line makes it). `paper` is Exploring Embedding Priors in Pr
 
 from __future__ import annotations
 
+import shutil
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,63 @@ def counts(world: World, *domains: str) -> str:
     each = ", ".join(f"{len(file.chosen(d))} of {d}" for d in domains)
     return (f"Rows: {each}; BOS and {int(file.field['massive'].sum())} rows of massive norm left "
             f"out. Seed {file.about['seed']}.")
+
+
+# --------------------------------------------------------------------------------------------------
+# a run's own figures: its layers, at a page's or a terminal's width
+
+
+def layer_figure(i: int, reference: "Reference", series: list[tuple[str, "Tensor"]],
+                 caption: str) -> str:
+    """The principal plane of a layer's reference, the draw and, if there is a second series,
+    where its rows went."""
+    points = [rows.numpy() for _, rows in series]
+    name, reference = reference.name, reference.rows.numpy()
+    # a text prompt of a token or two spans no plane of its own
+    plane = viz.pca(reference if len(reference) > 2 else np.concatenate([reference, *points]))
+    flat = [viz.project(plane, rows) for rows in points]
+    looks = ((viz.BLUE, True), (viz.VERMILION, False))
+    marks = [viz.Points(label, xy, *look) for (label, _), xy, look in zip(series, flat, looks)]
+    if len(flat) == 2:
+        marks.insert(0, viz.Arrows("from start to end", *flat))
+    return viz.figure([viz.Panel([viz.Cloud(name, viz.project(plane, reference)), *marks],
+                                 viz.axis_names(plane))],
+                      f"Layer {i}, its input" if i else "Token embeddings", caption)
+
+
+def draw_run(run, a: SimpleNamespace, found: dict) -> list[str]:
+    """figures/layer-NN.svg for every layer that owns rows."""
+    (start, end), names = run.start_and_end(), []
+    steps = max((m["step"] for m in run.metrics() if "step" in m), default=0)
+    for i, reference in found.items():
+        count, norm = len(reference.rows), reference.rows.norm(dim=1).mean()
+        moved = (end[i] - start[i]).norm(dim=1).mean().item()
+        caption = (f"{run.path.name}: prior {prior_name(a)}, seed {a.seed}, {steps} steps on "
+                   f"{spec_name(a.data)}, model {Path(a.model).name}. {len(end[i])} rows in the "
+                   f"principal plane of the reference ({reference.name}, {count} rows), fitted "
+                   f"without them. A row moved {moved:.3g} on average; mean norms: reference "
+                   f"{norm:.3g}, draw {start[i].norm(dim=1).mean():.3g}, "
+                   f"trained {end[i].norm(dim=1).mean():.3g}.")
+        svg = layer_figure(i, reference,
+                           [("prior draw", start[i]), ("trained rows", end[i])], caption)
+        names.append(f"figures/layer-{i:02d}.svg")
+        run.write(names[-1], svg.encode())
+    return names
+
+
+def text_picture(run, a: SimpleNamespace, found: dict) -> str:
+    """The same in characters, for a terminal."""
+    columns, lines = shutil.get_terminal_size((80, 30))
+    (start, end), out = run.start_and_end(), []
+    for i, reference in found.items():
+        plane = viz.pca(reference.rows.numpy())
+        out += [f"{run.path}, layer {i}: . {reference.name} ({len(reference.rows)} rows), o prior "
+                f"draw, # trained; {', '.join(viz.axis_names(plane))}",
+                viz.braille(viz.project(plane, reference.rows.numpy()),
+                            [(letter, viz.project(plane, rows[i].numpy()))
+                             for letter, rows in (("o", start), ("#", end))],
+                            min(columns, 120) - 1, min(lines - 4, 40))]
+    return "\n".join(out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,7 +276,8 @@ def figure_4(world: World):
                                 f"{name}: {numbers[f'bimodality_{i}']:.2f}", ticks=False))
     return panels, numbers, (
         "Above each panel Sarle's bimodality coefficient along the first component: 0.33 for a "
-        f"Gaussian, 0.56 if uniform, towards 1 for two heaps. {counts(world, 'text')} {made_of(world)}")
+        f"Gaussian, 0.56 if uniform, towards 1 for two heaps. {counts(world, 'text')} "
+        f"{made_of(world)}")
 
 
 def figure_5(world: World):
@@ -244,8 +303,8 @@ def figure_5(world: World):
         f"The least probe AUC of a pair is {least:.3f}, the mean silhouette {apart:.2f} (1: far "
         "apart, 0: overlapping), both in all dimensions. "
         "Means over an example's tokens after the final norm, "
-        f"{', '.join(str(len(x)) for x in rows)} examples. t-SNE: perplexity {map_.perplexity:.0f}, KL {map_.kl:.3f}, seed "
-        f"{world.a.seed}. {made_of(world)}")
+        f"{', '.join(str(len(x)) for x in rows)} examples. t-SNE: perplexity "
+        f"{map_.perplexity:.0f}, KL {map_.kl:.3f}, seed {world.a.seed}. {made_of(world)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,8 +527,9 @@ def figure_13(world: World):
         f"{mine['effective_rank']:.0f} (rows {judged['held-out rows']['effective_rank']:.0f}); "
         f"MMD^2 to the rows {mine['mmd']:.2g} (fitted Gaussian {gaussian['mmd']:.2g}), Frechet "
         f"{mine['frechet']:.3g} ({gaussian['frechet']:.3g}), precision {mine['precision']:.0f} %, "
-        f"recall {mine['recall']:.0f} %. Inputs of layer {i}, one plane. The numbers judge a VAE fitted "
-        f"without a fifth of the rows by that fifth. {counts(world, 'squad')} {made_of(world)}")
+        f"recall {mine['recall']:.0f} %. Inputs of layer {i}, one plane. The numbers judge a VAE "
+        f"fitted without a fifth of the rows by that fifth. {counts(world, 'squad')} "
+        f"{made_of(world)}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -726,7 +726,7 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
         raise ModelError(f"{index}: no weight_map of tensor names to files: fetch it again")
     for name, file in weight_map.items():
         # links may lead anywhere, as the hub's cache is made of them; names may not
-        if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", file):
+        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]{0,200}", file, re.A):
             raise ModelError(f"{index}: {name!r:.80} is said to be in {file!r:.80}, which is not "
                              "a file name in this folder: do not use this folder unless you "
                              "trust its maker")

@@ -167,7 +167,7 @@ class MeanField(Point):
     prompt a step (reparameterised; as in variational prompt learning)."""
 
     RATE = 0.05  # of the log standard deviations, which know no scale
-    clips = False  # clipped, the large ones of its noisy gradients would count less: another optimum
+    clips = False  # or the large ones of its noisy gradients would count less: another optimum
 
     def __init__(self, start: Rows, scales: dict[int, float], weight: float, seed: int):
         super().__init__(start, scales, weight, seed)

@@ -120,7 +120,8 @@ def population(a: SimpleNamespace, model, vocabulary, layers: list[int], spec: s
                     "have a massive norm and are left out")
     if count < (a.reference_rows or 1):
         raise UserError(f"--reference {spec_name(spec)} has {count} rows, and --reference-rows "
-                        f"asks for {a.reference_rows or 1}: ask for at most that, or give more data")
+                        f"asks for {a.reference_rows or 1}: ask for at most that, or give more "
+                        "data")
     return {i: (x, f"{at[i]} of {spec_name(spec)}", labels) for i, (x, labels) in found.items()}
 
 

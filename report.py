@@ -14,7 +14,6 @@ particles), D width.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from types import SimpleNamespace
@@ -75,9 +74,9 @@ def check(runs: list) -> None:
     """Can these stand on one page? Asks of their folders alone, before any model is loaded."""
     first = None
     for run in runs:
+        weights = run.config().get("sha256", {}).get("model")
         run.snapshots()
         width = next(iter(run.rows("prompt.safetensors").values())).shape[1]
-        weights = run.config().get("sha256", {}).get("model")
         first = first or (run.path, width, weights)
         if width != first[1]:
             raise ReportError(f"{run.path} is of width {width} and {first[0]} of width {first[1]}: "
@@ -238,9 +237,7 @@ def about_run(run, a: SimpleNamespace, config: dict, steps: list[int]) -> dict:
     train = [(m["step"], m["loss"]) for m in metrics if m["split"] == "train"]
     parts = np.array_split(np.array(train, dtype=float).reshape(-1, 2), min(CURVE, len(train) or 1))
     curve = [p.mean(axis=0).round(5).tolist() for p in parts if len(p)]
-    path = run.path / "predictions.jsonl"
-    lines = path.read_text().split("\n") if path.exists() else []
-    predictions = [json.loads(line) for line in lines if line.strip()]
+    predictions = run.predictions()
     count = a.particles if a.posterior == "svgd" else 1
     return {"name": run.path.resolve().name, "prior": prior_name(a), "posterior": a.posterior,
             "steps": steps, "particles": min(count, PARTICLES), "all_particles": count,

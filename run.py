@@ -394,18 +394,21 @@ def _locked(path: Path):
 
 def _read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as f:
+        with safe_open(regular(path), framework="pt") as f:
             about = f.metadata() or {}
             # not mapped: the file is replaced
             tensors = {key: f.get_tensor(key).clone() for key in f.keys()}
-        state = json.loads(about["state"])
+        state = data.parse_json(about["state"], "its state")
+        if {k: type(v) for k, v in state.items()} != {"step": int, "metrics_bytes": int,
+                                                      "due": bool}:
+            raise ValueError("its state is not that of a run")
         if about.get("sha256") != _digest(tensors, state):
             raise RunError(f"{path}: its contents do not match their checksum, the file is damaged")
         return state, tensors
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as e:
         if isinstance(e, RunError):
             raise
-        raise RunError(f"{path}: not a checkpoint ({str(e).splitlines()[0]})") from None
+        raise RunError(f"{path}: not a checkpoint ({cause(e)})") from None
 
 
 def _digest(tensors: dict[str, Tensor], state: dict) -> str:

@@ -58,6 +58,7 @@ DATA = {
                       "a file, folder or pattern; squad, math and text alone are the bundled ones"),
     "eval_data": (None, "evaluation data, a SPEC "
                         "(the bundled one's, or a tenth of --data held out)"),
+    "train_examples": (0, "training questions, drawn at random; 0 for all"),
     "eval_limit": (200, "most questions evaluated; 0 for all"),
     "max_length": (None, "most tokens of context, question and answer; longer contexts are cut "
                          "(1024, or what fits)"),
@@ -82,7 +83,6 @@ TRAIN = {
                         "all layers; shared: a key and its value come from one vector (prefix)"),
     "place": ("before", "where the prompt stands: before BOS and text, after-bos, or suffix, "
                         "before the last token that asks for the answer"),
-    "train_examples": (0, "training questions, drawn at random; 0 for all"),
     "posterior": ("point", "what is trained: point, one prompt; svgd, several that follow the "
                            "posterior's gradient and keep apart; gaussian, a mean and a standard "
                            "deviation for every number of the rows"),
@@ -120,8 +120,9 @@ FIGURE = {
 }
 POSITIVE = {"particles", "batch_size", "max_new", "eval_every", "snapshot_every", "max_length",
             "reference_rows", "lr", "clip"}
-NOT_NEGATIVE = {"prefix_layers", "train_examples", "steps", "skip_bad_steps", "tokens", "deep_layers", "eval_limit", "warmup", "seed", "prior_weight",
-                "trunk_memory", "examples", "limit"}
+NOT_NEGATIVE = {"prefix_layers", "train_examples", "steps", "skip_bad_steps", "tokens",
+                "deep_layers", "eval_limit", "warmup", "seed", "prior_weight", "trunk_memory",
+                "examples", "limit"}
 MOST = {"particles": 1000, "batch_size": 2**16}  # each is a prompt, or a row, in memory
 FLOATS = {"lr", "clip", "prior_weight", "trunk_memory"}
 # numbers that have no default
@@ -145,7 +146,8 @@ class UserError(ValueError):
 # settings
 
 
-CONTROL = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)?"
+CONTROL = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+                     r"|(?:\x1b\]|\x9d)[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)?"
                      r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -167,6 +169,12 @@ def show(text: str, file=None) -> None:
     file = file or sys.stdout
     encoding = getattr(file, "encoding", None) or "utf-8"
     print(clean(text).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
+def out_of_memory(e: Exception) -> bool:
+    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or isinstance(
+        e, RuntimeError) and any(text in str(e) for text in (
+            "not enough memory", "out of memory", "can't allocate memory"))
 
 
 def say(text: str) -> None:
@@ -523,7 +531,8 @@ def training_and_evaluation(a: SimpleNamespace) -> tuple[list[data.Example], lis
     out, by whole topics."""
     examples = read_questions(a.data, 0, a.keep_unanswerable)
     if a.eval_data is not None:
-        return some_of(examples, a.train_examples), some_of(read_questions(a.eval_data, 1, a.keep_unanswerable), a.eval_limit)
+        return some_of(examples, a.train_examples), some_of(
+            read_questions(a.eval_data, 1, a.keep_unanswerable), a.eval_limit)
     count = max(len(examples) // 10, 1)
     held = set(map(topic, some_of(examples, min(count, a.eval_limit or count))))
     evals = [e for e in examples if topic(e) in held]
@@ -555,8 +564,8 @@ def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length
 
 def plain_pasts(a: SimpleNamespace, model, vocabulary,
                 texts: list[str] | None = None) -> dict[str, tuple[str, object]]:
-    """What a trained prompt stands beside, {split: (name, Past)}: no prompt, and text prompts (None:
-    the run's own, if it has one)."""
+    """What a trained prompt stands beside, {split: (name, Past)}: no prompt, and text prompts
+    (None: the run's own, if it has one)."""
     import torch
 
     pasts = {"baseline": ("no prompt", model.empty())}

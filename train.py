@@ -33,6 +33,7 @@ import geometry
 import llama
 import posteriors
 from run import Run, RunError, mapped
+from settings import clean, out_of_memory
 
 
 class Stopped(Exception):
@@ -94,6 +95,7 @@ def keep_freed_memory() -> None:
 
 def progress(iterable=None, **options) -> tqdm:
     """A bar at a terminal, of one process."""
+    options["desc"] = clean(options.get("desc") or "")
     return tqdm(iterable, disable=None if world()[0] == 0 else True, **options)
 
 
@@ -511,11 +513,6 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
            if hasattr(signal, name)]
-
-
-def out_of_memory(e: BaseException) -> bool:
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(
-        e, RuntimeError) and ("can't allocate memory" in str(e) or "out of memory" in str(e))
 
 
 def _state(posterior: posteriors.Point, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

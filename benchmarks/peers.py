@@ -23,7 +23,7 @@ import transformers
 
 import data
 import llama
-import promptprior
+import settings
 import train
 
 SHAPES = {  # name -> (dtype, config)
@@ -79,9 +79,9 @@ def models(a: argparse.Namespace, dtype: str, spread: float = 0.02):
 def questions(a: argparse.Namespace, count: int) -> list[list[data.Row]]:
     """`count` batches of rows. The bundled data has the bundled tokenizer; other data one of 16,384
     byte-level BPE tokens trained on itself, which cuts it about as LLaMA's own does."""
-    kind, path = promptprior.parse_spec(a.data, 0)
+    kind, path = settings.parse_spec(a.data, 0)
     examples = [e for e in data.read(kind, path) if e.answers]
-    folder = promptprior.TINY
+    folder = settings.TINY
     with tempfile.TemporaryDirectory() as made:
         if ":" in a.data:
             folder = made

@@ -1,6 +1,7 @@
-"""Sample efficiency of shared structure: score against the number of training questions, for prefixes
-whose keys and values are independent, come from one vector a row (shared), or from one network
-(mlp), and for rows at every layer, cut, whose keys and values share the frozen W_k and W_v.
+"""Sample efficiency of shared structure: score against the number of training questions.
+
+Prefixes whose keys and values are independent (none), come from one vector a row (shared), or from
+one network (mlp); and rows at every layer, cut, whose keys and values share the frozen W_k and W_v.
 
     python benchmarks/sharing.py [--sizes 16,64,256,1024] [--seeds 5] [--data squad]
 
@@ -22,7 +23,7 @@ KINDS = {"none": ("--method", "prefix"), "shared": ("--method", "prefix", "--rep
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--sizes", default="16,64,256,1024")
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--steps", type=int, default=100)

@@ -3,6 +3,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would stall each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402

@@ -116,6 +116,12 @@ def world(folder: Path) -> None:
             "train", "--model", str(model), "--data", spec, "--eval-data", spec, *FEW, "--steps",
             "2", "--eval-every", "1", "--deep-layers", "1", *flags, "--out",
             str(folder / "runs" / name)]) == 0
+    for name, flags in {"rows": [], "prefix": ["--method", "prefix"]}.items():
+        assert promptprior.main([
+            "train", "--model", str(model), "--data", spec, "--eval-data", spec, *FEW, "--steps",
+            "1", *flags, "--out", str(folder / "runs" / name)]) == 0
+        assert promptprior.main(["export", str(folder / "runs" / name), "--to",
+                                 str(folder / "adapters" / name)]) == 0
     assert promptprior.main([
         "collect", "--model", str(model), "--data", f"a=squad:{folder}/squad.json",
         f"b=text:{folder}/c4.json", "--layers", "0,2", "--limit", "12", "--out",
@@ -157,7 +163,12 @@ def of_data(kind: str) -> list[list[str]]:
             ["train", "--model", "WORLD/model", "--data", spec, *FEW, "--out", "OUT"]]
 
 
+ADAPTER = [["import", "COPY", "--model", "WORLD/model", "--data", "squad:WORLD/squad.json", "--out",
+            "OUT"]]
+
 KINDS = {
+    **{f"adapter {name} {file}": Kind(f"adapters/{name}", file, ADAPTER)
+       for name in ("rows", "prefix") for file in ("*.json", "*.safetensors")},
     "weights": Kind("model", "model.safetensors", MODEL),
     "shards": Kind("sharded", "*.safetensors", MODEL),
     "index": Kind("sharded", "*.index.json", MODEL),

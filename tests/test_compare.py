@@ -11,6 +11,7 @@ import compare
 import geometry
 import priors
 import promptprior
+import settings
 import train
 
 FEW = ["--steps", "3", "--eval-every", "3", "--eval-limit", "6", "--batch-size", "4",
@@ -103,8 +104,8 @@ def test_compare_runs(runs, capsys):
     measured = one["measures"]["layer 0 trained"]
     assert measured["moved"] == pytest.approx(np.linalg.norm(end - start, axis=1).mean(), rel=1e-5)
     assert measured["distance"] > one["measures"]["layer 0 prior draw"]["distance"] * 0.9
-    model = promptprior.load_model(promptprior.settings_of(
-        {}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA, promptprior.SAMPLE))
+    model = settings.load_model(settings.settings_of(
+        {}, settings.MODEL, settings.PRIOR, settings.DATA, settings.SAMPLE))
     tokens = model[0].embeddings[model[1].ordinary].numpy()
     fitted = priors.Fitted.fit(torch.tensor(tokens))
     assert measured["distance"] == pytest.approx(np.mean([[np.linalg.norm(a - b) for b in tokens]

@@ -36,8 +36,8 @@ TOKENS = torch.tensor([7, 11, 13])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("place", ["before", "after-bos", "suffix"])
 def test_rows_that_are_tokens_stand_where_the_tokens_would(model, place, share, shape):
-    """Rows that are a text's embeddings, kept, are that text: in the loss, its gradient, and in what
-    is generated. transformers' place is llama.py's, which test_llama.py holds to it."""
+    """Rows that are a text's embeddings, kept, are that text: in the loss, its gradient, and in
+    what is generated. test_llama.py holds the text itself to transformers."""
     rows = random_rows(random.Random(1), SHAPES[shape])
     rows = [r._replace(ids=[0, *r.ids], start=r.start + 1, question=[0, *r.question])
             for r in rows]  # BOS

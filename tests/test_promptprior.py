@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import experiments
 import promptprior
 import references
 import settings
@@ -127,7 +128,7 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
                       (5, signal.SIGTERM)):
         stops.append((step, how))
         with pytest.raises((Killed, train.Stopped)) as e:
-            promptprior.command_train(dict(given))
+            experiments.command_train(dict(given))
         assert not stops and (
             how is Killed or e.value.status == -how and "--resume" in str(e.value))
         given = {"out": str(parts), "resume": True}
@@ -230,9 +231,9 @@ def test_map_keeps_rows_near_the_prior(tmp_path):
         assert run("train", "--prior", "fitted", "--prior-weight", weight, "--out", out,
                    "--steps", 20, "--eval-every", 20, "--eval-limit", 2, "--batch-size", 2,
                    "--max-new", 2, "--lr", 0.02) == 0
-        a = promptprior.settings_of({"prior": "fitted"}, promptprior.MODEL, promptprior.PRIOR,
-                                    promptprior.DATA, promptprior.SAMPLE)
-        model, vocabulary = promptprior.load_model(a)
+        a = settings.settings_of({"prior": "fitted"}, settings.MODEL, settings.PRIOR,
+                                    settings.DATA, settings.SAMPLE)
+        model, vocabulary = settings.load_model(a)
         reference = references.references(a, model, vocabulary, [0])[0].rows
         fitted = priors.Fitted.fit(reference)
         density[weight] = fitted.log_prob(
@@ -254,9 +255,9 @@ def test_sample(tmp_path, capsys):
 
 def test_text_prior_is_the_text_prompt(tmp_path):
     """Rows that begin as a text's tokens score, untrained, exactly what the text itself scores."""
-    a = promptprior.settings_of({}, promptprior.MODEL, promptprior.PRIOR, promptprior.DATA,
-                                promptprior.SAMPLE)
-    model, vocabulary = promptprior.load_model(a)
+    a = settings.settings_of({}, settings.MODEL, settings.PRIOR, settings.DATA,
+                                settings.SAMPLE)
+    model, vocabulary = settings.load_model(a)
     ids = vocabulary.encode_plain("short answer")
     assert run("train", "--prior", "text", "--tokens", len(ids), "--steps", 0,
                "--out", tmp_path / "t", "--eval-limit", 8) == 0
@@ -273,9 +274,9 @@ def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(HERE)
     out = tmp_path / "o"
     for spec in ("squad:tiny/squad/train.json", "math:tiny/math/train-easy/*_mul.txt"):
-        a = promptprior.settings_of({"data": spec}, promptprior.MODEL, promptprior.PRIOR,
-                                    promptprior.DATA, promptprior.SAMPLE)
-        train_side, eval_side = promptprior.training_and_evaluation(a)
+        a = settings.settings_of({"data": spec}, settings.MODEL, settings.PRIOR,
+                                    settings.DATA, settings.SAMPLE)
+        train_side, eval_side = settings.training_and_evaluation(a)
         total = len(data.read(*promptprior.parse_spec(a.data, 0)))
         assert len(train_side) + len(eval_side) == total \
             and total // 10 <= len(eval_side) < total // 10 + 6

@@ -22,6 +22,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import data
+import experiments
 import geometry
 import promptprior
 import report
@@ -218,7 +220,7 @@ def runs(tmp_path_factory):
 
 def opened(*paths):
     for path in paths:
-        run, a, model, vocabulary, prompt = promptprior.open_run(str(path), {})
+        run, a, model, vocabulary, prompt = experiments.open_run(str(path), {})
         yield run, a, model, vocabulary, references(a, model, vocabulary, list(prompt.rows))
 
 
@@ -312,7 +314,7 @@ def test_runs_that_cannot_stand_together_are_refused(runs, tmp_path):
 
 
 def test_tokens_are_shown_as_a_text_has_them():
-    vocabulary = promptprior.data.Vocabulary(ROOT / "tiny", 0)
+    vocabulary = data.Vocabulary(ROOT / "tiny", 0)
     texts = [report.text_of(vocabulary, i) for i in range(vocabulary.size)]
     assert {" the", "\n", "<0x93>"} <= set(texts) and not any("\ufffd" in t for t in texts)
     assert [report.kind_of(t) for t in (" the", "ing", "7", " +", "\n", "<0x93>", "<")] == [

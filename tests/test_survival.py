@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import experiments
 import promptprior
 import run as run_module
 import train
@@ -289,7 +290,7 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "answer_loss", stuck)
     with pytest.raises(KeyboardInterrupt):
-        promptprior.command_train({k: v for k, v in vars(promptprior.parser().parse_args(
+        experiments.command_train({k: v for k, v in vars(promptprior.parser().parse_args(
             ["train", "--out", str(tmp_path / "b"), *FEW])).items() if k != "command"})
     step, tensors, *_ = run_module.Run(tmp_path / "b").load_checkpoint()
     assert step == 2 and all(torch.isfinite(t).all() for t in tensors.values())

@@ -90,7 +90,8 @@ def test_a_trunk_gives_the_same_loss_and_gradient(model, tmp_path, cut, memory):
     prompt, layer = prompt_of(2, 3, cut=cut), 2
     if not memory:
         model, prompt = model.float(), prompt.float()
-    a = SimpleNamespace(trunk_memory=memory, batch_size=4, device="cpu", share=True)
+    a = SimpleNamespace(trunk_memory=memory, batch_size=4, device="cpu", share=True,
+                        place="before")
     file = tmp_path / "trunk.safetensors"
     top, placed = train.trunk(model, rows, layer, 4, a, file)
     assert len(top.inputs) < sum(len(r.ids) for r in rows)
