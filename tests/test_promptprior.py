@@ -275,9 +275,9 @@ def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
     out = tmp_path / "o"
     for spec in ("squad:tiny/squad/train.json", "math:tiny/math/train-easy/*_mul.txt"):
         a = settings.settings_of({"data": spec}, settings.MODEL, settings.PRIOR,
-                                    settings.DATA, settings.SAMPLE)
+                                 settings.DATA, settings.SAMPLE)
         train_side, eval_side = settings.training_and_evaluation(a)
-        total = len(data.read(*promptprior.parse_spec(a.data, 0)))
+        total = len(data.read(*settings.parse_spec(a.data, 0)))
         assert len(train_side) + len(eval_side) == total \
             and total // 10 <= len(eval_side) < total // 10 + 6
         assert not set(map(settings.topic, train_side)) & set(map(settings.topic, eval_side))
