@@ -67,7 +67,8 @@ def to_peft(model: llama.Llama, prompt: Tensor | llama.Past, base: str,
             raise AdapterError(f"layers {', '.join(bare)} have no part of this prompt, and a PEFT "
                                "adapter cannot say so, for its prefix is in every layer: train "
                                "with --keep and rows at the tokens, or with --deep-layers "
-                               f"{c.num_hidden_layers}")
+                               f"{c.num_hidden_layers}; of --method prefix, without "
+                               "--prefix-layers")
         numbers = torch.stack([torch.stack(kv) for kv in zip(prompt.keys, prompt.values)])
         numbers = numbers[:, :, 0].permute(3, 0, 1, 2, 4).flatten(1)  # (L, 2, G, n, hd) before
         own = {"peft_type": "PREFIX_TUNING", "num_attention_heads": c.num_key_value_heads,

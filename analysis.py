@@ -259,15 +259,17 @@ def command_attention(given: dict) -> None:
                        "evaluation")
     with torch.no_grad():
         rows = compare.attention(model, prompt.past(model), [r.question for r in questions.rows])
+    mean = "" if a.posterior == "point" else f" The mean prompt of the {a.posterior} posterior."
     caption = (f"{run.path.name}: {a.method}, prior {prior_name(a)}, seed {a.seed}, {a.steps} "
                f"steps on {spec_name(a.data)}, model {model_folder(a).name}; "
                f"{len(questions.rows)} questions. At the first layer with prompt columns the "
-               f"content's own shares differ by at most {rows[0][1]['content']:.1g}.")
+               f"content's own shares differ by at most {rows[0][1]['content']:.1g}.{mean}")
     run.write("figures/attention.svg", figures.attention(rows, caption).encode())
     if as_json:
         show(json.dumps({"run": str(run.path), "attention": dict(rows)}))
     else:
-        show(f"{run.path}, {len(questions.rows)} questions\n\n{table(rows, compare.TITLES)}")
+        show(f"{run.path}, {len(questions.rows)} questions.{mean}\n\n"
+             f"{table(rows, compare.TITLES)}")
     say(f"{run.path / 'figures/attention.svg'}")
 
 
@@ -308,7 +310,9 @@ def command_figures(given: dict) -> None:
     folder, needed = Path(a.out), [figures.FIGURES[n] for n in numbers]
     same = {k: getattr(a, k) for k in ("model", "revision", "device", "dtype", "seed")}
     domains = {"text": a.text_data, "squad": a.squad_data, "math": a.math_data}
-    modules = {f.stem: f"math:{f}" for f in data.files_of("math", parse_spec(a.math_data, 0)[1])}
+    files = data.files_of("math", parse_spec(a.math_data, 0)[1])
+    modules = {f.stem if [g.stem for g in files].count(f.stem) == 1 else f"{f.parent.name} {f.stem}":
+               f"math:{f}" for f in files}
     asked = {"tokens": ("token", "all", domains), "means": (
         "mean", str(model.config.num_hidden_layers), {"text": a.text_data, **modules})}
     collections = {}

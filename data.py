@@ -563,7 +563,8 @@ def collate(rows: list[Row], share: bool = True, suffix: bool = False) -> Batch:
         # where the answer changes the question's last token, the seam is before that
         seams = {i: min([rows[i].start - 1] + suffix * [len(rows[i].question) - 1, len(
             common_beginning([rows[i].ids, rows[i].question]))]) for i in members}
-        beginning = common_beginning([rows[i].ids[:seams[i]] for i in members])
+        # suffix: no head is empty, or of processes that share weights one would run a layer less
+        beginning = common_beginning([rows[i].ids[:max(seams[i] - suffix, 0)] for i in members])
         c = len(beginning)
         for i in members:
             row, seam = rows[i], seams[i] if suffix else c

@@ -332,6 +332,8 @@ def command_generate(given: dict) -> None:
         if not isinstance(line.get("text"), str):
             raise UserError(f'{where}: no text in it: expected {{"text": "..."}}')
         ids = vocabulary.encode(line["text"])
+        if a.place == "after-bos" and len(ids) < 2:
+            raise UserError(f"{where}: an empty text has nothing after BOS: give one with words")
         if len(ids) > room:
             raise UserError(f"{where} has {len(ids)} tokens, and {room} fit beside the prompt and "
                             "--max-new: shorten it")

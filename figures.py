@@ -366,7 +366,7 @@ def curves(runs: list[Run]) -> str:
         a = SimpleNamespace(**stored_settings(run.config()))
         kind = repr({k: v for k, v in sorted(vars(a).items()) if k not in ("seed", "out")})
         groups.setdefault(kind, []).append((run, a))
-    losses, scores, plain, said, score = [], [], [], [], "f1"
+    losses, scores, plain, said, kinds = [], [], [], [], []
     for (_, group), colour in zip(groups.items(), 99 * PALETTE):
         a, logs = group[0][1], [run.metrics() for run, _ in group]
         seeds = ", ".join(str(b.seed) for _, b in group)
@@ -374,6 +374,7 @@ def curves(runs: list[Run]) -> str:
         if any(name == mark.name for mark in scores):
             name = group[0][0].path.name
         score = "accuracy" if any("accuracy" in m for m in logs[0]) else "f1"
+        kinds.append("F1" if score == "f1" else score)
         steps, train = by_step(logs, "train", "loss")
         if len(steps):
             width = max(1, len(steps) // 40)  # a batch's loss is noise: its mean over as many steps
@@ -395,8 +396,9 @@ def curves(runs: list[Run]) -> str:
         len(g) > 1 for g in groups.values())
     return viz.figure([
         viz.Panel(losses, ("step", "loss, nats a token"), equal=False),
-        viz.Panel([*plain[:1], *scores], ("step", f"{'F1' if score == 'f1' else score}, percent"),
-                  equal=False)], "Loss and score",
+        viz.Panel([*plain[:1] * (len(set(kinds)) == 1), *scores],
+                  ("step", f"{' or '.join(dict.fromkeys(kinds))}, percent"), equal=False)],
+        "Loss and score",
         f"Dots: evaluation; lines without dots: training, averaged over a fortieth of the steps. "
         f"{band}{'; '.join(said)}.")
 

@@ -454,7 +454,7 @@ class Llama(nn.Module):
 
         Rows at layer i replace the prompt's part of that layer's input. cut drops the layer's
         outputs there, so that only layers with rows have prompt columns (paper 3.2); otherwise they
-        go on, as in prompt tuning. tap(i, x) is shown the prompt's part (n, D) of every layer's
+        go on, as in prompt tuning. tap(i, x) is shown the prompt's part (B n, D) of every layer's
         input that has one, and, if it goes on to the end, what comes after the final norm."""
         first, L, D = self.first, self.config.num_hidden_layers, self.config.hidden_size
         shapes = {layer: tuple(r.shape) for layer, r in rows.items()}

@@ -306,7 +306,8 @@ class Run:
                 continue
             if self.writes:
                 os.truncate(log, state["metrics_bytes"])
-                for later in self.checkpoints():
+                for later in [*self.checkpoints(),
+                              *self.path.glob("prompts/??????.safetensors")]:
                     if later.name > path.name:
                         later.unlink()
             return state["step"], tensors, state["due"], wrong

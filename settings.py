@@ -123,7 +123,7 @@ POSITIVE = {"particles", "batch_size", "max_new", "eval_every", "snapshot_every"
 NOT_NEGATIVE = {"prefix_layers", "train_examples", "steps", "skip_bad_steps", "tokens",
                 "deep_layers", "eval_limit", "warmup", "seed", "prior_weight", "trunk_memory",
                 "examples", "limit"}
-MOST = {"particles": 1000, "batch_size": 2**16}  # each is a prompt, or a row, in memory
+MOST = {"particles": 1000, "batch_size": 2**16, "lr": 1e6}  # each is a prompt, or a row, in memory
 FLOATS = {"lr", "clip", "prior_weight", "trunk_memory"}
 # numbers that have no default
 COUNTS = {"max_length", "eval_every", "snapshot_every", "reference_rows", "prefix_layers"}
@@ -248,7 +248,7 @@ def check_ranges(a: SimpleNamespace) -> None:
             raise UserError(f"--{flag} {getattr(a, flag)}: use one of {', '.join(known)}")
     for flag, value in vars(a).items():
         # a seed is a 64-bit number
-        most = math.inf if isinstance(value, float) else MOST.get(flag, 2**40 - 1) + 1
+        most = MOST.get(flag, math.inf if isinstance(value, float) else 2**40 - 1) + 1
         if flag in POSITIVE and value is not None and not 0 < value < most:
             raise UserError(f"--{flag.replace('_', '-')} {value}: expected more than 0, and less "
                             f"than {most}")
@@ -332,7 +332,7 @@ def free_name(a: SimpleNamespace) -> str:
     prior = "".join(c if c.isalnum() else "-" for c in prior_name(a))
     name = f"runs/{a.data.split(':')[0]}-{prior}" \
         f"{f'-deep{a.deep_layers}' if a.deep_layers else ''}" \
-        f"{f'-{a.posterior}' if a.posterior != 'point' else ''}-seed{a.seed}"
+        f"{''.join(f'-{v}' for k in CHOICES if (v := getattr(a, k)) != CHOICES[k][0])}-seed{a.seed}"
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6)))
                 if not Path(n).exists())
 
@@ -455,6 +455,8 @@ def load_model(a: SimpleNamespace):
         shard(model, a.device)
     c = model.config
     vocabulary = data.Vocabulary(folder, c.bos_token_id, c.eos_token_id)
+    if getattr(a, "place", "before") == "after-bos" and vocabulary.bos is None:
+        raise UserError(f"--place after-bos: {a.model} has no BOS: use --place before or suffix")
     if vocabulary.size > c.vocab_size:
         raise UserError(f"{folder}: tokenizer.json has {vocabulary.size} tokens and the model "
                         f"embeds {c.vocab_size}: the two are not of one model; fetch both again")

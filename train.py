@@ -338,6 +338,9 @@ def evaluate(model: llama.Llama, vocabulary: data.Vocabulary, past: llama.Past |
         predictions.append({"id": example.id, "question": example.question,
                             "prediction": prediction, "answers": list(example.answers),
                             **{key: round(100 * s, 2) for key, s in scores[-1].items()}})
+    if not math.isfinite(total):
+        raise Stopped(f"{name}: its loss is {total}, not finite in {a.dtype}: lower --lr, or use "
+                      "--dtype float32 or bfloat16", 1)
     error = geometry.calibration_error(*map(np.array, zip(*(
         found_by_place[i][1] for i in places))))
     return {"loss": total / count, **data.mean_scores(scores),
@@ -377,7 +380,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
     optimiser = torch.optim.AdamW([{**g, "peak": g["lr"]} for g in posterior.groups(rates)],
                                   weight_decay=0.0)
     size, signals, batch, saved = world()[1], [], None, None
-    parameters = list(posterior.parameters())
+    parameters = [p for p in posterior.parameters() if p.requires_grad]
     command = f"torchrun --nproc-per-node {size} promptprior.py " if size > 1 else ""
 
     def keep(due: bool) -> None:
@@ -468,7 +471,8 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
         saved = done
         _restore(posterior, optimiser, tensors, run.path)
     skipped = sum(m["split"] == "skipped" for m in run.metrics()) if checkpoint else 0
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: before for number in SIGNALS  # what is ignored stays so, as nohup asks
+                if (before := signal.getsignal(number)) is not signal.SIG_IGN}
     for number in handlers:
         signal.signal(number, heed)
     bar = progress(total=a.steps, initial=done, desc="train", unit=" steps")
@@ -487,8 +491,8 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
                     keep(due)  # the evaluation may take longer than the steps since the last one
                 elif a.snapshot_every and done % a.snapshot_every == 0:  # runs of old have none
                     write_rows(f"prompts/{done:06d}.safetensors")
-            came = sum_up(*(signals.count(s) for s in handlers), device=a.device)
-            signal_number = next((s for s, n in zip(handlers, came) if n), None)
+            came = sum_up(*map(signals.count, SIGNALS), device=a.device)
+            signal_number = next((s for s, n in zip(SIGNALS, came) if n), None)
             if signal_number:
                 if saved != done:
                     keep(due)
@@ -501,8 +505,10 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
         if not out_of_memory(e):
             raise
         longest = f" of {len(batch.tails)} questions with up to " \
-            f"{batch.shared.shape[1] + batch.tails.shape[1]} tokens" if batch is not None else ""
-        raise Stopped(f"out of memory at step {done + 1}, in a batch{longest}: begin again with a "
+            f"{sum(t.shape[1] for t in (batch.shared, batch.head, batch.tails) if t is not None)} " \
+            "tokens" if batch is not None and not due else ""
+        what = f"in the evaluation at step {done}" if due else f"at step {done + 1}, in a batch"
+        raise Stopped(f"out of memory {what}{longest}: begin again with a "
                       f"smaller --batch-size (now {a.batch_size}) or --max-length (now "
                       f"{a.max_length}), or with --recompute; {go_on()}", 1) from e
     finally:

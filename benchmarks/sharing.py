@@ -39,7 +39,8 @@ def main() -> None:
                     run = Path(folder) / f"{size}-{kind}-{seed}".replace(" ", "")
                     promptprior("train", *flags, "--data", a.data, "--train-examples", size,
                                 "--seed", seed, "--steps", a.steps, "--eval-every", a.steps,
-                                "--reference-rows", 2000, "--out", run,
+                                # the same draws, however few the questions are
+                                "--reference", "text", "--reference-rows", 2000, "--out", run,
                                 *(("--lr", a.lr) if a.lr else ()))
                     last = evaluations(run)[-1]
                     scores.append(last["accuracy" if "accuracy" in last else "f1"])

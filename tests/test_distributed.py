@@ -46,7 +46,9 @@ def lines(folder):
 @pytest.mark.parametrize("arguments", [
     ["--prior", "fitted", "--posterior", "svgd", "--particles", "2"],
     ["--shard", "--data", "math", "--tokens", "0", "--deep-layers", "2", "--steps", "3",
-     "--batch-size", "601"]], ids=["particles", "sharded, over a trunk"])
+     "--batch-size", "601"],
+    ["--shard", "--place", "suffix", "--reparam", "mlp", "--steps", "2"]],
+    ids=["particles", "sharded, over a trunk", "sharded, a suffix of a network"])
 def test_two_processes_train_as_one(tmp_path, arguments):
     """The same losses and rows, to rounding; a batch of 7 divides unevenly. Only one speaks."""
     (tmp_path / "spy.py").write_text(SPY)
@@ -55,7 +57,7 @@ def test_two_processes_train_as_one(tmp_path, arguments):
     out, err = two.communicate(timeout=300)
     assert two.returncode == 0, err
     done = [(tmp_path / f"batches{rank}").read_text().splitlines() for rank in (0, 1)]
-    size = 601 if "--shard" in arguments else 7
+    size = 601 if "601" in arguments else 7
     evals = [[x for x in d if x.startswith("20 ")] for d in done]  # 20 questions are evaluated
     for first, second in zip(*([x for x in d if x not in e] for d, e in zip(done, evals))):
         mine, other = (json.loads(x.split(" ", 1)[1]) for x in (first, second))

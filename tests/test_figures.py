@@ -47,10 +47,10 @@ def test_all_thirteen_are_drawn_and_measured(folder):
         assert any(re.search(rf"(?<![\d.]){re.escape(form.format(v))}(?!\d)", text)
                    for v in numbers for form in ("{:.3g}", "{:.3f}", "{:.2f}", "{:.4g}"))
     assert len(ET.parse(folder / measured["4"]["file"]).getroot().findall(".//{*}image")) == 7
-    domains = len(load_file(folder / "means.safetensors")["domain"]) and 4
+    domains = len(set(load_file(folder / "means.safetensors")["domain"].tolist()))
     cells = [t for t in ET.parse(folder / measured["5"]["file"]).getroot().iter(
         "{http://www.w3.org/2000/svg}text") if t.get("class") == "cell"]
-    assert len(cells) == domains * (domains - 1)
+    assert domains == 4 and len(cells) == domains * (domains - 1)
 
 
 def test_what_is_there_is_used_again(folder, capsys):
