@@ -105,6 +105,8 @@ def test_curves_of_seeds_have_a_band(folder, tmp_path):
         # from eleven seeds on the normal's point: at most a seventh narrower
         assert (high - low) * (0.86 if k > 10 else 0.998) <= band.high - band.low <= 1.01 * (
             high - low)
+    svg = figures.curves([*runs, Run(folder / "runs/interpolation")])  # arithmetic beside SQuAD
+    assert "F1 or accuracy, percent" in svg and "no prompt" not in svg
     together = ET.fromstring(figures.curves(runs))
     alone = ET.fromstring(figures.curves(runs[:1]))
 

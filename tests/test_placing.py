@@ -206,6 +206,17 @@ def test_mistakes(tmp_path, capsys, arguments, message):
     assert not (tmp_path / "a").exists()
 
 
+def test_after_bos_needs_one(hf, tmp_path, capsys):
+    import shutil
+    from pathlib import Path
+
+    _, folder = hf(vocab_size=512, bos_token_id=None, num_hidden_layers=1)
+    shutil.copy(Path(promptprior.__file__).parent / "tiny/tokenizer.json", folder)
+    assert run("train", "--model", folder, "--place", "after-bos", "--out", tmp_path / "a",
+               *FEW) == 2
+    assert "has no BOS" in capsys.readouterr().err
+
+
 def test_a_prefix_has_no_place_among_embeddings(tmp_path, capsys):
     out = tmp_path / "a"
     assert run("train", "--out", out, *FEW, "--method", "prefix") == 0

@@ -448,3 +448,63 @@ def test_the_golden_master(tmp_path):
 
 GOLDEN = {"first": 0.25028, "last": 0.009349, "prediction": (
     "What is the name of the dog of Mitrovuth?", "Wodro")}
+
+
+def test_what_is_ignored_stays_ignored(whole, tmp_path, monkeypatch):
+    """As nohup asks: a terminal that closes does not stop the run."""
+    original = train.answer_loss
+
+    def loss(*arguments):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return original(*arguments)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(train, "answer_loss", loss)
+        assert main("train", "--out", tmp_path / "run", *FEW) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    same(whole, tmp_path / "run")
+
+
+def test_snapshots_of_another_schedule_go(whole, tmp_path):
+    """Killed after a snapshot and resumed to fewer steps: nothing of what was cut off stays."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "checkpoints/000006.safetensors").unlink()
+    assert run_module.Run(out).snapshots()[-1] == 6
+    assert main("train", "--out", out, "--resume", "--steps", 5) == 0
+    assert run_module.Run(out).snapshots() == [0, 1, 2, 3, 4, 5]
+
+
+def test_an_evaluation_that_is_not_finite(tmp_path, monkeypatch, capsys):
+    original = train.answers
+    monkeypatch.setattr(train, "answers", lambda *a: (original(*a)[0] * float("nan"),
+                                                      *original(*a)[1:]))
+    assert main("train", "--out", tmp_path / "run", *FEW) == 1
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "not finite in float32" in error and "--lr" in error
+
+
+def test_a_folder_that_vanishes_or_cannot_be(tmp_path, monkeypatch, capsys):
+    original, calls = train.answer_loss, []
+
+    def loss(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            shutil.rmtree(tmp_path / "run")
+        return original(*arguments)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "answer_loss", loss)
+        assert main("train", "--out", tmp_path / "run", *FEW) == 1
+    (tmp_path / "file").write_text("mine")
+    assert main("train", "--out", tmp_path / "file/run", *FEW) == 1
+    os.mkfifo(tmp_path / "pipe")
+    assert main("collect", "--out", tmp_path / "pipe", "--examples", 2, "--overwrite") in (1, 2)
+    errors = [line for line in capsys.readouterr().err.split("\n") if "promptprior: " in line]
+    assert len(errors) == 3 and "metrics.jsonl: cannot be written: No such file" in errors[0] \
+        and "file" in errors[1] and "pipe" in errors[2]
+    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "pipe").is_fifo()
+    assert not (tmp_path / "run").exists()
