@@ -288,9 +288,11 @@ def figure_5(world: World):
     short = [d.removeprefix("arithmetic__").replace("_", " ") for d in file.domains]
     map_ = viz.tsne(np.concatenate(rows), seed=world.a.seed, progress=bar("t-SNE"))
     parts = np.split(map_.points, np.cumsum([len(x) for x in rows])[:-1])
-    looks = [viz.GREY, *(c for c in viz.PALETTE if c != viz.BLACK)]
-    clouds = [viz.Cloud(d, xy, looks[k % len(looks)])
-              for k, (d, xy) in enumerate(zip(short, parts))]
+    looks = [viz.GREY, *(c for c in viz.PALETTE if c != viz.BLACK), "#003a5c", "#6e3000", "#00513a",
+             "#6b3854", "#7a5300"]
+    clouds = [viz.Cloud(d, xy, look) for d, xy, look in zip(short, parts, 99 * looks)]
+    middles = np.stack([xy[np.square(xy - np.median(xy, 0)).sum(1).argmin()] for xy in parts])
+    clouds.append(viz.Points("", middles, viz.BLACK, labels=tuple(short), size=0.3))
     table = np.full((len(rows),) * 2, np.nan)
     for i, j in combinations(range(len(rows)), 2):
         table[i, j] = table[j, i] = geometry.probe_auc(rows[i], rows[j])

@@ -564,8 +564,8 @@ class Curve(NamedTuple):
 
 
 class Heat(NamedTuple):
-    """A matrix (rows, columns) of numbers, each a coloured cell; nan is an empty one. Its panel
-    has equal=False and no limits but its own."""
+    """A matrix (rows, columns) of numbers, each a coloured cell, written out where there is room;
+    nan is an empty one."""
 
     values: np.ndarray
     rows: tuple[str, ...]
@@ -587,8 +587,9 @@ class Heat(NamedTuple):
                 out.append(f'<rect x="{x:.2f}" y="{y:.2f}" width="{wide + .3:.2f}" '
                            f'height="{tall + .3:.2f}" fill="{viridis(share)}"/>')
                 ink = "#fff" if share < 0.6 else "#111"
+                text = f"{value:.2f}" if wide >= 27 else f"{value:.1f}" if wide >= 20 else ""
                 out.append(f'<text class="cell" style="fill:{ink}" x="{x + wide / 2:.2f}" '
-                           f'y="{y + tall / 2 + 4:.2f}">{value:.2f}</text>')
+                           f'y="{y + tall / 2 + 4:.2f}">{text}</text>')
         out += [f'<text class="small" text-anchor="end" x="{frame.left - 6:.2f}" '
                 f'y="{frame.top + (r + .5) * tall + 4:.2f}">{_xml(name)}</text>'
                 for r, name in enumerate(self.rows)]
