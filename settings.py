@@ -123,7 +123,8 @@ POSITIVE = {"particles", "batch_size", "max_new", "eval_every", "snapshot_every"
 NOT_NEGATIVE = {"prefix_layers", "train_examples", "steps", "skip_bad_steps", "tokens",
                 "deep_layers", "eval_limit", "warmup", "seed", "prior_weight", "trunk_memory",
                 "examples", "limit"}
-MOST = {"particles": 1000, "batch_size": 2**16, "lr": 1e30}  # each is a prompt, or a row, in memory
+# particles and rows are in memory, a rate is a number of 32 bits
+MOST = {"particles": 1000, "batch_size": 2**16, "lr": 1e30}
 FLOATS = {"lr", "clip", "prior_weight", "trunk_memory"}
 # numbers that have no default
 COUNTS = {"max_length", "eval_every", "snapshot_every", "reference_rows", "prefix_layers"}
