@@ -144,12 +144,12 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
                            "another run")
     checkpoint = None
     if resume and run.checkpoints():  # else it was stopped before its first: from the start
-        *checkpoint, wrong = run.load_checkpoint()
-        if checkpoint[0] > a.steps:
-            raise RunError(f"{run.path}: it is at step {checkpoint[0]} already: give --steps of at "
-                           "least that")
+        checkpoint, wrong = run.load_checkpoint()
+        if checkpoint.step > a.steps:
+            raise RunError(f"{run.path}: it is at step {checkpoint.step} already: give --steps of "
+                           "at least that")
         for what in wrong:
-            say(f"{what}: going on from step {checkpoint[0]}")
+            say(f"{what}: going on from step {checkpoint.step}")
     questions = encode(examples, vocabulary, a.max_length, "training")
     evals = encode(evals, vocabulary, a.max_length, "evaluation")
     say(f"model {Path(a.model).name}: {model.config.num_hidden_layers} layers of width "
@@ -177,11 +177,11 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
     if checkpoint:
         now = {k: getattr(a, k) for k in MAY_CHANGE if k != "out" and getattr(a, k) != stored[k]}
         if now:
-            say(f"{run.path}: from step {checkpoint[0]} on with " + ", ".join(
+            say(f"{run.path}: from step {checkpoint.step} on with " + ", ".join(
                 f"--{k.replace('_', '-')} {v} instead of {stored[k]}" for k, v in now.items())
                 + ": not the end that it would have come to")
             run.write_json("config.json", {**config, "settings": vars(a), "changes": [
-                *config.get("changes", []), {"step": checkpoint[0], **now}]})
+                *config.get("changes", []), {"step": checkpoint.step, **now}]})
     else:
         run.clear()
         run.write_json("config.json", {

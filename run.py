@@ -4,7 +4,8 @@
     with run.lock():                                   # one process at a time
         run.write("prompt.safetensors", content)
         run.save_checkpoint(step, tensors, due=False)
-    step, tensors, due = run.load_checkpoint()         # the newest that is whole
+    checkpoint, wrong = run.load_checkpoint()          # the newest that is whole
+    run.cut_back(checkpoint)                           # as if nothing had come after it
 
 The README says what is in the folder. safetensors and JSON only. Whatever is written goes through
 `replacing`; metrics.jsonl alone grows, by whole lines, and is cut back to a checkpoint.
@@ -20,7 +21,7 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -114,6 +115,16 @@ def rows_to_bytes(rows: dict[int, Tensor], about: dict[str, str]) -> bytes:
 
 # --------------------------------------------------------------------------------------------------
 # the folder
+
+
+class Checkpoint(NamedTuple):
+    """Where training stood: the step reached, the state's tensors, whether the evaluation of that
+    step is still to come, and the length of metrics.jsonl then."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    due: bool
+    metrics_bytes: int
 
 
 class Run:
@@ -219,7 +230,7 @@ class Run:
                            "train it with --resume") from None
         except (SafetensorError, OSError) as e:
             raise RunError(f"{path}: not prompt rows ({cause(e)}): restore the file") from None
-        _shapes(tensors, path)
+        _check_rows(tensors, path)
         for layer in [key.removesuffix(".keys") for key in tensors if key.endswith(".keys")]:
             tensors[layer] = torch.cat([tensors.pop(f"{layer}.{kind}").flatten(1)
                                         for kind in ("keys", "values")], dim=1)
@@ -292,27 +303,30 @@ class Run:
         """Their files, the oldest first."""
         return sorted(self.path.glob("checkpoints/??????.safetensors"))
 
-    def load_checkpoint(self) -> tuple[int, dict[str, Tensor], bool, list[str]]:
-        """The step reached, its tensors, whether its evaluation is still to come, and what is wrong
-        with newer checkpoints; metrics.jsonl is cut back to that step."""
+    def load_checkpoint(self) -> tuple[Checkpoint, list[str]]:
+        """The newest checkpoint that is whole, and what is wrong with newer ones. Nothing is
+        changed: see cut_back."""
         wrong, log = [], self.path / "metrics.jsonl"
         for path in reversed(self.checkpoints()):
             try:
-                state, tensors = _read_checkpoint(path)
-                if log.stat().st_size < state["metrics_bytes"]:
+                checkpoint = _read_checkpoint(path)
+                if log.stat().st_size < checkpoint.metrics_bytes:
                     raise RunError(f"{log}: shorter than at {path.name}: its end is lost")
             except (RunError, OSError) as e:
                 wrong.append(str(e))
                 continue
-            if self.writes:
-                os.truncate(log, state["metrics_bytes"])
-                for later in [*self.checkpoints(),
-                              *self.path.glob("prompts/??????.safetensors")]:
-                    if later.name > path.name:
-                        later.unlink()
-            return state["step"], tensors, state["due"], wrong
+            return checkpoint, wrong
         raise RunError(f"{'; '.join(wrong) or f'{self.path}: no checkpoint'}: train again with "
                        "--overwrite")
+
+    def cut_back(self, checkpoint: Checkpoint) -> None:
+        """Take the folder back to a checkpoint: what was logged and kept after it goes."""
+        if not self.writes:
+            return
+        os.truncate(self.path / "metrics.jsonl", checkpoint.metrics_bytes)
+        for later in [*self.checkpoints(), *self.path.glob("prompts/??????.safetensors")]:
+            if later.name > f"{checkpoint.step:06d}.safetensors":
+                later.unlink()
 
 
 LOCK = "run.lock"
@@ -342,10 +356,10 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def _shapes(tensors: dict[str, Tensor], path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a prompt's rows, layers.I (n, D) fp32 with one n and D, and of some posteriors
-    layers.I.sd (n, D) or layers.I.particles (K, n, D) at all layers; or of a prefix layers.I.keys
-    and layers.I.values (n, G, hd). Raises RunError for others."""
+def _check_rows(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises RunError for what is no prompt: rows layers.I (n, D) fp32 with one n and D, with some
+    posteriors layers.I.sd (n, D) or layers.I.particles (K, n, D) at all layers; or of a prefix
+    layers.I.keys and layers.I.values (n, G, hd)."""
     shapes, kinds = {key: tuple(t.shape) for key, t in tensors.items()}, {}
     for key, t in tensors.items():
         named = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,5})(\.particles|\.sd|\.keys|\.values|)", key)
@@ -362,7 +376,6 @@ def _shapes(tensors: dict[str, Tensor], path: Path) -> dict[str, tuple[int, ...]
             s if prefix else s[-2:] for s in each.values()} != {*layers.values()}
             for each in kinds.values()) or not layers:
         raise RunError(f"{path}: its rows {shapes!s:.200} are not of one prompt: restore the file")
-    return shapes
 
 
 def _locked(path: Path):
@@ -393,7 +406,7 @@ def _locked(path: Path):
     return file, before
 
 
-def _read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def _read_checkpoint(path: Path) -> Checkpoint:
     try:
         with safe_open(regular(path), framework="pt") as f:
             about = f.metadata() or {}
@@ -405,7 +418,7 @@ def _read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
             raise ValueError("its state is not that of a run")
         if about.get("sha256") != _digest(tensors, state):
             raise RunError(f"{path}: its contents do not match their checksum, the file is damaged")
-        return state, tensors
+        return Checkpoint(tensors=tensors, **state)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as e:
         if isinstance(e, RunError):
             raise

@@ -32,7 +32,7 @@ import data
 import geometry
 import llama
 import posteriors
-from run import Run, RunError, mapped
+from run import Checkpoint, Run, RunError, mapped
 from settings import clean, out_of_memory
 
 
@@ -362,15 +362,14 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
           ids_of: Callable[[int], list[str]],
           penalty: Callable[[dict[int, Tensor]], Tensor] | None,
           evaluate: Callable[[int], tuple[dict, list[dict]]],
-          checkpoint: tuple[int, dict[str, Tensor], bool] | None = None) -> None:
+          checkpoint: Checkpoint | None = None) -> None:
     """AdamW on the posterior's rows, with a peak learning rate {layer: rate} for each layer's.
     Every member's objective is its loss per answer token + prior_weight * penalty(rows); see
     README, MAP, and posteriors.py.
 
     batch_of(step) must be a pure function of the step, and ids_of(step) its examples; of several
     processes each has its share of the batch, and gradients are summed. evaluate(step) scores the
-    prompt as it is. checkpoint: the step to go on from, its tensors, and whether its evaluation is
-    still to come.
+    prompt as it is. checkpoint: where to go on from; the run is cut back to it.
     Raises Stopped on SIGINT, SIGTERM and SIGHUP, after the step, and when the loss is not finite, a
     file cannot be written or memory does not suffice: the checkpoints are whole."""
     a = settings
@@ -467,9 +466,11 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
 
     done, due = 0, True
     if checkpoint:
-        done, tensors, due = checkpoint
-        saved = done
-        _restore(posterior, optimiser, tensors, run.path)
+        done = saved = checkpoint.step
+        due = checkpoint.due
+        _restore(posterior, optimiser, checkpoint.tensors, run.path)
+        run.cut_back(checkpoint)
+        meet()  # all of them read the same log
     skipped = sum(m["split"] == "skipped" for m in run.metrics()) if checkpoint else 0
     handlers = {number: before for number in SIGNALS  # what is ignored stays so, as nohup asks
                 if (before := signal.getsignal(number)) is not signal.SIG_IGN}

@@ -143,9 +143,9 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
     clock = ("seconds", "examples_per_second")
     strip = lambda folder: [{k: v for k, v in m.items() if k not in clock} for m in metrics(folder)]
     assert strip(whole) == strip(parts)
-    ends = [train.Run(folder).load_checkpoint() for folder in (whole, parts)]
-    assert ends[0][0] == ends[1][0] == 7 and not ends[0][2] and all(
-        torch.equal(t, ends[1][1][k]) for k, t in ends[0][1].items())
+    ends = [train.Run(folder).load_checkpoint()[0] for folder in (whole, parts)]
+    assert ends[0].step == ends[1].step == 7 and not ends[0].due and all(
+        torch.equal(t, ends[1].tensors[k]) for k, t in ends[0].tensors.items())
 
 
 def test_resume_refuses_changed_data(tmp_path, capsys):
@@ -438,5 +438,6 @@ def test_not_finite_stops_before_the_step(tmp_path, capsys):
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert "not finite" in error and "checkpoints holds step" in error \
         and "--lr" in error
-    _, tensors, *_ = train.Run(out).load_checkpoint()
-    assert all(torch.isfinite(t).all() for k, t in tensors.items() if k.startswith("rows"))
+    rows = {k: t for k, t in train.Run(out).load_checkpoint()[0].tensors.items()
+            if k.startswith("rows")}
+    assert rows and all(torch.isfinite(t).all() for t in rows.values())

@@ -48,9 +48,9 @@ def same(whole, parts):
              for line in (folder / "metrics.jsonl").read_text().splitlines()]
             for folder in (whole, parts)]
     assert logs[0] == logs[1]
-    ends = [run_module.Run(folder).load_checkpoint() for folder in (whole, parts)]
-    assert ends[0][0] == ends[1][0] and all(
-        torch.equal(t, ends[1][1][k]) for k, t in ends[0][1].items())
+    ends = [run_module.Run(folder).load_checkpoint()[0] for folder in (whole, parts)]
+    assert ends[0].step == ends[1].step and all(
+        torch.equal(t, ends[1].tensors[k]) for k, t in ends[0].tensors.items())
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def test_a_signal_ends_the_process_by_itself(tmp_path, number):
     error = child.stderr.read().strip().split("\n")[-1]
     step = int(re.search(r"after step (\d+) of 400", error)[1])
     assert signal.Signals(number).name in error and "--resume" in error
-    assert run_module.Run(tmp_path / "b").load_checkpoint()[0] == step
+    assert run_module.Run(tmp_path / "b").load_checkpoint()[0].step == step
     assert not (tmp_path / "b/run.lock").exists()
 
 
@@ -292,8 +292,9 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         experiments.command_train({k: v for k, v in vars(promptprior.parser().parse_args(
             ["train", "--out", str(tmp_path / "b"), *FEW])).items() if k != "command"})
-    step, tensors, *_ = run_module.Run(tmp_path / "b").load_checkpoint()
-    assert step == 2 and all(torch.isfinite(t).all() for t in tensors.values())
+    checkpoint, _ = run_module.Run(tmp_path / "b").load_checkpoint()
+    assert checkpoint.step == 2
+    assert all(torch.isfinite(t).all() for t in checkpoint.tensors.values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,6 +477,17 @@ def test_snapshots_of_another_schedule_go(whole, tmp_path):
     assert run_module.Run(out).snapshots()[-1] == 6
     assert main("train", "--out", out, "--resume", "--steps", 5) == 0
     assert run_module.Run(out).snapshots() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_refused_resume_changes_nothing(whole, tmp_path, capsys):
+    """Of a run whose log and snapshots are ahead of its checkpoint."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "checkpoints/000006.safetensors").write_bytes(b"damaged")  # so 000004 is the last
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert main("train", "--out", out, "--resume", "--steps", 3) == 2
+    assert "step 4 already" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
 def test_an_evaluation_that_is_not_finite(tmp_path, monkeypatch, capsys):
