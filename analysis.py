@@ -7,22 +7,29 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
+import activations
+import compare
 import data
+import figures
+import pictures
 import priors
-from compare import final_table, table
+import report
+import viz
+from compare import TITLES, final_table, judge_prior, table
 from experiments import command_train, differences, open_rows, open_run
-from figures import draw_run, layer_figure, text_picture
-from settings import (COLLECT, DATA, FIGURE, MODEL, PRIOR, SAMPLE, UserError, absolute,
-                      check_same_model, checksum, encode, layers_with_rows, load_model,
-                      model_files, model_folder, over, parse_spec, prior_name, rows_per_layer, say,
-                      settings_of, show, some_of, spec_name, training_and_evaluation)
+from loading import (check_same_model, checksum, encode, layers_with_rows, load_model,
+                     model_files, model_folder, parse_spec, rows_per_layer, some_of,
+                     training_and_evaluation)
+from references import draw, references
+from run import Run, rows_to_bytes, write_file
+from settings import (COLLECT, DATA, FIGURE, MODEL, PRIOR, SAMPLE, UserError, absolute, over,
+                      prior_name, say, settings_of, show, spec_name)
+from train import evaluate, progress, prompt_of
 
 
 def command_sample(given: dict) -> None:
-    from compare import TITLES, judge_prior
-    from references import draw, references
-    from run import Run, rows_to_bytes
-
     as_json = given.pop("json", False)
     a = settings_of(given, MODEL, PRIOR, DATA, SAMPLE)
     run = Run(Path(a.out)) if a.out else None
@@ -33,12 +40,12 @@ def command_sample(given: dict) -> None:
     rows, _, reports = draw(a, found)
     rows = {i: r[0] for i, r in rows.items()}
     name, options, sources = priors.parse(a.prior)
-    for report, (i, reference) in zip(reports, found.items()):
+    for said, (i, reference) in zip(reports, found.items()):
         if name == "text" or sources or min(map(len, reference.parts)) < 100:
             continue  # too few rows to hold some out
         judged = judge_prior(priors.PRIORS[name], reference.parts, options,
                              rows_per_layer(a), a.seed)
-        report["judged"] = dict(judged)
+        said["judged"] = dict(judged)
         say(f"\nlayer {i}, fitted without a fifth of the reference and judged by it:\n"
             f"{table(judged, TITLES)}\n")
     if run:
@@ -46,7 +53,8 @@ def command_sample(given: dict) -> None:
         for i, reference in found.items():
             caption = (f"{len(rows[i])} draws of the prior {prior_name(a)}, seed {a.seed}, model "
                        f"{Path(a.model).name}; on {reference.name}.")
-            svg = layer_figure(i, reference, [(f"draws of {prior_name(a)}", rows[i])], caption)
+            drawn = [(f"draws of {prior_name(a)}", rows[i])]
+            svg = pictures.layer_figure(i, reference, drawn, caption)
             run.write(f"figures/layer-{i:02d}.svg", svg.encode())
         say(f"{run.path}: rows.safetensors, "
             f"{', '.join(f'figures/layer-{i:02d}.svg' for i in found)}")
@@ -57,9 +65,6 @@ def command_sample(given: dict) -> None:
 
 
 def command_collect(given: dict) -> None:
-    import activations
-    from train import progress
-
     specs, under = given.pop("domains", ["squad"]), given.pop("under", None)
     overwrite = given.pop("overwrite", False)
     if under:
@@ -129,9 +134,6 @@ def command_compare(given: dict) -> None:
 
 def compare_run(path: str, given: dict) -> dict:
     """A run's scores, and where its rows started and ended in each layer's reference."""
-    import compare
-    from references import references
-
     run, a, model, vocabulary, prompt = open_rows(path, given)
     found = references(a, model, vocabulary, list(prompt.rows))
     start, end = run.start_and_end()
@@ -158,9 +160,6 @@ def compare_run(path: str, given: dict) -> dict:
 
 def compare_collection(path: str, given: dict) -> dict:
     """A collection's domains at each layer: are they apart, and are their texts local?"""
-    import activations
-    import compare
-
     file, embeddings = activations.Collection(Path(path)), None
     made = {k: file.about.get(k) for k in ("model", "revision", "dtype")}
     a = settings_of(over(made, given), MODEL, PRIOR, DATA, SAMPLE)
@@ -189,10 +188,6 @@ def compare_collection(path: str, given: dict) -> dict:
 
 def command_interpolate(given: dict) -> None:
     """Prompts on the straight line between two trained ones, on the tasks of both."""
-    import figures
-    from run import Run
-    from train import evaluate, prompt_of
-
     as_json, points = given.pop("json", False), given.pop("points", 11)
     paths = given.pop("run_a"), given.pop("run_b")
     if points < 2:
@@ -235,7 +230,7 @@ def command_interpolate(given: dict) -> None:
         show(f"(1 - t) {one.path} + t {other.path}; scores in percent, loss in nats a token\n\n"
               f"{table(sorted(rows, key=lambda r: r[1]['data']))}\n")
     folder.write("curve.jsonl", b"".join((json.dumps(line) + "\n").encode() for line in curve))
-    folder.write("curve.svg", figures.line(
+    folder.write("curve.svg", pictures.line(
         curve, f"(1 - t) {one.path.name} + t {other.path.name}, model {Path(a.model).name}, "
         f"seeds {a.seed} and {b.seed}; {points} prompts.").encode())
     say(f"{folder.path}: curve.jsonl, curve.svg")
@@ -243,11 +238,6 @@ def command_interpolate(given: dict) -> None:
 
 def command_attention(given: dict) -> None:
     """What the theory says of a prompt before the text, and what happens."""
-    import torch
-
-    import compare
-    import figures
-
     as_json, limit = given.pop("json", False), given.pop("limit", 32)
     if limit < 1:
         raise UserError(f"--limit {limit}: ask for at least one question")
@@ -264,7 +254,7 @@ def command_attention(given: dict) -> None:
                f"steps on {spec_name(a.data)}, model {model_folder(a).name}; "
                f"{len(questions.rows)} questions. At the first layer with prompt columns the "
                f"content's own shares differ by at most {rows[0][1]['content']:.1g}.{mean}")
-    run.write("figures/attention.svg", figures.attention(rows, caption).encode())
+    run.write("figures/attention.svg", pictures.attention(rows, caption).encode())
     if as_json:
         show(json.dumps({"run": str(run.path), "attention": dict(rows)}))
     else:
@@ -295,10 +285,6 @@ def chosen_layers(text: str | None, L: int) -> list[int]:
 
 def command_figures(given: dict) -> None:
     """Make what the figures are drawn from, as far as it is not there yet, and draw them."""
-    import activations
-    import figures
-    from run import Run, write_file
-
     numbers = sorted(set(given.pop("numbers", None) or figures.FIGURES))
     unknown = [n for n in numbers if n not in figures.FIGURES]
     if unknown:
@@ -311,8 +297,9 @@ def command_figures(given: dict) -> None:
     same = {k: getattr(a, k) for k in ("model", "revision", "device", "dtype", "seed")}
     domains = {"text": a.text_data, "squad": a.squad_data, "math": a.math_data}
     files = data.files_of("math", parse_spec(a.math_data, 0)[1])
-    modules = {f.stem if [g.stem for g in files].count(f.stem) == 1 else f"{f.parent.name} {f.stem}":
-               f"math:{f}" for f in files}
+    stems = [f.stem for f in files]
+    modules = {f.stem if stems.count(f.stem) == 1 else f"{f.parent.name} {f.stem}": f"math:{f}"
+               for f in files}
     asked = {"tokens": ("token", "all", domains), "means": (
         "mean", str(model.config.num_hidden_layers), {"text": a.text_data, **modules})}
     collections = {}
@@ -360,12 +347,6 @@ def command_figures(given: dict) -> None:
 
 
 def command_plot(given: dict) -> None:
-    import figures
-    import report
-    import viz
-    from references import references
-    from run import Run, write_file
-
     text, out, folders = given.pop("text", False), given.pop("out", None), given.pop("runs")
     runs = [Run(Path(path)) for path in folders]
     if not text:
@@ -376,8 +357,8 @@ def command_plot(given: dict) -> None:
         for path in folders:
             run, a, model, vocabulary, prompt = open_rows(path, dict(given))
             found = references(a, model, vocabulary, list(prompt.rows))
-            show(text_picture(run, a, found) if text else "\n".join(
-                str(run.path / name) for name in draw_run(run, a, found)))
+            show(pictures.text_picture(run, a, found) if text else "\n".join(
+                str(run.path / name) for name in pictures.draw_run(run, a, found)))
             yield run, a, model, vocabulary, found
 
     if text:
@@ -390,6 +371,6 @@ def command_plot(given: dict) -> None:
     write_file(target, page)
     scored = [run for run in runs if any(m["split"] == "eval" for m in run.metrics())]
     if scored:  # an imported prompt is not
-        runs[0].write("figures/curves.svg", figures.curves(scored).encode())
+        runs[0].write("figures/curves.svg", pictures.curves(scored).encode())
         show(str(runs[0].path / "figures/curves.svg"))
     show(str(target))

@@ -28,7 +28,10 @@ from collections import Counter
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import TYPE_CHECKING, Iterator, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAD = -1  # an empty place in a batch of token ids
 NO_LABEL = -100  # a place whose prediction is not scored
@@ -535,12 +538,12 @@ class Order:
 class Batch(NamedTuple):
     """A trie of depth two: P distinct beginnings, Q tails that go on from them."""
 
-    shared: "Tensor"  # (P, Tc) int64, PAD on the right; Tc may be 0
-    tails: "Tensor"  # (Q, Tq) int64, PAD on the right: the rest of the question, and the answer
-    parent: "Tensor"  # (Q,) int64: row of `shared` that a tail goes on from
-    labels: "Tensor"  # (Q, Tq) int64: the token that follows if it is the answer's, else NO_LABEL
+    shared: Tensor  # (P, Tc) int64, PAD on the right; Tc may be 0
+    tails: Tensor  # (Q, Tq) int64, PAD on the right: the rest of the question, and the answer
+    parent: Tensor  # (Q,) int64: row of `shared` that a tail goes on from
+    labels: Tensor  # (Q, Tq) int64: the token that follows if it is the answer's, else NO_LABEL
     asked: list[list[int]]  # Q tails without the answer, to generate from
-    head: "Tensor | None" = None  # (Q, Th) int64: tokens between a beginning and its tail's prompt
+    head: Tensor | None = None  # (Q, Th) int64: tokens between a beginning and its tail's prompt
 
     def to(self, device) -> Batch:
         return Batch(*(t.to(device) for t in self[:4]), self.asked,

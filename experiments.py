@@ -12,20 +12,28 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+from safetensors.torch import save
+
+import adapters
 import data
+import llama
+import posteriors
 from compare import final_table, table
-from figures import draw_run
-from settings import (DATA, FIRST, MODEL, PRIOR, TRAIN, UserError, check_ranges, check_same_model,
-                      checksums, encode, free_name, imported, layers_with_rows, load_model,
-                      model_folder, on_hub, over, plain_pasts, prior_name, read_questions,
-                      rows_per_layer, say, settings_of, show, some_of, spec_name, stored_settings,
-                      training_and_evaluation)
+from loading import (check_same_model, checksums, encode, layers_with_rows, load_model,
+                     model_folder, plain_pasts, read_questions, rows_per_layer, some_of,
+                     training_and_evaluation)
+from pictures import draw_run
+from references import draw, norm_ratio, references
+from run import Run, RunError, read_config, write_file
+from settings import (DATA, FIRST, MODEL, PRIOR, TRAIN, UserError, check_ranges, free_name,
+                      imported, on_hub, over, prior_name, say, settings_of, show, spec_name,
+                      stored_settings)
+from train import (agree, begin, evaluate, join_world, keep_freed_memory, meet, placed, prompt_of,
+                   train, trunk, world)
 
 
 def command_train(given: dict) -> None:
-    from run import Run, RunError, read_config
-    from train import agree, join_world, meet, world
-
     def join(a: SimpleNamespace) -> None:
         if int(os.environ.get("WORLD_SIZE", 1)) > a.batch_size:
             raise UserError(f"--batch-size {a.batch_size}: fewer than the "
@@ -72,15 +80,21 @@ def command_train(given: dict) -> None:
     a = settings_of(given, MODEL, PRIOR, DATA, TRAIN)
     join(a)
     a.out = agree(a.out or free_name(a))
-    run = Run(Path(a.out))
-    if not run.empty:
-        run.config()  # what is not a run is never overwritten
-        if not overwrite:
-            raise UserError(f"{run.path} exists: go on with it by --resume, replace it by "
-                            "--overwrite, or choose another --out")
+    run = new_run(a.out, overwrite, "go on with it by --resume, ")
     meet()  # nothing is written before all have looked
     with alone(run):
         train_run(run, a, config, resume=False)
+
+
+def new_run(path: str, overwrite: bool, remedy: str = "") -> Run:
+    """A folder for a run that begins: none yet, or a run's that may be overwritten."""
+    run = Run(Path(path))
+    if not run.empty:
+        run.config()  # what is not a run is never overwritten
+        if not overwrite:
+            raise UserError(f"{run.path} exists: {remedy}replace it by --overwrite, or choose "
+                            "another --out")
+    return run
 
 
 # what a run may go on with otherwise than it began
@@ -90,8 +104,6 @@ MAY_CHANGE = ("out", "steps", "eval_every", "snapshot_every", "skip_bad_steps", 
 @contextlib.contextmanager
 def alone(run):
     """The run's lock, held by the first process; where it is refused, all stop."""
-    from train import agree
-
     with contextlib.ExitStack() as stack:
         refused = None
         try:
@@ -116,13 +128,6 @@ def differences(run, given: dict) -> list[str]:
 def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> None:
     """Everything is read and checked before the first byte of the run is written. config: the
     config.json of the run to go on with, or to do again; None for a new one."""
-    import torch
-
-    import posteriors
-    from references import draw, norm_ratio, references
-    from run import RunError
-    from train import evaluate, keep_freed_memory, prompt_of, train, trunk, world
-
     began, (rank, size) = time.time(), world()
     keep_freed_memory()
     model, vocabulary = load_model(a)
@@ -245,9 +250,6 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
 
 def open_run(path: str, given: dict):
     """A trained run: its folder, settings, model, tokenizer and prompt."""
-    import llama
-    from run import Run
-
     run = Run(Path(path))
     a = SimpleNamespace(**{**over(stored_settings(run.config()), given), "shard": False})
     check_ranges(a)
@@ -275,8 +277,6 @@ def open_rows(path: str, given: dict):
 
 
 def command_eval(given: dict) -> None:
-    from train import evaluate
-
     as_json, spec, texts = (given.pop(k, None) for k in ("json", "data", "texts"))
     run, a, model, vocabulary, prompt = open_run(given.pop("run"), given)
     if spec is None:
@@ -298,10 +298,6 @@ def command_eval(given: dict) -> None:
 
 def trained_pasts(run, a: SimpleNamespace, model, prompt) -> list[tuple[str, object]]:
     """A run's prompt as a Past; of a posterior its mean, each of its prompts, and all together."""
-    import torch
-
-    from train import placed, prompt_of
-
     with torch.no_grad():
         name = f"{prior_name(a)} {'prompt' if imported(a) else 'prior, trained'}"
         mean = placed(functools.partial(prompt.past, model), a)
@@ -316,11 +312,6 @@ def trained_pasts(run, a: SimpleNamespace, model, prompt) -> list[tuple[str, obj
 
 
 def command_generate(given: dict) -> None:
-    import torch
-
-    import llama
-    from train import begin, placed
-
     text, path, file = given.pop("prompt_text", None), given.pop("run"), given.pop("batch", None)
     if (text is None) == (file is None):
         raise UserError("generate: give a TEXT, or --batch FILE of JSON lines with a text each")
@@ -352,12 +343,6 @@ def command_generate(given: dict) -> None:
 
 def command_export(given: dict) -> None:
     """A run's prompt as a PEFT adapter, read back and held to its logits; its log as a table."""
-    import torch
-
-    import adapters
-    from run import Run, write_file
-    from train import placed
-
     path, to, log = given.pop("run"), given.pop("to", None), given.pop("csv", None)
     overwrite = given.pop("overwrite", False)
     if to is None and log is None:
@@ -418,13 +403,6 @@ def command_export(given: dict) -> None:
 
 def command_import(given: dict) -> None:
     """A run's folder of somebody else's prompt: one that has seen no training here."""
-    import torch
-    from safetensors.torch import save
-
-    import adapters
-    import llama
-    from run import Run
-
     adapter, overwrite = adapters.read(Path(given.pop("adapter"))), given.pop("overwrite", False)
     base = adapter.config.get("base_model_name_or_path")
     if "model" not in given:
@@ -442,12 +420,7 @@ def command_import(given: dict) -> None:
     if adapter.about.get("place") == "after-bos":  # its last position is BOS, which texts bring
         a.place, a.tokens = "after-bos", a.tokens - 1
         adapter = adapter._replace(numbers=adapter.numbers[:-1])
-    run = Run(Path(a.out))
-    if not run.empty:
-        run.config()  # what is not a run is never overwritten
-        if not overwrite:
-            raise UserError(f"{run.path} exists: replace it by --overwrite, or choose another "
-                            "--out")
+    run = new_run(a.out, overwrite)
     model, vocabulary = load_model(a)
     prompt = adapters.fit(adapter, model.config)
     if "sha256" in adapter.about:

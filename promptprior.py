@@ -23,8 +23,8 @@ from settings import (COLLECT, DATA, FIGURE, FIRST, MODEL, PRIOR, SAMPLE, SWITCH
 
 # their own ValueErrors are the user's mistakes
 MODULES = {"activations", "adapters", "analysis", "compare", "data", "experiments", "figures",
-           "geometry", "llama", "posteriors", "priors", "references", "report", "run", "settings",
-           "train", "viz"}
+           "geometry", "llama", "loading", "pictures", "posteriors", "priors", "references",
+           "report", "run", "settings", "train", "viz"}
 # where each command is, in a function of its name: command_train and so on
 COMMANDS = {**dict.fromkeys(("train", "eval", "generate", "export", "import"), "experiments"),
             **dict.fromkeys(("sample", "collect", "compare", "interpolate", "attention", "figures",

@@ -17,9 +17,11 @@ from torch import Tensor
 import data
 import priors
 from activations import ROLES, Collection, massive, roles_of, stream
-from settings import (REFERENCE_ROWS, UserError, check_same_model, collection_of, parse_spec,
-                      prior_name, rows_per_layer, say, spec_name, topic, training_and_evaluation)
-from train import Run, progress
+from loading import (check_same_model, collection_of, parse_spec, rows_per_layer, topic,
+                     training_and_evaluation)
+from run import Run
+from settings import REFERENCE_ROWS, UserError, prior_name, say, spec_name
+from train import progress
 
 
 class Labels(NamedTuple):

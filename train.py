@@ -505,9 +505,11 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
     except Exception as e:
         if not out_of_memory(e):
             raise
-        longest = f" of {len(batch.tails)} questions with up to " \
-            f"{sum(t.shape[1] for t in (batch.shared, batch.head, batch.tails) if t is not None)} " \
-            "tokens" if batch is not None and not due else ""
+        longest = ""
+        if batch is not None and not due:
+            parts = [t for t in (batch.shared, batch.head, batch.tails) if t is not None]
+            longest = (f" of {len(batch.tails)} questions with up to "
+                       f"{sum(t.shape[1] for t in parts)} tokens")
         what = f"in the evaluation at step {done}" if due else f"at step {done + 1}, in a batch"
         raise Stopped(f"out of memory {what}{longest}: begin again with a "
                       f"smaller --batch-size (now {a.batch_size}) or --max-length (now "

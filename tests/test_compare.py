@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import compare
 import geometry
 import priors
+import loading
 import promptprior
 import settings
 import train
@@ -104,7 +105,7 @@ def test_compare_runs(runs, capsys):
     measured = one["measures"]["layer 0 trained"]
     assert measured["moved"] == pytest.approx(np.linalg.norm(end - start, axis=1).mean(), rel=1e-5)
     assert measured["distance"] > one["measures"]["layer 0 prior draw"]["distance"] * 0.9
-    model = settings.load_model(settings.settings_of(
+    model = loading.load_model(settings.settings_of(
         {}, settings.MODEL, settings.PRIOR, settings.DATA, settings.SAMPLE))
     tokens = model[0].embeddings[model[1].ordinary].numpy()
     fitted = priors.Fitted.fit(torch.tensor(tokens))

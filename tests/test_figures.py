@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
-import figures
+import pictures
 import promptprior
 import viz
 from train import Run
@@ -93,22 +93,22 @@ def test_curves_of_seeds_have_a_band(folder, tmp_path):
         losses.append([m["loss"] for m in log if m["split"] == "eval"])
         (path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in log))
         runs.append(Run(path))
-    steps, values = figures.by_step([r.metrics() for r in runs], "eval", "loss")
+    steps, values = pictures.by_step([r.metrics() for r in runs], "eval", "loss")
     np.testing.assert_allclose(values, losses)
-    band = figures.banded("x", steps, values, viz.BLUE)
+    band = pictures.banded("x", steps, values, viz.BLUE)
     low, high = stats.t.interval(0.95, 2, np.mean(losses, 0), stats.sem(losses, axis=0))
     np.testing.assert_allclose((band.low, band.high), (low, high), rtol=2e-3)
     for k in range(2, 14):
         draws = np.random.default_rng(k).normal(size=(k, 1))
-        band = figures.banded("x", np.zeros(1), draws, viz.BLUE)
+        band = pictures.banded("x", np.zeros(1), draws, viz.BLUE)
         low, high = stats.t.interval(0.95, k - 1, draws.mean(), stats.sem(draws[:, 0]))
         # from eleven seeds on the normal's point: at most a seventh narrower
         assert (high - low) * (0.86 if k > 10 else 0.998) <= band.high - band.low <= 1.01 * (
             high - low)
-    svg = figures.curves([*runs, Run(folder / "runs/interpolation")])  # arithmetic beside SQuAD
+    svg = pictures.curves([*runs, Run(folder / "runs/interpolation")])  # arithmetic beside SQuAD
     assert "F1 or accuracy, percent" in svg and "no prompt" not in svg
-    together = ET.fromstring(figures.curves(runs))
-    alone = ET.fromstring(figures.curves(runs[:1]))
+    together = ET.fromstring(pictures.curves(runs))
+    alone = ET.fromstring(pictures.curves(runs[:1]))
 
     def bands(root):
         return len([p for p in root.iter("{http://www.w3.org/2000/svg}path")

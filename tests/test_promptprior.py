@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import data
 import experiments
+import loading
 import promptprior
 import references
 import settings
@@ -121,7 +122,7 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
 
     monkeypatch.setattr(data.Order, "__getitem__", getitem)
     trunks, build = [], train.trunk
-    monkeypatch.setattr(train, "trunk", lambda *a: trunks.append(1) or build(*a))
+    monkeypatch.setattr(experiments, "trunk", lambda *a: trunks.append(1) or build(*a))
     given = {"out": str(parts), **{k: v for k, v in vars(promptprior.parser().parse_args(
         ["train", *few, *arguments])).items() if k != "command"}}
     for step, how in ((0, Killed), (2, Killed), (1, signal.SIGINT), (4, Killed),
@@ -233,7 +234,7 @@ def test_map_keeps_rows_near_the_prior(tmp_path):
                    "--max-new", 2, "--lr", 0.02) == 0
         a = settings.settings_of({"prior": "fitted"}, settings.MODEL, settings.PRIOR,
                                     settings.DATA, settings.SAMPLE)
-        model, vocabulary = settings.load_model(a)
+        model, vocabulary = loading.load_model(a)
         reference = references.references(a, model, vocabulary, [0])[0].rows
         fitted = priors.Fitted.fit(reference)
         density[weight] = fitted.log_prob(
@@ -257,7 +258,7 @@ def test_text_prior_is_the_text_prompt(tmp_path):
     """Rows that begin as a text's tokens score, untrained, exactly what the text itself scores."""
     a = settings.settings_of({}, settings.MODEL, settings.PRIOR, settings.DATA,
                                 settings.SAMPLE)
-    model, vocabulary = settings.load_model(a)
+    model, vocabulary = loading.load_model(a)
     ids = vocabulary.encode_plain("short answer")
     assert run("train", "--prior", "text", "--tokens", len(ids), "--steps", 0,
                "--out", tmp_path / "t", "--eval-limit", 8) == 0
@@ -276,11 +277,11 @@ def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
     for spec in ("squad:tiny/squad/train.json", "math:tiny/math/train-easy/*_mul.txt"):
         a = settings.settings_of({"data": spec}, settings.MODEL, settings.PRIOR,
                                  settings.DATA, settings.SAMPLE)
-        train_side, eval_side = settings.training_and_evaluation(a)
-        total = len(data.read(*settings.parse_spec(a.data, 0)))
+        train_side, eval_side = loading.training_and_evaluation(a)
+        total = len(data.read(*loading.parse_spec(a.data, 0)))
         assert len(train_side) + len(eval_side) == total \
             and total // 10 <= len(eval_side) < total // 10 + 6
-        assert not set(map(settings.topic, train_side)) & set(map(settings.topic, eval_side))
+        assert not set(map(loading.topic, train_side)) & set(map(loading.topic, eval_side))
     assert run("train", "--data", "math:tiny/math/train-easy/*_mul.txt", "--out", out,
                "--deep-layers", 1, *FEW) == 0
     assert len(json.loads((out / "config.json").read_text())["sha256"]["data"]) == 64
