@@ -231,11 +231,20 @@ def _checked(x: Tensor, path: Path) -> Tensor:
 # the log
 
 
+COLUMNS = ("step", "split")  # which every table begins with
+
+
 def to_csv(lines: list[dict]) -> str:
     """A run's log as a table, a line a record: step, split, and what any of them measured."""
-    columns = dict.fromkeys(["step", "split", *(key for line in lines for key in line)])
+    columns = dict.fromkeys([*COLUMNS, *(key for line in lines for key in line)])
     text = io.StringIO()
     table = csv.DictWriter(text, [*columns], lineterminator="\n")
     table.writeheader()
     table.writerows(lines)
     return text.getvalue()
+
+
+def is_table(path: Path) -> bool:
+    """Whether to_csv made the file."""
+    begins = ",".join(COLUMNS).encode()
+    return path.is_file() and path.open("rb").read(len(begins)) == begins

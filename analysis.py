@@ -203,8 +203,9 @@ def command_interpolate(given: dict) -> None:
     shapes = [{i: tuple(r.shape) for i, r in p.rows.items()} for p in (first, second)]
     if shapes[0] != shapes[1] or (a.cut, a.place) != (b.cut, b.place):
         raise UserError(f"{one.path} and {other.path} have other rows ({shapes[0]} and "
-                        f"{shapes[1]}, cut {a.cut} and {b.cut}), and no line joins them: give two "
-                        "of one --tokens, --deep-layers and --cut or --keep")
+                        f"{shapes[1]}, cut {a.cut} and {b.cut}, place {a.place} and {b.place}), and no line "
+                        "joins them: give two of one --tokens, --deep-layers, --place and --cut or "
+                        "--keep")
     folder.path.mkdir(parents=True)  # now, not when all is worked out
     tasks = {}
     for run, settings in ((one, a), (other, b)):
@@ -251,7 +252,7 @@ def command_attention(given: dict) -> None:
         rows = compare.attention(model, prompt.past(model), [r.question for r in questions.rows])
     mean = "" if a.posterior == "point" else f" The mean prompt of the {a.posterior} posterior."
     caption = (f"{run.path.name}: {a.method}, prior {prior_name(a)}, seed {a.seed}, {a.steps} "
-               f"steps on {spec_name(a.data)}, model {model_folder(a).name}; "
+               f"steps on {spec_name(a.data)}, model {Path(a.model).name}; "
                f"{len(questions.rows)} questions. At the first layer with prompt columns the "
                f"content's own shares differ by at most {rows[0][1]['content']:.1g}.{mean}")
     run.write("figures/attention.svg", pictures.attention(rows, caption).encode())

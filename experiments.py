@@ -163,7 +163,6 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
     found = references(a, model, vocabulary, layers, examples)
     start, fitted, reports = draw(a, found, a.particles if a.posterior == "svgd" else 1)
     scales = {i: float(r.rows.square().mean().sqrt()) for i, r in found.items()}
-    rates = {i: a.lr or scale / 20 for i, scale in scales.items()}
     answer_tokens = sum(len(r.ids) - r.start for r in questions.rows)
     if a.method == "prefix":  # what the prior's rows give as keys and values
         with torch.no_grad():
@@ -171,7 +170,6 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
         start = {i: torch.stack([t[0].transpose(0, 1) for t in kv], dim=1).flatten(1)[None].cpu()
                  for i, *kv in zip(range(len(past.keys)), past.keys, past.values) if i in start}
         scales = {i: float(r.float().square().mean().sqrt()) for i, r in start.items()}
-        rates = {i: a.lr or scale / 20 for i, scale in scales.items()}
     arguments = start, scales, 1 / answer_tokens, a.seed
     posterior = (posteriors.POSTERIORS[a.posterior](*arguments) if a.reparam == "none"
                  else posteriors.Encoded(*arguments, a.reparam)).to(a.device)
@@ -190,7 +188,8 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
     else:
         run.clear()
         run.write_json("config.json", {
-            "settings": vars(a), "priors": reports, "learning_rates": rates,
+            "settings": vars(a), "priors": reports,
+            "learning_rates": {g["name"]: g["lr"] for g in posterior.groups(a.lr)},
             "threads": torch.get_num_threads(), "processes": size,
             "versions": {"python": sys.version.split()[0], **{p: version(p) for p in (
                 "torch", "safetensors", "tokenizers", "numpy")}}, "sha256": sums})
@@ -219,7 +218,7 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
             say(f"layers 0 to {layers[0] - 1} are worked out once for all epochs: inputs of layer "
                 f"{layers[0]} for {len(top.inputs)} tokens, {top.inputs.nbytes / 2**30:.2f} GiB "
                 f"{f'in {file}, removed at the end' if file.exists() else 'in memory'}")
-        train(run, a, top, posterior, rates, batch_of,
+        train(run, a, top, posterior, batch_of,
               lambda step: [questions.examples[i].id for i in order[step]],
               penalty if a.prior_weight else None, lambda step: scores(
                   [prompt_of(model, rows, a) for rows in posterior.scored()], f"step {step}"),
@@ -315,7 +314,8 @@ def command_generate(given: dict) -> None:
     text, path, file = given.pop("prompt_text", None), given.pop("run"), given.pop("batch", None)
     if (text is None) == (file is None):
         raise UserError("generate: give a TEXT, or --batch FILE of JSON lines with a text each")
-    _, a, model, vocabulary, prompt = open_run(path, given)
+    # the run's --max-length was made for its own --max-new
+    _, a, model, vocabulary, prompt = open_run(path, {**given, "max_length": None})
     lines = [("the text", {"text": text})] if file is None else [
         *data.json_lines(data.read_text(Path(file)), file)]
     room, rows = model.config.max_position_embeddings - rows_per_layer(a) - a.max_new, []
@@ -351,7 +351,14 @@ def command_export(given: dict) -> None:
         run = Run(Path(path))
         run.config()  # is it a run's folder?
         text = adapters.to_csv(run.metrics())
-        show(text.rstrip("\n")) if log == "-" else write_file(Path(log), text.encode())
+        if log == "-":
+            show(text.rstrip("\n"))
+        elif Path(log).exists() and not (overwrite and adapters.is_table(Path(log))):
+            raise UserError(f"{log} exists: choose another --csv" + (
+                "; only a table that export made is overwritten" if overwrite else
+                ", or replace a table that export made by --overwrite"))
+        else:
+            write_file(Path(log), text.encode())
     if to is None:
         return
     folder = Path(to)

@@ -6,6 +6,7 @@ line, before anything is written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +28,8 @@ def model_folder(a: SimpleNamespace) -> Path:
     return on_hub(a.model) and cached(a.model, a.revision) or Path(a.model)
 
 
-HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json",
-             "model.safetensors.index.json", "*.safetensors"]
+ENDS = "generation_config.json"
+HUB_FILES = ["config.json", ENDS, "tokenizer.json", "model.safetensors.index.json", "*.safetensors"]
 NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights once more, in another layout
 
 
@@ -46,14 +47,37 @@ def cached(name: str, revision: str | None) -> Path | None:
     return folder if folder and not missing_files(folder) else None
 
 
-def missing_files(folder: Path) -> list[str]:
-    """What a model's folder lacks to be loaded."""
-    wanted, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
+def from_hub(name: str, revision: str | None) -> Path:
+    """The folder of a model of the hub: the cache's if all of it is there."""
+    folder = cached(name, revision)
+    if folder is None:
+        return fetch(name, revision)
+    complete(name, folder)
+    return folder
+
+
+def needed_files(folder: Path) -> list[str]:
+    """What a model's folder must have to be loaded: its configuration, tokenizer and weights."""
+    weights, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():
         shards = data.read_json(index, dict).get("weight_map")
-        wanted = set(map(str, shards.values())) if isinstance(shards, dict) else set()
-    return sorted(name for name in {"config.json", "tokenizer.json", *wanted}
-                  if not (folder / name).exists())
+        weights = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    return sorted({"config.json", "tokenizer.json", *weights})
+
+
+def missing_files(folder: Path) -> list[str]:
+    return [name for name in needed_files(folder) if not (folder / name).exists()]
+
+
+def complete(name: str, folder: Path) -> None:
+    """Fetch what a cached model can be loaded without, and what other tools leave out: without
+    generation_config.json a chat model would not know all the tokens that end its answers."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    # None: nobody has asked the hub yet whether there is one
+    if try_to_load_from_cache(name, ENDS, revision=folder.name) is None:
+        with contextlib.suppress(Exception):  # no network, no such file
+            hf_hub_download(name, ENDS, revision=folder.name)
 
 
 def fetch(name: str, revision: str | None) -> Path:
@@ -92,23 +116,24 @@ def fetch(name: str, revision: str | None) -> Path:
                         f"`{command}`, which goes on where it stopped") from e
     missing = missing_files(folder)
     if missing:  # of a cache filled in part too, when the hub does not answer
-        raise UserError(f"--model {name}: the hub gave no {', '.join(missing)}: run `{command}` "
-                        "where there is a network, or choose a model that has a tokenizer.json and "
-                        "safetensors weights")
+        raise UserError(f"--model {name}: no {', '.join(missing)} came from the hub or its cache: "
+                        f"run `{command}` where there is a network, or choose a model that has a "
+                        "tokenizer.json and safetensors weights")
     return folder
 
 
 def load_model(a: SimpleNamespace):
     """The frozen model and its tokenizer; settles a.max_length by the model's positions."""
     folder, hub = model_folder(a), on_hub(a.model)
-    if hub and not folder.is_dir():
-        folder = fetch(a.model, a.revision)
+    if hub:
+        folder = from_hub(a.model, a.revision)
     if not folder.is_dir():
         raise UserError(f"--model {a.model}: no such folder: download a model with "
                         "`hf download NAME --local-dir DIR` and give DIR")
     if a.revision is not None and not hub:
         raise UserError(f"--revision {a.revision}: {a.model} is a folder, and only a model of the "
-                        "hub has revisions: leave it out")
+                        "hub has revisions: leave it out; or if the hub's is meant, as a run may "
+                        "mean it, do this where no folder has its name")
     a.revision = folder.name if hub else None  # the commit: a branch may move on
     if a.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {a.dtype}: use float32, bfloat16 or float16")
@@ -245,17 +270,17 @@ def plain_pasts(a: SimpleNamespace, model, vocabulary,
 
 
 def model_files(a: SimpleNamespace) -> list[Path]:
+    """The files that make the model what it is, whatever else lies in its folder."""
     folder = model_folder(a)
-    # of a cache, which others fill too, what is fetched for this
-    found = HUB_FILES if on_hub(a.model) else ["*.safetensors", "*.json"]
-    return sorted(f for f in {f for pattern in found for f in folder.glob(pattern)}
-                  if f.is_file() and not (on_hub(a.model) and f.match(NOT_HUB_FILES[1])))
+    return [folder / name for name in needed_files(folder) if (folder / name).is_file()]
 
 
 def checksums(a: SimpleNamespace) -> dict[str, str]:
-    """The sums of the model, the training data, the evaluation data, and what the prior is fitted
-    on if that is none of these."""
-    files = {"model": model_files(a), "data": data.files_of(*parse_spec(a.data, 0))}
+    """The sums of the model, of the tokens that end its answers, the training data, the evaluation
+    data, and what the prior is fitted on if that is none of these."""
+    ends = model_folder(a) / ENDS
+    files = {"model": model_files(a), ENDS: [ends] * ends.is_file(),
+             "data": data.files_of(*parse_spec(a.data, 0))}
     if a.eval_data:
         files["eval_data"] = data.files_of(*parse_spec(a.eval_data, 1))
     files["reference"] = reference_files(a)

@@ -19,6 +19,7 @@ K particles, n rows, D width, P numbers of a prompt in all.
 from __future__ import annotations
 
 import math
+import random
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,11 @@ class Point(nn.Module):
     def rows(self) -> Rows:
         return {int(i): r for i, r in self.layers.items()}
 
-    def groups(self, rates: dict[int, float]) -> list[dict]:
-        """An optimiser's parameter groups; rates {layer: learning rate}."""
-        return [{"params": [r], "lr": rates[i]} for i, r in self.rows.items()]
+    def groups(self, lr: float | None = None) -> list[dict]:
+        """An optimiser's parameter groups with their learning rates and names; lr: one for all
+        instead of a twentieth of each layer's scale."""
+        return [{"params": [r], "lr": lr or self.scales[i] / 20, "name": f"layer {i}"}
+                for i, r in self.rows.items()]
 
     def members(self, step: int) -> list[Rows]:
         """The prompts whose gradients are wanted; a pure function of parameters, seed and step."""
@@ -105,10 +108,10 @@ class Encoded(Point):
         return {int(i): r + self.scales[int(i)] * (hidden.get(i, hidden.get("all")) @ self.last[i])
                 for i, r in self.layers.items()}
 
-    def groups(self, rates: dict[int, float]) -> list[dict]:
+    def groups(self, lr: float | None = None) -> list[dict]:
         # every hidden number moves a row: as many as there are, so much smaller are the steps
-        rate = 4 / self.hidden * sum(rates[i] / self.scales[i] for i in rates) / len(rates)
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": rate}]
+        return [{"params": [p for p in self.parameters() if p.requires_grad],
+                 "lr": lr or 0.2 / self.hidden, "name": "network"}]
 
 
 class Particles(Point):
@@ -176,8 +179,9 @@ class MeanField(Point):
             i: nn.Parameter(torch.full_like(r, math.log(scales[int(i)] / 10)))
             for i, r in self.layers.items()})
 
-    def groups(self, rates: dict[int, float]) -> list[dict]:
-        return [*super().groups(rates), {"params": [*self.log_sd.values()], "lr": self.RATE}]
+    def groups(self, lr: float | None = None) -> list[dict]:
+        return [*super().groups(lr), {"params": [*self.log_sd.values()], "lr": self.RATE,
+                                      "name": "log standard deviations"}]
 
     def members(self, step: int) -> list[Rows]:
         return [draw_normal(self.layers, {i: s.exp() for i, s in self.log_sd.items()},
@@ -194,8 +198,6 @@ class MeanField(Point):
 
 def draw_normal(mean: dict[str, Tensor], sd: dict[str, Tensor], seed: str) -> Rows:
     """One prompt of a mean-field Gaussian, by the seed alone."""
-    import random
-
     g = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     return {int(i): m + sd[i] * torch.randn(m.shape, generator=g).to(m.device)
             for i, m in mean.items()}

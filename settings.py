@@ -66,7 +66,8 @@ DATA = {
 TRAIN = {
     "steps": (200, "training steps"),
     "lr": (None, "peak learning rate of AdamW (at every layer a twentieth of its reference's root "
-                 "mean square, which is 1e-3 at the token embeddings of LLaMA 3.2 1B)"),
+                 "mean square, which is 1e-3 at the token embeddings of LLaMA 3.2 1B; of --reparam "
+                 "a fifth over the network's width)"),
     "warmup": (10, "steps of linear warm-up"),
     "clip": (1.0, "largest norm of the gradient"),
     "skip_bad_steps": (0, "steps whose loss or gradient is not finite that may be left out before "
@@ -224,6 +225,8 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
             if a.deep_layers:
                 raise UserError("--method prefix has keys and values at layers, not rows: give "
                                 "--prefix-layers instead of --deep-layers")
+            if a.cut:
+                raise UserError("--method prefix has no rows, so no outputs to --cut: leave it out")
         elif a.prefix_layers is not None or a.reparam == "shared":
             flag = "prefix-layers" if a.prefix_layers is not None else "reparam shared"
             raise UserError(f"--{flag} is for --method prefix: give that too")
@@ -293,8 +296,12 @@ def stored_settings(config: dict, path: str | Path = "config.json") -> dict:
 
 
 def over(stored: dict, given: dict) -> dict:
-    """A run's settings, and over them what is given now; a revision is one model's."""
-    return {**stored, **({"revision": None} if "model" in given else {}), **given}
+    """A run's settings, and over them what is given now; a revision is one model's, and layers of a
+    prefix and what becomes of rows' outputs are one method's."""
+    method = stored.get("method")
+    changed = given.get("method", method) != method
+    return {**stored, **({"revision": None} if "model" in given else {}),
+            **({"prefix_layers": None, "cut": None} if changed else {}), **given}
 
 
 # --------------------------------------------------------------------------------------------------

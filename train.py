@@ -1,7 +1,7 @@
 """Training the prompt of a frozen model: the loop, the loss, the evaluation, many processes.
 
     # writes all of the run's folder but config.json and its figures
-    train(run, settings, model, posterior, rates, batch_of, ids_of, penalty, evaluate)
+    train(run, settings, model, posterior, batch_of, ids_of, penalty, evaluate)
 
 The run's folder is run.py's.
 """
@@ -358,13 +358,12 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: posteriors.Point,
-          rates: dict[int, float], batch_of: Callable[[int], data.Batch],
-          ids_of: Callable[[int], list[str]],
+          batch_of: Callable[[int], data.Batch], ids_of: Callable[[int], list[str]],
           penalty: Callable[[dict[int, Tensor]], Tensor] | None,
           evaluate: Callable[[int], tuple[dict, list[dict]]],
           checkpoint: Checkpoint | None = None) -> None:
-    """AdamW on the posterior's rows, with a peak learning rate {layer: rate} for each layer's.
-    Every member's objective is its loss per answer token + prior_weight * penalty(rows); see
+    """AdamW on the posterior's groups, whose learning rates are the peaks. Every member's
+    objective is its loss per answer token + prior_weight * penalty(rows); see
     README, MAP, and posteriors.py.
 
     batch_of(step) must be a pure function of the step, and ids_of(step) its examples; of several
@@ -376,7 +375,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
     # without its folder: the same bytes anywhere
     about = {"settings": json.dumps({k: v for k, v in vars(a).items() if k not in (
         "out", "device")}, sort_keys=True)}
-    optimiser = torch.optim.AdamW([{**g, "peak": g["lr"]} for g in posterior.groups(rates)],
+    optimiser = torch.optim.AdamW([{**g, "peak": g["lr"]} for g in posterior.groups(a.lr)],
                                   weight_decay=0.0)
     size, signals, batch, saved = world()[1], [], None, None
     parameters = [p for p in posterior.parameters() if p.requires_grad]
@@ -458,7 +457,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
                     f"loss {loss:.4g}, gradient norm {norm:.4g} at step {done + 1}, learning rate "
                     f"{rate:.3g}, on {', '.join(ids[:4])}{' ...' * (len(ids) > 4)}: not finite, "
                     f"stopped before it could spoil the rows: lower --lr (now "
-                    f"{max(rates.values()):.3g} at its peak), or leave such steps out by "
+                    f"{optimiser.param_groups[0]['peak']:.3g} at its peak), or leave such steps out by "
                     f"--skip-bad-steps; {go_on()}", 1)
             run.log({"step": done + 1, "split": "skipped", "lr": rate, "ids": ids})
         optimiser.zero_grad()

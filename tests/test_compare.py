@@ -262,16 +262,32 @@ def test_attention_of_a_prompt_is_what_theory_says(hf, cut, layers):
     one = dict(compare.attention(model, model.prompt_past(
         {i: torch.randn(1, 48, generator=g) for i in layers}, cut), texts))
     assert [*one.values()][0]["one_head"] == pytest.approx(1, abs=1e-5)
-    # a prompt of tokens, kept, is a text: transformers tells what it takes of attention
+    # a prompt of tokens, kept, is a text: transformers tells what it takes of attention, and adds
     ids = [5, 6, 7]
     past = model.extend(torch.tensor([ids]))
     past = llama.Past(past.keys, past.values, past.real[:, :0], past.position)
-    rows = compare.attention(model, past, texts[:1])
+    rows = compare.attention(model, past, texts)
     oracle = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
-        weights = oracle(torch.tensor([ids + texts[0]]), output_attentions=True).attentions
-    for (_, numbers), w in zip(rows, weights, strict=True):
-        assert numbers["mass"] == pytest.approx(w[0, :, 3:, :3].sum(-1).mean().item(), rel=1e-4)
+        read = [oracle(torch.tensor([ids + text]), output_attentions=True, use_cache=True)
+                for text in texts]
+    for i, (_, numbers) in enumerate(rows):
+        mass, bias, added, heads = [], [], [], []
+        for out in read:
+            w = out.attentions[i][0, :, 3:]  # (6, T, 3 + T), of 2 heads of values
+            v = out.past_key_values.layers[i].values[0].repeat_interleave(3, 0)
+            part = w[..., :3] @ v[:, :3]
+            add, whole = (oracle.model.layers[i].self_attn.o_proj(x.transpose(0, 1).flatten(1))
+                          for x in (part, w @ v))
+            mass.append(w[..., :3].sum(-1).mean())
+            bias.append(add.norm(dim=1).mean() / whole.norm(dim=1).mean())
+            added.append(add), heads.append(part)
+        share = lambda x: (s := torch.linalg.svdvals(x).square())[0] / s.sum()
+        expected = {"mass": torch.stack(mass).mean(), "bias": torch.stack(bias).mean(),
+                    "one": share(torch.cat(added)),
+                    "one_head": torch.stack([share(h) for h in torch.cat(heads, 1)]).mean()}
+        assert {k: numbers[k] for k in expected} == pytest.approx(
+            {k: x.item() for k, x in expected.items()}, rel=1e-4)
 
 
 def test_attention_command(runs, capsys):

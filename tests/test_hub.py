@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -77,7 +78,13 @@ def test_a_model_in_the_cache_and_the_run_that_keeps_its_commit(cache, files, tm
     config = json.loads((made / "config.json").read_text())
     assert config["settings"]["model"] == "org/little"
     assert config["settings"]["revision"] == COMMIT
-    # main moves on, and other tools put more files beside: the run opens all the same
+    # main moves on, and other tools put more files beside: the run opens all the same; and so it
+    # does with the same files as a folder
+    beside = tmp_path / "beside"
+    shutil.copytree(settings.TINY, beside, ignore=lambda *_: ["squad", "math", "text"])
+    (beside / "tokenizer_config.json").write_text("{}")
+    assert run("generate", made, "a", "--model", beside) == 0
+    assert run("export", made, "--to", tmp_path / "of-folder", "--model", beside) == 0
     moved = dict(files[0], **{"config.json": files[0]["config.json"] + b" "})
     lay_out(cache, "org/little", OLDER, moved)
     lay_out(cache, "org/little", COMMIT, {"special_tokens_map.json": b"{}",
@@ -107,7 +114,7 @@ def test_what_the_cache_has_in_part_is_not_there(cache, files, capsys):
     snapshot = lay_out(cache, "org/parts", COMMIT, files[1])
     lay_out(cache, "org/parts", OLDER, files[0], "v1")
     assert loading.model_folder(a()) == snapshot
-    assert len(loading.model_files(a())) == 6
+    assert len(loading.model_files(a())) == 4
     assert loading.model_folder(a("v1")).name == loading.model_folder(a(OLDER)).name == OLDER
     for name in ("model-00002-of-00002.safetensors", "tokenizer.json", "config.json"):
         (snapshot / name).rename(snapshot / "away")
@@ -116,7 +123,7 @@ def test_what_the_cache_has_in_part_is_not_there(cache, files, capsys):
     (snapshot / "tokenizer.json").unlink()
     assert run("sample", "--model", "org/parts") == 2
     said = capsys.readouterr().err
-    assert "gave no tokenizer.json: run `hf download org/parts`" in said and said.count("\n") == 1
+    assert "no tokenizer.json came from the hub or its cache: run `hf download org/parts`" in said and said.count("\n") == 1
     assert run("sample", "--model", "org/parts", "--revision", "v2") == 2
     said = capsys.readouterr().err
     assert "HF_HUB_OFFLINE is set: run `hf download org/parts --revision v2`" in said
@@ -172,6 +179,10 @@ class Hub(BaseHTTPRequestHandler):
             content = {"id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [],
                        "downloads": 0, "likes": 0, "siblings": [{"rfilename": f} for f in held]}
             return self.reply(200, json.dumps(content).encode(), {}, body)
+        if file[3] not in held:
+            self.asked.append((name, f"no {file[3]}"))
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound",
+                                         "X-Repo-Commit": COMMIT}, body)
         if name == "org/gated":
             return self.reply(403, b"", {"X-Error-Code": "GatedRepo"}, body)
         if body:
@@ -194,14 +205,14 @@ from types import SimpleNamespace
 for arguments in sys.argv[1:]:
     name, _, revision = arguments.partition("@")
     try:
-        print(loading.fetch(name, revision or None))
+        print(loading.from_hub(name, revision or None))
     except ValueError as e:
         print(type(e).__name__, e)
 """
 
 
 def fetched(server, home, *names):
-    """What loading.fetch gives for each name, in a process of its own, whose hub is the server."""
+    """What loading.from_hub gives for each name, in a process of its own, whose hub is the server."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -220,7 +231,8 @@ def hub(files):
             "README.md": b"#", "pytorch_model.bin": b"\x80", "consolidated.safetensors": b"0",
             "original/consolidated.00.pth": b"\x80", "onnx/model.safetensors": b"0",
             "tokenizer_config.json": b"{}"},
-        "org/shards": files[1], "org/gated": files[0],
+        "org/shards": files[1],
+        "org/bare": {k: v for k, v in files[0].items() if k != "generation_config.json"}, "org/gated": files[0],
         "org/bert": files[0] | {"config.json": b'{"model_type": "bert"}'},
         "org/pickle": {k: v for k, v in files[0].items() if k != "model.safetensors"} | {
             "pytorch_model.bin": b"\x80"}}
@@ -240,7 +252,7 @@ def test_a_download_takes_what_is_needed_and_a_mistake_is_one_line(hub, tmp_path
     assert {p.name: p.read_bytes() for p in Path(out[1]).iterdir()} == files[1]
     assert "model_type is 'bert'" in out[2]
     assert [f for name, f in Hub.asked if name == "org/bert"] == ["config.json"]
-    assert "gave no model.safetensors: run `hf download org/pickle`" in out[3]
+    assert "no model.safetensors came from the hub or its cache: run `hf download org/pickle`" in out[3]
     assert f"accepted first: do so at {page}/org/gated, then run `hf auth login`" in out[4]
     assert "no such folder, and no such model" in out[5] and "no such model" in out[6]
     assert "--revision v9: org/whole has none" in out[7]
@@ -253,6 +265,14 @@ def test_a_download_takes_what_is_needed_and_a_mistake_is_one_line(hub, tmp_path
         m.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         folder = loading.model_folder(SimpleNamespace(model="org/whole", revision=None))
     assert str(folder) == out[0] and len(Hub.asked) == count
+    # but for what tells a chat model's ends: whole has lost it, bare never had it
+    (folder / "generation_config.json").resolve().unlink()
+    (folder / "generation_config.json").unlink()
+    out, _ = fetched(hub, tmp_path, "org/whole", "org/bare", "org/bare", "org/bare")
+    assert not any("Error" in line for line in out)
+    assert (folder / "generation_config.json").read_bytes() == files[0]["generation_config.json"]
+    assert [f for name, f in Hub.asked[count:] if name == "org/whole"] == ["generation_config.json"]
+    assert Hub.asked.count(("org/bare", "no generation_config.json")) == 1  # and then it is known
     hub.shutdown(), hub.server_close()
     out, _ = fetched(hub, tmp_path, "org/other")
     assert "the hub does not answer: run `hf download org/other`" in out[0]

@@ -12,11 +12,12 @@ import data
 import llama
 import posteriors
 import promptprior
+import settings
 import train
 from run import Run
 from test_data import SHAPES, random_rows
 
-FEW = ["--steps", "3", "--eval-every", "3", "--eval-limit", "6", "--batch-size", "4",
+FEW = ["--steps", "4", "--eval-every", "1", "--eval-limit", "6", "--batch-size", "4",
        "--max-new", "6", "--tokens", "4", "--reference-rows", "300"]
 
 
@@ -132,14 +133,17 @@ def test_rows_of_a_network_begin_as_drawn_and_share(kind):
         hidden = torch.tanh(made.common["all"] @ made.first)
         for i in start:
             torch.testing.assert_close(change[i], hidden @ made.last[str(i)])
-    assert {id(p) for group in made.groups({0: 0.1, 3: 0.1}) for p in group["params"]} == {
-        id(p) for p in made.parameters() if p.requires_grad}
+    group, = made.groups()
+    assert {id(p) for p in group["params"]} == {id(p) for p in made.parameters() if p.requires_grad}
+    # a fifth over the network's width, unless one is asked for
+    assert group["lr"] == pytest.approx(0.2 / {"mlp": 16, "shared": 8}[kind])
+    assert made.groups(0.1)[0]["lr"] == 0.1
 
 
 KINDS = {"prefix": ["--method", "prefix"],
          "last two": ["--method", "prefix", "--prefix-layers", 2, "--reparam", "shared"],
-         "P-tuning v2": ["--method", "prefix", "--reparam", "mlp"],
-         "mlp of rows": ["--reparam", "mlp", "--deep-layers", 1],
+         "P-tuning v2": ["--method", "prefix", "--reparam", "mlp", "--dtype", "bfloat16"],
+         "mlp of rows": ["--reparam", "mlp", "--deep-layers", 1, "--dtype", "bfloat16"],
          "after BOS": ["--place", "after-bos"], "suffix": ["--place", "suffix", "--posterior",
                                                            "svgd", "--particles", 2,
                                                            "--prior", "fitted"],
@@ -154,7 +158,7 @@ def test_runs_train_resume_and_score(tmp_path, monkeypatch, capsys, kind):
 
     def loss(*arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:  # there are checkpoints with moments by then
             raise ZeroDivisionError
         return original(*arguments)
 
@@ -192,7 +196,38 @@ def test_runs_train_resume_and_score(tmp_path, monkeypatch, capsys, kind):
     assert [line["id"] for line in together] == [0, 1, 2]
 
 
+def test_a_prefix_begins_as_the_rows_keys_and_values(tmp_path):
+    """And its learning rate follows them."""
+    few = [*FEW[:-4], "--tokens", 4, "--steps", 0, "--prior", "fitted", "--reference-rows", 300]
+    assert run("train", "--out", tmp_path / "rows", *few, "--deep-layers", 6) == 0
+    assert run("train", "--out", tmp_path / "prefix", *few, "--method", "prefix") == 0
+    first = load_file(tmp_path / "prefix/prompts/000000.safetensors")
+    past = llama.load(settings.TINY, "float32").prompt_past(Run(tmp_path / "rows").rows(
+        "prompts/000000.safetensors"), cut=True)
+    rates = Run(tmp_path / "prefix").config()["learning_rates"]
+    for i, (keys, values) in enumerate(zip(past.keys, past.values)):
+        together = torch.stack([t[0].transpose(0, 1) for t in (keys, values)])
+        torch.testing.assert_close(first[f"layers.{i}.keys"], together[0])
+        torch.testing.assert_close(first[f"layers.{i}.values"], together[1])
+        assert rates[f"layer {i}"] == pytest.approx(
+            together.square().mean().sqrt().item() / 20, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["suffix of a prefix", "last two"])
+def test_what_lies_below_a_prompt_may_be_kept(tmp_path, kind):
+    """For several epochs: where the prompt stands before the text, and nowhere else."""
+    ends = []
+    for name, more in (("kept", []), ("anew", ["--no-trunk"])):
+        assert run("train", "--out", tmp_path / name, *FEW, *KINDS[kind], "--train-examples", 6,
+                   "--reference-rows", 200,
+                   *more) == 0
+        ends.append(load_file(tmp_path / name / "prompt.safetensors"))
+    for key, rows in ends[0].items():
+        torch.testing.assert_close(rows, ends[1][key], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("arguments, message", [
+    (["--method", "prefix", "--cut"], "no outputs to --cut"),
     (["--method", "prefix", "--prior", "fitted", "--prior-weight", 1], "no prior has a density"),
     (["--method", "prefix", "--deep-layers", 1], "--prefix-layers"),
     (["--method", "prefix", "--prefix-layers", 9], "6 layers"),

@@ -26,7 +26,7 @@ def conjugate(n: int = 3, D: int = 2):
 
 
 def fit(posterior, log_density, weight, steps, rate):
-    optimiser = torch.optim.Adam(posterior.groups({0: rate, 3: rate}))
+    optimiser = torch.optim.Adam(posterior.groups(rate))
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = rate * (1 - step / steps) + 1e-4

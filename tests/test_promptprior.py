@@ -296,8 +296,7 @@ def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
 
 def test_help_without_torch():
     code = ("import sys, promptprior\n"
-            "for c in ([], ['train'], ['eval'], ['generate'], ['sample'], ['collect'], "
-            "['compare'], ['interpolate'], ['plot']):\n"
+            "for c in ([], *([name] for name in promptprior.COMMANDS)):\n"
             "    try: promptprior.main([*c, '--help'])\n"
             "    except SystemExit as e: assert e.code == 0\n"
             "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
