@@ -172,15 +172,12 @@ def choose(examples: list[tuple[int, data.Example]], vocabulary: data.Vocabulary
 
 def collect(model: llama.Llama, vocabulary: data.Vocabulary, domains: dict[str, Chosen],
             layers: list[int], path: Path, pool: str, about: dict,
-            prompt: tuple[dict[int, Tensor], bool] | None = None) -> None:
+            past: llama.Past | None = None, own: dict[int, Tensor] | None = None) -> None:
     """Write the activations of each domain's tokens to a new file, every row straight to its place,
     so that no more than a batch is held. about goes into the file's metadata.
 
-    prompt: rows {layer: (n, D)} and whether their outputs are cut, in front of every text."""
-    L, D = model.config.num_hidden_layers, model.config.hidden_size
-    own: dict[int, Tensor] = {}
-    with torch.no_grad():
-        past = model.prompt_past(*prompt, tap=own.__setitem__) if prompt else None
+    past: a prompt in front of every text; own: its own rows {layer: (n, D)}, if it has any."""
+    L, D, own = model.config.num_hidden_layers, model.config.hidden_size, own or {}
     roles, fields = [], {k: [] for k in ("domain", "example", "position", "token")}
     for d, chosen in enumerate(domains.values()):
         for row, example, places in zip(*chosen):

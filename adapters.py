@@ -69,11 +69,10 @@ def to_peft(model: llama.Llama, prompt: Tensor | llama.Past, base: str,
                                "with --keep and rows at the tokens, or with --deep-layers "
                                f"{c.num_hidden_layers}; of --method prefix, without "
                                "--prefix-layers")
-        numbers = torch.stack([torch.stack(kv) for kv in zip(prompt.keys, prompt.values)])
-        numbers = numbers[:, :, 0].permute(3, 0, 1, 2, 4).flatten(1)  # (L, 2, G, n, hd) before
-        own = {"peft_type": "PREFIX_TUNING", "num_attention_heads": c.num_key_value_heads,
-               "token_dim": c.num_key_value_heads * c.head_dim, "prefix_projection": False,
-               "encoder_hidden_size": None, "init_weights": None}
+        numbers, own = _columns(prompt), {
+            "peft_type": "PREFIX_TUNING", "num_attention_heads": c.num_key_value_heads,
+            "token_dim": c.num_key_value_heads * c.head_dim, "prefix_projection": False,
+            "encoder_hidden_size": None, "init_weights": None}
     config = {**own, "task_type": "CAUSAL_LM",  # without it PEFT loads, and applies nothing
               "base_model_name_or_path": base, "revision": revision, "inference_mode": True,
               "num_virtual_tokens": len(numbers), "num_layers": c.num_hidden_layers,
@@ -91,6 +90,12 @@ def difference(model: llama.Llama, one: llama.Past, other: llama.Past) -> tuple[
                         generator=torch.Generator().manual_seed(0)).to(model.embeddings.device)
     a, b = (model.logits(model(ids, past)[0]).float() for past in (one, other))
     return (a - b).abs().max().item(), a.abs().max().item()
+
+
+def _columns(past: llama.Past) -> Tensor:
+    """What a prompt of batch 1 leaves in the layers, as PEFT keeps it: (n, L 2 G hd)."""
+    numbers = torch.stack([torch.stack(kv) for kv in zip(past.keys, past.values)])
+    return numbers[:, :, 0].permute(3, 0, 1, 2, 4).flatten(1)  # (L, 2, G, n, hd) before
 
 
 def tensors(prompt: llama.Prompt | llama.Prefix) -> dict[str, Tensor]:
@@ -180,6 +185,21 @@ def fit(adapter: Adapter, c: llama.Config) -> llama.Prompt | llama.Prefix:
         return llama.Prompt({0: x}, cut=False)
     x = x.view(len(x), L, 2, G, hd)
     return llama.Prefix(*({i: x[:, i, j] for i in range(L)} for j in (0, 1)))
+
+
+@torch.no_grad()
+def without_bos(adapter: Adapter, model: llama.Llama, bos: int | None) -> Adapter:
+    """An adapter of a prompt after BOS, whose last virtual token is BOS, without that one: texts
+    here bring their own. Raises AdapterError if it is another."""
+    own, last = None, adapter.numbers[-1]
+    if bos is not None and adapter.kind in PREFIX and len(adapter.numbers) > 1:
+        own = _columns(model.extend(torch.tensor([[bos]], device=model.embeddings.device)))[0]
+    # of the same weights, in whatever dtype
+    if own is None or own.shape != last.shape \
+            or not (own.float().cpu() - last).norm() <= 0.05 * last.norm():
+        raise AdapterError(f"{adapter.path}: {ABOUT} says that its last virtual token is BOS, and "
+                           f"it is not: export it again, or remove {ABOUT}")
+    return adapter._replace(numbers=adapter.numbers[:-1])
 
 
 def _embeddings(path: Path) -> Tensor:

@@ -18,11 +18,11 @@ import priors
 import report
 import viz
 from compare import TITLES, final_table, judge_prior, table
-from experiments import command_train, differences, open_rows, open_run
+from experiments import command_train, differences, open_run
 from loading import (check_same_model, checksum, encode, layers_with_rows, load_model,
                      model_files, model_folder, parse_spec, rows_per_layer, some_of,
                      training_and_evaluation)
-from references import draw, references
+from references import beside, draw, references
 from run import Run, rows_to_bytes, write_file
 from settings import (COLLECT, DATA, FIGURE, MODEL, PRIOR, SAMPLE, UserError, absolute, over,
                       prior_name, say, settings_of, show, spec_name)
@@ -69,15 +69,18 @@ def command_collect(given: dict) -> None:
     overwrite = given.pop("overwrite", False)
     if under:
         flags = {flag: default for flag, (default, _) in COLLECT.items()}
-        _, a, model, vocabulary, prompt = open_rows(under, {**flags, **given})
+        _, a, model, vocabulary, prompt = open_run(under, {**flags, **given})
         if a.place != "before":
             raise UserError(f"{under}: its prompt stands inside the texts (--place {a.place}), and "
                             "activations are collected under one that stands before them")
-        prompt = ({i: r.detach() for i, r in prompt.rows.items()}, a.cut)
+        own = {}
+        with torch.no_grad():
+            past = prompt.past(model) if a.method == "prefix" else model.prompt_past(
+                prompt.rows, a.cut, own.__setitem__)
     else:
         a = settings_of(given, MODEL, PRIOR, DATA, COLLECT)
         model, vocabulary = load_model(a)
-        prompt = None
+        past = own = None
     path, layers = Path(a.out), chosen_layers(a.layers, model.config.num_hidden_layers)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: choose another --out, or replace it by --overwrite")
@@ -108,7 +111,7 @@ def command_collect(given: dict) -> None:
         "model": a.model, "revision": a.revision, "dtype": a.dtype,
         "sha256": checksum(model_files(a)),
         "data": [absolute(named_spec(s)[1]) for s in specs], "under": under and os.path.abspath(
-            under), "examples": a.examples, "limit": a.limit, "seed": a.seed}, prompt)
+            under), "examples": a.examples, "limit": a.limit, "seed": a.seed}, past, own)
     file = activations.Collection(path)
     for d, name in enumerate(domains):
         mine = file.field["domain"] == d
@@ -134,18 +137,19 @@ def command_compare(given: dict) -> None:
 
 def compare_run(path: str, given: dict) -> dict:
     """A run's scores, and where its rows started and ended in each layer's reference."""
-    run, a, model, vocabulary, prompt = open_rows(path, given)
-    found = references(a, model, vocabulary, list(prompt.rows))
+    run, a, model, vocabulary, prompt = open_run(path, given)
+    found = beside(a, model, references(a, model, vocabulary, list(prompt.rows)))
     start, end = run.start_and_end()
     spoken = [run.particles(f)[0] if a.posterior == "svgd" else run.rows(f)
               for f in ("prompts/000000.safetensors", "prompt.safetensors")]
     measured, said = [], {}
-    tokens = model.embeddings[vocabulary.ordinary].float().cpu()
+    tokens = None if a.method == "prefix" else \
+        model.embeddings[vocabulary.ordinary].float().cpu()
     for i, reference in found.items():
         rows = compare.measure_rows(start[i], end[i], reference.rows,
                                     priors.Fitted.fit(reference.rows), None if i else tokens)
         measured += [(f"layer {i} {name}", numbers) for name, numbers in rows]
-        said[i] = {name: compare.what_rows_say(r[i], i, model, vocabulary)
+        said[i] = {name: compare.what_rows_say(r[i], i, reference, model, vocabulary)
                    for name, r in zip(("prior draw", "trained"), spoken)}
     lines = [f"{run.path}: prior {prior_name(a)}, {a.posterior} posterior, seed {a.seed}",
              final_table(a, run.metrics()), "", table(measured, compare.TITLES), "",
@@ -197,15 +201,15 @@ def command_interpolate(given: dict) -> None:
     if folder.path.exists():
         raise UserError(f"{folder.path} exists: choose another --out")
     (one, a, model, vocabulary, first), (other, b, _, _, second) = (
-        open_rows(p, dict(given)) for p in paths)
+        open_run(p, dict(given)) for p in paths)
     if checksum(model_files(a)) != checksum(model_files(b)):
         raise UserError(f"{one.path} and {other.path} are of different models: give two of one")
     shapes = [{i: tuple(r.shape) for i, r in p.rows.items()} for p in (first, second)]
-    if shapes[0] != shapes[1] or (a.cut, a.place) != (b.cut, b.place):
-        raise UserError(f"{one.path} and {other.path} have other rows ({shapes[0]} and "
-                        f"{shapes[1]}, cut {a.cut} and {b.cut}, place {a.place} and {b.place}), and no line "
-                        "joins them: give two of one --tokens, --deep-layers, --place and --cut or "
-                        "--keep")
+    kinds = [f"{s}, {c.method}, cut {c.cut}, place {c.place}" for s, c in zip(shapes, (a, b))]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{one.path} and {other.path} have other rows ({' and '.join(kinds)}), and "
+                        "no line joins them: give two of one --method, --tokens, --deep-layers, "
+                        "--place and --cut or --keep")
     folder.path.mkdir(parents=True)  # now, not when all is worked out
     tasks = {}
     for run, settings in ((one, a), (other, b)):
@@ -356,8 +360,8 @@ def command_plot(given: dict) -> None:
     def opened():
         """Each run with what the page wants of it; its own figures are drawn on the way."""
         for path in folders:
-            run, a, model, vocabulary, prompt = open_rows(path, dict(given))
-            found = references(a, model, vocabulary, list(prompt.rows))
+            run, a, model, vocabulary, prompt = open_run(path, dict(given))
+            found = beside(a, model, references(a, model, vocabulary, list(prompt.rows)))
             show(pictures.text_picture(run, a, found) if text else "\n".join(
                 str(run.path / name) for name in pictures.draw_run(run, a, found)))
             yield run, a, model, vocabulary, found

@@ -23,6 +23,7 @@ import geometry
 import llama
 import priors
 from activations import Collection
+from references import Reference
 from settings import UserError, imported, prior_name, text_name
 
 MOST = 2000  # rows of a population in measures that want all pairs
@@ -192,12 +193,18 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
 
 
 @torch.no_grad()
-def what_rows_say(rows: Tensor, layer: int, model: llama.Llama,
+def what_rows_say(rows: Tensor, layer: int, reference: Reference, model: llama.Llama,
                   vocabulary: data.Vocabulary) -> dict[str, list[str]]:
     """The token of each row (n, D), by every reading: at the embeddings the nearest by cosine and
     by L2 distance, at a deeper layer the likeliest through the final norm and the head (the logit
-    lens, nostalgebraist 2020)."""
-    if layer > 0:
+    lens, nostalgebraist 2020). Of keys and values the tokens of the nearest in the reference, if
+    its rows are tokens'."""
+    if reference.columns:
+        tokens = torch.cat([part.token for part in reference.labels or []] or [rows[:0]])
+        ids = {metric: tokens[geometry.nearest(rows.numpy(), reference.rows.numpy(), metric=metric
+                                               )[0][:, 0]].tolist()
+               for metric in ("cosine", "l2") if len(tokens)}
+    elif layer > 0:
         h = rows.to(model.embeddings)
         ids = {"logit lens": model.logits(model.model.norm(h)).argmax(dim=-1).tolist()}
     else:

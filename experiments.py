@@ -24,7 +24,7 @@ from loading import (check_same_model, checksums, encode, layers_with_rows, load
                      model_folder, plain_pasts, read_questions, rows_per_layer, some_of,
                      training_and_evaluation)
 from pictures import draw_run
-from references import draw, norm_ratio, references
+from references import as_prefix, beside, draw, norm_ratio, references, turned_back
 from run import Run, RunError, read_config, write_file
 from settings import (DATA, FIRST, MODEL, PRIOR, TRAIN, UserError, check_ranges, free_name,
                       imported, on_hub, over, prior_name, say, settings_of, show, spec_name,
@@ -162,14 +162,11 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
         f"train on, {len(evals.rows)} to evaluate")
     found = references(a, model, vocabulary, layers, examples)
     start, fitted, reports = draw(a, found, a.particles if a.posterior == "svgd" else 1)
+    if a.method == "prefix":
+        start = {i: as_prefix(a, model, i, r[0], found[i].columns)[None] for i, r in start.items()}
+        found = beside(a, model, found)
     scales = {i: float(r.rows.square().mean().sqrt()) for i, r in found.items()}
     answer_tokens = sum(len(r.ids) - r.start for r in questions.rows)
-    if a.method == "prefix":  # what the prior's rows give as keys and values
-        with torch.no_grad():
-            past = model.prompt_past({i: r[0].to(a.device) for i, r in start.items()}, cut=True)
-        start = {i: torch.stack([t[0].transpose(0, 1) for t in kv], dim=1).flatten(1)[None].cpu()
-                 for i, *kv in zip(range(len(past.keys)), past.keys, past.values) if i in start}
-        scales = {i: float(r.float().square().mean().sqrt()) for i, r in start.items()}
     arguments = start, scales, 1 / answer_tokens, a.seed
     posterior = (posteriors.POSTERIORS[a.posterior](*arguments) if a.reparam == "none"
                  else posteriors.Encoded(*arguments, a.reparam)).to(a.device)
@@ -228,23 +225,18 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
 
     if not FIRST:
         return
+    turned_back(run, model)
     start, end = run.start_and_end()
     show(f"\n{len(evals.rows)} questions of "
           f"{spec_name(a.eval_data) if a.eval_data else 'the training data, held out'}; scores in "
           f"percent, loss in nats a token\n\n{final_table(a, run.metrics())}\n")
+    what = "keys and values" if a.method == "prefix" else "rows"
     for i in layers:
-        moved = (end[i] - start[i]).norm(dim=1).mean()
-        if a.method == "prefix":
-            show(f"layer {i}: keys and values moved {moved:.3g} on average; their norm grew "
-                 f"{norm_ratio(end[i], start[i]):.3g} times")
-        else:
-            show(f"layer {i}: rows moved {moved:.3g} on average; their norm over the reference's "
-                 f"{norm_ratio(start[i], found[i].rows):.3g} -> "
-                 f"{norm_ratio(end[i], found[i].rows):.3g}")
-    # keys and values have no reference to be drawn in
-    drawn = draw_run(run, a, found) if a.method == "prompt" else []
-    show(f"{time.time() - began:.0f} s; {run.path}: "
-         f"{', '.join(['prompt.safetensors', 'predictions.jsonl', 'metrics.jsonl', *drawn])}")
+        before, after = (norm_ratio(rows[i], found[i].rows) for rows in (start, end))
+        show(f"layer {i}: {what} moved {(end[i] - start[i]).norm(dim=1).mean():.3g} on average; "
+             f"their norm over the reference's {before:.3g} -> {after:.3g}")
+    drawn = ["prompt.safetensors", "predictions.jsonl", "metrics.jsonl", *draw_run(run, a, found)]
+    show(f"{time.time() - began:.0f} s; {run.path}: {', '.join(drawn)}")
 
 
 def open_run(path: str, given: dict):
@@ -255,24 +247,13 @@ def open_run(path: str, given: dict):
     rows = run.rows("prompt.safetensors")
     model, vocabulary = load_model(a)
     if a.method == "prefix":
-        heads = model.config.num_key_value_heads
-        if any(r.shape[1] % (2 * heads) for r in rows.values()):
-            raise UserError(f"{run.path}: keys and values of another model than {a.model}")
-        prompt = llama.Prefix(*({i: r.view(len(r), 2, heads, -1)[:, k] for i, r in rows.items()}
-                                for k in (0, 1))).to(a.device)
+        parts = {i: llama.split(r, model.config) for i, r in rows.items()}
+        prompt = llama.Prefix(*({i: kv[j] for i, kv in parts.items()} for j in (0, 1))).to(a.device)
     else:
         prompt = llama.Prompt(rows, a.cut).to(a.device)
     prompt.past(model)  # refuses rows that do not fit
+    turned_back(run, model)
     return run, a, model, vocabulary, prompt
-
-
-def open_rows(path: str, given: dict):
-    """open_run, for what needs rows in the space of a layer's inputs."""
-    opened = open_run(path, given)
-    if opened[1].method == "prefix":
-        raise UserError(f"{path}: it trained keys and values, which lie among no embeddings or "
-                        "activations: eval, generate, attention and export take it")
-    return opened
 
 
 def command_eval(given: dict) -> None:
@@ -424,14 +405,15 @@ def command_import(given: dict) -> None:
     a = settings_of({**given, "steps": 0}, MODEL, PRIOR, DATA, TRAIN)
     a.tokens, a.method = len(adapter.numbers), "prompt"
     a.imported = adapter.path.resolve().name
-    if adapter.about.get("place") == "after-bos":  # its last position is BOS, which texts bring
+    if adapter.about.get("place") == "after-bos":
         a.place, a.tokens = "after-bos", a.tokens - 1
-        adapter = adapter._replace(numbers=adapter.numbers[:-1])
     run = new_run(a.out, overwrite)
     model, vocabulary = load_model(a)
     prompt = adapters.fit(adapter, model.config)
     if "sha256" in adapter.about:
         check_same_model(a, adapter.about["sha256"], adapter.path)
+    if a.place == "after-bos":
+        prompt = adapters.fit(adapters.without_bos(adapter, model, vocabulary.bos), model.config)
     if isinstance(prompt, llama.Prefix):
         a.method = "prefix"
     content = save(adapters.tensors(prompt))

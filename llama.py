@@ -514,6 +514,24 @@ class Llama(nn.Module):
                     tuple(beside(values.get(i), s) for i, s in zip(place, past.values)),
                     past.real, past.position + n)
 
+    def keys_and_values(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys, not rotated by any position, and values (N, G, hd) that a layer's attention
+        makes of its inputs x (N, D)."""
+        x, past = x.to(self.embeddings), self.empty()
+        real = torch.ones(1, len(x), dtype=torch.bool, device=x.device)
+        still = x.new_ones(len(x), 1, self.config.head_dim // 2)
+        _, k, v = self.model.layers[layer - self.first](
+            x, None, None, self._layout(real, past.real, None), still, 0 * still, cache=True,
+            output=False)
+        return k[0].transpose(0, 1), v[0].transpose(0, 1)
+
+    def turn(self, keys: Tensor, first: int = 0, back: bool = False) -> Tensor:
+        """Keys (n, G, hd) of no position, as columns first..first + n - 1 of a cache have them; or
+        back."""
+        place = torch.arange(first, first + len(keys), device=keys.device)[:, None, None]
+        angle = place * rope_frequencies(self.config).to(keys.device)
+        return rotate(keys, angle.cos().to(keys), (-angle if back else angle).sin().to(keys))
+
     def _run(self, ids: Tensor, past: Past | None, parent: Tensor | None = None, tap=None,
              cache: bool = True, output: bool = True,
              wanted: Tensor | None = None) -> tuple[Tensor | None, Past | None]:
@@ -590,9 +608,28 @@ class Prefix(nn.Module):
             str(i): nn.Parameter(t.detach().float().clone()) for i, t in sorted(given.items())})
             for given in (keys, values))
 
+    @property
+    def rows(self) -> dict[int, Tensor]:
+        """Keys and values side by side, {layer: (n, 2 G hd)}."""
+        return {int(i): join(k, self.values[i]) for i, k in self.keys.items()}
+
     def past(self, model: Llama, past: Past | None = None) -> Past:
         return model.prefix_past(*({int(i): t for i, t in given.items()}
                                    for given in (self.keys, self.values)), past)
+
+
+def join(keys: Tensor, values: Tensor) -> Tensor:
+    """Keys and values (n, G, hd) -> side by side, (n, 2 G hd)."""
+    return torch.cat((keys.flatten(1), values.flatten(1)), dim=1)
+
+
+def split(rows: Tensor, c: Config) -> tuple[Tensor, Tensor]:
+    """(n, 2 G hd) -> keys and values (n, G, hd). Raises ModelError for another model's."""
+    heads, hd = c.num_key_value_heads, c.head_dim
+    if rows.shape[1] != 2 * heads * hd:
+        raise ModelError(f"keys and values of {rows.shape[1]} numbers do not fit a model of "
+                         f"{heads} key heads of width {hd}")
+    return rows.view(len(rows), 2, heads, hd).unbind(1)
 
 
 class Placed(NamedTuple):

@@ -27,7 +27,7 @@ def layer_figure(i: int, reference: Reference, series: list[tuple[str, Tensor]],
     """The principal plane of a layer's reference, the draw and, if there is a second series,
     where its rows went."""
     points = [rows.numpy() for _, rows in series]
-    name, reference = reference.name, reference.rows.numpy()
+    name, columns, reference = reference.name, reference.columns, reference.rows.numpy()
     # a text prompt of a token or two spans no plane of its own
     plane = viz.pca(reference if len(reference) > 2 else np.concatenate([reference, *points]))
     flat = [viz.project(plane, rows) for rows in points]
@@ -37,7 +37,8 @@ def layer_figure(i: int, reference: Reference, series: list[tuple[str, Tensor]],
         marks.insert(0, viz.Arrows("from start to end", *flat))
     return viz.figure([viz.Panel([viz.Cloud(name, viz.project(plane, reference)), *marks],
                                  viz.axis_names(plane))],
-                      f"Layer {i}, its input" if i else "Token embeddings", caption)
+                      f"Layer {i}, {'keys and values' if columns else 'its input'}"
+                      if i or columns else "Token embeddings", caption)
 
 
 def draw_run(run: Run, a: SimpleNamespace, found: dict[int, Reference]) -> list[str]:

@@ -162,7 +162,8 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--to", metavar="DIR", help="the adapter's folder")
     c.add_argument("--csv", metavar="FILE", nargs="?", const="-",
                    help="metrics.jsonl as CSV, a line a record (printed)")
-    c.add_argument("--overwrite", action="store_true", help="replace an adapter that export made")
+    c.add_argument("--overwrite", action="store_true",
+                   help="replace an adapter or a table that export made")
 
     c = command("import", "Make a run's folder of a prompt that PEFT trained, or of rows in "
                 "numpy's format, for eval, generate, compare, plot and --prior posterior:RUN.",

@@ -6,6 +6,7 @@ activations at its input; it may be a collection's file, or the rows of finished
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 import data
+import llama
 import priors
 from activations import ROLES, Collection, massive, roles_of, stream
 from loading import (check_same_model, collection_of, parse_spec, rows_per_layer, topic,
                      training_and_evaluation)
 from run import Run
-from settings import REFERENCE_ROWS, UserError, prior_name, say, spec_name
+from settings import REFERENCE_ROWS, UserError, prior_name, say, spec_name, stored_settings
 from train import progress
 
 
@@ -37,11 +39,13 @@ class Labels(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """The population that a layer's prior is fitted on."""
+    """The population that a layer's prior is fitted on: inputs of the layer, or what its attention
+    makes of them, keys of no position and values side by side (N, 2 G hd)."""
 
     parts: list[Tensor]  # (N, D) fp32 each: one for every --reference, or every run
     name: str
     labels: list[Labels] | None = None  # one for each part; rows of runs are no tokens
+    columns: bool = False  # keys and values
 
     @property
     def rows(self) -> Tensor:
@@ -60,7 +64,7 @@ def references(a: SimpleNamespace, model, vocabulary, layers: list[int],
         labels = Labels(torch.tensor(ids), ["text"] * len(ids), ["text"] * len(ids))
         found = [{i: (x[i], f"tokens of {a.text!r}", labels) for i in layers}]
     elif sources:
-        found = [rows for run in sources for rows in posterior_rows(a, run, layers)]
+        found = [rows for run in sources for rows in posterior_rows(a, model, run, layers)]
     else:
         if len(set(map(spec_name, a.reference))) < len(a.reference):
             raise UserError(f"--reference {' '.join(a.reference)}: two of one name: give each once")
@@ -68,11 +72,52 @@ def references(a: SimpleNamespace, model, vocabulary, layers: list[int],
             raise UserError(f"--prior {name} goes between two references: give two, as in "
                             "--reference text math")
         found = [population(a, model, vocabulary, layers, spec, examples) for spec in a.reference]
-    if any(f[i][0].shape[1] != model.config.hidden_size for f in found for i in layers):
+    columns = bool(sources) and method_of(sources[0]) == "prefix"
+    if not columns and any(f[i][0].shape[1] != model.config.hidden_size
+                           for f in found for i in layers):
         raise UserError(f"the reference is not of width {model.config.hidden_size} as the model "
                         "is: it was made with another one")
     return {i: Reference([f[i][0] for f in found], " and ".join(dict.fromkeys(
-        f[i][1] for f in found)), None if sources else [f[i][2] for f in found]) for i in layers}
+        f[i][1] for f in found)), None if sources else [f[i][2] for f in found], columns)
+        for i in layers}
+
+
+def as_prefix(a: SimpleNamespace, model, layer: int, x: Tensor, is_columns: bool) -> Tensor:
+    """A prior's draw (n, D), or (n, 2 G hd) of a prior over columns, as a prefix (n, 2 G hd): its
+    keys as the positions turn them where it stands."""
+    keys, values = llama.split(x if is_columns else columns(model, layer, x), model.config)
+    return llama.join(model.turn(keys, first_position(a.place)), values)
+
+
+def first_position(place: str) -> int:
+    """Of a prefix's keys. Before the last token that asks they stand everywhere, and count from 0
+    as at the beginning."""
+    return int(place == "after-bos")
+
+
+def turned_back(run: Run, model) -> None:
+    """From here on a prefix's keys are read as they are measured and drawn, of no position."""
+    a = stored_settings(run.config())
+    if a["method"] == "prefix":
+        run.turn = functools.partial(model.turn, first=first_position(a["place"]), back=True)
+
+
+def beside(a: SimpleNamespace, model, found: dict[int, Reference]) -> dict[int, Reference]:
+    """The populations that a run's prompts lie among: references, or of a prefix what attention
+    makes of these."""
+    if a.method != "prefix":
+        return found
+    return {i: r if r.columns else Reference([columns(model, i, x) for x in r.parts],
+                                             f"keys and values of {r.name}", r.labels, True)
+            for i, r in found.items()}
+
+
+@torch.no_grad()
+def columns(model, layer: int, x: Tensor) -> Tensor:
+    """Inputs (N, D) of a layer -> keys of no position and values, side by side (N, 2 G hd), fp32 on
+    the CPU."""
+    return torch.cat([llama.join(*model.keys_and_values(layer, some)).float().cpu()
+                      for some in x.split(4096)])
 
 
 def population(a: SimpleNamespace, model, vocabulary, layers: list[int], spec: str,
@@ -160,21 +205,31 @@ def some_rows(index: Tensor, seed: int, limit: int) -> Tensor:
     return index[chosen.sort().values]
 
 
-def posterior_rows(a: SimpleNamespace, path: str,
+def method_of(path: str | Path) -> str:
+    return stored_settings(Run(Path(path)).config())["method"]
+
+
+def posterior_rows(a: SimpleNamespace, model, path: str,
                    layers: list[int]) -> list[dict[int, tuple[Tensor, str]]]:
     """The prompts that a run ended with, of the layers asked for: one, or one for each particle."""
     run = Run(Path(path))
     check_same_model(a, run.config().get("sha256", {}).get("model"), run.path)
-    if run.config()["settings"].get("method") == "prefix":
-        raise UserError(f"{run.path}: it trained keys and values, and a prior is over rows: give "
-                        "runs of --method prompt")
+    first, method = priors.parse(a.prior)[2][0], method_of(path)
+    if method != method_of(first):
+        raise UserError(f"{path} and {first}: one trained rows and the other keys and values: give "
+                        "runs of one --method")
+    if method == "prefix" and getattr(a, "method", "prompt") != "prefix":
+        raise UserError(f"{run.path}: it trained keys and values, which are a prior of keys and "
+                        "values alone: train --method prefix from it, or give runs of rows")
+    turned_back(run, model)
     prompts = run.particles()
     missing = [i for i in layers if i not in prompts[0]]
     if missing:
         raise UserError(f"{run.path}: has rows at layers {', '.join(map(str, prompts[0]))} and "
                         f"none at {', '.join(map(str, missing))}: give runs with as many "
-                        "--deep-layers")
-    return [{i: (rows[i], f"rows of {run.path.name}") for i in layers} for rows in prompts]
+                        "--deep-layers, or of prefixes as many --prefix-layers")
+    what = "keys and values" if method == "prefix" else "rows"
+    return [{i: (rows[i], f"{what} of {run.path.name}") for i in layers} for rows in prompts]
 
 
 def draw(a: SimpleNamespace, found: dict[int, Reference],

@@ -4,7 +4,8 @@
     run.write("report.html", viz.page(template, data).encode())
 
 Every layer with rows has one map, which all runs share: at the token embeddings the vocabulary, at
-a deeper layer a sample of the first run's reference there. The principal plane is fitted on the
+a deeper layer a sample of the first run's reference there; of prefixes the keys and values that
+attention makes of these. The principal plane is fitted on the
 whole of it and rows are projected linearly; in the t-SNE of a sample every logged row is placed
 among its nearest neighbours and the map stays as it is.
 
@@ -27,7 +28,7 @@ from torch import Tensor
 import geometry
 import viz
 from activations import ROLES
-from references import Labels, Reference, population
+from references import Labels, Reference, columns, method_of, population
 from settings import prior_name
 from train import progress
 
@@ -63,7 +64,8 @@ def gather(opened: Iterable[tuple]) -> dict:
         steps = shown_steps(run, a)
         missing = [i for i in found if i not in maps]
         for i, reference in backgrounds(a, model, vocabulary, found, missing).items():
-            maps[i] = layer_map(i, *reference, model, len(missing))
+            maps[i] = layer_map(i, *reference, model, len(missing)) | {
+                "columns": found[i].columns}
         runs.append(about_run(run, a, config, steps)
                     | {"layers": paths(run, a, model, steps, maps)})
     return {"title": ", ".join(r["name"] for r in runs), "tokens": tokens, "runs": runs,
@@ -74,10 +76,13 @@ def check(runs: list) -> None:
     """Can these stand on one page? Asks of their folders alone, before any model is loaded."""
     first = None
     for run in runs:
-        weights = run.config().get("sha256", {}).get("model")
+        weights, method = run.config().get("sha256", {}).get("model"), method_of(run.path)
         run.snapshots()
         width = next(iter(run.rows("prompt.safetensors").values())).shape[1]
-        first = first or (run.path, width, weights)
+        first = first or (run.path, width, weights, method)
+        if method != first[3]:
+            raise ReportError(f"{run.path} and {first[0]}: one trained rows and the other keys and "
+                              "values, which lie in no common space: plot them apart")
         if width != first[1]:
             raise ReportError(f"{run.path} is of width {width} and {first[0]} of width {first[1]}: "
                               "one page shows runs of one model; plot them apart")
@@ -130,6 +135,9 @@ def backgrounds(a: SimpleNamespace, model, vocabulary, found: dict[int, Referenc
         else:
             out[i] = (found[i].rows, Labels(torch.cat([part.token for part in labels]), *(
                 [v for part in labels for v in part[k]] for k in (1, 2))), found[i].name)
+        if found[i].columns and (i == 0 or i in instead):
+            rows, labels, name = out[i]
+            out[i] = (columns(model, i, rows), labels, f"keys and values of {name}")
     return out
 
 
@@ -212,7 +220,7 @@ def paths(run, a: SimpleNamespace, model, steps: list[int], maps: dict[int, dict
                  "moved": (x - x[0]).norm(dim=2).flatten().numpy()}
         if "tsne" in m:
             found["tsne"] = viz.embed(flat, m["_x"][m["_sample"]], m["tsne"]["points"])
-        if i:
+        if i and not m["columns"]:
             found["lens"] = lens(model, torch.from_numpy(flat))
         if a.posterior == "gaussian":
             sd = torch.stack([load_file(run.path / f"prompts/{step:06d}.safetensors")[

@@ -21,7 +21,7 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from torch import Tensor
 
 import data
 import posteriors
-from llama import cause, regular
+from llama import cause, join, regular
 from settings import stored_settings
 
 KEPT = 2  # checkpoints: the newest, and one more should it be found damaged
@@ -132,6 +132,8 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        # what keys of a prefix become as they are read: as instruments see them, of no position
+        self.turn: Callable[[Tensor], Tensor] = lambda keys: keys
 
     @property
     def writes(self) -> bool:
@@ -232,8 +234,8 @@ class Run:
             raise RunError(f"{path}: not prompt rows ({cause(e)}): restore the file") from None
         _check_rows(tensors, path)
         for layer in [key.removesuffix(".keys") for key in tensors if key.endswith(".keys")]:
-            tensors[layer] = torch.cat([tensors.pop(f"{layer}.{kind}").flatten(1)
-                                        for kind in ("keys", "values")], dim=1)
+            keys, values = (tensors.pop(f"{layer}.{kind}") for kind in ("keys", "values"))
+            tensors[layer] = join(self.turn(keys), values)
         shapes = lambda found: {key: t.shape for key, t in found.items()}
         if name != last and (self.path / last).exists() \
                 and shapes(tensors) != shapes(self._tensors(last)):

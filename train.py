@@ -228,9 +228,7 @@ def prompt_of(model: llama.Llama, rows: dict[int, Tensor],
     """Rows {layer: (n, D)}, or of prefix tuning {layer: (n, 2 G hd)}, rotated keys and values side
     by side, as what the model goes on from, or where it is to be put."""
     if a.method == "prefix":
-        c = model.config
-        parts = {i: r.view(len(r), 2, c.num_key_value_heads, c.head_dim).unbind(1)
-                 for i, r in rows.items()}
+        parts = {i: llama.split(r, model.config) for i, r in rows.items()}
         put = functools.partial(model.prefix_past, {i: k for i, (k, _) in parts.items()},
                                 {i: v for i, (_, v) in parts.items()})
     else:
@@ -399,9 +397,8 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
     def write_rows(name: str) -> None:
         tensors = posterior.tensors()
         if a.method == "prefix":
-            c = model.config
-            tensors = {f"{key}.{kind}": t for key, r in tensors.items() for kind, t in zip(
-                ("keys", "values"), r.view(len(r), 2, c.num_key_value_heads, -1).unbind(1))}
+            tensors = {f"{key}.{kind}": t for key, r in tensors.items()
+                       for kind, t in zip(("keys", "values"), llama.split(r, model.config))}
         run.write(name, save({key: t.float().cpu().contiguous() for key, t in tensors.items()},
                              about))
 
@@ -456,9 +453,9 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
                 raise Stopped(
                     f"loss {loss:.4g}, gradient norm {norm:.4g} at step {done + 1}, learning rate "
                     f"{rate:.3g}, on {', '.join(ids[:4])}{' ...' * (len(ids) > 4)}: not finite, "
-                    f"stopped before it could spoil the rows: lower --lr (now "
-                    f"{optimiser.param_groups[0]['peak']:.3g} at its peak), or leave such steps out by "
-                    f"--skip-bad-steps; {go_on()}", 1)
+                    f"stopped before it could spoil the rows: lower --lr (now at most "
+                    f"{max(g['peak'] for g in optimiser.param_groups):.3g}), or leave such steps "
+                    f"out by --skip-bad-steps; {go_on()}", 1)
             run.log({"step": done + 1, "split": "skipped", "lr": rate, "ids": ids})
         optimiser.zero_grad()
         bar.update()

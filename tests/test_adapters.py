@@ -356,10 +356,36 @@ def test_other_prompts_travel_as_keys_and_values(made, tmp_path, capsys, layers,
     one, two = (load_file(tmp_path / f / "adapter_model.safetensors")["prompt_embeddings"]
                 for f in ("adapter", "again"))
     assert torch.equal(one, two)
+    # and the instruments are open to it: at layer 0 these are keys and values of real tokens
     capsys.readouterr()
-    for command in ("compare", "plot"):
-        assert run(command, tmp_path / "back") == 2
-        assert capsys.readouterr().err.count("\n") == 1
+    assert run("compare", tmp_path / "back", "--json") == 0
+    found = json.loads(capsys.readouterr().out)[0]["measures"]
+    assert found["layer 0 trained"]["collapse"] < 1e-4 < found["layer 5 trained"]["collapse"]
+    assert run("plot", tmp_path / "back") == 0 and (tmp_path / "back/report.html").exists()
+    prior = f"posterior:{tmp_path / 'back'},resample=1"
+    assert run("train", "--method", "prefix", "--prior", prior, "--tokens", 6, "--steps", 0,
+               "--place", changes.get("place", "before"), "--eval-limit", 2,
+               "--out", tmp_path / "next") == 0
+    drawn = load_file(tmp_path / "next/prompt.safetensors")
+    for key, rows in stored.items():
+        torch.testing.assert_close(drawn[key], rows, atol=1e-4, rtol=1e-4)
+
+
+def test_the_last_virtual_token_is_bos_or_not(made, tmp_path, capsys):
+    """What promptprior.json says is not believed."""
+    for name, keep in (("other", 6), ("one", 1)):
+        folder = tmp_path / f"{name}-adapter"
+        made_there = made(name, (0,), place="after-bos")
+        assert run("export", made_there, "--to", folder) == 0
+        x = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"][:keep].clone()
+        save_file({"prompt_embeddings": x}, folder / "adapter_model.safetensors")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(
+            config | {"num_virtual_tokens": keep}))
+        capsys.readouterr()
+        assert run("import", folder, "--out", tmp_path / "back") == 2
+        assert "its last virtual token is BOS, and it is not" in capsys.readouterr().err
+        assert not (tmp_path / "back").exists()
 
 
 def test_mistakes_are_one_line(made, tmp_path, capsys):
@@ -414,3 +440,10 @@ def test_the_log_by_the_command_line(made, tmp_path, capsys):
     assert capsys.readouterr().out == "step,split,loss\n0,eval,0.5\n"
     assert run("export", first, "--csv", tmp_path / "log.csv") == 0
     assert (tmp_path / "log.csv").read_text() == "step,split,loss\n0,eval,0.5\n"
+    # only a table is overwritten, and that when it is asked for
+    before = (first / "metrics.jsonl").read_bytes()
+    for file, more in ((tmp_path / "log.csv", []), (first / "metrics.jsonl", ["--overwrite"])):
+        assert run("export", first, "--csv", file, *more) == 2
+        assert "exists" in capsys.readouterr().err
+    assert (first / "metrics.jsonl").read_bytes() == before
+    assert run("export", first, "--csv", tmp_path / "log.csv", "--overwrite") == 0

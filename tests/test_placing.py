@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import activations
 import data
 import llama
 import posteriors
 import promptprior
+import references
+import report
 import settings
 import train
 from run import Run
@@ -197,7 +200,7 @@ def test_runs_train_resume_and_score(tmp_path, monkeypatch, capsys, kind):
 
 
 def test_a_prefix_begins_as_the_rows_keys_and_values(tmp_path):
-    """And its learning rate follows them."""
+    """And its learning rate follows the size of real ones."""
     few = [*FEW[:-4], "--tokens", 4, "--steps", 0, "--prior", "fitted", "--reference-rows", 300]
     assert run("train", "--out", tmp_path / "rows", *few, "--deep-layers", 6) == 0
     assert run("train", "--out", tmp_path / "prefix", *few, "--method", "prefix") == 0
@@ -209,8 +212,8 @@ def test_a_prefix_begins_as_the_rows_keys_and_values(tmp_path):
         together = torch.stack([t[0].transpose(0, 1) for t in (keys, values)])
         torch.testing.assert_close(first[f"layers.{i}.keys"], together[0])
         torch.testing.assert_close(first[f"layers.{i}.values"], together[1])
-        assert rates[f"layer {i}"] == pytest.approx(
-            together.square().mean().sqrt().item() / 20, rel=1e-5)
+    real = llama.join(*load().keys_and_values(0, load().embeddings[vocabulary().ordinary]))
+    assert rates["layer 0"] == pytest.approx(real.square().mean().sqrt().item() / 20, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["suffix of a prefix", "last two"])
@@ -252,12 +255,115 @@ def test_after_bos_needs_one(hf, tmp_path, capsys):
     assert "has no BOS" in capsys.readouterr().err
 
 
-def test_a_prefix_has_no_place_among_embeddings(tmp_path, capsys):
-    out = tmp_path / "a"
-    assert run("train", "--out", out, *FEW, "--method", "prefix") == 0
+def test_keys_and_values_of_a_layers_inputs(model):
+    """Turned by their positions they are what the cache of a text holds."""
+    ids, inputs = torch.tensor([[0, 5, 9, 7, 11, 30]]), {}
+    past = model.extend(ids, tap=inputs.__setitem__)
+    for i, x in inputs.items():
+        keys, values = model.keys_and_values(i, x)
+        torch.testing.assert_close(model.turn(keys), past.keys[i][0].transpose(0, 1))
+        torch.testing.assert_close(model.turn(model.turn(keys, 3), 3, back=True), keys)
+        later = model.turn(torch.cat((keys[:1], keys)))[1:]  # each one column further on
+        torch.testing.assert_close(model.turn(keys, 1), later)
+        torch.testing.assert_close(values, past.values[i][0].transpose(0, 1))
+        assert all(torch.equal(a, b) for a, b in zip((keys, values), llama.split(
+            llama.join(keys, values), model.config)))
+    with pytest.raises(llama.ModelError, match="key heads"):
+        llama.split(torch.zeros(3, 7), model.config)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    """A prefix at every layer, drawn from real tokens and activations."""
+    out = tmp_path_factory.mktemp("prefix") / "run"
+    assert run("train", "--out", out, *FEW, "--method", "prefix", "--prefix-layers", 6) == 0
+    return out
+
+
+def test_a_prefix_lies_among_keys_and_values(prefix, tmp_path, capsys):
+    """Of what its prior was fitted on. The draw is of the reference itself, so it is where real
+    tokens' keys and values are, once its positions are taken out of the keys."""
     capsys.readouterr()
-    for command in (["plot", out], ["compare", out], ["interpolate", out, out],
-                    ["train", "--prior", f"posterior:{out}", "--out", tmp_path / "b"]):
+    assert run("compare", prefix, "--json") == 0
+    found = json.loads(capsys.readouterr().out)[0]
+    for i in range(6):
+        draw, end = (found["measures"][f"layer {i} {name}"] for name in ("prior draw", "trained"))
+        assert draw["moved"] == 0 < end["moved"] and draw["collapse"] < 1e-4 < end["collapse"]
+        assert [len(r) for r in found["tokens"][str(i)]["trained"].values()] == [4, 4]
+    ids = vocabulary().ordinary
+    drawn, _ = Run(prefix).start_and_end()
+    keys, values = load().keys_and_values(0, load().embeddings[ids])
+    near = torch.cdist(drawn[0][:, 64:], values.flatten(1)).argmin(dim=1)
+    assert found["tokens"]["0"]["prior draw"]["l2"] == [vocabulary().decode([ids[k]]) for k in near]
+    assert run("plot", prefix) == 0 and run("plot", "--text", prefix) == 0
+    said = capsys.readouterr().out
+    assert "layer 5: . keys and values of layer 5 inputs of squad (300 rows)" in said.replace(
+        f"{prefix}, layer 5", "layer 5")
+    assert "Layer 0, keys and values" in (prefix / "figures/layer-00.svg").read_text()
+    seen, model = Run(prefix), load()
+    a = SimpleNamespace(**seen.config()["settings"])
+    around = references.references(a, model, vocabulary(), list(range(6)))
+    references.turned_back(seen, model)
+    page = report.gather([(seen, a, model, vocabulary(), references.beside(a, model, around))])
+    assert [m["columns"] for m in page["maps"]] == [True] * 6
+    assert page["maps"][0]["rows"] == len(ids)
+    for i, layer in page["runs"][0]["layers"].items():
+        assert "lens" not in layer and (layer["cosine"][0, :, 0] > 0.9999).all()
+
+
+def test_a_prefix_goes_on(prefix, tmp_path, capsys):
+    """As the next task's prior, to another prefix, under texts that are collected."""
+    last = load_file(prefix / "prompt.safetensors")
+    prior = "--prior", f"posterior:{prefix},resample=1"
+    few = [*FEW, "--data", "math", "--method", "prefix"]
+    assert run("train", "--out", tmp_path / "same", *few, *prior) == 0
+    first = load_file(tmp_path / "same/prompts/000000.safetensors")
+    for key, rows in last.items():
+        torch.testing.assert_close(first[key], rows, atol=1e-5, rtol=1e-5)
+    assert run("train", "--out", tmp_path / "two", *few, "--prefix-layers", 2, "--prior",
+               f"posterior:{prefix}") == 0
+    assert {key.split(".")[1] for key in load_file(tmp_path / "two/prompt.safetensors")} == {
+        "4", "5"}
+    capsys.readouterr()
+    assert run("interpolate", prefix, tmp_path / "same", "--points", 2, "--json", "--limit", 6,
+               "--out", tmp_path / "line") == 0
+    ends = [line["loss"] for line in json.loads(capsys.readouterr().out)]
+    logged = [m["loss"] for out in (prefix, tmp_path / "same") for m in Run(out).metrics()
+              if m["split"] == "eval"]
+    assert ends[0] == pytest.approx(logged[4], rel=1e-4)  # its own task, t 0
+    assert ends[-1] == pytest.approx(logged[-1], rel=1e-4)  # the other's, t 1
+    assert run("collect", "--under", prefix, "--data", "math", "--examples", 3, "--layers", "2",
+               "--out", tmp_path / "acts") == 0
+    file = activations.Collection(tmp_path / "acts")
+    assert file.prompt(2) is None
+    row = file.field["token"][file.field["example"] == file.field["example"][0]]
+    inputs = {}
+    parts = {kind: {i: last[f"layers.{i}.{kind}"] for i in range(6)} for kind in ("keys", "values")}
+    load().extend(row[None], load().prefix_past(**parts), inputs.__setitem__)
+    torch.testing.assert_close(file.rows(2, torch.arange(len(row))), inputs[2], atol=1e-4,
+                               rtol=1e-4)
+
+
+def test_prefixes_and_rows_do_not_mix(prefix, tmp_path, capsys):
+    rows = tmp_path / "rows"
+    assert run("train", "--out", rows, *FEW) == 0
+    few = ["--out", tmp_path / "no", *FEW]
+    for command, said in (
+            (["plot", prefix, rows], "no common space"),
+            (["interpolate", prefix, rows], "other rows"),
+            (["train", "--prior", f"posterior:{prefix}", *few], "of keys and values alone"),
+            (["train", "--prior", f"posterior:{prefix},{rows}", "--method", "prefix", *few],
+             "runs of one --method"),
+            (["sample", "--prior", f"posterior:{prefix}"], "of keys and values alone")):
+        capsys.readouterr()
         assert run(*command) == 2
-        error = capsys.readouterr().err.strip().split("\n")[-1]
-        assert "keys and values" in error and "Traceback" not in error
+        assert said in capsys.readouterr().err.strip().split("\n")[-1]
+    assert not (tmp_path / "no").exists()
+
+
+def load():
+    return llama.load(settings.TINY, "float32")
+
+
+def vocabulary():
+    return data.Vocabulary(settings.TINY, 0, (1,))
