@@ -331,7 +331,8 @@ def command_export(given: dict) -> None:
     if log is not None:
         run = Run(Path(path))
         run.config()  # is it a run's folder?
-        text = adapters.to_csv(run.metrics())
+        lines = run.metrics()
+        text = adapters.to_csv(lines)
         if log == "-":
             show(text.rstrip("\n"))
         elif Path(log).exists() and not (overwrite and adapters.is_table(Path(log))):
@@ -340,6 +341,7 @@ def command_export(given: dict) -> None:
                 ", or replace a table that export made by --overwrite"))
         else:
             write_file(Path(log), text.encode())
+            show(f"{log}: {len(lines)} records of {run.path}")
     if to is None:
         return
     folder = Path(to)

@@ -147,7 +147,11 @@ RUN = [["eval", "COPY", "--json"], ["eval", "COPY"], ["generate", "COPY", "Who?"
        ["sample", "--model", "WORLD/model", "--prior", "posterior:COPY", "--tokens", "3",
         "--json"],
        ["collect", "--under", "COPY", "--data", "squad:WORLD/squad.json", "--limit", "5",
-        "--out", "OUT"]]
+        "--out", "OUT"], ["attention", "COPY", "--limit", "2", "--json"],
+       ["export", "COPY", "--to", "OUT"], ["export", "COPY", "--csv", "OUT"]]
+PREFIX = ["train", "--model", "WORLD/model", "--data", "squad:WORLD/squad.json", "--eval-data",
+          "squad:WORLD/squad.json", *FEW, "--method", "prefix", "--prior", "posterior:COPY",
+          "--out", "OUT"]
 
 
 def of_data(kind: str) -> list[list[str]]:
@@ -183,10 +187,12 @@ KINDS = {
     **{f"text {name}": Kind(name, "", of_data("text")) for name in (
         "c4.json", "c4.json.gz", "prose.txt")},
     **{f"run {file}, {name}": Kind(f"runs/{name}", file, [
-        c for c in RUN if c[0] in readers or "--resume" in c and "resume" in readers])
-       for name in ("point", "svgd", "gaussian") for file, readers in {
-           "config.json": {c[0] for c in RUN}, "metrics.jsonl": {"compare", "plot", "resume"},
+        c for c in RUN if c[0] in readers or "--resume" in c and "resume" in readers]
+        + [PREFIX] * ("sample" in readers and name == "prefix"))
+       for name in ("point", "svgd", "gaussian", "prefix") for file, readers in {
+           "config.json": {c[0] for c in RUN},
            "prompt.safetensors": {c[0] for c in RUN} - {"train"},
+           "metrics.jsonl": {"compare", "plot", "resume", "export"},
            "prompts/*.safetensors": {"compare", "plot"},
            "checkpoints/*.safetensors": {"resume"}, "predictions.jsonl": {"plot"}}.items()},
     "collection": Kind("acts.safetensors", "", [
