@@ -72,13 +72,13 @@ def references(a: SimpleNamespace, model, vocabulary, layers: list[int],
             raise UserError(f"--prior {name} goes between two references: give two, as in "
                             "--reference text math")
         found = [population(a, model, vocabulary, layers, spec, examples) for spec in a.reference]
-    columns = bool(sources) and method_of(sources[0]) == "prefix"
-    if not columns and any(f[i][0].shape[1] != model.config.hidden_size
-                           for f in found for i in layers):
+    prefixes = bool(sources) and method_of(sources[0]) == "prefix"
+    if not prefixes and any(f[i][0].shape[1] != model.config.hidden_size
+                            for f in found for i in layers):
         raise UserError(f"the reference is not of width {model.config.hidden_size} as the model "
                         "is: it was made with another one")
     return {i: Reference([f[i][0] for f in found], " and ".join(dict.fromkeys(
-        f[i][1] for f in found)), None if sources else [f[i][2] for f in found], columns)
+        f[i][1] for f in found)), None if sources else [f[i][2] for f in found], prefixes)
         for i in layers}
 
 
