@@ -140,7 +140,8 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
     if config:
         torch.set_num_threads(config["threads"])  # the same sums in the same order
         stored = stored_settings(config)
-        changed = [key for key, value in sums.items() if config["sha256"].get(key, value) != value
+        before = config["sha256"]
+        changed = [key for key in {**before, **sums} if before.get(key) != sums.get(key)
                    and all(getattr(a, flag, None) == stored[flag] for flag in (
                        "model", "data", "eval_data", "reference", "prior"))]
         if changed:

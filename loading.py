@@ -48,11 +48,17 @@ def cached(name: str, revision: str | None) -> Path | None:
 
 
 def from_hub(name: str, revision: str | None) -> Path:
-    """The folder of a model of the hub: the cache's if all of it is there."""
+    """The folder of a model of the hub: the cache's, and no network is asked, if all of it is there
+    that a model cannot be loaded without."""
+    from huggingface_hub import try_to_load_from_cache
+
     folder = cached(name, revision)
     if folder is None:
         return fetch(name, revision)
-    complete(name, folder)
+    # None: not there, and nobody has asked the hub yet
+    if try_to_load_from_cache(name, ENDS, revision=folder.name) is None:
+        say(f"{name}: no {ENDS} in the cache, so config.json alone says which tokens end an answer: "
+            f"`hf download {name} {ENDS} --revision {folder.name}` fetches it, if there is one")
     return folder
 
 
@@ -69,22 +75,11 @@ def missing_files(folder: Path) -> list[str]:
     return [name for name in needed_files(folder) if not (folder / name).exists()]
 
 
-def complete(name: str, folder: Path) -> None:
-    """Fetch what a cached model can be loaded without, and what other tools leave out: without
-    generation_config.json a chat model would not know all the tokens that end its answers."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    # None: nobody has asked the hub yet whether there is one
-    if try_to_load_from_cache(name, ENDS, revision=folder.name) is None:
-        with contextlib.suppress(Exception):  # no network, no such file
-            hf_hub_download(name, ENDS, revision=folder.name)
-
-
 def fetch(name: str, revision: str | None) -> Path:
     """A model of the hub, from the hub into its cache: what is needed of it and no more, the
     weights only after the configuration was found to be a LLaMA's."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (GatedRepoError, LocalEntryNotFoundError,
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError,
                                         RepositoryNotFoundError, RevisionNotFoundError)
 
     page = f"{constants.ENDPOINT}/{name}"
@@ -95,6 +90,9 @@ def fetch(name: str, revision: str | None) -> Path:
             llama.read_config(folder / "config.json")
         folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=HUB_FILES,
                                         ignore_patterns=NOT_HUB_FILES))
+        if not (folder / ENDS).exists():
+            with contextlib.suppress(EntryNotFoundError):  # from now on the cache knows that too
+                hf_hub_download(name, ENDS, revision=folder.name)
     except llama.ModelError:
         raise
     except GatedRepoError:
