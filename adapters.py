@@ -267,4 +267,7 @@ def to_csv(lines: list[dict]) -> str:
 def is_table(path: Path) -> bool:
     """Whether to_csv made the file."""
     begins = ",".join(COLUMNS).encode()
-    return path.is_file() and path.open("rb").read(len(begins)) == begins
+    if not path.is_file():
+        return False
+    with path.open("rb") as f:
+        return f.read(len(begins)) == begins

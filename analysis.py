@@ -22,7 +22,7 @@ from experiments import command_train, differences, open_run
 from loading import (check_same_model, checksum, encode, layers_with_rows, load_model,
                      model_files, model_folder, parse_spec, rows_per_layer, some_of,
                      training_and_evaluation)
-from references import beside, draw, references
+from references import beside, draw, measured, references
 from run import Run, rows_to_bytes, write_file
 from settings import (COLLECT, DATA, FIGURE, MODEL, PRIOR, SAMPLE, UserError, absolute, over,
                       prior_name, say, settings_of, show, spec_name)
@@ -139,27 +139,29 @@ def compare_run(path: str, given: dict) -> dict:
     """A run's scores, and where its rows started and ended in each layer's reference."""
     run, a, model, vocabulary, prompt = open_run(path, given)
     found = beside(a, model, references(a, model, vocabulary, list(prompt.rows)))
+    run = measured(run, model)
     start, end = run.start_and_end()
     spoken = [run.particles(f)[0] if a.posterior == "svgd" else run.rows(f)
               for f in ("prompts/000000.safetensors", "prompt.safetensors")]
-    measured, said = [], {}
+    numbers, said = [], {}
     tokens = None if a.method == "prefix" else \
         model.embeddings[vocabulary.ordinary].float().cpu()
     for i, reference in found.items():
         rows = compare.measure_rows(start[i], end[i], reference.rows,
                                     priors.Fitted.fit(reference.rows), None if i else tokens)
-        measured += [(f"layer {i} {name}", numbers) for name, numbers in rows]
+        numbers += [(f"layer {i} {name}", values) for name, values in rows]
         said[i] = {name: compare.what_rows_say(r[i], i, reference, model, vocabulary)
                    for name, r in zip(("prior draw", "trained"), spoken)}
     lines = [f"{run.path}: prior {prior_name(a)}, {a.posterior} posterior, seed {a.seed}",
-             final_table(a, run.metrics()), "", table(measured, compare.TITLES), "",
-             f"the token of each row{' of particle 1' * (a.posterior == 'svgd')}:"]
+             final_table(a, run.metrics()), "", table(numbers, compare.TITLES)]
+    if any(any(each.values()) for each in said.values()):  # rows of runs are no tokens
+        lines += ["", f"the token of each row{' of particle 1' * (a.posterior == 'svgd')}:"]
     for i, each in said.items():
         lines += [f"layer {i} {name}, {reading}: {' '.join(map(json.dumps, tokens))}"
                   for name, readings in each.items() for reading, tokens in readings.items()]
     scores = [None, *(m for m in run.metrics() if m["split"] == "eval")][-1]
     return {"run": str(run.path), "settings": vars(a), "scores": scores,
-            "measures": dict(measured), "tokens": said, "text": "\n".join(lines)}
+            "measures": dict(numbers), "tokens": said, "text": "\n".join(lines)}
 
 
 def compare_collection(path: str, given: dict) -> dict:
@@ -338,12 +340,12 @@ def command_figures(given: dict) -> None:
     results = {}
     for n in numbers:
         figure = figures.FIGURES[n]
-        svg, measured = figures.draw(n, world)
+        svg, shown = figures.draw(n, world)
         name = f"figure-{n:02d}-{figure.name}.svg"
         write_file(folder / name, svg.encode())
-        results[n] = {"file": name, "title": figure.title, "measured": measured}
+        results[n] = {"file": name, "title": figure.title, "measured": shown}
         show(f"{folder / name}\n    " + ", ".join(
-            f"{k} {v:.3g}" for k, v in measured.items() if not isinstance(v, list)))
+            f"{k} {v:.3g}" for k, v in shown.items() if not isinstance(v, list)))
     path = folder / "figures.json"
     if path.exists():
         results = {**{int(k): v for k, v in data.read_json(path, dict).items()
@@ -362,6 +364,7 @@ def command_plot(given: dict) -> None:
         for path in folders:
             run, a, model, vocabulary, prompt = open_run(path, dict(given))
             found = beside(a, model, references(a, model, vocabulary, list(prompt.rows)))
+            run = measured(run, model)
             show(pictures.text_picture(run, a, found) if text else "\n".join(
                 str(run.path / name) for name in pictures.draw_run(run, a, found)))
             yield run, a, model, vocabulary, found

@@ -24,13 +24,13 @@ from loading import (check_same_model, checksums, encode, layers_with_rows, load
                      model_folder, plain_pasts, read_questions, rows_per_layer, some_of,
                      training_and_evaluation)
 from pictures import draw_run
-from references import as_prefix, beside, draw, norm_ratio, references, turned_back
+from references import as_prefix, beside, draw, measured, norm_ratio, references
 from run import Run, RunError, read_config, write_file
-from settings import (DATA, FIRST, MODEL, PRIOR, TRAIN, UserError, check_ranges, free_name,
-                      imported, on_hub, over, prior_name, say, settings_of, show, spec_name,
-                      stored_settings)
-from train import (agree, begin, evaluate, join_world, keep_freed_memory, meet, placed, prompt_of,
-                   train, trunk, world)
+from settings import (DATA, FIRST, MODEL, PRIOR, TRAIN, UserError, again, check_ranges, flags_of,
+                      free_name, imported, on_hub, over, prior_name, say, settings_of, show,
+                      spec_name, stored_settings)
+from train import (agree, begin, check_fits, evaluate, join_world, keep_freed_memory, meet, placed,
+                   prompt_of, train, trunk, world)
 
 
 def command_train(given: dict) -> None:
@@ -72,18 +72,18 @@ def command_train(given: dict) -> None:
                            f"of {world()[1]} are others in the last digits: start as many by "
                            "torchrun")
         with alone(run):
-            return train_run(run, a, config, resume=True)
+            return train_run(run, a, config)
     config = read_config(Path(source)) if source else None
+    asked = {*given} - {"out"}
     if config:
-        given = over({k: v for k, v in stored_settings(config).items()
-                      if k not in ("out", "imported")}, given)
+        given, asked = again(config, given), asked | {*flags_of(config)}
     a = settings_of(given, MODEL, PRIOR, DATA, TRAIN)
     join(a)
     a.out = agree(a.out or free_name(a))
     run = new_run(a.out, overwrite, "go on with it by --resume, ")
     meet()  # nothing is written before all have looked
     with alone(run):
-        train_run(run, a, config, resume=False)
+        train_run(run, a, config, sorted(asked))
 
 
 def new_run(path: str, overwrite: bool, remedy: str = "") -> Run:
@@ -125,9 +125,11 @@ def differences(run, given: dict) -> list[str]:
             if k != "out" and stored.get(k) != v]
 
 
-def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> None:
+def train_run(run: Run, a: SimpleNamespace, config: dict | None,
+              asked: list[str] | None = None) -> None:
     """Everything is read and checked before the first byte of the run is written. config: the
-    config.json of the run to go on with, or to do again; None for a new one."""
+    config.json of the run to go on with, or to do again; None for a new one. asked: the flags that
+    were given for a run that begins; None to go on."""
     began, (rank, size) = time.time(), world()
     keep_freed_memory()
     model, vocabulary = load_model(a)
@@ -149,7 +151,7 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
                            "began, so it cannot come to the same end: restore the files, or start "
                            "another run")
     checkpoint = None
-    if resume and run.checkpoints():  # else it was stopped before its first: from the start
+    if asked is None and run.checkpoints():  # else it was stopped before its first: from the start
         checkpoint, wrong = run.load_checkpoint()
         if checkpoint.step > a.steps:
             raise RunError(f"{run.path}: it is at step {checkpoint.step} already: give --steps of "
@@ -171,6 +173,8 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
     arguments = start, scales, 1 / answer_tokens, a.seed
     posterior = (posteriors.POSTERIORS[a.posterior](*arguments) if a.reparam == "none"
                  else posteriors.Encoded(*arguments, a.reparam)).to(a.device)
+    if checkpoint:
+        check_fits(posterior, checkpoint, run.path)
 
     def scores(past, name):
         return evaluate(model, vocabulary, past, evals, a, name)
@@ -182,11 +186,13 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
                 f"--{k.replace('_', '-')} {v} instead of {stored[k]}" for k, v in now.items())
                 + ": not the end that it would have come to")
             run.write_json("config.json", {**config, "settings": vars(a), "changes": [
-                *config.get("changes", []), {"step": checkpoint.step, **now}]})
+                *config.get("changes", []), {"step": checkpoint.step, **now}],
+                "given": sorted({*flags_of(config), *now})})
     else:
         run.clear()
         run.write_json("config.json", {
-            "settings": vars(a), "priors": reports,
+            "settings": vars(a), "given": flags_of(config) if asked is None else asked,
+            "priors": reports,
             "learning_rates": {g["name"]: g["lr"] for g in posterior.groups(a.lr)},
             "threads": torch.get_num_threads(), "processes": size,
             "versions": {"python": sys.version.split()[0], **{p: version(p) for p in (
@@ -226,8 +232,8 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
 
     if not FIRST:
         return
-    turned_back(run, model)
-    start, end = run.start_and_end()
+    seen = measured(run, model)
+    start, end = seen.start_and_end()
     show(f"\n{len(evals.rows)} questions of "
           f"{spec_name(a.eval_data) if a.eval_data else 'the training data, held out'}; scores in "
           f"percent, loss in nats a token\n\n{final_table(a, run.metrics())}\n")
@@ -236,7 +242,7 @@ def train_run(run, a: SimpleNamespace, config: dict | None, resume: bool) -> Non
         before, after = (norm_ratio(rows[i], found[i].rows) for rows in (start, end))
         show(f"layer {i}: {what} moved {(end[i] - start[i]).norm(dim=1).mean():.3g} on average; "
              f"their norm over the reference's {before:.3g} -> {after:.3g}")
-    drawn = ["prompt.safetensors", "predictions.jsonl", "metrics.jsonl", *draw_run(run, a, found)]
+    drawn = ["prompt.safetensors", "predictions.jsonl", "metrics.jsonl", *draw_run(seen, a, found)]
     show(f"{time.time() - began:.0f} s; {run.path}: {', '.join(drawn)}")
 
 
@@ -253,7 +259,6 @@ def open_run(path: str, given: dict):
     else:
         prompt = llama.Prompt(rows, a.cut).to(a.device)
     prompt.past(model)  # refuses rows that do not fit
-    turned_back(run, model)
     return run, a, model, vocabulary, prompt
 
 
@@ -329,6 +334,12 @@ def command_export(given: dict) -> None:
     overwrite = given.pop("overwrite", False)
     if to is None and log is None:
         raise UserError("export: give --to DIR for a PEFT adapter, --csv for the log, or both")
+    folder = Path(to) if to else None
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (
+            overwrite and (folder / adapters.ABOUT).is_file()):
+        raise UserError(f"{folder} exists: choose another --to" + (
+            "; only an adapter that export made is overwritten" if overwrite else
+            ", or replace an adapter that export made by --overwrite"))
     if log is not None:
         run = Run(Path(path))
         run.config()  # is it a run's folder?
@@ -343,14 +354,8 @@ def command_export(given: dict) -> None:
         else:
             write_file(Path(log), text.encode())
             show(f"{log}: {len(lines)} records of {run.path}")
-    if to is None:
+    if folder is None:
         return
-    folder = Path(to)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (
-            overwrite and (folder / adapters.ABOUT).is_file()):
-        raise UserError(f"{folder} exists: choose another --to" + (
-            "; only an adapter that export made is overwritten" if overwrite else
-            ", or replace an adapter that export made by --overwrite"))
     run, a, model, vocabulary, prompt = open_run(path, given)
     check_same_model(a, run.config()["sha256"].get("model"), run.path)
     with torch.no_grad():

@@ -57,8 +57,9 @@ def from_hub(name: str, revision: str | None) -> Path:
         return fetch(name, revision)
     # None: not there, and nobody has asked the hub yet
     if try_to_load_from_cache(name, ENDS, revision=folder.name) is None:
-        say(f"{name}: no {ENDS} in the cache, so config.json alone says which tokens end an answer: "
-            f"`hf download {name} {ENDS} --revision {folder.name}` fetches it, if there is one")
+        say(f"{name}: no {ENDS} in the cache, so config.json alone says which tokens end an "
+            f"answer: `hf download {name} {ENDS} --revision {folder.name}` fetches it, if there is "
+            "one")
     return folder
 
 

@@ -64,6 +64,13 @@ def references(a: SimpleNamespace, model, vocabulary, layers: list[int],
         labels = Labels(torch.tensor(ids), ["text"] * len(ids), ["text"] * len(ids))
         found = [{i: (x[i], f"tokens of {a.text!r}", labels) for i in layers}]
     elif sources:
+        methods = {method_of(run): run for run in sources}
+        if len(methods) > 1:
+            raise UserError(f"{' and '.join(methods.values())}: one trained rows and the other "
+                            "keys and values: give runs of one --method")
+        if "prefix" in methods and getattr(a, "method", "prompt") != "prefix":
+            raise UserError(f"{sources[0]}: it trained keys and values, which are a prior of keys "
+                            "and values alone: train --method prefix from it, or give runs of rows")
         found = [rows for run in sources for rows in posterior_rows(a, model, run, layers)]
     else:
         if len(set(map(spec_name, a.reference))) < len(a.reference):
@@ -72,7 +79,7 @@ def references(a: SimpleNamespace, model, vocabulary, layers: list[int],
             raise UserError(f"--prior {name} goes between two references: give two, as in "
                             "--reference text math")
         found = [population(a, model, vocabulary, layers, spec, examples) for spec in a.reference]
-    prefixes = bool(sources) and method_of(sources[0]) == "prefix"
+    prefixes = "prefix" in map(method_of, sources)
     if not prefixes and any(f[i][0].shape[1] != model.config.hidden_size
                             for f in found for i in layers):
         raise UserError(f"the reference is not of width {model.config.hidden_size} as the model "
@@ -95,11 +102,12 @@ def first_position(place: str) -> int:
     return int(place == "after-bos")
 
 
-def turned_back(run: Run, model) -> None:
-    """From here on a prefix's keys are read as they are measured and drawn, of no position."""
-    a = stored_settings(run.config())
+def measured(run: Run, model) -> Run:
+    """The run as instruments read it: a prefix's keys are of no position."""
+    a, seen = stored_settings(run.config()), Run(run.path)
     if a["method"] == "prefix":
-        run.turn = functools.partial(model.turn, first=first_position(a["place"]), back=True)
+        seen.turn = functools.partial(model.turn, first=first_position(a["place"]), back=True)
+    return seen
 
 
 def beside(a: SimpleNamespace, model, found: dict[int, Reference]) -> dict[int, Reference]:
@@ -214,21 +222,13 @@ def posterior_rows(a: SimpleNamespace, model, path: str,
     """The prompts that a run ended with, of the layers asked for: one, or one for each particle."""
     run = Run(Path(path))
     check_same_model(a, run.config().get("sha256", {}).get("model"), run.path)
-    first, method = priors.parse(a.prior)[2][0], method_of(path)
-    if method != method_of(first):
-        raise UserError(f"{path} and {first}: one trained rows and the other keys and values: give "
-                        "runs of one --method")
-    if method == "prefix" and getattr(a, "method", "prompt") != "prefix":
-        raise UserError(f"{run.path}: it trained keys and values, which are a prior of keys and "
-                        "values alone: train --method prefix from it, or give runs of rows")
-    turned_back(run, model)
-    prompts = run.particles()
+    prompts = measured(run, model).particles()
     missing = [i for i in layers if i not in prompts[0]]
     if missing:
         raise UserError(f"{run.path}: has rows at layers {', '.join(map(str, prompts[0]))} and "
                         f"none at {', '.join(map(str, missing))}: give runs with as many "
                         "--deep-layers, or of prefixes as many --prefix-layers")
-    what = "keys and values" if method == "prefix" else "rows"
+    what = "keys and values" if method_of(path) == "prefix" else "rows"
     return [{i: (rows[i], f"{what} of {run.path.name}") for i in layers} for rows in prompts]
 
 

@@ -132,7 +132,7 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        # what keys of a prefix become as they are read: as instruments see them, of no position
+        # what a prefix's keys become as they are read, see references.measured
         self.turn: Callable[[Tensor], Tensor] = lambda keys: keys
 
     @property
@@ -350,6 +350,8 @@ def read_config(path: Path) -> dict:
             ("processes", lambda x: x is None or type(x) is int and 0 < x < 2**20,
              "a number of processes"),
             ("changes", lambda x: x is None or isinstance(x, list), "a list"),
+            ("given", lambda x: "given" not in config or isinstance(x, list) and all(
+                isinstance(v, str) for v in x), "names of settings"),
             ("sha256", lambda x: isinstance(x, dict) and all(isinstance(v, str)
                                                              for v in x.values()), "checksums")):
         if not fits(config.get(key)):

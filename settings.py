@@ -227,8 +227,8 @@ def settings_of(given: dict, *groups: dict) -> SimpleNamespace:
                                 "--prefix-layers instead of --deep-layers")
             if a.cut:
                 raise UserError("--method prefix has no rows, so no outputs to --cut: leave it out")
-        elif a.prefix_layers is not None or a.reparam == "shared":
-            flag = "prefix-layers" if a.prefix_layers is not None else "reparam shared"
+        elif a.prefix_layers or a.reparam == "shared":
+            flag = "prefix-layers" if a.prefix_layers else "reparam shared"
             raise UserError(f"--{flag} is for --method prefix: give that too")
         if a.reparam != "none" and a.posterior != "point":
             raise UserError("--reparam trains one prompt: leave out --posterior")
@@ -296,12 +296,25 @@ def stored_settings(config: dict, path: str | Path = "config.json") -> dict:
 
 
 def over(stored: dict, given: dict) -> dict:
-    """A run's settings, and over them what is given now; a revision is one model's, and layers of a
-    prefix and what becomes of rows' outputs are one method's."""
-    method = stored.get("method")
-    changed = given.get("method", method) != method
-    return {**stored, **({"revision": None} if "model" in given else {}),
-            **({"prefix_layers": None, "cut": None} if changed else {}), **given}
+    """A run's settings, and over them what is given now; a revision is one model's."""
+    return {**stored, **({"revision": None} if "model" in given else {}), **given}
+
+
+def flags_of(config: dict) -> list[str]:
+    """The settings of a config.json that somebody gave; runs of old do not say, and all may be."""
+    return config.get("given", [*config["settings"]])
+
+
+def again(config: dict, given: dict) -> dict:
+    """What begins another run like that of a config.json with other flags: its settings, but for
+    those that nobody gave and that followed from others, for now they may follow from other ones.
+    The device, the dtype and the model's commit stay."""
+    stored = stored_settings(config)
+    kept = {"device", "dtype", "revision", *flags_of(config)}
+    free = {flag for group in (MODEL, PRIOR, DATA, TRAIN) for flag, (default, _) in group.items()
+            if default is None} | {"cut"}
+    return over({k: v for k, v in stored.items()
+                 if k not in ("out", "imported") and (k in kept or k not in free)}, given)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -464,7 +464,7 @@ def train(run: Run, settings: SimpleNamespace, model: llama.Llama, posterior: po
     if checkpoint:
         done = saved = checkpoint.step
         due = checkpoint.due
-        _restore(posterior, optimiser, checkpoint.tensors, run.path)
+        _restore(posterior, optimiser, checkpoint.tensors)
         run.cut_back(checkpoint)
         meet()  # all of them read the same log
     skipped = sum(m["split"] == "skipped" for m in run.metrics()) if checkpoint else 0
@@ -527,15 +527,19 @@ def _state(posterior: posteriors.Point, optimiser: torch.optim.Optimizer) -> dic
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
-def _restore(posterior: posteriors.Point, optimiser: torch.optim.Optimizer,
-             tensors: dict[str, Tensor], path: Path) -> None:
+def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) -> None:
+    """Raises RunError for another run's checkpoint."""
     for name, p in posterior.named_parameters():
-        rows = tensors.get(f"rows.{name}")
+        rows = checkpoint.tensors.get(f"rows.{name}")
         if rows is None or rows.shape != p.shape:
-            raise RunError(f"{path}/checkpoints: rows {name!r} are missing or of "
-                           f"another shape than {tuple(p.shape)}: "
-                           "this checkpoint is of another run")
-        p.data.copy_(rows)
+            raise RunError(f"{path}/checkpoints: rows {name!r} are missing or of another shape "
+                           f"than {tuple(p.shape)}: this checkpoint is of another run")
+
+
+def _restore(posterior: posteriors.Point, optimiser: torch.optim.Optimizer,
+             tensors: dict[str, Tensor]) -> None:
+    for name, p in posterior.named_parameters():
+        p.data.copy_(tensors[f"rows.{name}"])
         moments = {key: tensors[f"{key}.{name}"].clone()
                    for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
         if moments:

@@ -3,8 +3,8 @@ answers.
 
     python benchmarks/claims.py [--data squad] [--deep-layers 0] [--seeds 5] [--cut]
 
-Every prior on the bundled task with the same seeds. start, end: mean norm of rows over the
-reference's, of the draw and trained. moved: mean distance between the two. own: percent of trained
+Every prior on the bundled task with the same seeds. start, end: mean norm of rows over that of all
+tokens, of the draw and trained. moved: mean distance between the two. own: percent of trained
 rows that no other draw, of any run, is nearer to than their own. steps: to an evaluation within a
 tenth of the last loss. p: of a permutation of the scores among priors, by the variance of their
 means: how often chance sets them as far apart.
@@ -13,7 +13,6 @@ means: how often chance sets them as far apart.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -25,8 +24,11 @@ from runs import ROOT, evaluations, promptprior
 
 sys.path.insert(0, str(ROOT))
 
+import data  # noqa: E402
 import geometry  # noqa: E402
+import llama  # noqa: E402
 from run import Run  # noqa: E402
+from settings import TINY  # noqa: E402
 
 PRIORS = ("isotropic", "xavier", "text", "vocab", "fitted", "exclusion", "exclusion:k=2", "sparse",
           "vae")
@@ -51,6 +53,8 @@ def main() -> None:
     p.add_argument("--priors", nargs="+", default=PRIORS)
     a = p.parse_args()
     found, starts, ends = {}, [], []
+    tokens = llama.load(TINY, "float32").embeddings[data.Vocabulary(TINY, 0, (1,)).ordinary]
+    size = tokens.norm(dim=1).mean().item()
     with tempfile.TemporaryDirectory() as folder:
         for prior in a.priors:
             for seed in range(a.seeds):
@@ -58,16 +62,15 @@ def main() -> None:
                 promptprior("train", "--prior", prior, "--data", a.data, "--seed", seed,
                             "--deep-layers", a.deep_layers, "--steps", a.steps, "--eval-every", 20,
                             "--out", path, *["--cut"] * a.cut)
-                measured = json.loads(promptprior("compare", path, "--json"))[0]["measures"]
-                draw, trained = (measured[f"layer 0 {name}"] for name in ("prior draw", "trained"))
+                draw, trained = (rows[0].numpy() for rows in Run(path).start_and_end())
+                starts.append(draw), ends.append(trained)
                 log = evaluations(path)
                 last = log[-1]
                 near = next(m["step"] for m in log if m["loss"] <= 1.1 * last["loss"])
                 found.setdefault(prior, []).append((
                     last["accuracy" if "accuracy" in last else "f1"], last["loss"], near,
-                    draw["norm_ratio"], trained["norm_ratio"], trained["moved"]))
-                for rows, all_ in zip(Run(path).start_and_end(), (starts, ends)):
-                    all_.append(rows[0].numpy())
+                    *(float(np.linalg.norm(x, axis=1).mean() / size) for x in (draw, trained)),
+                    float(np.linalg.norm(trained - draw, axis=1).mean())))
     print(f"--data {a.data} --deep-layers {a.deep_layers}{' --cut' * a.cut}, {a.steps} steps, "
           f"means of {a.seeds} seeds\n  prior          score (s.e.)   loss  steps  start    end  "
           "moved   own")

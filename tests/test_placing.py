@@ -291,7 +291,7 @@ def test_a_prefix_lies_among_keys_and_values(prefix, tmp_path, capsys):
         assert draw["moved"] == 0 < end["moved"] and draw["collapse"] < 1e-4 < end["collapse"]
         assert [len(r) for r in found["tokens"][str(i)]["trained"].values()] == [4, 4]
     ids = vocabulary().ordinary
-    drawn, _ = Run(prefix).start_and_end()
+    drawn, _ = Run(prefix).start_and_end()  # as it is stored, keys turned
     keys, values = load().keys_and_values(0, load().embeddings[ids])
     near = torch.cdist(drawn[0][:, 64:], values.flatten(1)).argmin(dim=1)
     assert found["tokens"]["0"]["prior draw"]["l2"] == [vocabulary().decode([ids[k]]) for k in near]
@@ -303,8 +303,7 @@ def test_a_prefix_lies_among_keys_and_values(prefix, tmp_path, capsys):
     seen, model = Run(prefix), load()
     a = SimpleNamespace(**seen.config()["settings"])
     around = references.references(a, model, vocabulary(), list(range(6)))
-    references.turned_back(seen, model)
-    page = report.gather([(seen, a, model, vocabulary(), references.beside(a, model, around))])
+    page = report.gather([(references.measured(seen, model), a, model, vocabulary(), references.beside(a, model, around))])
     assert [m["columns"] for m in page["maps"]] == [True] * 6
     assert page["maps"][0]["rows"] == len(ids)
     for i, layer in page["runs"][0]["layers"].items():

@@ -479,15 +479,42 @@ def test_snapshots_of_another_schedule_go(whole, tmp_path):
     assert run_module.Run(out).snapshots() == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_refused_resume_changes_nothing(whole, tmp_path, capsys):
+@pytest.mark.parametrize("refused", ["fewer steps", "another run's checkpoint"])
+def test_a_refused_resume_changes_nothing(whole, tmp_path, capsys, refused):
     """Of a run whose log and snapshots are ahead of its checkpoint."""
-    out = tmp_path / "run"
+    out, last = tmp_path / "run", "checkpoints/000006.safetensors"
     shutil.copytree(whole, out)
-    (out / "checkpoints/000006.safetensors").write_bytes(b"damaged")  # so 000004 is the last
+    (out / last).write_bytes(b"damaged")  # so 000004 is the last
+    if refused != "fewer steps":
+        assert main("train", "--out", tmp_path / "other", *FEW, "--tokens", 2) == 0
+        shutil.copy(tmp_path / "other" / last, out / last)
+        (out / "metrics.jsonl").write_bytes((out / "metrics.jsonl").read_bytes() * 2)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    assert main("train", "--out", out, "--resume", "--steps", 3) == 2
-    assert "step 4 already" in capsys.readouterr().err
+    steps, said = (3, "step 4 already") if refused == "fewer steps" else (9, "of another run")
+    assert main("train", "--out", out, "--resume", "--steps", steps) == 2
+    assert said in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("first, then", [
+    ({"data": "math"}, {"data": "squad"}),
+    ({"prior": "fitted"}, {"posterior": "svgd", "particles": 2}),
+    ({"deep-layers": 2}, {"deep-layers": 0}), ({"prior": "interpolation"}, {"prior": "fitted"}),
+    ({"deep-layers": 2}, {"deep-layers": 0, "method": "prefix"}),
+    ({"method": "prefix", "prefix-layers": 2}, {"method": "prompt", "prefix-layers": 0}),
+    ({}, {"steps": 3}), ({"prior": "fitted", "prior-weight": 3}, {"seed": 2})], ids=str)
+def test_other_flags_over_a_config(tmp_path, first, then):
+    """What nobody gave follows from the new flags, as it would without the config; what was given
+    stays."""
+    few = {"steps": 1, "eval-limit": 2, "batch-size": 2, "max-new": 2, "reference-rows": 100}
+    flags = lambda given: [x for flag, value in given.items() for x in (f"--{flag}", value)]
+    source, direct, over = (tmp_path / name for name in ("source", "direct", "over"))
+    assert main("train", "--out", source, *flags(few | first)) == 0
+    assert main("train", "--out", direct, *flags(few | first | then)) == 0
+    assert main("train", "--config", source / "config.json", "--out", over, *flags(then)) == 0
+    one, two = (json.loads((folder / "config.json").read_text()) for folder in (direct, over))
+    assert {**one["settings"], "out": 0} == {**two["settings"], "out": 0}
+    assert one["given"] == two["given"]
 
 
 def test_an_evaluation_that_is_not_finite(tmp_path, monkeypatch, capsys):
