@@ -282,7 +282,7 @@ def stored_settings(config: dict, path: str | Path = "config.json") -> dict:
         elif flag in groups:
             default = groups[flag][0]
             right = fits[kind_of(flag, default)](value) or value is None and default is None \
-                and flag not in ("device", "dtype", "text")  # which are settled
+                and flag not in ("device", "dtype", "text", "eval_every", "prior_weight")  # settled
         else:
             right = True  # of another version
         if not right:

@@ -497,7 +497,7 @@ RUN_CONFIG = {
     "max_length": [0, -5, 2**40, "x", 1000], "max_new": [0, 2**40, None, "x"],
     "batch_size": [0, 2**40, None], "posterior": [None, "x", 5], "particles": [0, 10**6, "2", None],
     "cut": [None, 0, "true", []], "lr": ["x", float("nan"), -1, float("inf")],
-    "prior_weight": ["x", -1, float("nan")], "steps": [-1, "x", 2**50], "clip": [None, 0],
+    "prior_weight": ["x", -1, float("nan"), None], "eval_every": [None, 0, 1.5], "steps": [-1, "x", 2**50], "clip": [None, 0],
     "trunk_memory": [-1, "x"], "keep_unanswerable": [None, "no"], "shard": [1]}
 
 
