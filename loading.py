@@ -16,6 +16,7 @@ import torch
 import data
 import llama
 import priors
+from run import Run
 from settings import BUNDLED, TINY, TOKENS, UserError, on_hub, one_line, say, text_name
 from train import Questions, progress, shard
 
@@ -288,7 +289,10 @@ def checksums(a: SimpleNamespace) -> dict[str, str]:
 
 def reference_files(a: SimpleNamespace) -> list[Path]:
     """The files of collections, data and runs that a prior is fitted on."""
-    found = [Path(run) / "prompt.safetensors" for run in priors.parse(a.prior)[2]]
+    found = []
+    for run in map(Run, priors.parse(a.prior)[2]):
+        run.config(), run.rows("prompt.safetensors")  # refuses what is none before it is summed up
+        found.append(run.path / "prompt.safetensors")
     for spec in a.reference:
         if spec.startswith("collection:"):
             found.append(collection_of(spec)[0])
@@ -310,8 +314,11 @@ def checksum(paths: list[Path]) -> str:
     """sha256 over the sha256 of all files."""
     h = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as f:
-            h.update(hashlib.file_digest(f, "sha256").digest())
+        try:
+            with open(llama.regular(path), "rb") as f:
+                h.update(hashlib.file_digest(f, "sha256").digest())
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({llama.cause(e)}): restore it") from None
     return h.hexdigest()
 
 
