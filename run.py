@@ -417,8 +417,8 @@ def _read_checkpoint(path: Path) -> Checkpoint:
             # not mapped: the file is replaced
             tensors = {key: f.get_tensor(key).clone() for key in f.keys()}
         state = data.parse_json(about["state"], "its state")
-        if {k: type(v) for k, v in state.items()} != {"step": int, "metrics_bytes": int,
-                                                      "due": bool}:
+        if not isinstance(state, dict) or {k: type(v) for k, v in state.items()} != {
+                "step": int, "metrics_bytes": int, "due": bool}:
             raise ValueError("its state is not that of a run")
         if about.get("sha256") != _digest(tensors, state):
             raise RunError(f"{path}: its contents do not match their checksum, the file is damaged")

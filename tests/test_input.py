@@ -515,13 +515,34 @@ def test_a_runs_settings(own, refused, key):
     {"settings": None}, {"settings": {}}, {"settings": []}, {"threads": "1"}, {"threads": 0},
     {"threads": 2**40}, {"threads": None}, {"sha256": None}, {"sha256": []},
     {"sha256": {"model": 1}},
-    {"processes": "2"}, {"processes": 0}, {"changes": 5}])
+    {"processes": "2"}, {"processes": 0}, {"changes": 5}, {"given": None}, {"given": [5]}])
 def test_a_runs_config(own, refused, change):
     folder = own("runs/point")
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     for command in (["eval", folder], ["train", "--resume", "--out", folder]):
         assert "config.json" in refused(*command)
+
+
+@pytest.mark.parametrize("state", [
+    "false", "[]", "{}", "", "null", DEEP, '{"step": "1", "metrics_bytes": 0, "due": true}'])
+def test_a_checkpoints_state(own, refused, state):
+    folder = own("runs/point")
+    for path in (folder / "checkpoints").iterdir():
+        save_file(load_file(path), path, {"state": state, "sha256": "0"})
+    assert "not a checkpoint" in refused("train", "--resume", "--out", folder)
+
+
+def test_a_priors_run_that_is_no_file(world, own, refused, tmp_path):
+    folder = own("runs/point")
+    path = folder / "prompt.safetensors"
+    for make in (os.mkfifo, lambda p: p.symlink_to("/dev/zero"),
+                 lambda p: (p.touch(), os.truncate(p, 2**36))):  # whose sum would take a minute
+        path.unlink()
+        make(path)
+        assert "prompt.safetensors" in refused(
+            "train", "--model", world / "model", "--data", f"squad:{world}/squad.json", "--prior",
+            f"posterior:{folder}", "--tokens", 3, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("line", [
