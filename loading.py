@@ -298,7 +298,7 @@ def reference_files(a: SimpleNamespace) -> list[Path]:
             found.append(collection_of(spec)[0])
         elif spec != "vocab":
             found += data.files_of(*parse_spec(spec, 0))
-    return [path for path in found if path.exists()]
+    return found
 
 
 def collection_of(spec: str) -> tuple[Path, str | None]:

@@ -138,6 +138,7 @@ DEFAULT_SWITCHES = {"cut": None, "share": True, "trunk": True, "shard": False, "
 # of the processes that torchrun starts the first one speaks
 FIRST = "MASTER_ADDR" not in os.environ or int(os.environ.get("RANK", 0)) == 0
 
+
 class UserError(ValueError):
     """A mistake on the command line: what, and the remedy, in one line."""
 

@@ -23,6 +23,7 @@ import transformers
 
 import data
 import llama
+import loading
 import settings
 import train
 
@@ -79,7 +80,7 @@ def models(a: argparse.Namespace, dtype: str, spread: float = 0.02):
 def questions(a: argparse.Namespace, count: int) -> list[list[data.Row]]:
     """`count` batches of rows. The bundled data has the bundled tokenizer; other data one of 16,384
     byte-level BPE tokens trained on itself, which cuts it about as LLaMA's own does."""
-    kind, path = settings.parse_spec(a.data, 0)
+    kind, path = loading.parse_spec(a.data, 0)
     examples = [e for e in data.read(kind, path) if e.answers]
     folder = settings.TINY
     with tempfile.TemporaryDirectory() as made:

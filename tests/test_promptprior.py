@@ -1,5 +1,7 @@
 """The command line, on the bundled world and on small random models."""
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -303,6 +305,24 @@ def test_help_without_torch():
     out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
                          check=True).stdout
     assert all(name in out for name in promptprior.priors.PRIORS)
+
+
+def test_every_name_of_ours_is_there():
+    """What any file, benchmarks among them, asks of our modules: nothing else runs them all."""
+    ours, missing = {p.stem for p in HERE.glob("*.py")}, []
+    for path in [p for folder in (".", "benchmarks", "tests", "tiny")
+                 for p in (HERE / folder).glob("*.py")]:
+        nodes, names = [*ast.walk(ast.parse(path.read_text()))], {}
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                names |= {a.asname or a.name: a.name for a in node.names if a.name in ours}
+        asked = [(n.module, a.name) for n in nodes if isinstance(n, ast.ImportFrom)
+                 and n.module in ours for a in n.names]
+        asked += [(names[n.value.id], n.attr) for n in nodes if isinstance(n, ast.Attribute)
+                  and isinstance(n.value, ast.Name) and n.value.id in names]
+        missing += [f"{path.name}: {module}.{name}" for module, name in asked
+                    if not hasattr(importlib.import_module(module), name)]
+    assert not missing
 
 
 def test_the_readme_lists_the_registry():
