@@ -1,15 +1,15 @@
-"""A frozen LLaMA whose prompt is a KV cache that no token made. Needs torch and safetensors.
+"""A frozen LLaMA that takes prompts as entries of its KV cache. Needs torch and safetensors.
 
-A prompt reaches the text only through attention, as extra keys and values. So there are no hooks
-here: the forward takes a `Past`, the argument that any KV cache needs, and gradients flow through
-it to the prompt.
+A prompt reaches the text only through attention, as additional keys and values. The model
+therefore needs no hooks: its forward takes a `Past`, which is an ordinary KV cache, and gradients
+flow through the cache back to the prompt.
 
     model = load("folder", dtype="bfloat16")               # any HF folder with model_type llama
     past = Prompt({0: rows}, cut=False).past(model)        # rows (n, D): prompt tuning
     answers = generate(model, [[1, 5, 7]], past, max_new=20, stop={2})
 
-This module knows weights, positions and caches. It knows nothing of text, data, priors or files
-it could write.
+This module knows weights, positions and caches. It knows nothing of text, data and priors, and it
+writes no files.
 
 B batch, T tokens, n prompt rows, S cached columns, D width, V vocabulary, H heads, G key/value
 heads, hd head width, L layers. Names of weights and configuration are Hugging Face's.
@@ -17,11 +17,11 @@ heads, hd head width, L layers. Names of weights and configuration are Hugging F
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -45,6 +45,8 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
+    """The fields of a Hugging Face config.json that the model uses."""
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -63,6 +65,33 @@ class Config:
     eos_token_id: tuple[int, ...] = ()  # a text ends with any of these
 
 
+# field -> default, type, minimum, maximum. The maxima stop an absurd size early: a model is built
+# before its weights are read, and building a billion empty layers takes hours.
+FIELDS = {
+    "hidden_size": (None, int, 1, 2**17),
+    "intermediate_size": (None, int, 1, 2**20),
+    "num_hidden_layers": (None, int, 1, 2**10),
+    "num_attention_heads": (None, int, 1, 2**12),
+    "num_key_value_heads": (None, int, 1, 2**12),
+    "head_dim": (None, int, 1, 2**12),
+    "vocab_size": (32000, int, 1, 2**24),
+    "max_position_embeddings": (2048, int, 1, 2**30),
+    "rope_theta": (10000.0, float, 1, 1e15),
+    "rms_norm_eps": (1e-6, float, 1e-30, 1),
+    "tie_word_embeddings": (False, bool, False, True),
+    "attention_bias": (False, bool, False, True),
+    "mlp_bias": (False, bool, False, True),
+}
+
+# rope type -> the numbers that it needs, each between 1e-6 and 1e9
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"),
+}
+
+
 def read_config(path: Path) -> Config:
     """Read a Hugging Face config.json, in the form of transformers 4 or of 5 (rope_parameters).
 
@@ -75,73 +104,88 @@ def read_config(path: Path) -> Config:
     if c.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{path}: hidden_act is {c['hidden_act']!r}, a LLaMA has 'silu': "
                          "choose another folder")
+
+    rope = _read_rope(path, c)
+    if rope.get("rope_theta") is not None:
+        c["rope_theta"] = rope["rope_theta"]
+    values = {"rope_scaling": None if rope["rope_type"] == "default" else rope}
+
+    # a field that is absent or null takes its default, which for two of them follows from others
+    heads, width = c.get("num_attention_heads"), c.get("hidden_size")
+    defaults = {"num_key_value_heads": heads}
+    if type(heads) is int and type(width) is int and heads > 0:
+        defaults["head_dim"] = width // heads
+    for field, (default, kind, minimum, maximum) in FIELDS.items():
+        value = c.get(field)
+        if value is None:
+            value = defaults.get(field, default)
+        _check(path, field, value, kind, minimum, maximum)
+        values[field] = value
+
+    values["bos_token_id"] = c.get("bos_token_id")
+    if values["bos_token_id"] is not None:
+        _check(path, "bos_token_id", values["bos_token_id"], int, 0, values["vocab_size"] - 1)
+    values["eos_token_id"] = _read_eos(path, c)
+
+    head_dim, kv_heads = values["head_dim"], values["num_key_value_heads"]
+    if heads % kv_heads or head_dim % 2:
+        raise ModelError(f"{path}: {heads} heads of width {head_dim} over {kv_heads} key/value "
+                         "heads: the heads must divide evenly and their width be even: repair the "
+                         "file")
+    return Config(**values)
+
+
+def _read_rope(path: Path, c: dict) -> dict:
+    """The rope settings of config.json, checked, with their "rope_type"."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ModelError(f"{path}: the rope settings are {rope!r:.80}, not an object: repair the "
                          "file")
-    # "type" is the old spelling
-    rope = {**rope, "rope_type": str(rope.get("rope_type", rope.get("type", "default")))}
-    needs = {"default": (), "linear": ("factor",), "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if rope["rope_type"] not in needs:
-        raise ModelError(f"{path}: rope type {rope['rope_type']!r:.80} is not known, only "
-                         f"{', '.join(needs)}: choose another model")
-    for key in needs[rope["rope_type"]]:
-        _check(path, f"{key!r} of rope type {rope['rope_type']!r}", rope.get(key), *ROPE)
-    if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+    rope_type = str(rope.get("rope_type", rope.get("type", "default")))  # "type": the old spelling
+    if rope_type not in ROPE_TYPES:
+        raise ModelError(f"{path}: rope type {rope_type!r:.80} is not known, only "
+                         f"{', '.join(ROPE_TYPES)}: choose another model")
+    for key in ROPE_TYPES[rope_type]:
+        _check(path, f"{key!r} of rope type {rope_type!r}", rope.get(key), float, 1e-6, 1e9)
+    if rope_type == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
         raise ModelError(f"{path}: llama3 rope needs low_freq_factor below high_freq_factor: "
                          "repair the file")
-    heads, width = c.get("num_attention_heads"), c.get("hidden_size")
-    several = type(heads) is type(width) is int and heads > 0
-    if rope.get("rope_theta") is not None:
-        c["rope_theta"] = rope["rope_theta"]
-    defaults = {"head_dim": width // heads if several else None, "num_key_value_heads": heads}
-    for key, (default, *allowed) in CONFIG.items():
-        if c.get(key) is None:
-            c[key] = defaults.get(key, default)
-        _check(path, key, c[key], *allowed)
-    c["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    if c.get("bos_token_id") is not None:
-        _check(path, "bos_token_id", c["bos_token_id"], int, 0, c["vocab_size"] - 1)
-    generation = path.with_name("generation_config.json")  # chat models name further ends there
-    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
-    eos = c.get("eos_token_id") if eos is None else eos
-    c["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    for token in c["eos_token_id"]:
+    return {**rope, "rope_type": rope_type}
+
+
+def _read_eos(path: Path, c: dict) -> tuple[int, ...]:
+    """The tokens that end a text. Chat models name further ones in generation_config.json."""
+    generation = path.with_name("generation_config.json")
+    eos = None
+    if generation.exists():
+        eos = _read_json(generation).get("eos_token_id")
+    if eos is None:
+        eos = c.get("eos_token_id")
+
+    # null, one token or a list of tokens
+    tokens = eos if isinstance(eos, list) else [eos]
+    if eos is None:
+        tokens = []
+    for token in tokens:
         _check(path, "eos_token_id", token, int, -1, 2**40)
-    if c["num_attention_heads"] % c["num_key_value_heads"] or c["head_dim"] % 2:
-        raise ModelError(f"{path}: {heads} heads of width {c['head_dim']} over "
-                         f"{c['num_key_value_heads']} key/value heads: the heads must divide "
-                         "evenly and their width be even: repair the file")
-    return Config(**{f.name: c[f.name] for f in fields(Config) if c.get(f.name) is not None})
+    return tuple(tokens)
 
 
-# what config.json may say: key -> default, type, least, most. Nothing is allocated by these sizes,
-# but an absurd one takes long to find out
-CONFIG = {
-    "hidden_size": (None, int, 1, 2**17), "intermediate_size": (None, int, 1, 2**20),
-    "num_hidden_layers": (None, int, 1, 2**10), "num_attention_heads": (None, int, 1, 2**12),
-    "num_key_value_heads": (None, int, 1, 2**12), "head_dim": (None, int, 1, 2**12),
-    "vocab_size": (32000, int, 1, 2**24), "max_position_embeddings": (2048, int, 1, 2**30),
-    "rope_theta": (10000.0, float, 1, 1e15), "rms_norm_eps": (1e-6, float, 1e-30, 1),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"),
-                    (False, bool, False, True))}
-ROPE = (float, 1e-6, 1e9)
-
-
-def _check(path: Path, key: str, value, type_: type, least, most) -> None:
-    """A bool is no number here, and a whole number is a float."""
-    if type(value) not in ((int, float) if type_ is float else (type_,)) \
-            or not least <= value <= most:  # as NaN is not
-        expected = {bool: "true or false", int: f"a whole number from {least} to {most}",
-                    float: f"a number from {least:g} to {most:g}"}[type_]
-        raise ModelError(f"{path}: {key} is {value!r:.80}, expected {expected}: repair the file")
+def _check(path: Path, field: str, value, kind: type, minimum, maximum) -> None:
+    """Raise ModelError unless value is of this kind and in this range. A whole number may stand
+    for a float; true and false are not numbers."""
+    kinds = (int, float) if kind is float else (kind,)
+    if type(value) in kinds and minimum <= value <= maximum:  # NaN fails the comparison
+        return
+    expected = {bool: "true or false", int: f"a whole number from {minimum} to {maximum}",
+                float: f"a number from {minimum:g} to {maximum:g}"}[kind]
+    raise ModelError(f"{path}: {field} is {value!r:.80}, expected {expected}: repair the file")
 
 
 def _read_json(path: Path) -> dict:
     try:
         if regular(path).stat().st_size > 2**28:
-            raise OSError("of a size that none has")
+            raise OSError("larger than 256 MiB")
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; expected a Hugging Face model folder with "
@@ -155,7 +199,8 @@ def _read_json(path: Path) -> dict:
 
 
 def regular(path: Path) -> Path:
-    """path, if it is a file, a link to one, or nothing: opening a pipe would wait for ever."""
+    """path, if it is a regular file, a link to one, or does not exist. Raises OSError otherwise:
+    opening a pipe would block for ever."""
     if path.exists() and not path.is_file():
         raise OSError("a folder, a pipe or a device, not a file")
     return path
@@ -170,20 +215,20 @@ def rope_frequencies(c: Config) -> Tensor:
     stretched by `factor`, short ones kept, those between blended."""
     f = 1.0 / c.rope_theta ** (
         torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim)
-    s = c.rope_scaling or {"rope_type": "default"}
-    if s["rope_type"] == "linear":
-        return f / s["factor"]
-    if s["rope_type"] == "llama3":
-        low, high, old = (s["low_freq_factor"], s["high_freq_factor"],
-                          s["original_max_position_embeddings"])
+    scaling = c.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "linear":
+        return f / scaling["factor"]
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        trained_length = scaling["original_max_position_embeddings"]
         wavelength = 2 * math.pi / f
-        blend = ((old / wavelength - low) / (high - low)).clamp(0, 1)
-        return (1 - blend) * f / s["factor"] + blend * f
+        blend = ((trained_length / wavelength - low) / (high - low)).clamp(0, 1)
+        return (1 - blend) * f / scaling["factor"] + blend * f
     return f
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (N, heads, hd) by cos, sin (N, 1, hd / 2); HF's half-split layout."""
+    """Rotate x (..., heads, hd) by cos, sin (..., 1, hd / 2); HF's half-split layout."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -193,11 +238,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Past(NamedTuple):
-    """What the layers have seen: a prompt's rows, a text's beginning, or one after the other.
+    """A KV cache: keys and values of a prompt, of the beginning of a text, or of both.
 
-    Prompt columns come first and are always real. A layer's column count is S plus its prompt
-    rows, which differ between layers in cut mode; a layer that has seen nothing holds None. A
-    batch of 1 serves any batch."""
+    Prompt columns come first and are always real. A layer has S content columns and its prompt
+    columns, whose number differs between layers in cut mode; the keys and values of a layer
+    without columns are None. A Past of batch 1 serves any batch."""
 
     keys: tuple[Tensor | None, ...]  # per layer (1 or B, G, S_l, hd), rotated
     values: tuple[Tensor | None, ...]  # per layer (1 or B, G, S_l, hd)
@@ -212,64 +257,54 @@ class Past(NamedTuple):
 
 
 def pick(t: Tensor | None, parent: Tensor | None) -> Tensor | None:
-    """Rows of t (1 or P, ...); a batch of 1 serves any."""
-    # index_select, not t[parent]: on the CPU that one's gradient is summed by threads in any order
-    return t if t is None or parent is None or len(t) == 1 else t.index_select(0, parent)
+    """Rows parent of t (P, ...). None stays None, and a t of batch 1 serves any batch as it is."""
+    if t is None or parent is None or len(t) == 1:
+        return t
+    # not t[parent]: on the CPU its backward sums the gradients of equal rows in a random order
+    return t.index_select(0, parent)
 
 
 # --------------------------------------------------------------------------------------------------
-# the model
+# attention
 
 
 class Group(NamedTuple):
-    """Rows, one after the other, that go on from one cached row and are attended in one call."""
+    """Consecutive rows of a batch that continue the same row of the cache (CPU only)."""
 
     cached: int  # the row of the cache
     columns: int  # its content columns up to the last that holds a token
     tokens: int  # real tokens of these rows
-    seen: Tensor  # (tokens, columns + tokens) bool: what each of them may look at
+    visible: Tensor  # (tokens, columns + tokens) bool: the keys that each token attends to
 
 
 class Layout:
-    """Where the N real tokens of a padded batch (B, T) stand, and what each of them may see.
+    """Where the N real tokens of a padded batch (B, T) stand, and attention over them.
 
-    Norms, projections and the MLP work on the real tokens alone, (N, D); only attention knows rows.
-    It is done for the whole padded batch at once or group by group, where nothing is padded and
-    what rows have in common is not copied for each: whichever means less work."""
+    Norms, projections and the MLP work on the real tokens alone, (N, D). Only attention needs the
+    rows of the batch: it pads its inputs to (B, T) and drops the padding from its output."""
 
-    CALL = 2000  # what one more attention call costs, in pairs of query and key
-
-    def __init__(self, real: Tensor, past: Tensor, parent: Tensor | None, queries: int,
+    def __init__(self, real: Tensor, past_real: Tensor, parent: Tensor | None, queries: int,
                  dtype: torch.dtype):
-        """real (B, T) and past (1 or P, S) bool: which places hold a token. parent (B,): the row of
-        past that each row goes on from, None for its own. queries: heads to a key/value head."""
-        self.past, self.parent, self.queries, self.dtype = past, parent, queries, dtype
-        (self.B, self.T), self.S, self.masks = real.shape, past.shape[1], {}
+        """real (B, T) and past_real (1 or P, S) bool: which places hold a token. parent (B,): the
+        row of the cache that each row continues, None for its own. queries: heads per key/value
+        head. dtype: of the model."""
+        self.real, self.past_real, self.parent = real, past_real, parent
+        self.queries, self.dtype = queries, dtype
+        self.B, self.T = real.shape
+        self.S = past_real.shape[1]
+        self.masks: dict[int, Tensor] = {}  # number of prompt columns -> mask
+
+        # where the real tokens stand in the flattened batch; None if nothing is padded
+        self.index = None
         lengths = real.sum(dim=1).tolist()
-        self.index = None if min(lengths, default=0) == self.T else real.flatten().nonzero()[:, 0]
-        self.groups = []
-        if real.device.type == "cpu" and self.T > 1:  # a GPU wants few launches
-            groups = self._groups(lengths)
-            pairs = sum(g.tokens * g.seen.shape[1] + self.CALL for g in groups)
-            if pairs < self.B * self.T * (self.S + self.T):
-                self.groups = groups
+        if min(lengths, default=0) < self.T:
+            self.index = real.flatten().nonzero()[:, 0]
 
-    def _groups(self, lengths: list[int]) -> list[Group]:
-        parent = range(self.B) if self.parent is None else self.parent.tolist()
-        columns = [max((i + 1 for i, r in enumerate(row) if r), default=0)
-                   for row in self.past.tolist()]
-        groups = []
-        for _, rows in groupby(range(self.B), key=parent.__getitem__):
-            rows = list(rows)
-            p = parent[rows[0]] if len(columns) > 1 else 0
-            row = torch.tensor(rows).repeat_interleave(torch.tensor([lengths[r] for r in rows]))
-            own = (row[:, None] == row).tril()
-            groups.append(Group(p, columns[p], len(row), torch.cat(
-                (self.past[p, :columns[p]].expand(len(row), -1), own), dim=1)))
-        return groups
+        self.groups = self._groups(lengths)
+        self.group_masks: dict[int, list[Tensor]] = {}
 
-    def real(self, t: Tensor) -> Tensor:
-        """(B, T) -> (N,), what stands at the real tokens."""
+    def select(self, t: Tensor) -> Tensor:
+        """(B, T) -> (N,): the entries of the real tokens."""
         return t.flatten() if self.index is None else t.flatten().index_select(0, self.index)
 
     def pad(self, x: Tensor) -> Tensor:
@@ -278,62 +313,124 @@ class Layout:
             x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.index, x)
         return x.view(self.B, self.T, *x.shape[1:]).transpose(1, 2)
 
-    def cache(self, new: Tensor, old: Tensor | None) -> Tensor:
-        """Keys or values of these tokens (N, G, hd) after those of the cache (1 or P, G, S_l, hd)
+    def cache(self, new: Tensor, cached: Tensor | None) -> Tensor:
+        """Append keys or values of these tokens (N, G, hd) to the cache (1 or P, G, S_l, hd)
         -> (B, G, S_l + T, hd)."""
-        new = self.pad(new)
-        if old is None:
-            return new
-        return torch.cat((pick(old, self.parent).expand(self.B, -1, -1, -1), new), dim=2)
+        padded = self.pad(new)
+        if cached is None:
+            return padded
+        return torch.cat((pick(cached, self.parent).expand(self.B, -1, -1, -1), padded), dim=2)
 
-    def attend_batch(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """q (N, H, hd), keys and values as `cache` makes them -> (N, H hd)."""
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """q (N, H, hd), keys and values as `cache` returns them -> (N, H hd)."""
+        a = attention(self.pad(q), keys, values, self.mask(keys))
+        a = a.transpose(1, 2).flatten(0, 1)
+        if self.index is not None:
+            a = a.index_select(0, self.index)
+        return a.flatten(1)
+
+    def weights(self, q: Tensor, keys: Tensor) -> Tensor:
+        """q (N, H, hd), keys as `cache` returns them -> attention weights (B, H, T, S_l + T), fp32,
+        0 in the rows of padding."""
+        padded = self.pad(q)
+        B, H, T, hd = padded.shape
+        stacked = padded.reshape(B, keys.shape[1], -1, hd)  # as in `attention`
+        scores = stacked.float() @ keys.float().transpose(2, 3) * hd ** -0.5
+        weights = (scores + self.mask(keys).float()).softmax(dim=-1).reshape(B, H, T, -1)
+        return weights.masked_fill(~self.real[:, None, :, None], 0)
+
+    def mask(self, keys: Tensor) -> Tensor:
+        """The mask of `attention` for keys as `cache` returns them."""
         n = keys.shape[2] - self.S - self.T  # prompt columns of this layer
         if n not in self.masks:
-            past = pick(self.past, self.parent)[:, None].expand(-1, self.T, -1)
-            own = torch.ones(self.T, self.T, dtype=torch.bool, device=past.device).tril()
-            self.masks[n] = self._mask(n, torch.cat(
-                (past, own.expand(len(past), -1, -1)), dim=2)[:, None])
-        a = attention(self.pad(q), keys, values, self.masks[n]).transpose(1, 2).flatten(0, 1)
-        return (a if self.index is None else a.index_select(0, self.index)).flatten(1)
+            past = pick(self.past_real, self.parent)[:, None].expand(-1, self.T, -1)
+            causal = torch.ones(self.T, self.T, dtype=torch.bool, device=past.device).tril()
+            visible = torch.cat((past, causal.expand(len(past), -1, -1)), dim=2)
+            self.masks[n] = self._additive(n, visible[:, None])
+        return self.masks[n]
+
+    def _additive(self, n: int, visible: Tensor) -> Tensor:
+        """(B, 1, T, S) bool -> (B, 1, H / G T, n + S): 0 where a query attends to a key, -inf
+        elsewhere. SDPA would convert a bool mask to this once a layer."""
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
+        mask = mask.masked_fill_(~visible, -math.inf)
+        return F.pad(mask, (n, 0)).repeat(1, 1, self.queries, 1)
+
+    # On the CPU, attention may instead run once for each group of rows that continue the same row
+    # of the cache: nothing is padded, and the cached row is not copied for each of them.
+
+    CALL = 2000  # the cost of one more call of attention, in pairs of query and key
+
+    def _groups(self, lengths: list[int]) -> list[Group]:
+        """The groups of rows, or none if attending to the whole padded batch costs less."""
+        if self.past_real.device.type != "cpu" or self.T <= 1:
+            return []
+        parent = range(self.B) if self.parent is None else self.parent.tolist()
+        columns = []
+        for row in self.past_real.tolist():
+            columns.append(max((i + 1 for i, r in enumerate(row) if r), default=0))
+
+        groups = []
+        for _, members in groupby(range(self.B), key=parent.__getitem__):
+            rows = list(members)
+            cached = parent[rows[0]] if len(columns) > 1 else 0
+            repeats = torch.tensor([lengths[r] for r in rows])
+            row_of_token = torch.tensor(rows).repeat_interleave(repeats)
+            causal = (row_of_token[:, None] == row_of_token).tril()
+            past = self.past_real[cached, :columns[cached]].expand(len(row_of_token), -1)
+            groups.append(Group(cached, columns[cached], len(row_of_token),
+                                torch.cat((past, causal), dim=1)))
+
+        pairs = sum(g.tokens * g.visible.shape[1] + self.CALL for g in groups)
+        return groups if pairs < self.B * self.T * (self.S + self.T) else []
 
     def attend_groups(self, q: Tensor, k: Tensor, v: Tensor, k0: Tensor | None,
                       v0: Tensor | None) -> Tensor:
-        """q (N, H, hd), k and v (N, G, hd), the cache k0 and v0 -> (N, H hd)."""
+        """q (N, H, hd), k and v (N, G, hd), the layer's cache k0 and v0 -> (N, H hd)."""
         n = 0 if k0 is None else k0.shape[2] - self.S
-        if n not in self.masks:
-            self.masks[n] = [self._mask(n, g.seen[None, None]) for g in self.groups]
+        if n not in self.group_masks:
+            self.group_masks[n] = [self._additive(n, g.visible[None, None]) for g in self.groups]
+
         sizes = [g.tokens for g in self.groups]
         qs, ks, vs = (t.transpose(0, 1)[None].split(sizes, dim=2) for t in (q, k, v))
         if k0 is not None:
-            k0, v0 = k0.split(1), v0.split(1)  # the gradient of indexing would be a whole cache
-            ks, vs = ([torch.cat((old[g.cached][:, :, :n + g.columns], x), dim=2)
-                       for g, x in zip(self.groups, new)] for old, new in ((k0, ks), (v0, vs)))
-        a = torch.cat([attention(*each) for each in zip(qs, ks, vs, self.masks[n])], dim=2)
-        return a[0].transpose(0, 1).flatten(1)
+            ks = self._after_cached(k0, n, ks)
+            vs = self._after_cached(v0, n, vs)
+        outputs = [attention(*inputs) for inputs in zip(qs, ks, vs, self.group_masks[n])]
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1).flatten(1)
 
-    def _mask(self, n: int, seen: Tensor) -> Tensor:
-        """(B, 1, T, S) bool -> (B, 1, R T, n + S), 0 where a query sees a key and -inf elsewhere;
-        SDPA would make that of a bool mask in every layer."""
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
-        return F.pad(mask.masked_fill_(~seen, -math.inf), (n, 0)).repeat(1, 1, self.queries, 1)
+    def _after_cached(self, cached: Tensor, n: int, new: list[Tensor]) -> list[Tensor]:
+        """Append each group's new keys or values (1, G, tokens, hd) to its row of the cache."""
+        # indexing cached[row] would allocate a gradient of the whole cache for each group
+        rows = cached.split(1)
+        return [torch.cat((rows[g.cached][:, :, :n + g.columns], x), dim=2)
+                for g, x in zip(self.groups, new)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """q (B, H, T, hd), k and v (B, G, S, hd), mask (1 or B, 1, H / G T, S) -> (B, H, T, hd).
 
-    The queries of one key/value head are stacked along time: keys and values are never repeated,
-    and every kernel takes the mask (enable_gqa with a mask falls to the slow one on CUDA)."""
+    The queries of one key/value head are stacked along time. This way keys and values are not
+    repeated, and every SDPA kernel accepts the mask (with enable_gqa and a mask, CUDA falls back
+    to the slow math kernel)."""
     B, H, T, hd = q.shape
-    q = q.reshape(B, k.shape[1], -1, hd)
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # 2 to 3 times the fused kernel there
-        a = torch.matmul(q * hd ** -0.5, k.transpose(2, 3)).add_(mask).softmax(dim=-1) @ v
+    stacked = q.reshape(B, k.shape[1], -1, hd)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        # 2 to 3 times as fast as SDPA's kernel for bf16 on the CPU
+        scores = torch.matmul(stacked * hd ** -0.5, k.transpose(2, 3)).add_(mask)
+        a = scores.softmax(dim=-1) @ v
     else:
-        a = F.scaled_dot_product_attention(q, k, v, mask)
-    return a.reshape(B, H, T, hd)  # a CUDA kernel returns it transposed
+        a = F.scaled_dot_product_attention(stacked, k, v, mask)
+    return a.reshape(B, H, T, hd)  # not view: a CUDA kernel returns heads and time transposed
+
+
+# --------------------------------------------------------------------------------------------------
+# the model
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each after its norm and added to the residual stream."""
+
     def __init__(self, c: Config):
         super().__init__()
         D, hd, bias = c.hidden_size, c.head_dim, c.attention_bias
@@ -350,28 +447,41 @@ class Block(nn.Module):
             down_proj=nn.Linear(c.intermediate_size, D, bias=c.mlp_bias)))
 
     def forward(self, x: Tensor, k0: Tensor | None, v0: Tensor | None, layout: Layout, cos: Tensor,
-                sin: Tensor, cache: bool, output: Tensor | bool = True):
+                sin: Tensor, cache: bool, output: Tensor | bool = True,
+                weights: Callable[[Tensor], None] | None = None):
         """x (N, D), the layer's cache k0, v0 (1 or P, G, S_l, hd) or None, cos and sin
         (N, 1, hd / 2) -> (output (N, D), keys, values (B, G, S_l + T, hd)).
 
-        Keys and values are None unless cache. output int64: of these of the N tokens alone; False:
-        of none, it is None."""
+        Keys and values are returned as None unless cache. output: True for all N tokens, an int64
+        index of some of them, or False for none, and None is returned. weights, which needs cache,
+        is called with the attention weights (B, H, T, S_l + T)."""
         h = self.input_layernorm(x)
-        heads = lambda name: self.self_attn[name](h).unflatten(-1, (-1, self.hd))
-        k, v, keys, values = rotate(heads("k_proj"), cos, sin), heads("v_proj"), None, None
+        k = rotate(self._heads("k_proj", h), cos, sin)
+        v = self._heads("v_proj", h)
+        keys = values = None
         if cache or not layout.groups:
             keys, values = layout.cache(k, k0), layout.cache(v, v0)
         if output is False:
             return None, keys, values
-        q = rotate(heads("q_proj"), cos, sin)
-        a = layout.attend_groups(q, k, v, k0, v0) if layout.groups \
-            else layout.attend_batch(q, keys, values)
+
+        q = rotate(self._heads("q_proj", h), cos, sin)
+        if weights:
+            weights(layout.weights(q, keys))
+        if layout.groups:
+            a = layout.attend_groups(q, k, v, k0, v0)
+        else:
+            a = layout.attend(q, keys, values)
+
         if output is not True:
             x, a = x.index_select(0, output), a.index_select(0, output)
         x = x + self.self_attn.o_proj(a)
         h = self.post_attention_layernorm(x)
         x = x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
         return (x, keys, values) if cache else (x, None, None)
+
+    def _heads(self, projection: str, h: Tensor) -> Tensor:
+        """(N, D) -> (N, heads, hd)."""
+        return self.self_attn[projection](h).unflatten(-1, (-1, self.hd))
 
 
 class Llama(nn.Module):
@@ -380,10 +490,10 @@ class Llama(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
-        self.first, self.inputs = 0, None  # see part
-        self.recompute = False  # blocks keep their inputs alone for the backward, and run twice
+        self.recompute = False  # keep only the blocks' inputs, run each block again in backward
         self.model = nn.ModuleDict(dict(
-            # its own normal_ would, for a model without memory yet, import a second of torch
+            # nn.Embedding(V, D) would draw its weights, and drawing on the meta device imports
+            # torch._dynamo, which takes over a second
             embed_tokens=nn.Embedding.from_pretrained(
                 torch.zeros(c.vocab_size, c.hidden_size), freeze=False),
             layers=nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
@@ -397,299 +507,320 @@ class Llama(nn.Module):
         return self.model.embed_tokens.weight
 
     def empty(self) -> Past:
-        """The Past of nothing at all, for a model without a prompt."""
-        nothing, device = (None,) * len(self.model.layers), self.embeddings.device
-        return Past(nothing, nothing, torch.ones(1, 0, dtype=torch.bool, device=device),
+        """A Past without columns: no prompt, no text."""
+        no_columns = (None,) * self.config.num_hidden_layers
+        device = self.embeddings.device
+        return Past(no_columns, no_columns, torch.ones(1, 0, dtype=torch.bool, device=device),
                     torch.zeros(1, dtype=torch.int64, device=device))
 
+    # ---- text
+
     def forward(self, ids: Tensor, past: Past | None = None,
-                tap: Callable[[int, Tensor], None] | None = None,
-                parent: Tensor | None = None) -> tuple[Tensor, Past]:
+                tap: Callable[[int, Tensor], None] | None = None, parent: Tensor | None = None,
+                weights: Callable[[int, Tensor], None] | None = None) -> tuple[Tensor, Past]:
         """ids (B, T), padded on the right with PAD -> hidden states (B, T, D) after the final norm,
         zero in the empty places, and the Past with these tokens in it.
 
-        tap(i, x) is shown the input x (N, D) of every layer i at the N real tokens, row after row,
-        and of i = L what comes after the final norm (transformers' convention for hidden_states).
-        parent (B,) int64: row i goes on from row parent[i] of past; as past.take(parent)."""
-        x, past = self._run(ids, past, parent, tap)
+        tap(i, x) is called with the input x (N, D) of every layer i at the N real tokens, row after
+        row, and with i = L after the final norm (transformers' convention for hidden_states).
+        parent (B,) int64: row i continues row parent[i] of past; as past.take(parent).
+        weights(i, w) is called with every layer's attention weights w (B, H, T, S_l) in fp32,
+        prompt columns first. The weights of a real token sum to 1, those of padding are 0. They are
+        computed in addition to the usual attention, so the hidden states do not change by a bit."""
+        x, past = self._run(ids, past, parent, tap, weights)
         x = self.model.norm(x)
         if tap:
             tap(self.config.num_hidden_layers, x)
-        x = x.new_zeros(*ids.shape, x.shape[-1]).masked_scatter((ids != PAD)[..., None], x)
-        return x, past
+        h = x.new_zeros(*ids.shape, x.shape[-1]).masked_scatter((ids != PAD)[..., None], x)
+        return h, past
 
     def states(self, ids: Tensor, past: Past | None, parent: Tensor | None,
                wanted: Tensor) -> Tensor:
-        """wanted (B, T) bool -> (number wanted, D): as forward, but of these tokens alone. No Past
-        is made, and the last block works out no others."""
-        return self.model.norm(self._run(ids, past, parent, cache=False, wanted=wanted)[0])
+        """The hidden states of forward at the M tokens where wanted (B, T) is true -> (M, D).
+
+        Makes no Past, and the last block computes these tokens alone."""
+        x, _ = self._run(ids, past, parent, cache=False, wanted=wanted)
+        return self.model.norm(x)
 
     def extend(self, ids: Tensor, past: Past | None = None,
                tap: Callable[[int, Tensor], None] | None = None) -> Past:
-        """The Past alone: the last block stops at its keys and values, no more is wanted."""
+        """The Past of forward alone: the last block stops after its keys and values."""
         if ids.shape[1] == 0:
             return past or self.empty()
         return self._run(ids, past, tap=tap, output=False)[1]
 
-    def part(self, first: int, last: int, inputs: Tensor | None = None) -> Llama:
-        """Blocks first..last - 1 as a model of their own, with the same weights; layers keep their
-        numbers. inputs (M, D) are the inputs of block first as a tap shows them, and are this
-        model's vocabulary: its token ids are their row numbers."""
-        part = copy.copy(self)
-        part._modules = {**self._modules, "model": nn.ModuleDict({
-            **self.model, "layers": self.model.layers[first - self.first:last - self.first]})}
-        part.first, part.inputs = first, inputs
-        return part
-
     def logits(self, h: Tensor) -> Tensor:
         """h (..., D) -> (..., V). Pick positions first: (B, T, V) of 128k tokens is gigabytes."""
-        return F.linear(h, self.embeddings if self.config.tie_word_embeddings
-                        else self.lm_head.weight)
+        tied = self.config.tie_word_embeddings
+        return F.linear(h, self.embeddings if tied else self.lm_head.weight)
+
+    # ---- prompts
 
     def prompt_past(self, rows: dict[int, Tensor], cut: bool,
                     tap: Callable[[int, Tensor], None] | None = None,
                     past: Past | None = None) -> Past:
-        """Run prompt rows {layer: (n, D)} after what past has seen (None: nothing, so at positions
-        0..n-1) -> the Past of both, of past's batch.
+        """Run prompt rows {layer: (n, D)} at the positions that follow past (None: 0..n-1) -> past
+        with the prompt's columns in front.
 
         Rows at layer i replace the prompt's part of that layer's input. cut drops the layer's
         outputs there, so that only layers with rows have prompt columns (paper 3.2); otherwise they
-        go on, as in prompt tuning. tap(i, x) is shown the prompt's part (B n, D) of every layer's
-        input that has one, and, if it goes on to the end, what comes after the final norm."""
-        first, L, D = self.first, self.config.num_hidden_layers, self.config.hidden_size
-        shapes = {layer: tuple(r.shape) for layer, r in rows.items()}
-        n = next(iter(shapes.values()), (0,))[0]
-        if not rows or any(not first <= layer < L for layer in rows) or any(
-                s != (n, D) for s in shapes.values()):
+        go on, as in prompt tuning. tap(i, x) is called with the prompt's part (B n, D) of every
+        layer's input that has one and, if the outputs go on to the end, with i = L after the final
+        norm. Raises ModelError for rows that do not fit the model."""
+        L, D = self.config.num_hidden_layers, self.config.hidden_size
+        n = self._common_length(rows, (D,))
+        if n is None:
+            shapes = {i: tuple(r.shape) for i, r in rows.items()}
             raise ModelError(f"prompt rows {shapes} do not fit a model of {L} layers and width "
                              f"{D}: every entry must be {{layer: (n, width)}} with one n")
         past = past or self.empty()
-        B = len(past.position)
-        position = past.position[:, None] + torch.arange(n, device=self.embeddings.device)
+        position = self._next_positions(past, n)
+        B = len(position)
         real = torch.ones(B, n, dtype=torch.bool, device=position.device)
-        layout, (cos, sin) = self._layout(real, past.real, None), self._angles(position.flatten())
+        layout = self._layout(real, past.real, None)
+        cos, sin = self._cos_sin(position.flatten(), self.embeddings.dtype)
+
         x, keys, values = None, [], []
-        for i, layer, *seen in zip(range(first, L), self.model.layers, past.keys, past.values):
-            x = rows[i].to(self.embeddings.dtype).repeat(B, 1) if i in rows else x
-            if x is None:
-                keys.append(seen[0]), values.append(seen[1])
-                continue
-            if tap:
-                tap(i, x)
-            x, k, v = layer(x, *seen, layout, cos, sin, cache=True, output=not cut
-                            and i + 1 not in rows and (i + 1 < L or tap is not None))
-            # prompt columns stand first: an order means nothing to attention, positions are rotated
-            keys.append(k.roll(n, 2)), values.append(v.roll(n, 2))
+        for i, layer in enumerate(self.model.layers):
+            k, v = past.keys[i], past.values[i]
+            if i in rows:
+                x = rows[i].to(self.embeddings.dtype).repeat(B, 1)
+            if x is not None:
+                if tap:
+                    tap(i, x)
+                is_read = i + 1 not in rows and (i + 1 < L or tap is not None)
+                x, k, v = layer(x, k, v, layout, cos, sin, cache=True, output=is_read and not cut)
+                # the new columns go to the front; attention does not depend on their order
+                k, v = k.roll(n, 2), v.roll(n, 2)
+            keys.append(k)
+            values.append(v)
         if tap and x is not None:
             tap(L, self.model.norm(x))
         return Past(tuple(keys), tuple(values), past.real, past.position + n)
 
-    def prefix_past(self, keys: dict[int, Tensor], values: dict[int, Tensor],
-                    past: Past | None = None) -> Past:
-        """Keys, rotated, and values {layer: (n, G, hd)} of prompt columns, beside what past has
-        seen (None: nothing) -> Past; the text goes on n positions later. Layers without have no
-        prompt columns."""
-        c, first = self.config, self.first
-        shapes = {i: tuple(t.shape) for given in (keys, values) for i, t in given.items()}
-        n = next(iter(shapes.values()), (0,))[0]
-        fits = (n, c.num_key_value_heads, c.head_dim)
-        if not n or keys.keys() != values.keys() or any(
-                tuple(t.shape) != fits for given in (keys, values) for t in given.values()) or any(
-                not first <= i < c.num_hidden_layers for i in keys):
+    def prefix_past(self, layers: dict[int, Tensor], past: Past | None = None) -> Past:
+        """Put a prefix {layer: (n, 2, G, hd)} of keys, before rotation, and values in front of
+        past's columns. The keys are rotated to the n positions that each row of past has reached
+        (past None: 0..n-1), and the text continues after these.
+
+        Raises ModelError for a prefix that does not fit the model."""
+        c = self.config
+        n = self._common_length(layers, (2, c.num_key_value_heads, c.head_dim))
+        if not n:
+            shapes = {i: tuple(t.shape) for i, t in layers.items()}
             raise ModelError(f"a prefix {shapes} does not fit a model of {c.num_hidden_layers} "
                              f"layers, {c.num_key_value_heads} key heads of width {c.head_dim}: "
-                             "every layer's keys and values must be (n, heads, width) with one n")
+                             "every layer's keys and values must be (n, 2, heads, width) with one "
+                             "n")
         past = past or self.empty()
+        position = self._next_positions(past, n)
+        cos, sin = self._cos_sin(position, torch.float32)  # (B, n, 1, hd / 2)
 
-        def beside(given, seen):
-            """(n, G, hd) in front of (B, G, S, hd), either of which may be missing."""
-            if given is None:
-                return seen
-            given = given.transpose(0, 1)[None].to(self.embeddings)
-            return given if seen is None else torch.cat(
-                (given.expand(len(seen), -1, -1, -1), seen), dim=2)
+        keys, values = list(past.keys), list(past.values)
+        for i, prefix in layers.items():
+            k, v = prefix.to(position.device).unbind(dim=1)  # (n, G, hd)
+            rotated = rotate(k, cos, sin)  # (B, n, G, hd)
+            keys[i] = self._in_front(rotated, past.keys[i])
+            values[i] = self._in_front(v.expand_as(rotated), past.values[i])
+        return Past(tuple(keys), tuple(values), past.real, past.position + n)
 
-        place = range(first, c.num_hidden_layers)
-        return Past(tuple(beside(keys.get(i), s) for i, s in zip(place, past.keys)),
-                    tuple(beside(values.get(i), s) for i, s in zip(place, past.values)),
-                    past.real, past.position + n)
-
-    def keys_and_values(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys, not rotated by any position, and values (N, G, hd) that a layer's attention
-        makes of its inputs x (N, D)."""
-        x, past = x.to(self.embeddings), self.empty()
-        real = torch.ones(1, len(x), dtype=torch.bool, device=x.device)
-        still = x.new_ones(len(x), 1, self.config.head_dim // 2)
-        _, k, v = self.model.layers[layer - self.first](
-            x, None, None, self._layout(real, past.real, None), still, 0 * still, cache=True,
+    def keys_and_values(self, layer: int, x: Tensor) -> Tensor:
+        """The keys, before rotation, and values (N, 2, G, hd) that a layer's attention computes
+        from its inputs x (N, D)."""
+        x = x.to(self.embeddings)
+        real = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)  # N rows of one token
+        cos = x.new_ones(len(x), 1, self.config.head_dim // 2)
+        sin = torch.zeros_like(cos)
+        # through the module's call, which gathers the weights if FSDP shards them
+        _, k, v = self.model.layers[layer](
+            x, None, None, self._layout(real, self.empty().real, None), cos, sin, cache=True,
             output=False)
-        return k[0].transpose(0, 1), v[0].transpose(0, 1)
+        return torch.stack((k, v), dim=1).squeeze(3)  # (N, 2, G, 1, hd) before
 
-    def turn(self, keys: Tensor, first: int = 0, back: bool = False) -> Tensor:
-        """Keys (n, G, hd) of no position, as columns first..first + n - 1 of a cache have them; or
-        back."""
-        place = torch.arange(first, first + len(keys), device=keys.device)[:, None, None]
-        angle = place * rope_frequencies(self.config).to(keys.device)
-        return rotate(keys, angle.cos().to(keys), (-angle if back else angle).sin().to(keys))
+    def unrotated(self, keys: Tensor, first: int) -> Tensor:
+        """Keys (n, G, hd) of a cache at positions first..first + n - 1 -> the keys before rotation,
+        in fp32 or fp64."""
+        position = torch.arange(first, first + len(keys), device=keys.device)
+        cos, sin = self._cos_sin(position, torch.float32)
+        return rotate(keys, cos, -sin)
+
+    def _common_length(self, layers: dict[int, Tensor], shape: tuple[int, ...]) -> int | None:
+        """n, if every tensor is (n, *shape) and belongs to a layer of this model; else None."""
+        shapes = {tuple(t.shape) for t in layers.values()}
+        if len(shapes) != 1 or not all(0 <= i < self.config.num_hidden_layers for i in layers):
+            return None
+        common = shapes.pop()
+        return common[0] if common[1:] == shape else None
+
+    def _next_positions(self, past: Past, n: int) -> Tensor:
+        """(B, n): the positions of the n columns that follow each row of past."""
+        return past.position[:, None] + torch.arange(n, device=past.position.device)
+
+    def _in_front(self, columns: Tensor, cached: Tensor | None) -> Tensor:
+        """columns (B, n, G, hd), a layer's cache (B, G, S_l, hd) -> (B, G, n + S_l, hd)."""
+        columns = columns.transpose(1, 2).to(self.embeddings)
+        return columns if cached is None else torch.cat((columns, cached), dim=2)
+
+    # ---- both
 
     def _run(self, ids: Tensor, past: Past | None, parent: Tensor | None = None, tap=None,
-             cache: bool = True, output: bool = True,
+             weights=None, cache: bool = True, output: bool = True,
              wanted: Tensor | None = None) -> tuple[Tensor | None, Past | None]:
-        """The blocks on the real tokens; output and wanted are for the last one."""
+        """Run the blocks on the N real tokens -> the last block's output (N, D), and the Past if
+        cache. The last block computes only the tokens wanted (B, T), or nothing if not output."""
         past, real = past or self.empty(), ids != PAD
         layout, start = self._layout(real, past.real, parent), pick(past.position, parent)
-        place = torch.arange(ids.shape[1], device=ids.device)
-        cos, sin = self._angles(layout.real((start[:, None] + place).expand_as(ids)))
-        last = output if wanted is None else layout.real(wanted).nonzero()[:, 0]
-        x, keys, values = self._embed(layout.real(ids)), [], []
+        column = torch.arange(ids.shape[1], device=ids.device)
+        position = layout.select((start[:, None] + column).expand_as(ids))
+        cos, sin = self._cos_sin(position, self.embeddings.dtype)
+
+        outputs: list[Tensor | bool] = [True] * len(self.model.layers)
+        outputs[-1] = output if wanted is None else layout.select(wanted).nonzero()[:, 0]
+        x = self.model.embed_tokens(layout.select(ids))
+        keys, values = [], []
         for i, layer in enumerate(self.model.layers):
             if tap:
-                tap(self.first + i, x)
-            given = (x, past.keys[i], past.values[i], layout, cos, sin, cache,
-                     last if i + 1 == len(self.model.layers) else True)
-            x, k, v = checkpoint(layer, *given, use_reentrant=False) if self.recompute else \
-                layer(*given)
-            keys.append(k), values.append(v)
+                tap(i, x)
+            inputs = (x, past.keys[i], past.values[i], layout, cos, sin, cache, outputs[i])
+            if weights:
+                x, k, v = layer(*inputs, partial(weights, i))
+            elif self.recompute:
+                x, k, v = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x, k, v = layer(*inputs)
+            keys.append(k)
+            values.append(v)
+
         if not cache:
             return x, None
-        seen = pick(past.real, parent).expand(len(ids), -1)
-        return x, Past(tuple(keys), tuple(values), torch.cat((seen, real), dim=1),
+        past_real = pick(past.real, parent).expand(len(ids), -1)
+        return x, Past(tuple(keys), tuple(values), torch.cat((past_real, real), dim=1),
                        start + real.sum(dim=1))
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        """(N,) -> (N, D), the first block's input."""
-        if self.inputs is None:
-            return self.model.embed_tokens(ids)
-        return self.inputs[ids.to(self.inputs.device)].to(ids.device)
-
-    def _layout(self, real: Tensor, past: Tensor, parent: Tensor | None) -> Layout:
+    def _layout(self, real: Tensor, past_real: Tensor, parent: Tensor | None) -> Layout:
         c = self.config
-        return Layout(real, past, parent, c.num_attention_heads // c.num_key_value_heads,
+        return Layout(real, past_real, parent, c.num_attention_heads // c.num_key_value_heads,
                       self.embeddings.dtype)
 
-    def _angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """position (N,) -> cos, sin (N, 1, hd / 2), made in fp32 as transformers does."""
-        angle = position[:, None, None].float() * rope_frequencies(self.config).to(position.device)
-        return angle.cos().to(self.embeddings.dtype), angle.sin().to(self.embeddings.dtype)
+    def _cos_sin(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """position (...) -> cos, sin (..., 1, hd / 2), computed in fp32 as transformers does."""
+        frequencies = rope_frequencies(self.config).to(position.device)
+        angle = position[..., None, None].float() * frequencies
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------
 # prompts
 
 
-class Prompt(nn.Module):
-    """Trainable rows {layer: (n, D)}, kept in fp32 whatever the model's dtype and cast
-    where they enter it.
+class Prompt(NamedTuple):
+    """A prompt: rows that enter layers as inputs, or a prefix of keys and values for attention.
 
-    rows at 0, keep: prompt tuning (Lester et al. 2021). Rows at 0 and the last k, cut: deep prompt
-    tuning as in the paper, 3.2. Rows at every layer, keep: VPT-deep."""
+    Rows (n, D) at 0, keep: prompt tuning (Lester et al. 2021). Rows at 0 and the last k, cut: deep
+    prompt tuning as in the paper, 3.2. Rows at every layer, keep: VPT-deep. A prefix (n, 2, G, hd),
+    keys before rotation and values: prefix tuning (Li and Liang 2021).
 
-    def __init__(self, rows: dict[int, Tensor], cut: bool):
-        super().__init__()
-        self.cut = cut
-        self.layers = nn.ParameterDict({str(i): nn.Parameter(r.detach().float().clone())
-                                        for i, r in sorted(rows.items())})
+    The tensors may be trained in fp32 whatever the model's dtype: they are cast where they enter
+    the model."""
 
-    @property
-    def rows(self) -> dict[int, Tensor]:
-        return {int(i): r for i, r in self.layers.items()}
-
-    def past(self, model: Llama, past: Past | None = None) -> Past:
-        return model.prompt_past(self.rows, self.cut, past=past)
-
-
-class Prefix(nn.Module):
-    """Trainable keys and values {layer: (n, G, hd)} given directly, the keys as they stand in the
-    cache, rotated: prefix tuning (Li and Liang 2021). fp32, cast where they enter the model."""
-
-    def __init__(self, keys: dict[int, Tensor], values: dict[int, Tensor]):
-        super().__init__()
-        self.keys, self.values = (nn.ParameterDict({
-            str(i): nn.Parameter(t.detach().float().clone()) for i, t in sorted(given.items())})
-            for given in (keys, values))
+    layers: dict[int, Tensor]  # {layer: (n, D)}, or {layer: (n, 2, G, hd)}
+    cut: bool = False  # rows only: drop the rows' outputs at each layer
 
     @property
-    def rows(self) -> dict[int, Tensor]:
-        """Keys and values side by side, {layer: (n, 2 G hd)}."""
-        return {int(i): join(k, self.values[i]) for i, k in self.keys.items()}
+    def is_prefix(self) -> bool:
+        return any(t.dim() == 4 for t in self.layers.values())
+
+    @property
+    def n(self) -> int:
+        """The number of rows, or of columns of a prefix."""
+        return len(next(iter(self.layers.values()), ()))
 
     def past(self, model: Llama, past: Past | None = None) -> Past:
-        return model.prefix_past(*({int(i): t for i, t in given.items()}
-                                   for given in (self.keys, self.values)), past)
+        """The prompt as a Past, after what past holds (None: at the beginning)."""
+        if self.is_prefix:
+            return model.prefix_past(self.layers, past)
+        return model.prompt_past(self.layers, self.cut, past=past)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """{"layers.I": ...} as a file keeps them: fp32, contiguous, detached, on the CPU. They may
+        share the prompt's memory."""
+        return {f"layers.{i}": t.detach().float().cpu().contiguous()
+                for i, t in sorted(self.layers.items())}
 
-def join(keys: Tensor, values: Tensor) -> Tensor:
-    """Keys and values (n, G, hd) -> side by side, (n, 2 G hd)."""
-    return torch.cat((keys.flatten(1), values.flatten(1)), dim=1)
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], cut: bool = False) -> Prompt:
+        """The inverse of `tensors`. Other names, such as layers.0.sd, are ignored."""
+        layers = {}
+        for name, t in tensors.items():
+            match = re.fullmatch(r"layers\.(\d+)", name)
+            if match:
+                layers[int(match[1])] = t
+        return cls(dict(sorted(layers.items())), cut)
 
+    def vectors(self) -> dict[int, Tensor]:
+        """Flattened, {layer: (n, W)}: W is D of rows, and 2 G hd of a prefix."""
+        return {i: t.flatten(1) for i, t in self.layers.items()}
 
-def split(rows: Tensor, c: Config) -> tuple[Tensor, Tensor]:
-    """(n, 2 G hd) -> keys and values (n, G, hd). Raises ModelError for another model's."""
-    heads, hd = c.num_key_value_heads, c.head_dim
-    if rows.shape[1] != 2 * heads * hd:
-        raise ModelError(f"keys and values of {rows.shape[1]} numbers do not fit a model of "
-                         f"{heads} key heads of width {hd}")
-    return rows.view(len(rows), 2, heads, hd).unbind(1)
-
-
-class Placed(NamedTuple):
-    """A prompt that stands inside the text: after BOS, or before the last token that asks."""
-
-    put: Callable[[Past], Past]  # what was seen before it -> that and the prompt
-    place: str  # after-bos or suffix
+    def to(self, device: str | torch.device) -> Prompt:
+        return self._replace(layers={i: t.to(device) for i, t in self.layers.items()})
 
 
 def ensemble(logits: list[Tensor]) -> Tensor:
-    """Logits (..., V) of several prompts -> the log of their averaged token probabilities; of one
-    prompt, its logits."""
+    """Logits (..., V) of several prompts -> the log of their averaged token probabilities. The
+    logits of a single prompt are returned as they are."""
     if len(logits) == 1:
         return logits[0]
-    return torch.stack([x.float().log_softmax(dim=-1) for x in logits]
-                       ).logsumexp(dim=0) - math.log(len(logits))
+    log_probs = torch.stack([x.float().log_softmax(dim=-1) for x in logits])
+    return log_probs.logsumexp(dim=0) - math.log(len(logits))
 
 
 @torch.no_grad()
 def generate(model: Llama, ids: list[list[int]], past: Past | list[Past] | None, max_new: int,
              stop: set[int] = frozenset(), parent: Tensor | None = None) -> list[list[int]]:
-    """Greedy continuations of ragged beginnings, each up to and with its first token of `stop`.
+    """Greedy continuations of ragged beginnings, each up to and including its first token of stop.
 
-    past has batch 1 (a prompt) or one row a beginning, or beginning i goes on from its row
-    parent[i]; of a list of pasts the token probabilities are averaged. No beginning may be empty.
-    A finished row leaves the batch."""
+    past has batch 1 (a prompt) or one row for each beginning; with parent, beginning i continues
+    row parent[i] of past. The token probabilities of a list of pasts are averaged. No beginning may
+    be empty. A finished row leaves the batch."""
     if not all(ids) or max_new < 1:
         raise ModelError("generate needs max_new of at least 1, and a token in every beginning: "
                          "put BOS first")
-    device = model.embeddings.device
-    out = [[] for _ in ids]
+    answers = [[] for _ in ids]
     if not ids:
-        return out
+        return answers
+    device = model.embeddings.device
+    active = list(range(len(ids)))  # the rows of the batch
     step, parents = pad(ids).to(device), parent
     pasts = past if isinstance(past, list) else [past]
     last = torch.tensor([len(r) - 1 for r in ids], device=device)
-    alive = list(range(len(ids)))
     while True:
-        read = [model(step, p, parent=parents) for p in pasts]
-        token = ensemble([model.logits(h[torch.arange(len(alive), device=device), last])
-                          for h, _ in read]).argmax(dim=-1)
-        for row, t in zip(alive, token.tolist()):
-            out[row].append(t)
-        going = [i for i, row in enumerate(alive)
-                 if out[row][-1] not in stop and len(out[row]) < max_new]
-        if not going:
-            return out
-        pasts = [p for _, p in read]
-        if len(going) < len(alive):
-            kept = torch.tensor(going, device=device)
-            alive, token, pasts = [alive[i] for i in going], token[kept], [
-                p.take(kept) for p in pasts]
+        # one more token for every row
+        outputs = [model(step, p, parent=parents) for p in pasts]
+        rows = torch.arange(len(active), device=device)
+        logits = ensemble([model.logits(h[rows, last]) for h, _ in outputs])
+        token = logits.argmax(dim=-1)
+        for row, t in zip(active, token.tolist()):
+            answers[row].append(t)
+
+        # finished rows leave the batch
+        unfinished = [i for i, row in enumerate(active)
+                      if answers[row][-1] not in stop and len(answers[row]) < max_new]
+        if not unfinished:
+            return answers
+        pasts = [p for _, p in outputs]
+        if len(unfinished) < len(active):
+            index = torch.tensor(unfinished, device=device)
+            active = [active[i] for i in unfinished]
+            token = token[index]
+            pasts = [p.take(index) for p in pasts]
         step, parents, last = token[:, None], None, token.new_zeros(len(token))
 
 
 def pad(rows: list[list[int]], value: int = PAD) -> Tensor:
     """Ragged rows -> (B, T) int64, filled on the right."""
     T = max(map(len, rows), default=0)
-    return torch.tensor([r + [value] * (T - len(r)) for r in rows],
-                        dtype=torch.int64).view(len(rows), T)
+    padded = [r + [value] * (T - len(r)) for r in rows]
+    return torch.tensor(padded, dtype=torch.int64).view(len(rows), T)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -701,68 +832,37 @@ def load(folder: str | Path, dtype: str | torch.dtype | None = None, device: str
     shards with their index.
 
     dtype None keeps the file's. Weights are mapped from the file and converted one tensor at
-    a time, so nothing is held twice. Raises ModelError for anything missing, damaged,
+    a time, so no second copy of them is made. Raises ModelError for anything missing, damaged,
     misshapen or left over."""
     folder = Path(folder)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = read_config(folder / "config.json")
     with torch.device("meta"):
         model = Llama(config)
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    # a tied model may carry a copy
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    found = {}
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    weights = {}
     for path, names in _shards(folder).items():
-        try:
-            with safe_open(regular(path), framework="pt") as f:
-                for name in f.keys() if names is None else names:
-                    if name in ignored or name.endswith("rotary_emb.inv_freq"):
-                        continue
-                    if name not in wanted:
-                        raise ModelError(f"{path}: tensor {name!r} has no place in the model that "
-                                         "config.json describes (quantised, or another "
-                                         "architecture?): choose another folder")
-                    shape = tuple(f.get_slice(name).get_shape())
-                    if shape != wanted[name]:
-                        raise ModelError(f"{path}: tensor {name!r} has shape {shape}, config.json "
-                                         f"asks for {wanted[name]}: the two are not of one model; "
-                                         "fetch both again")
-                    tensor = f.get_tensor(name)
-                    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16,
-                                            torch.float64):
-                        raise ModelError(f"{path}: tensor {name!r} is {tensor.dtype}, expected "
-                                         "floating point: choose a folder that is not quantised")
-                    found[name] = tensor.to(device, dtype)
-                    # not isfinite, which makes a copy
-                    if not all(map(math.isfinite, torch.stack(found[name].aminmax()).tolist())):
-                        raise ModelError(f"{path}: tensor {name!r} holds numbers that are not "
-                                         f"finite in {found[name].dtype}: fetch it again, or use "
-                                         "--dtype bfloat16")
-        except FileNotFoundError:
-            raise ModelError(f"{path}: no such file, though the folder's index or layout asks for "
-                             "it: fetch it again") from None
-        except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: not a readable safetensors file ({cause(e)}): "
-                             "fetch it again") from None
-    missing = sorted(wanted.keys() - found.keys())
+        weights.update(_read_weights(path, names, shapes, config, dtype, device))
+    missing = sorted(shapes.keys() - weights.keys())
     if missing:
         raise ModelError(f"{folder}: the weights lack {len(missing)} tensors that config.json asks "
                          f"for, first {missing[0]!r}: fetch the whole folder again")
-    model.load_state_dict(found, assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False)
 
 
 def _shards(folder: Path) -> dict[Path, list[str] | None]:
-    """File -> tensor names in it; None stands for all that it holds."""
+    """{file: names of the tensors in it}; None stands for all tensors of the file."""
     index = folder / "model.safetensors.index.json"
     if not index.exists() or (folder / "model.safetensors").exists():
         return {folder / "model.safetensors": None}
-    shards: dict[Path, list[str]] = {}
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: no weight_map of tensor names to files: fetch it again")
+    shards: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
-        # links may lead anywhere, as the hub's cache is made of them; names may not
+        # a path from the index could reach any file of this machine, so only plain file names are
+        # accepted; symbolic links are followed, because the hub's cache consists of them
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]{0,200}", file, re.A):
             raise ModelError(f"{index}: {name!r:.80} is said to be in {file!r:.80}, which is not "
                              "a file name in this folder: do not use this folder unless you "
@@ -771,10 +871,57 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
     return shards
 
 
+def _read_weights(path: Path, names: list[str] | None, shapes: dict[str, tuple], config: Config,
+                  dtype: torch.dtype | None, device: str) -> dict[str, Tensor]:
+    """The tensors of one file (names None: all of them), checked and converted."""
+    weights = {}
+    try:
+        with safe_open(regular(path), framework="pt") as file:
+            for name in file.keys() if names is None else names:
+                # a tied model may carry a copy of its embeddings, and old ones their frequencies
+                if name == "lm_head.weight" and config.tie_word_embeddings:
+                    continue
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue
+                weights[name] = _read_weight(path, file, name, shapes, dtype, device)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file, though the folder's index or layout asks for "
+                         "it: fetch it again") from None
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{path}: not a readable safetensors file ({cause(e)}): "
+                         "fetch it again") from None
+    return weights
+
+
+def _read_weight(path: Path, file, name: str, shapes: dict[str, tuple], dtype: torch.dtype | None,
+                 device: str) -> Tensor:
+    if name not in shapes:
+        raise ModelError(f"{path}: tensor {name!r} has no place in the model that "
+                         "config.json describes (quantised, or another "
+                         "architecture?): choose another folder")
+    shape = tuple(file.get_slice(name).get_shape())
+    if shape != shapes[name]:
+        raise ModelError(f"{path}: tensor {name!r} has shape {shape}, config.json "
+                         f"asks for {shapes[name]}: the two are not of one model; "
+                         "fetch both again")
+    stored = file.get_tensor(name)
+    if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ModelError(f"{path}: tensor {name!r} is {stored.dtype}, expected "
+                         "floating point: choose a folder that is not quantised")
+    weight = stored.to(device, dtype)
+    # torch.isfinite would allocate another tensor of this size
+    if not all(map(math.isfinite, torch.stack(weight.aminmax()).tolist())):
+        raise ModelError(f"{path}: tensor {name!r} holds numbers that are not "
+                         f"finite in {weight.dtype}: fetch it again, or use "
+                         "--dtype bfloat16")
+    return weight
+
+
 def cause(e: Exception) -> str:
-    """The plain cause behind safetensors' wording."""
+    """A plain description of an error that safetensors or the system raised."""
     text = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-    if "incomplete" in text.lower():  # first: "incomplete metadata, file not fully covered"
+    # checked first: for a truncated file safetensors reports an incomplete header
+    if "incomplete" in text.lower():
         return "it is cut short"
     if "header" in text.lower():
         return "its header is damaged, or this is a git-lfs pointer or a web page"

@@ -2,14 +2,15 @@
 
 A reference is any set of vectors (N, D) that live where the rows will: the vocabulary, the token
 embeddings as a data set uses them, or the activations at the input of a deep layer. A prior is
-fitted once and then draws rows and judges them:
+fitted once; then it draws rows and gives their log density:
 
     prior = PRIORS["exclusion"].fit(embeddings, c=5.0)
-    rows = prior.sample(20, torch.Generator().manual_seed(0))  # (20, D) fp32, by the seed alone
+    rows = prior.sample(20, torch.Generator().manual_seed(0))  # (20, D) fp32
     prior.log_prob(rows)                                       # (20,) nats; minus this: MAP penalty
 
-Fits are in fp64 (a network's weights in fp32), densities in log space. This module knows nothing of
-models or data. torch is imported where it is used, so that the registry can be read without it.
+A draw is a function of the reference, the options and the generator's seed alone. Fits are in fp64
+(a network's training in fp32), densities in log space. This module knows nothing of models or data.
+torch is imported inside the functions that need it, so that the registry is read without it.
 
 N reference rows, D width, n prompt rows. `paper` is Exploring Embedding Priors in Prompt-Tuning
 (arXiv 2412.18582).
@@ -17,8 +18,16 @@ N reference rows, D width, n prompt rows. `paper` is Exploring Embedding Priors 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+BLOCK = 8192  # reference rows that are converted to fp64 at a time: 128k of them would be gigabytes
 
 
 class PriorError(ValueError):
@@ -26,14 +35,18 @@ class PriorError(ValueError):
 
 
 class Prior:
-    """What all have: fit(reference (N, D), **options), a class method; sample(n, generator) ->
-    (n, D) fp32; log_prob(x (n, D)) -> (n,) nats; report() -> figures that say how it went."""
+    """What every prior has, beside report() and the three flags:
+
+    fit(reference (N, D), **options) -> prior, a class method; an option has the type of its default
+    sample(n, generator) -> (n, D) fp32
+    log_prob(x (n, D)) -> (n,) nats, in x's dtype"""
 
     has_density = False  # log_prob has a slope that MAP can follow
-    several = False  # fit takes its references apart: fit(first, second, ...)
+    several = False  # fit takes each reference as an argument: fit(first, second, ...)
     sources = False  # its references are finished runs, named in the spec
 
     def report(self) -> dict[str, float]:
+        """Figures that say how the fit went."""
         return {}
 
 
@@ -43,18 +56,19 @@ class Isotropic(Prior):
     has_density = True
 
     def __init__(self, width: int, std: float):
-        self.width, self.std = width, std
+        self.width = width
+        self.std = std
 
     @classmethod
-    def fit(cls, reference, std: float = 0.02):
+    def fit(cls, reference: Tensor, std: float = 0.02) -> Isotropic:
         if not std > 0:
             raise PriorError(f"isotropic: std is {std}, expected a positive number")
         return cls(reference.shape[1], std)
 
-    def sample(self, n: int, generator):
+    def sample(self, n: int, generator: Generator) -> Tensor:
         return self.std * _normal(n, self.width, generator).float()
 
-    def log_prob(self, x):
+    def log_prob(self, x: Tensor) -> Tensor:
         D = x.shape[1]
         return (-0.5 * (x / self.std).square().sum(1)
                 - D * math.log(self.std * math.sqrt(2 * math.pi)))
@@ -71,48 +85,50 @@ class Xavier(Prior):
         self.width = width
 
     @classmethod
-    def fit(cls, reference):
+    def fit(cls, reference: Tensor) -> Xavier:
         return cls(reference.shape[1])
 
     def bound(self, n: int) -> float:
         return math.sqrt(6 / (n + self.width))
 
-    def sample(self, n: int, generator):
+    def sample(self, n: int, generator: Generator) -> Tensor:
         import torch
 
-        return (2 * torch.rand(n, self.width, generator=generator, dtype=torch.float64) - 1
-                ).float() * self.bound(n)
+        u = torch.rand(n, self.width, generator=generator, dtype=torch.float64)
+        return (2 * u - 1).float() * self.bound(n)
 
-    def log_prob(self, x):
-        """x (n, D): the bound depends on n."""
-        a = self.bound(x.shape[0])
-        inside = (x.abs() <= a).all(1)
-        return x.new_full((x.shape[0],), -x.shape[1] * math.log(2 * a)
-                          ).masked_fill(~inside, -math.inf)
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Of all n rows together, as the bound depends on n; -inf for a row outside the bound."""
+        n, D = x.shape
+        bound = self.bound(n)
+        density = x.new_full((n,), -D * math.log(2 * bound))
+        outside = (x.abs() > bound).any(1)
+        return density.masked_fill(outside, -math.inf)
 
 
 class Vocab(Prior):
     """Rows of the reference itself, drawn without replacement: real tokens, or real activations.
     Discrete."""
 
-    def __init__(self, reference):
+    def __init__(self, reference: Tensor):
         self.reference = reference
 
     @classmethod
-    def fit(cls, reference):
+    def fit(cls, reference: Tensor) -> Vocab:
         return cls(reference.float())
 
-    def sample(self, n: int, generator):
+    def sample(self, n: int, generator: Generator) -> Tensor:
         import torch
 
         N = len(self.reference)
         if n > N:
             raise PriorError(f"vocab: {n} rows wanted and the reference has {N}: ask for fewer, "
                              "or give a larger one")
-        return self.reference[torch.randperm(N, generator=generator)[:n]].clone()
+        drawn = torch.randperm(N, generator=generator)[:n]
+        return self.reference[drawn].clone()
 
-    def log_prob(self, x):
-        """log of a row's share of the reference, -inf for anything that is not in it."""
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log of a row's share of the reference, -inf for a row that is not in it."""
         count = x.new_tensor([(self.reference == row).all(1).sum() for row in x])
         return count.log() - math.log(len(self.reference))
 
@@ -121,29 +137,30 @@ class Text(Vocab):
     """The rows of a text (--text), in order, repeated or cut to length. The reference is
     the text's own tokens."""
 
-    def sample(self, n: int, generator=None):
-        N = len(self.reference)
-        return self.reference.repeat(-(-n // N), 1)[:n].clone()
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        repeats = math.ceil(n / len(self.reference))
+        return self.reference.repeat(repeats, 1)[:n].clone()
 
 
 class Fitted(Prior):
     """N(mu, Sigma), mean and covariance of the reference (paper 3.3, "structured").
 
     shrinkage is the weight of the identity (trace Sigma / D) I mixed into Sigma; -1 takes the
-    Ledoit-Wolf optimum, which is what makes N < D usable and vanishes for N >> D."""
+    Ledoit-Wolf optimum, which makes N < D usable and vanishes for N >> D.
+
+    mean (D,), basis (D, D): Sigma's eigenvectors as columns, by falling variance; scale (D,): the
+    standard deviations along them. All fp64."""
 
     has_density = True
 
-    def __init__(self, mean, basis, scale, shrinkage: float):
-        self.mean, self.basis, self.scale, self.shrinkage = mean, basis, scale, shrinkage
-        # mean (D,), basis (D, D) columns by falling variance, scale (D,) standard deviations; fp64
+    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor, shrinkage: float):
+        self.mean = mean
+        self.basis = basis
+        self.scale = scale
+        self.shrinkage = shrinkage
 
     @classmethod
-    def fit(cls, reference, shrinkage: float = -1.0):
-        return cls(*cls._gaussian(reference, shrinkage))
-
-    @staticmethod
-    def _gaussian(reference, shrinkage: float):
+    def fit(cls, reference: Tensor, shrinkage: float = -1.0) -> Fitted:
         import torch
 
         N, D = reference.shape
@@ -153,49 +170,73 @@ class Fitted(Prior):
         if shrinkage > 1:
             raise PriorError(f"shrinkage is {shrinkage}, expected 0 to 1, or -1 for the "
                              "Ledoit-Wolf optimum")
-        mean = reference.mean(0, dtype=torch.float64)
-        if not torch.isfinite(mean).all():
-            raise PriorError("the reference has values that are not finite: find the rows and "
-                             "leave them out")
-        covariance, fourth = torch.zeros(D, D, dtype=torch.float64, device=reference.device), 0.0
-        for block in reference.split(8192):  # all of a 128k vocabulary in fp64 would be gigabytes
-            x = block.double() - mean
-            covariance += x.T @ x / N
-            fourth += x.square().sum(1).square().sum() / N
-        trace, square = covariance.trace(), covariance.square().sum()
+        mean, covariance, fourth_moment = _moments(reference)
+        trace = covariance.trace()
         if not trace > 0:
             raise PriorError("all reference rows are equal, so there is no spread to fit: "
                              "give another reference")
-        if shrinkage < 0:  # Ledoit and Wolf 2004, lemmas 3.2 to 3.4
-            spread = square - trace**2 / D
-            shrinkage = float(((fourth - square) / N / spread).clamp(0, 1)) if spread > 0 else 1.0
+
+        if shrinkage < 0:
+            shrinkage = _ledoit_wolf(covariance, fourth_moment, N)
         variance, basis = torch.linalg.eigh(covariance)
         variance, basis = variance.flip(0), basis.flip(1)
         variance = (1 - shrinkage) * variance + shrinkage * trace / D
         # A singular Sigma without shrinkage has zero variances; the floor keeps densities finite.
-        return mean, basis, variance.clamp(min=1e-10 * variance[0]).sqrt(), shrinkage
+        scale = variance.clamp(min=1e-10 * variance[0]).sqrt()
+        return cls(mean, basis, scale, shrinkage)
 
-    def whiten(self, x, k: int | None = None):
-        """(n, D) -> coordinates fp64 (all, or k) in which the fitted Gaussian is N(0, I)."""
+    def whiten(self, x: Tensor, k: int | None = None) -> Tensor:
+        """(n, D) -> coordinates fp64 (n, D), or the first k, in which the Gaussian is N(0, I)."""
         return (x.double() - self.mean) @ self.basis[:, :k] / self.scale[:k]
 
-    def place(self, z):
-        """The way back: whitened coordinates (n, D) -> rows (n, D) fp64."""
+    def unwhiten(self, z: Tensor) -> Tensor:
+        """whiten's inverse: coordinates (n, D) fp64 -> rows (n, D) fp64."""
         return self.mean + z * self.scale @ self.basis.T
 
-    def sample(self, n: int, generator):
-        return self.place(_normal(n, len(self.mean), generator)).float()
+    def sample(self, n: int, generator: Generator) -> Tensor:
+        return self.unwhiten(_normal(n, len(self.mean), generator)).float()
 
-    def log_prob(self, x):
+    def log_prob(self, x: Tensor) -> Tensor:
         return self._log_normal(self.whiten(x)).to(x.dtype)
 
-    def _log_normal(self, z):
-        """Density of rows given their whitened coordinates z (n, D)."""
+    def _log_normal(self, z: Tensor) -> Tensor:
+        """The Gaussian's log density of rows (n, D) given their whitened coordinates z."""
+        D = z.shape[1]
         return (-0.5 * z.square().sum(1) - self.scale.log().sum()
-                - 0.5 * z.shape[1] * math.log(2 * math.pi))
+                - 0.5 * D * math.log(2 * math.pi))
 
     def report(self) -> dict[str, float]:
         return {"shrinkage": self.shrinkage}
+
+
+def _moments(reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows (N, D), in fp64: the mean (D,), the covariance (D, D), and the mean fourth power of a
+    row's distance to the mean."""
+    import torch
+
+    N, D = reference.shape
+    mean = reference.mean(0, dtype=torch.float64)
+    if not torch.isfinite(mean).all():
+        raise PriorError("the reference has values that are not finite: find the rows and "
+                         "leave them out")
+    covariance = torch.zeros(D, D, dtype=torch.float64, device=reference.device)
+    fourth_moment = torch.zeros((), dtype=torch.float64, device=reference.device)
+    for block in reference.split(BLOCK):
+        x = block.double() - mean
+        covariance += x.T @ x / N
+        fourth_moment += x.square().sum(1).square().sum() / N
+    return mean, covariance, fourth_moment
+
+
+def _ledoit_wolf(covariance: Tensor, fourth_moment: Tensor, N: int) -> float:
+    """The optimal weight of the identity (Ledoit and Wolf 2004, lemmas 3.2 to 3.4)."""
+    D = len(covariance)
+    square = covariance.square().sum()
+    distance_to_identity = square - covariance.trace()**2 / D
+    if not distance_to_identity > 0:
+        return 1.0
+    error = (fourth_moment - square) / N
+    return float((error / distance_to_identity).clamp(0, 1))
 
 
 class Exclusion(Fitted):
@@ -207,15 +248,16 @@ class Exclusion(Fitted):
     does, and leaves the fitted Gaussian in the other directions. So does radius, at any width: at
     1.5 and dim 2048 most of the reference lies within r0 (54.7), and draws at 67.9.
 
-    The kept density is (pdf_wide - pdf) / Z outside the radius r0 where the two are equal. It
-    depends on the Mahalanobis radius alone, so the radius is drawn from its one-dimensional law by
-    inverting F(r) = [G(r^2 / c_dim) - G(r0^2 / c_dim) - G(r^2) + G(r0^2)] / Z with G the chi-square
-    law of dim degrees, and the direction uniformly."""
+    The kept density depends on the Mahalanobis radius alone, so the radius is drawn from its own
+    law (RadiusLaw) and the direction uniformly."""
+
+    law: RadiusLaw  # of the radius in the first law.dim whitened coordinates
+    inside: float  # share of the reference within the excluded radius
 
     @classmethod
-    def fit(cls, reference, c: float = 5.0, k: int = 0, radius: float = 0.0,
-            shrinkage: float = -1.0):
-        D = reference.shape[1]
+    def fit(cls, reference: Tensor, c: float = 5.0, k: int = 0, radius: float = 0.0,
+            shrinkage: float = -1.0) -> Exclusion:
+        N, D = reference.shape
         if radius and (c != 5.0 or not radius > 1):
             raise PriorError(f"exclusion: radius is {radius} and c is {c}, expected a radius of "
                              "more than 1 and no c, or no radius")
@@ -224,12 +266,66 @@ class Exclusion(Fitted):
         if not 0 <= k <= D:
             raise PriorError(f"exclusion: k is {k}, expected 1 to {D} principal directions, "
                              "or 0 for all")
+
         prior = super().fit(reference, shrinkage)
-        prior.dim = k or D
-        prior.log_c = prior.dim * math.log(radius) if radius else math.log(c)  # c would overflow
-        prior.inside = sum(float((prior.whiten(x, prior.dim).norm(dim=1) < prior.inner).sum())
-                           for x in reference.split(8192)) / len(reference)
+        dim = k or D
+        # c_dim = radius^2 says c = radius^dim, a number that overflows at the width of a model
+        prior.law = RadiusLaw(dim, dim * math.log(radius) if radius else math.log(c))
+        count = 0.0
+        for block in reference.split(BLOCK):
+            count += float((prior.whiten(block, dim).norm(dim=1) < prior.law.inner).sum())
+        prior.inside = count / N
         return prior
+
+    def sample(self, n: int, generator: Generator) -> Tensor:
+        z = _normal(n, len(self.mean), generator)
+        direction = z[:, :self.law.dim]
+        direction = direction / direction.norm(dim=1, keepdim=True)
+        z[:, :self.law.dim] = direction * self.law.sample(n, generator)[:, None]
+        return self.unwhiten(z).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Exact outside the excluded radius, but for a thin shell at its edge. Inside the true
+        density is 0; log_prob goes on as a steep slope there, so that MAP pushes a row that strays
+        inside out again instead of stopping on an infinite loss."""
+        import torch
+
+        law = self.law
+        z = self.whiten(x)
+        square = z[:, :law.dim].square().sum(1)
+
+        # The kept share is 1 - e^u with u = log(pdf / pdf_wide), negative outside the excluded
+        # radius. From just below 0 on, log(1 - e^u) is replaced by its tangent at `edge`.
+        u = law.log_c - square / 2 * (1 - 1 / law.c_dim)
+        edge = -1e-4
+        outside = u.clamp(max=edge)
+        slope = math.exp(edge) / math.expm1(edge)
+        log_kept = torch.log(-torch.expm1(outside)) + (u - outside) * slope
+
+        log_wide = self._log_normal(z) - u
+        return (log_wide + log_kept - math.log(law.acceptance)).to(x.dtype)
+
+    def report(self) -> dict[str, float]:
+        """The radius shift: mean radius of the fitted Gaussian and of the draws, r0, and the share
+        of the reference that lies within r0."""
+        law = self.law
+        mean_fitted, mean_drawn = law.means()
+        return {**super().report(), "dim": float(law.dim), "c_dim": law.c_dim,
+                "acceptance": law.acceptance, "radius_excluded": law.inner,
+                "radius_fitted": mean_fitted, "radius_drawn": mean_drawn,
+                "reference_inside": self.inside}
+
+
+class RadiusLaw:
+    """The law of an exclusion draw's Mahalanobis radius in dim dimensions; log_c is log c.
+
+    The kept density is (pdf_wide - pdf) / Z outside the radius r0 where the two are equal, so with
+    G the chi-square law of dim degrees of freedom the radius has the law
+    F(r) = [G(r^2 / c_dim) - G(r0^2 / c_dim) - G(r^2) + G(r0^2)] / Z."""
+
+    def __init__(self, dim: int, log_c: float):
+        self.dim = dim
+        self.log_c = log_c
 
     @property
     def c_dim(self) -> float:
@@ -243,70 +339,47 @@ class Exclusion(Fitted):
     @property
     def acceptance(self) -> float:
         """Z, the share of wide draws that the paper's rejection would keep."""
-        return self._chi2(self.inner**2) - self._chi2(self.inner**2 / self.c_dim)
+        return float(self._chi2(self.inner**2)) - float(self._chi2(self.inner**2 / self.c_dim))
 
-    def _chi2(self, square, more: int = 0):
-        """The chi-square law of dim + more degrees at a squared radius; a number or a tensor."""
+    def _chi2(self, square: float | Tensor, degrees: int | None = None) -> Tensor:
+        """The chi-square law at squared radii, fp64; of dim degrees of freedom by default."""
         import torch
 
-        s = torch.as_tensor(square, dtype=torch.float64)
-        p = torch.special.gammainc(torch.full_like(s, (self.dim + more) / 2), s / 2)
-        return p if torch.is_tensor(square) else float(p)
+        square = torch.as_tensor(square, dtype=torch.float64)
+        half_degrees = torch.full_like(square, (degrees or self.dim) / 2)
+        return torch.special.gammainc(half_degrees, square / 2)
 
-    def radius_law(self, r):
-        """F(r), the law of a draw's Mahalanobis radius in the excluded subspace; r (m,) fp64."""
+    def cdf(self, r: Tensor) -> Tensor:
+        """F at radii r (m,) fp64."""
         r0 = self.inner
-        F = (self._chi2(r**2 / self.c_dim) - self._chi2(r0**2 / self.c_dim)
-             - self._chi2(r**2) + self._chi2(r0**2)) / self.acceptance
+        wide = self._chi2(r**2 / self.c_dim) - self._chi2(r0**2 / self.c_dim)
+        F = (wide - self._chi2(r**2) + self._chi2(r0**2)) / self.acceptance
         return F.masked_fill(r <= r0, 0.0).clamp(0, 1)
 
-    def radii(self, n: int, generator):
+    def sample(self, n: int, generator: Generator) -> Tensor:
+        """Radii (n,) fp64 by inverting F."""
         import torch
 
         u = torch.rand(n, generator=generator, dtype=torch.float64)
         low = torch.full_like(u, self.inner)
-        # a draw is sqrt(c_dim) times a chi variable, which never passes sqrt(dim) + 40
+        # A draw is sqrt(c_dim) times a chi variable, which never exceeds sqrt(dim) + 40.
         high = torch.full_like(u, math.sqrt(self.c_dim) * (math.sqrt(self.dim) + 40))
         for _ in range(60):  # bisection to the last bit of a double
             middle = (low + high) / 2
-            below = self.radius_law(middle) < u
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+            below = self.cdf(middle) < u
+            low = torch.where(below, middle, low)
+            high = torch.where(below, high, middle)
         return (low + high) / 2
 
-    def sample(self, n: int, generator):
-        z = _normal(n, len(self.mean), generator)
-        core = z[:, : self.dim]
-        z[:, : self.dim] = core / core.norm(dim=1, keepdim=True) * self.radii(n, generator)[:, None]
-        return self.place(z).float()
-
-    def log_prob(self, x):
-        """Exact outside the excluded radius, but for a sliver at its edge. Inside, where the true
-        density is 0, it goes on as a steep slope, so that MAP pushes a row that strays inside out
-        again instead of stopping on an infinite loss."""
-        import torch
-
-        z = self.whiten(x)
-        square = z[:, : self.dim].square().sum(1)
-        # log(pdf / pdf_wide), negative outside; from near 0 up the tangent of log(1 - e^u) goes on
-        u = self.log_c - square / 2 * (1 - 1 / self.c_dim)
-        edge = -1e-4
-        at = u.clamp(max=edge)
-        log_kept = torch.log(-torch.expm1(at)) + (u - at) * (math.exp(edge) / math.expm1(edge))
-        log_wide = self._log_normal(z) - u
-        return (log_wide + log_kept - math.log(self.acceptance)).to(x.dtype)
-
-    def report(self) -> dict[str, float]:
-        """The radius shift: mean radius of the fitted Gaussian and of the draws, r0, and the share
-        of the reference that lies within r0."""
+    def means(self) -> tuple[float, float]:
+        """The mean radius of the fitted Gaussian, which is the chi law's, and that of the draws."""
         d, r0 = self.dim, self.inner
-        mean = math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))  # chi law's
-        # E[r; r > r0] = mean * P(chi of d + 1 degrees > r0)
-        outside = lambda s: 1 - self._chi2(s, more=1)
-        moved = mean * (math.sqrt(self.c_dim) * outside(r0**2 / self.c_dim)
-                        - outside(r0**2)) / self.acceptance
-        return {**super().report(), "dim": float(d), "c_dim": self.c_dim,
-                "acceptance": self.acceptance, "radius_excluded": r0, "radius_fitted": mean,
-                "radius_drawn": moved, "reference_inside": self.inside}
+        chi_mean = math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))
+        # The mean of r over r > r0 is chi_mean P(R > r0), R of the chi law of d + 1 degrees.
+        fitted_outside = 1 - float(self._chi2(r0**2, degrees=d + 1))
+        wide_outside = 1 - float(self._chi2(r0**2 / self.c_dim, degrees=d + 1))
+        kept = math.sqrt(self.c_dim) * wide_outside - fitted_outside
+        return chi_mean, chi_mean * kept / self.acceptance
 
 
 class Interpolation(Prior):
@@ -314,83 +387,126 @@ class Interpolation(Prior):
     on each, with a uniform in [0, 1] for every row (paper 3.3), or fixed (a=0.5 is the published
     code: a blob half-way).
 
-    Given a, a row is N(a mu1 + (1 - a) mu2, a^2 S1 + (1 - a)^2 S2). One linear map makes S1 + S2
-    the identity and both diagonal, p and 1 - p, so that a density costs products alone. log_prob
-    sums over a by the trapezoid rule in s = log(a / (1 - a)), as a row tells a near 0 or 1 to a
-    relative precision. On a peak of width sigma it errs by exp(-2 pi^2 sigma^2 / step^2), so steps
-    are two thirds of a draw's sigma there, from the Fisher information of s; 8192 steps at most,
-    which is too few for N < D without shrinkage, where a row tells a to no end."""
+    Given a, a row is N(a mu1 + (1 - a) mu2, a^2 S1 + (1 - a)^2 S2). One linear map, `joint`, makes
+    S1 + S2 the identity and both diagonal, p and 1 - p, so that a density costs products alone.
+
+    log_prob integrates over a by the trapezoid rule in s = log(a / (1 - a)), because a row
+    determines an a near 0 or 1 to a relative precision. On a peak of width sigma the rule errs by
+    exp(-2 pi^2 sigma^2 / step^2), so steps are two thirds of a draw's sigma, which is known from
+    the Fisher information of s. At most 8192 steps, which is too few for N < D without shrinkage,
+    where a row determines a exactly."""
 
     has_density, several = True, True
 
+    first: Fitted
+    second: Fitted
+    joint: Tensor  # (D, D): rows @ joint have the covariances diag(p) and diag(1 - p)
+    p: Tensor  # (D,)
+    log_det: Tensor  # log |det joint|
+    joint_gap: Tensor  # (D,): mu1 - mu2 in joint coordinates
+    a: Tensor  # (Q,): the rule's nodes
+    log_weight: Tensor  # (Q,)
+
     @classmethod
-    def fit(cls, first, second, a: float = -1.0, shrinkage: float = -1.0):
+    def fit(cls, first: Tensor, second: Tensor, a: float = -1.0,
+            shrinkage: float = -1.0) -> Interpolation:
         import torch
 
         if a > 1:
             raise PriorError(f"interpolation: a is {a}, expected 0 to 1, or -1 to draw it")
         prior = cls()
-        prior.first, prior.second = Fitted.fit(first, shrinkage), Fitted.fit(second, shrinkage)
+        prior.first = Fitted.fit(first, shrinkage)
+        prior.second = Fitted.fit(second, shrinkage)
+
+        # Diagonalise S1 + S2, scale it to the identity, and diagonalise S1 in those coordinates.
         S1, S2 = (g.basis * g.scale.square() @ g.basis.T for g in (prior.first, prior.second))
         total, basis = torch.linalg.eigh(S1 + S2)
         white = basis / total.sqrt()
-        p, turn = torch.linalg.eigh(white.T @ S1 @ white)
+        p, rotation = torch.linalg.eigh(white.T @ S1 @ white)
         prior.p = p.clamp(1e-10, 1 - 1e-10)
-        prior.map, prior.log_det = white @ turn, -total.log().sum() / 2
-        prior.apart = (prior.first.mean - prior.second.mean) @ prior.map
+        prior.joint = white @ rotation
+        prior.log_det = -total.log().sum() / 2
+        prior.joint_gap = (prior.first.mean - prior.second.mean) @ prior.joint
+
         if a < 0:
-            prior.integrate(1.5)
+            prior._set_nodes(*prior._uniform_rule(steps_per_sigma=1.5))
         else:
-            prior.rule(p.new_tensor([a]), p.new_zeros(1))
+            prior._set_nodes(p.new_tensor([a]), p.new_zeros(1))
         return prior
 
-    def integrate(self, fine: float):
-        """The rule for a uniform in [0, 1], with `fine` steps to a draw's sigma."""
+    def _variance(self, a: Tensor) -> Tensor:
+        """Of rows in joint coordinates: nodes a (Q,) -> (Q, D)."""
+        a = a[:, None]
+        return a**2 * self.p + (1 - a)**2 * (1 - self.p)
+
+    def _uniform_rule(self, steps_per_sigma: float) -> tuple[Tensor, Tensor]:
+        """Nodes (Q,) and the logarithms of their weights, for a uniform in [0, 1]."""
         import torch
 
-        s = torch.linspace(-18, 18, 4097, dtype=torch.float64)
-        a = s.sigmoid()[:, None]
-        v = a**2 * self.p + (1 - a)**2 * (1 - self.p)  # its slope in a: 2 (a + p - 1)
-        known = (a - a**2)**2 * (self.apart.square() / v + 2 * ((a + self.p - 1) / v).square())
-        rate = fine * (known.sum(1) + 20).sqrt()  # nodes to a unit of s
-        place = torch.cat((s.new_zeros(1), torch.cumulative_trapezoid(rate, s)))
-        at = place[-1] * torch.linspace(0, 1, min(int(place[-1]), 8192), dtype=torch.float64)
-        i = torch.searchsorted(place, at).clamp(1, 4096)
-        part = (at - place[i - 1]) / (place[i] - place[i - 1])
-        s, rate = (torch.lerp(x[i - 1], x[i], part) for x in (s, rate))
-        self.rule(s.sigmoid(), (s.sigmoid() * (-s).sigmoid() / rate).log().log_softmax(0))
+        # The Fisher information of s on a fine grid gives 1 / sigma, and so the density of nodes.
+        # The 20 keeps nodes where a row says little of a; d variance / da is 2 (a + p - 1).
+        grid = torch.linspace(-18, 18, 4097, dtype=torch.float64)
+        a = grid.sigmoid()
+        variance = self._variance(a)
+        slope = (a[:, None] + self.p - 1) / variance
+        da_ds = (a - a**2)[:, None]
+        information = da_ds**2 * (self.joint_gap.square() / variance + 2 * slope.square())
+        density = steps_per_sigma * (information.sum(1) + 20).sqrt()  # nodes to a unit of s
 
-    def rule(self, a, log_weight):
-        """Nodes a (Q,) and the logarithms of their weights; what densities need of them."""
-        self.a, self.log_weight = a, log_weight
-        v = a[:, None]**2 * self.p + (1 - a[:, None])**2 * (1 - self.p)  # (Q, D)
-        at = a[:, None] * self.apart
-        self.square, self.cross = (1 / v).T, (at / v).T
+        # Place nodes evenly in the integral of the density, which is inverted linearly.
+        nodes_before = torch.cat((grid.new_zeros(1), torch.cumulative_trapezoid(density, grid)))
+        count = min(int(nodes_before[-1]), 8192)
+        target = nodes_before[-1] * torch.linspace(0, 1, count, dtype=torch.float64)
+        right = torch.searchsorted(nodes_before, target).clamp(1, 4096)
+        left = right - 1
+        part = (target - nodes_before[left]) / (nodes_before[right] - nodes_before[left])
+        s = torch.lerp(grid[left], grid[right], part)
+        density = torch.lerp(density[left], density[right], part)
+
+        # The weight of a node is da/ds, which is a (1 - a), times the step in s.
+        log_weight = (s.sigmoid() * (-s).sigmoid() / density).log().log_softmax(0)
+        return s.sigmoid(), log_weight
+
+    def _set_nodes(self, a: Tensor, log_weight: Tensor) -> None:
+        """Set the rule's nodes and weights (Q,), and the terms of the nodes' Gaussian densities:
+        log density = offset - 0.5 w^2 @ precision + w @ linear for w in joint coordinates."""
+        self.a = a
+        self.log_weight = log_weight
+        variance = self._variance(a)
+        mean = a[:, None] * self.joint_gap
+        self.precision = (1 / variance).T  # (D, Q)
+        self.linear = (mean / variance).T  # (D, Q)
         self.offset = log_weight + self.log_det - 0.5 * (
-            at.square() / v + v.log() + math.log(2 * math.pi)).sum(1)
+            mean.square() / variance + variance.log() + math.log(2 * math.pi)).sum(1)
 
-    def sample(self, n: int, generator):
+    def sample(self, n: int, generator: Generator) -> Tensor:
         import torch
 
-        x, y = (g.place(_normal(n, len(g.mean), generator)) for g in (self.first, self.second))
-        a = torch.rand(n, 1, generator=generator).double() if len(self.a) > 1 else self.a
+        x = self.first.unwhiten(_normal(n, len(self.joint_gap), generator))
+        y = self.second.unwhiten(_normal(n, len(self.joint_gap), generator))
+        a = self.a
+        if len(a) > 1:
+            a = torch.rand(n, 1, generator=generator).double()
         return (a * x + (1 - a) * y).float()
 
-    def log_prob(self, x):
+    def log_prob(self, x: Tensor) -> Tensor:
         import torch
 
-        w = (x.double() - self.second.mean) @ self.map  # (n, D)
-        log = self.offset - 0.5 * w.square() @ self.square + w @ self.cross  # (n, Q)
-        return torch.logsumexp(log, 1).to(x.dtype)
+        w = (x.double() - self.second.mean) @ self.joint  # (n, D)
+        log_density = self.offset - 0.5 * w.square() @ self.precision + w @ self.linear  # (n, Q)
+        return torch.logsumexp(log_density, 1).to(x.dtype)
 
     def report(self) -> dict[str, float]:
         """Distance of the means, the same in standard deviations (Mahalanobis, of the mean
         covariance), and the share of the draws' variance that the line between them makes."""
-        weight, gap = self.log_weight.exp(), self.first.mean - self.second.mean
-        line = (weight * (self.a - weight @ self.a).square()).sum() * gap.square().sum()
-        blobs = sum((weight * share.square()).sum() * g.scale.square().sum()
-                    for share, g in ((self.a, self.first), (1 - self.a, self.second)))
-        return {"distance": float(gap.norm()), "separation": float(2**0.5 * self.apart.norm()),
+        weight = self.log_weight.exp()
+        gap = self.first.mean - self.second.mean
+        variance_of_a = (weight * (self.a - weight @ self.a).square()).sum()
+        line = variance_of_a * gap.square().sum()
+        blobs = 0.0
+        for share, gaussian in ((self.a, self.first), (1 - self.a, self.second)):
+            blobs += (weight * share.square()).sum() * gaussian.scale.square().sum()
+        return {"distance": float(gap.norm()), "separation": float(2**0.5 * self.joint_gap.norm()),
                 "between": float(line / (line + blobs)), "nodes": float(len(self.a)),
                 "shrinkage_first": self.first.shrinkage, "shrinkage_second": self.second.shrinkage}
 
@@ -402,83 +518,118 @@ class Sparse(Fitted):
 
     In the full width of a model nearly every draw is that far from everything, and this is the wide
     Gaussian: report() tells. The real rows are a tenth of the reference, at most 1000, held out of
-    the neighbours. A dense draw is drawn again, up to 50 times: rows so kept have exactly the wide
-    density cut to the sparse set. What is dense still moves straight away from the mean until it is
-    sparse, by tenths of its distance."""
+    the neighbours. A dense draw is drawn again, up to 50 times; the rows that this accepts have
+    exactly the wide density cut to the sparse set. A draw that is dense even then is moved away
+    from the mean, a tenth of its distance at a time, until it is sparse."""
+
+    reference: Tensor  # (N, D), as it was given
+    points: Tensor  # (N, D) rows, or (N, dim) coordinates fp64, that distances are measured to
+    squares: Tensor  # (N,): squared norms of the centred rows; inf for those held out
+    held_distances: Tensor  # of the rows held out, which are no neighbours
+    threshold: float  # of distances that are sparse
+    acceptance: float  # share of wide draws that are sparse
 
     @classmethod
-    def fit(cls, reference, k: int = 10, quantile: float = 0.9, scale: float = 1.5, dim: int = 0,
-            shrinkage: float = -1.0):
+    def fit(cls, reference: Tensor, k: int = 10, quantile: float = 0.9, scale: float = 1.5,
+            dim: int = 0, shrinkage: float = -1.0) -> Sparse:
         import torch
 
         N, D = reference.shape
         if not (0 < quantile < 1 and scale > 0 and 0 <= dim <= D):
             raise PriorError(f"sparse: quantile {quantile}, scale {scale}, dim {dim}: expected a "
                              f"quantile between 0 and 1, a scale above 0, and a dim of 0 to {D}")
-        prior, held = super().fit(reference, shrinkage), _spread(N, min(max(N // 10, 1), 1000))
+        prior = super().fit(reference, shrinkage)
+        held = _evenly_spaced(N, min(max(N // 10, 1), 1000))
         if not 1 <= k <= N - len(held):
             raise PriorError(f"sparse: k is {k}, and {N - len(held)} reference rows can be "
                              "neighbours: give a k of 1 to that, or a larger reference")
+
+        # What distances are measured to. In its full width the reference is not copied: 128k rows
+        # of 2048 are a gigabyte.
         prior.reference, prior.k, prior.wide, prior.dim = reference, k, scale, dim
-        blocks = reference.split(8192)  # 128k rows of 2048 are a gigabyte: no copy of them
-        prior.points = torch.cat([*map(prior.locate, blocks)]) if dim else reference
-        prior.squares = torch.cat([prior.locate(x).square().sum(1) for x in blocks])
-        prior.squares[held] = math.inf  # nobody's neighbour
-        prior.held = prior.distance(reference[held])
-        prior.threshold = float(prior.held.quantile(quantile))
+        blocks = reference.split(BLOCK)
+        prior.points = torch.cat([prior.centred(x) for x in blocks]) if dim else reference
+        prior.squares = torch.cat([prior.centred(x).square().sum(1) for x in blocks])
+        prior.squares[held] = math.inf
+
+        # The threshold comes from real rows, the acceptance from wide draws.
+        prior.held_distances = prior.distance(reference[held])
+        prior.threshold = float(prior.held_distances.quantile(quantile))
         if not prior.threshold > 1e-6 * prior.scale[0]:
             raise PriorError(f"sparse: {quantile:.0%} of the reference rows have {k} or more "
                              "copies: raise k or quantile, or give a reference without copies")
-        wide = prior.place(scale * _normal(1000, D, torch.Generator().manual_seed(0)))
-        prior.acceptance = float((prior.distance(wide) > prior.threshold).double().mean())
+        wide_draws = prior._wide_draws(1000, torch.Generator().manual_seed(0))
+        prior.acceptance = float((prior.distance(wide_draws) > prior.threshold).double().mean())
         return prior
 
-    def locate(self, x):
-        """x (n, D) -> x less the mean, in the dim directions in which distances are measured."""
-        return (x.double() - self.mean) @ self.basis[:, : self.dim] if self.dim else x - self.mean
+    def centred(self, x: Tensor) -> Tensor:
+        """x (n, D) less the mean; with dim its coordinates (n, dim) fp64 in the principal
+        directions in which distances are measured."""
+        if self.dim:
+            return (x.double() - self.mean) @ self.basis[:, :self.dim]
+        return x - self.mean
 
-    def distance(self, x):
-        """x (n, D) -> distance (n,) fp64 to the k-th nearest reference row, found by products with
-        blocks of rows: in fp64 if dimensions are few, where the squares of near ones cancel."""
+    def distance(self, x: Tensor) -> Tensor:
+        """x (n, D) -> distance (n,) fp64 to the k-th nearest reference row."""
         import torch
 
-        q = self.locate(x)
-        kind = torch.float64 if q.shape[1] <= 256 else torch.float32
-        near, index = q.new_empty(len(q), 0, dtype=kind), torch.zeros(len(q), 0).long()
-        for start in range(0, len(self.points), 8192):
-            block = self.points[start : start + 8192].to(kind)
-            # |p - q|^2 less what all p share
-            s = self.squares[start : start + 8192].to(kind) - 2 * q.detach().to(kind) @ block.T
-            index = torch.cat((index, torch.arange(start, start + len(block)).expand_as(s)), 1)
-            near, place = torch.cat((near, s), 1).topk(min(self.k, index.shape[1]), largest=False)
-            index = index.gather(1, place)
-        return (q - self.locate(self.reference[index[:, self.k - 1]])).norm(dim=1)
+        # Neighbours are found by matrix products with blocks of rows. In few dimensions they may
+        # be so near that the squares cancel, so those products are in fp64.
+        q = self.centred(x)
+        dtype = torch.float64 if q.shape[1] <= 256 else torch.float32
+        nearest = q.new_empty(len(q), 0, dtype=dtype)
+        neighbours = torch.zeros(len(q), 0).long()
+        for start in range(0, len(self.points), BLOCK):
+            block = self.points[start : start + BLOCK].to(dtype)
+            squares = self.squares[start : start + BLOCK].to(dtype)
+            # |p - q|^2, up to a term that all p share
+            scores = squares - 2 * q.detach().to(dtype) @ block.T
+            indices = torch.arange(start, start + len(block)).expand_as(scores)
 
-    def draw(self, n: int, generator):
+            # Keep the k nearest of the earlier blocks and this one.
+            candidates = torch.cat((neighbours, indices), 1)
+            nearest, columns = torch.cat((nearest, scores), 1).topk(
+                min(self.k, candidates.shape[1]), largest=False)
+            neighbours = candidates.gather(1, columns)
+
+        # The distance itself is computed anew, without cancellation and with its gradient.
+        kth_neighbour = self.centred(self.reference[neighbours[:, self.k - 1]])
+        return (q - kth_neighbour).norm(dim=1)
+
+    def _wide_draws(self, n: int, generator: Generator) -> Tensor:
+        return self.unwhiten(self.wide * _normal(n, len(self.mean), generator))
+
+    def draw(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """-> rows (n, D) fp64, and which of them (n,) were moved."""
         import torch
 
-        D, tries = len(self.mean), 0
-        rows, dense, moved = self.mean.new_empty(n, D), torch.arange(n), torch.zeros(n).bool()
+        rows = self.mean.new_empty(n, len(self.mean))
+        moved = torch.zeros(n).bool()
+        dense = torch.arange(n)
+        tries = 0
         while len(dense):
             if tries < 50:
-                rows[dense] = self.place(self.wide * _normal(len(dense), D, generator))
+                rows[dense] = self._wide_draws(len(dense), generator)
             else:
-                rows[dense], moved[dense] = self.mean + 1.1 * (rows[dense] - self.mean), True
-            dense, tries = dense[self.distance(rows[dense]) <= self.threshold], tries + 1
+                rows[dense] = self.mean + 1.1 * (rows[dense] - self.mean)
+                moved[dense] = True
+            dense = dense[self.distance(rows[dense]) <= self.threshold]
+            tries += 1
         return rows, moved
 
-    def sample(self, n: int, generator):
-        return self.draw(n, generator)[0].float()
+    def sample(self, n: int, generator: Generator) -> Tensor:
+        rows, _ = self.draw(n, generator)
+        return rows.float()
 
-    def log_prob(self, x):
+    def log_prob(self, x: Tensor) -> Tensor:
         """The wide density over its acceptance (that of 1000 draws of a fixed seed) where the
-        reference is thin, moved rows apart. Elsewhere the true density is 0 and it goes on as a
-        slope in the distance to the k-th neighbour, so steep that MAP keeps rows outside; one
-        already deep inside may come to rest in a gap between neighbours."""
-        log_wide = self._log_normal(self.whiten(x) / self.wide) - x.shape[1] * math.log(self.wide)
-        inside = (self.distance(x) / self.threshold - 1).clamp(max=0)
-        return (log_wide - math.log(max(self.acceptance, 1e-3)) + 1e4 * inside).to(x.dtype)
+        reference is thin, moved rows apart. Elsewhere the true density is 0; log_prob is a slope in
+        the distance to the k-th neighbour there, so steep that MAP keeps rows outside. A row deep
+        inside may come to rest in a gap between neighbours."""
+        D = x.shape[1]
+        log_wide = self._log_normal(self.whiten(x) / self.wide) - D * math.log(self.wide)
+        depth = (self.distance(x) / self.threshold - 1).clamp(max=0)
+        return (log_wide - math.log(max(self.acceptance, 1e-3)) + 1e4 * depth).to(x.dtype)
 
     def report(self) -> dict[str, float]:
         """Distances to the k-th neighbour: the threshold, medians of the real rows and of 200 draws
@@ -487,7 +638,7 @@ class Sparse(Fitted):
 
         rows, moved = self.draw(200, torch.Generator().manual_seed(1))
         return {**super().report(), "acceptance": self.acceptance, "threshold": self.threshold,
-                "distance_reference": float(self.held.median()),
+                "distance_reference": float(self.held_distances.median()),
                 "distance_drawn": float(self.distance(rows).median()),
                 "moved": float(moved.double().mean())}
 
@@ -498,10 +649,11 @@ class VAE(Fitted):
     from encoded reference rows, and the draws' mean and covariance are set to those of fitted.
 
     It works on the whitened coordinates u of the fitted Gaussian. Encoder q(z | u) and decoder
-    p(y | z) are diagonal Gaussians of bounded variance, one hidden layer each. y is u turned, twice
-    while training, to axes in which what the decoder misses is uncorrelated: noise that is diagonal
-    in other axes loses correlations. At the end a linear map corrects what covariance is left.
-    All from a fixed seed. Fewer than 2000 rows have fewer steps, or it would learn them by heart.
+    p(y | z) are diagonal Gaussians, see _autoencoder. y is u in rotated axes: twice during training
+    u is rotated to axes in which what the decoder misses is uncorrelated, because noise that is
+    independent in other axes loses correlations. After training a linear map corrects what is left
+    of the difference in covariance. All is drawn from a fixed seed. A reference of fewer than 2000
+    rows has fewer training steps.
 
     log_prob is a lower bound of the log density of the draws, importance-weighted (Burda et al.
     2016): log 1/S sum_s p(y | z_s) q_agg(z_s) / q(z_s | u), with q_agg the mixture of the encoded
@@ -509,8 +661,8 @@ class VAE(Fitted):
     bound holds on average over them."""
 
     @classmethod
-    def fit(cls, reference, latent: int = 32, hidden: int = 256, steps: int = 1000,
-            free_bits: float = 0.1, shrinkage: float = -1.0):
+    def fit(cls, reference: Tensor, latent: int = 32, hidden: int = 256, steps: int = 1000,
+            free_bits: float = 0.1, shrinkage: float = -1.0) -> VAE:
         import torch
 
         N, D = reference.shape
@@ -520,125 +672,240 @@ class VAE(Fitted):
             raise PriorError(f"vae: latent {latent}, hidden {hidden}, steps {steps}, free_bits "
                              f"{free_bits}: expected 1 or more, and free_bits 0 or more")
         prior = super().fit(reference, shrinkage)
+        rows = reference[_evenly_spaced(N, 32768)]
+        u = torch.cat([prior.whiten(block).float() for block in rows.split(4096)])
+
+        # Few rows have few steps: the network would learn them by heart.
+        steps = min(steps, max(200, N // 2))
         generator = torch.Generator().manual_seed(0)
-        noise = lambda *shape: torch.randn(*shape, generator=generator)
-        # encoder e1, e2; decoder d1, then mean (and skip, straight from z) and spread
-        prior.weights = w = {name: gain / math.sqrt(a) * noise(a, b) for name, a, b, gain in (
-            ("e1", D, hidden, 1), ("e1.bias", 1, hidden, 0), ("e2", hidden, 2 * latent, 1),
-            ("e2.bias", 1, 2 * latent, 0), ("d1", latent, hidden, 1), ("d1.bias", 1, hidden, 0),
-            ("mean", hidden, D, 0.1), ("skip", latent, D, 0.1), ("mean.bias", 1, D, 0),
-            ("spread", hidden, D, 0.1), ("spread.bias", 1, D, 0))}
-        u = torch.cat([prior.whiten(x).float() for x in reference[_spread(N, 32768)].split(4096)])
-        turned, steps = torch.eye(D), min(steps, max(200, N // 2))
-        for start, end in ((0, steps // 5), (steps // 5, steps // 2), (steps // 2, steps)):
-            if start:  # turn u and all that reads or writes it
-                missed = (x - prior.decode(prior.latents(x, noise)[0])[0] for x in u.split(4096))
-                left, turn = torch.linalg.eigh(sum((e.T @ e / len(u)).double() for e in missed))
-                turn = turn.float()
-                w["e1"], turned = turn.T @ w["e1"], turned @ turn
-                w.update({name: w[name] @ turn for name in ("mean", "skip", "mean.bias")})
-                w["spread"] = 0.1 / math.sqrt(hidden) * noise(hidden, D)
-                w["spread.bias"] = left.clamp(min=1e-6).log().float()
-                for x in u.split(4096):
-                    x.copy_(x @ turn)
-            optimiser = torch.optim.Adam([x.requires_grad_() for x in w.values()])
+        prior.network = _autoencoder(D, latent, hidden, generator)
+        axes = prior._train(u, steps, free_bits, generator)
+        prior.network.requires_grad_(False)
+        prior._match_moments(u, axes, generator)
+        prior._encode_starts(u, generator)
+
+        # From here on the network is in fp64, and its encoder takes u in its own axes.
+        prior.network.double()
+        _rotate_input(prior.network, axes.T)
+        return prior
+
+    def _train(self, u: Tensor, steps: int, free_bits: float, generator: Generator) -> Tensor:
+        """Train the network on whitened rows u (M, D) fp32, which are rotated in place, to
+        u @ axes. -> axes (D, D) fp64."""
+        import torch
+
+        network = self.network
+        axes = torch.eye(u.shape[1])
+        for start, end in pairwise((0, steps // 5, steps // 2, steps)):
+            # Rotate before the second and the third stage; a rotated network needs a new optimiser.
+            if start:
+                axes = axes @ _rotate(network, u, generator)
+            optimiser = torch.optim.Adam(network.parameters())
             for step in range(start, end):
                 optimiser.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
                 x = u[torch.randint(len(u), (128,), generator=generator)]
-                z, kl = prior.latents(x, noise)
-                mean, log_s = prior.decode(z)
-                miss = 0.5 * ((x - mean).square() * (-log_s).exp() + log_s).sum(1).mean()
+
+                # The evidence bound, but no dimension of z is rewarded for less than free_bits.
+                z, kl = network.draw_latents(x, generator)
+                mean, log_variance = network.decode(z)
+                error = (x - mean).square() * (-log_variance).exp()
+                reconstruction = 0.5 * (error + log_variance).sum(1).mean()
+                loss = reconstruction + kl.mean(0).clamp(min=free_bits).sum()
+
                 optimiser.zero_grad()
-                (miss + kl.mean(0).clamp(min=free_bits).sum()).backward()
+                loss.backward()
                 optimiser.step()
-            w.update({name: x.detach() for name, x in w.items()})
-        return prior.settle(u, turned.double(), noise)
+        return axes.double()
 
-    def encode(self, u):
-        """u (n, D) -> mean and log variance of q(z | u), (n, latent) each."""
-        from torch.nn.functional import gelu
+    def _match_moments(self, u: Tensor, axes: Tensor, generator: Generator) -> None:
+        """Set the linear map that gives draws the mean and covariance of the fitted Gaussian:
+        y = u @ into + centre, u = (y - centre) @ back. log_det is log |det into|.
 
-        w = self.weights
-        u = u * (1 + u.square().mean(1, keepdim=True)).rsqrt()  # outliers are no louder than others
-        mean, s = (gelu(u @ w["e1"] + w["e1.bias"]) @ w["e2"] + w["e2.bias"]).chunk(2, 1)
-        return mean, -6 * s.sigmoid()
-
-    def latents(self, u, noise):
-        """A draw z of q(z | u), and KL(q || N(0, I)) in nats, (n, latent) each."""
-        mean, log_v = self.encode(u)
-        return (mean + noise(*mean.shape) * (log_v / 2).exp(),
-                0.5 * (mean.square() + log_v.exp() - 1 - log_v))
-
-    def decode(self, z):
-        """z (n, latent) -> mean and log variance of p(y | z), (n, D) each."""
-        from torch.nn.functional import gelu
-
-        w = self.weights
-        h = gelu(z @ w["d1"] + w["d1.bias"])
-        return (h @ w["mean"] + z @ w["skip"] + w["mean.bias"],
-                4 * ((h @ w["spread"] + w["spread.bias"]) / 4).tanh())
-
-    def settle(self, u, turned, noise):
-        """What follows training: the last linear map, the encoded rows that draws start from."""
+        u (M, D): the training rows, rotated by axes (D, D)."""
         import torch
 
-        N, first, second, spread, kl = len(u), 0.0, 0.0, 0.0, 0.0
+        # The moments of the network's draws: of the decoder's means, and of its noise.
+        N = len(u)
+        centre, second, noise, kl = 0.0, 0.0, 0.0, 0.0
         for x in u.split(4096):
-            z, nats = self.latents(x, noise)
-            f, log_s = self.decode(z)
-            first, second = first + f.double().sum(0) / N, second + (f.T @ f / N).double()
-            spread, kl = spread + log_s.double().exp().sum(0) / N, kl + nats.sum(0) / N
-        told, total = second - first.outer(first), u.square().sum() / N
-        variance, axes = torch.linalg.eigh(told + spread.diag())
-        # y = u @ into + centre; back, y's covariance becomes I, that of the fitted Gaussian
-        self.centre, self.log_det = first, variance.log().sum() / 2
-        self.into = turned @ (axes * variance.sqrt() @ axes.T)
-        self.back = (axes / variance.sqrt() @ axes.T) @ turned.T
-        self.codes = tuple(x.double() for x in self.encode(u[_spread(N, 4096)]))
+            z, nats = self.network.draw_latents(x, generator)
+            mean, log_variance = self.network.decode(z)
+            centre = centre + mean.double().sum(0) / N
+            second = second + (mean.T @ mean / N).double()
+            noise = noise + log_variance.double().exp().sum(0) / N
+            kl = kl + nats.sum(0) / N
+        explained = second - centre.outer(centre)
+
+        # back is the symmetric square root of the inverse covariance, and undoes the rotation.
+        variance, basis = torch.linalg.eigh(explained + noise.diag())
+        self.centre = centre
+        self.into = axes @ (basis * variance.sqrt() @ basis.T)
+        self.back = (basis / variance.sqrt() @ basis.T) @ axes.T
+        self.log_det = variance.log().sum() / 2
+
+        # What report() gives: shares of the variance of u, and nats of each latent dimension.
         self.kl = kl
-        self.about = {"latent": len(kl), "active_units": (self.codes[0].var(0) > 0.01).sum(),
-                      "kl_mean": kl.mean(), "kl_max": kl.max(), "told": told.trace() / total,
-                      "variance": variance.sum() / total}
-        self.noises = noise(4, 1, len(kl)).double()
-        self.weights = {name: x.double() for name, x in self.weights.items()}
-        self.weights["e1"] = turned @ self.weights["e1"]  # encode takes u unturned from here on
-        return self
+        total = u.square().sum() / N
+        self.explained = explained.trace() / total
+        self.variance = variance.sum() / total
 
-    def sample(self, n: int, generator):
+    def _encode_starts(self, u: Tensor, generator: Generator) -> None:
+        """Encode the rows that draws start from, of the rotated rows u (M, D), and draw the noises
+        of log_prob."""
         import torch
 
-        mean, log_v = self.codes
-        row = torch.randint(len(mean), (n,), generator=generator)
-        z = mean[row] + _normal(n, mean.shape[1], generator) * (log_v[row] / 2).exp()
-        f, log_s = self.decode(z)
-        y = f + _normal(n, f.shape[1], generator) * (log_s / 2).exp()
-        return self.place((y - self.centre) @ self.back).float()
+        codes, log_variances = self.network.encode(u[_evenly_spaced(len(u), 4096)])
+        self.codes = codes.double()
+        self.code_log_variances = log_variances.double()
+        latent = codes.shape[1]
+        noises = torch.randn(4, 1, latent, generator=generator).double()
+        self.noises = torch.cat((noises, -noises))  # (S, 1, latent), in pairs of opposite sign
 
-    def log_prob(self, x):
+    def sample(self, n: int, generator: Generator) -> Tensor:
         import torch
 
-        if len(x) > 64:  # (S n, rows) below
-            return torch.cat([self.log_prob(some) for some in x.split(64)])
-        u, e, (code, log_w) = self.whiten(x), torch.cat((self.noises, -self.noises)), self.codes
-        mean, log_v = self.encode(u)
-        z = (mean + e * (log_v / 2).exp()).flatten(0, 1)  # (S n, latent)
-        f, log_s = self.decode(z)
-        y = (u @ self.into + self.centre).repeat(len(e), 1)
-        # of every normal law twice its negative logarithm, without the (2 pi)s of z, which cancel
-        p = ((y - f).square() * (-log_s).exp() + log_s + math.log(2 * math.pi)).sum(1)
-        q = (e.square() + log_v).sum(2).flatten()
-        weight = (-log_w).exp()
-        agg = (z.square() @ weight.T - 2 * z @ (code * weight).T
-               + (code.square() * weight + log_w).sum(1))  # (S n, rows)
-        log_agg = torch.logsumexp(-0.5 * agg, 1) - math.log(len(code))
-        bound = torch.logsumexp((log_agg + (q - p) / 2).view(len(e), -1), 0) - math.log(len(e))
+        # z from the encoding of a reference row, y from the decoder
+        start = torch.randint(len(self.codes), (n,), generator=generator)
+        z_deviation = (self.code_log_variances[start] / 2).exp()
+        z = self.codes[start] + _normal(n, self.codes.shape[1], generator) * z_deviation
+        mean, log_variance = self.network.decode(z)
+        y = mean + _normal(n, mean.shape[1], generator) * (log_variance / 2).exp()
+        return self.unwhiten((y - self.centre) @ self.back).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """A lower bound, see the class."""
+        import torch
+
+        if len(x) > 64:  # a block's matrix below is (S n, 4096)
+            return torch.cat([self.log_prob(block) for block in x.split(64)])
+        u = self.whiten(x)
+        S = len(self.noises)
+
+        # z_s and log q(z_s | u). All laws of z lack (2 pi)^(-latent / 2), which cancels.
+        mean, log_variance = self.network.encode(u)
+        z = (mean + self.noises * (log_variance / 2).exp()).flatten(0, 1)  # (S n, latent)
+        log_q = -0.5 * (self.noises.square() + log_variance).sum(2).flatten()
+
+        # log p(y | z_s)
+        y = (u @ self.into + self.centre).repeat(S, 1)  # (S n, D)
+        mean, log_variance = self.network.decode(z)
+        error = (y - mean).square() * (-log_variance).exp()
+        log_p = -0.5 * (error + log_variance + math.log(2 * math.pi)).sum(1)
+
+        # log q_agg(z_s): the squares are multiplied out, so that no (S n, 4096, latent) is made
+        precision = (-self.code_log_variances).exp()
+        distances = (z.square() @ precision.T - 2 * z @ (self.codes * precision).T
+                     + (self.codes.square() * precision + self.code_log_variances).sum(1))
+        log_agg = torch.logsumexp(-0.5 * distances, 1) - math.log(len(self.codes))
+
+        log_weights = (log_p + log_agg - log_q).view(S, -1)
+        bound = torch.logsumexp(log_weights, 0) - math.log(S)
         return (bound + self.log_det - self.scale.log().sum()).to(x.dtype)
 
     def report(self) -> dict[str, float | list[float]]:
         """Active latent dimensions (their means vary by more than 0.01, Burda et al. 2016), nats
         of each; as shares of u's variance, what they tell, and raw draws (1: no collapse)."""
-        return {**super().report(), **{name: float(x) for name, x in self.about.items()},
+        active = (self.codes.var(0) > 0.01).sum()
+        return {**super().report(), "latent": float(len(self.kl)), "active_units": float(active),
+                "kl_mean": float(self.kl.mean()), "kl_max": float(self.kl.max()),
+                "told": float(self.explained), "variance": float(self.variance),
                 "kl": self.kl.sort(descending=True).values.tolist()}
+
+
+def _autoencoder(width: int, latent: int, hidden: int, generator: Generator):
+    """The VAE's network. Its class is made in here because this module imports torch only inside
+    functions."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import gelu
+
+    class Autoencoder(nn.Module):
+        """Encoder q(z | u) and decoder p(y | z), diagonal Gaussians with one hidden layer each.
+        Log variances are bounded: the encoder's to -6 .. 0, the decoder's to -4 .. 4."""
+
+        def __init__(self):
+            super().__init__()
+            # The layers are initialised below: nn.Linear would take the global generator.
+            linear = functools.partial(nn.utils.skip_init, nn.Linear)
+            self.encoder_hidden = linear(width, hidden)
+            self.encoder_out = linear(hidden, 2 * latent)
+            self.decoder_hidden = linear(latent, hidden)
+            self.decoder_mean = linear(hidden, width, bias=False)
+            self.decoder_skip = linear(latent, width)  # the mean's linear part and its bias
+            self.decoder_spread = linear(hidden, width)
+
+        def encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
+            """u (n, D) -> mean and log variance of q(z | u), (n, latent) each."""
+            # Outliers are scaled down, so that they do not dominate what the encoder learns.
+            u = u * (1 + u.square().mean(1, keepdim=True)).rsqrt()
+            mean, spread = self.encoder_out(gelu(self.encoder_hidden(u))).chunk(2, 1)
+            return mean, -6 * spread.sigmoid()
+
+        def draw_latents(self, u: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+            """A draw z of q(z | u), and KL(q || N(0, I)) in nats, (n, latent) each."""
+            mean, log_variance = self.encode(u)
+            noise = torch.randn(mean.shape, generator=generator)
+            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+            return mean + noise * (log_variance / 2).exp(), kl
+
+        def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+            """z (n, latent) -> mean and log variance of p(y | z), (n, D) each."""
+            h = gelu(self.decoder_hidden(z))
+            mean = self.decoder_mean(h) + self.decoder_skip(z)
+            return mean, 4 * (self.decoder_spread(h) / 4).tanh()
+
+    network = Autoencoder()
+    outputs = ("decoder_mean", "decoder_skip", "decoder_spread")  # small, for a start at N(0, I)
+    for name, layer in network.named_children():
+        _draw_weight(layer, 0.1 if name in outputs else 1.0, generator)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+            # This draw is dropped. Without it the weights after it would not be those of old runs.
+            torch.randn(1, layer.out_features, generator=generator)
+    return network
+
+
+def _draw_weight(layer, gain: float, generator: Generator) -> None:
+    """Draw a linear layer's weight from N(0, gain^2 / inputs)."""
+    import torch
+
+    noise = torch.randn(layer.in_features, layer.out_features, generator=generator)
+    with torch.no_grad():
+        layer.weight.copy_(noise.T * (gain / math.sqrt(layer.in_features)))
+
+
+def _rotate(network, u: Tensor, generator: Generator) -> Tensor:
+    """Rotate u (M, D) in place, and the network with it, to axes in which the decoder's errors are
+    uncorrelated. The layer of their variances starts anew. -> rotation (D, D) fp32."""
+    import torch
+
+    with torch.no_grad():
+        # The axes are the eigenvectors of the errors' second moments.
+        covariance = torch.zeros(u.shape[1], u.shape[1], dtype=torch.float64)
+        for x in u.split(4096):
+            z, _ = network.draw_latents(x, generator)
+            mean, _ = network.decode(z)
+            error = x - mean
+            covariance += (error.T @ error / len(u)).double()
+        variance, basis = torch.linalg.eigh(covariance)
+        rotation = basis.float()
+
+        # Rotate what reads u and what writes its mean. A diagonal variance has no such rotation.
+        _rotate_input(network, rotation)
+        for layer in (network.decoder_mean, network.decoder_skip):
+            layer.weight.copy_(rotation.T @ layer.weight)
+        network.decoder_skip.bias.copy_(network.decoder_skip.bias @ rotation)
+        _draw_weight(network.decoder_spread, 0.1, generator)
+        network.decoder_spread.bias.copy_(variance.clamp(min=1e-6).log().float())
+        for x in u.split(4096):
+            x.copy_(x @ rotation)
+    return rotation
+
+
+def _rotate_input(network, rotation: Tensor) -> None:
+    """Change the encoder so that it gives for u @ rotation what it gave for u."""
+    weight = network.encoder_hidden.weight  # (hidden, D)
+    weight.copy_(weight @ rotation)
 
 
 class Posterior(Fitted):
@@ -651,72 +918,103 @@ class Posterior(Fitted):
 
     several, sources = True, True
 
+    runs: list[Tensor]  # (n, D) each, to resample; [] to draw from the Gaussian
+
     @classmethod
-    def fit(cls, *runs, resample: int = 0, shrinkage: float = -1.0):
+    def fit(cls, *runs: Tensor, resample: int = 0, shrinkage: float = -1.0) -> Posterior:
         import torch
 
         if resample not in (0, 1):
             raise PriorError(f"posterior: resample is {resample}, expected 0, or 1 for rows")
         prior = super().fit(torch.cat(runs), shrinkage)
-        prior.runs = [r.float() for r in runs] if resample else []
+        prior.runs = [rows.float() for rows in runs] if resample else []
         return prior
 
-    def sample(self, n: int, generator):
+    def sample(self, n: int, generator: Generator) -> Tensor:
         import torch
 
         if not self.runs:
             return super().sample(n, generator)
         chosen = torch.randint(len(self.runs), (n,), generator=generator).tolist()
-        return torch.stack([self.runs[r][j % len(self.runs[r])] for j, r in enumerate(chosen)])
+        drawn = []
+        for j, run in enumerate(chosen):
+            rows = self.runs[run]
+            drawn.append(rows[j % len(rows)])
+        return torch.stack(drawn)
 
 
-def _normal(n: int, width: int, generator):
+def _normal(n: int, width: int, generator: Generator) -> Tensor:
     import torch
 
     return torch.randn(n, width, generator=generator, dtype=torch.float64)
 
 
-def _spread(N: int, most: int):
-    """Indices (at most `most`) spread evenly over N rows."""
+def _evenly_spaced(N: int, most: int) -> Tensor:
+    """At most `most` indices, spread evenly over N rows."""
     import torch
 
-    return torch.arange(min(N, most)) * N // min(N, most)
+    count = min(N, most)
+    return torch.arange(count) * N // count
 
 
-PRIORS = {"isotropic": Isotropic, "xavier": Xavier, "vocab": Vocab, "text": Text, "fitted": Fitted,
-          "exclusion": Exclusion, "interpolation": Interpolation, "sparse": Sparse, "vae": VAE,
-          "posterior": Posterior}
+# To add a prior, write its class above and name it here: --prior, --help and most tests take it
+# from this table. The arguments of fit are its options, the docstring's first paragraph its help.
+PRIORS = {
+    "isotropic": Isotropic,
+    "xavier": Xavier,
+    "vocab": Vocab,
+    "text": Text,
+    "fitted": Fitted,
+    "exclusion": Exclusion,
+    "interpolation": Interpolation,
+    "sparse": Sparse,
+    "vae": VAE,
+    "posterior": Posterior,
+}
 
 
 def options(name: str) -> dict[str, object]:
-    """A prior's options and their defaults, from its fit."""
-    parameters = inspect.signature(PRIORS[name].fit).parameters
-    return {p.name: p.default for p in parameters.values() if p.default is not p.empty}
+    """A prior's options and their defaults, from the signature of its fit."""
+    parameters = inspect.signature(PRIORS[name].fit).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def parse(spec: str) -> tuple[str, dict[str, object], list[str]]:
-    """"exclusion:c=10,k=16" -> ("exclusion", {"c": 10.0, "k": 16}, []);
+    """A prior's name, the options given, and its sources.
+
+    "exclusion:c=10,k=16" -> ("exclusion", {"c": 10.0, "k": 16}, []);
     "posterior:runs/a,runs/b,resample=1" -> ("posterior", {"resample": 1}, ["runs/a", "runs/b"])."""
     name, _, rest = spec.partition(":")
     if name not in PRIORS:
         raise PriorError(f"prior {name!r} is not known: use one of {', '.join(PRIORS)}")
-    known, given, sources = options(name), {}, []
+
+    takes_sources = PRIORS[name].sources
+    given, sources = {}, []
     for part in filter(None, rest.split(",")):
         key, equals, text = part.partition("=")
-        if PRIORS[name].sources and not equals:
+        if takes_sources and not equals:
             sources.append(part)
-            continue
-        if key not in known:
-            raise PriorError(f"prior {name!r} has no option {key!r}: it has "
-                             f"{', '.join(known) or 'none'}")
-        try:
-            given[key] = type(known[key])(text)
-            if not math.isfinite(given[key]):
-                raise ValueError
-        except ValueError:
-            raise PriorError(f"prior {name}: {key}={text!r} is not a finite "
-                             f"{type(known[key]).__name__}") from None
-    if PRIORS[name].sources and not sources:
+        else:
+            given[key] = _option(name, key, text)
+
+    if takes_sources and not sources:
         raise PriorError(f"prior {name} needs the folders of finished runs: write {name}:RUN, or "
                          f"{name}:RUN,RUN")
     return name, given, sources
+
+
+def _option(name: str, key: str, text: str) -> object:
+    """The value of an option, in the type of its default."""
+    known = options(name)
+    if key not in known:
+        raise PriorError(f"prior {name!r} has no option {key!r}: it has "
+                         f"{', '.join(known) or 'none'}")
+    type_ = type(known[key])
+    try:
+        value = type_(text)
+        if not math.isfinite(value):
+            raise ValueError
+    except ValueError:
+        raise PriorError(f"prior {name}: {key}={text!r} is not a finite "
+                         f"{type_.__name__}") from None
+    return value

@@ -6,8 +6,8 @@
                          Points("prior draw", a, hollow=True), Points("trained", b)],
                         axis_names(plane))], title="Layer 0")
 
-It returns strings and writes nothing; every text is escaped. The picture is readable on paper, on a
-light and on a dark page, and in grey: colours are Okabe and Ito's, kinds also differ by shape.
+It returns strings and writes nothing. All text is escaped. Pictures can be read on paper, on a
+light and on a dark page, and in grey: colours are Okabe and Ito's, and marks also differ in shape.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-# Okabe and Ito's, told apart by everybody; in grey shapes tell
+# Okabe and Ito's colours, which people with any colour vision can tell apart
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, BLACK = PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-GREY = "#7a8799"  # a background's, on light and on dark
+GREY = "#7a8799"  # for backgrounds, visible on a light and on a dark page
 
 
 class PictureError(ValueError):
-    """Data that cannot be drawn: what, and the remedy, in one line."""
+    """Data that cannot be drawn. The message is one line: the problem and the remedy."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -44,42 +44,49 @@ class PictureError(ValueError):
 
 class Plane(NamedTuple):
     mean: np.ndarray  # (D,)
-    components: np.ndarray  # (k, D), orthonormal, by falling variance
+    components: np.ndarray  # (k, D), orthonormal, in descending order of variance
     explained: np.ndarray  # (k,) share of the total variance
 
 
 def pca(x: np.ndarray, k: int = 2, block: int = 8192) -> Plane:
-    """Exact principal components of x (N, D): eigenvectors of the covariance, summed
-    in float64 by blocks.
+    """The first k principal components of x (N, D): eigenvectors of the covariance, which is summed
+    in float64 over blocks of rows.
 
-    A component's largest entry is positive, so that the same data give the same picture."""
+    The sign of a component makes its largest entry positive, so that the same data give the same
+    picture."""
     N, D = x.shape
     if N < 2 or not 1 <= k <= D:
         raise PictureError(f"{k} principal components of {N} points of width {D}: "
                            "give at least 2 points and k <= width")
-    mean = sum(b.sum(0, dtype=np.float64) for b in _blocks(x, block)) / N
+    mean = sum(rows.sum(0, dtype=np.float64) for rows in _blocks(x, block)) / N
     if not np.isfinite(mean).all():
         raise PictureError("points with values that are not finite: leave them out")
+
     covariance = np.zeros((D, D))
-    for b in _blocks(x, block):
-        centred = b.astype(np.float64) - mean
+    for rows in _blocks(x, block):
+        centred = rows.astype(np.float64) - mean
         covariance += centred.T @ centred / N
+
+    # eigh sorts by ascending variance
     variance, vectors = np.linalg.eigh(covariance)
     components = vectors[:, ::-1][:, :k].T
-    largest = np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1)
-    components = components * np.where(largest < 0, -1.0, 1.0)
+    largest = np.abs(components).argmax(1)
+    sign = np.where(components[np.arange(k), largest] < 0, -1.0, 1.0)
     total = covariance.trace()
-    return Plane(mean, components, variance[::-1][:k].clip(0) / (total if total > 0 else 1.0))
+    if total <= 0:
+        total = 1.0  # all points are equal, and no component explains anything
+    return Plane(mean, components * sign[:, None], variance[::-1][:k].clip(0) / total)
 
 
 def project(plane: Plane, x: np.ndarray) -> np.ndarray:
     """x (N, D) -> coordinates (N, k)."""
-    return np.concatenate([(b.astype(np.float64) - plane.mean) @ plane.components.T
-                           for b in _blocks(x, 8192)])
+    return np.concatenate([(rows.astype(np.float64) - plane.mean) @ plane.components.T
+                           for rows in _blocks(x, 8192)])
 
 
 def _blocks(x, size):
-    return (x[i:i + size] for i in range(0, max(len(x), 1), size))
+    """Consecutive rows of x, size at a time; of an empty x one empty block."""
+    return (x[first:first + size] for first in range(0, max(len(x), 1), size))
 
 
 def axis_names(plane: Plane) -> tuple[str, ...]:
@@ -88,84 +95,113 @@ def axis_names(plane: Plane) -> tuple[str, ...]:
 
 
 # --------------------------------------------------------------------------------------------------
-# t-SNE (van der Maaten and Hinton 2008): neighbours in the data stay neighbours in the plane
+# t-SNE (van der Maaten and Hinton 2008): a map on which neighbours in the data are neighbours
 
 
 class Embedding(NamedTuple):
-    """A map, and what its caption has to say."""
+    """A map, and the numbers for its caption."""
 
     points: np.ndarray  # (N, 2) float64
-    kl: float  # what was minimised: the divergence of the two sets of affinities, in nats
-    perplexity: float  # the one used
+    kl: float  # the objective: the KL divergence from the data's affinities to the map's, in nats
+    perplexity: float  # the perplexity in use, which may be lower than the one asked for
 
 
-# (steps, exaggeration, rate in N / 4, momentum): gather, let go, travel fast, settle. Fewer steps
-# cost 1 % on data without clusters; to end fast gains 1 % on clusters and loses as much without.
+# Stages of (steps, exaggeration, learning rate in N / 4, momentum). The first gathers clusters, the
+# second lets them spread, the third travels at a high rate, and the last removes the third's noise.
+# Fewer steps cost 1 % in KL on data without clusters. Ending at the high rate lowers KL by 1 % on
+# clustered data and raises it by as much on other data.
 SCHEDULE = ((80, 12, 1 / 12, 0.9), (60, 1, 1, 0.8), (100, 1, 2, 0.95), (80, 1, 1, 0.8))
-EXACT = 1500  # the N up to which summing all pairs is the faster way
-SPACING = 0.35  # of the mesh, half as much again from 20,000 points; the kernel is 2 wide
-CHUNK = 2**16  # entries that are worked on at a time, within the processor's cache
+EXACT = 1500  # up to this many points, summing over all pairs is faster than the mesh
+SPACING = 0.35  # of the mesh, and 1.5 times as much from 20,000 points; the kernel is 2 wide
+CHUNK = 2**16  # array entries to work on at a time, which fit the processor's cache
 
 
 def tsne(x: np.ndarray, perplexity: float = 30.0, seed: int = 0, exact: bool | None = None,
          progress: Callable[[int, int, float | None], None] | None = None) -> Embedding:
-    """A map of x (N, D). The perplexity, about how many neighbours count, is lowered to (N - 1) / 3
-    if it is more; beyond a width of 64 the data are their first 50 principal components.
+    """A map of x (N, D). The perplexity is about the number of neighbours that count; above
+    (N - 1) / 3 it is lowered to that. Data wider than 64 are replaced by their first 50 principal
+    components.
 
-    Repulsion is summed over all pairs (exact) or on a mesh, to about 1 %; None takes the faster.
-    progress(step, steps, kl) is called at every step, kl a number at every 50th. The same seed
-    gives the same map, bit by bit; seeds differ by 1e-2 of the start."""
+    exact: repulsion is summed over all pairs (True) or on a mesh, with an error of about 1 %
+    (False); None takes the faster. progress(step, steps, kl) is called at every step, with kl a
+    number at every 50th and None otherwise. The same seed gives the same map, bit by bit; seeds
+    change the initial map by 1 % of its width."""
     x = _rows(x, "points", 4)
-    if all((b == x[0]).all() for b in _blocks(x, 8192)):
+    if all((rows == x[0]).all() for rows in _blocks(x, 8192)):
         raise PictureError(f"all {len(x)} points are equal: a map needs points that differ")
     N, D = x.shape
     used = min(float(perplexity), (N - 1) / 3)
     if not used >= 1:
         raise PictureError(f"perplexity {perplexity}: ask for 1 or more")
-    # single precision hides in which order threads have added
+
+    # Rounding to float32 drops the last bits, which depend on the order in which threads add
+    data = x
     if D > 64:
-        x = project(pca(x, 50), x).astype(np.float32)
-    start = project(pca(x, min(2, D)), x)
-    start = np.pad(start, ((0, 0), (0, 2 - start.shape[1]))) * (1e-4 / start[:, 0].std())
-    start += np.random.default_rng(seed).normal(scale=1e-6, size=start.shape)  # parts duplicates
-    start = start.astype(np.float32).astype(np.float64)
-    index, square = _neighbours(x, x, int(3 * used), itself=True)
-    order, edges = _symmetric(index, _affinities(square, used))
-    exact = N <= EXACT if exact is None else exact
-    y, kl = _descend(edges, start[order], _all_pairs if exact else _on_mesh, progress)
+        data = project(pca(x, 50), x).astype(np.float32)
+    initial = _initial_map(data, seed)
+
+    # Attraction is between neighbours, and is the same at every step
+    index, squares = _neighbours(data, data, int(3 * used), itself=True)
+    order, edges = _symmetric(index, _affinities(squares, used))
+
+    # Points move in the order of the edges, and are then returned to the order of the data
+    if exact is None:
+        exact = N <= EXACT
+    repulsion = _all_pairs if exact else _on_mesh
+    y, kl = _descend(edges, initial[order], repulsion, progress)
     points = np.empty_like(y)
     points[order] = y
     return Embedding(points, kl, used)
 
 
-def embed(new: np.ndarray, reference: np.ndarray, points: np.ndarray, k: int = 25) -> np.ndarray:
-    """Places (m, 2) for new rows (m, D) on the map points (N, 2) of reference (N, D), which stays.
+def _initial_map(data, seed):
+    """(N, 2): the first two principal components, with a standard deviation of 1e-4 along the
+    first, and noise of 1 % of that, which separates duplicates."""
+    N, D = data.shape
+    coordinates = project(pca(data, min(2, D)), data)
+    scale = 1e-4 / coordinates[:, 0].std()
+    missing = 2 - coordinates.shape[1]
+    y = np.pad(coordinates, ((0, 0), (0, missing))) * scale
+    y += np.random.default_rng(seed).normal(scale=1e-6, size=y.shape)
+    return y.astype(np.float32).astype(np.float64)
 
-    Each row by itself: from the median of its k nearest reference rows' places to where their
-    pulls, of perplexity k / 3, balance. The others' push is left out: with it fewer neighbours are
-    kept."""
+
+def embed(new: np.ndarray, reference: np.ndarray, points: np.ndarray, k: int = 25) -> np.ndarray:
+    """Coordinates (m, 2) of new rows (m, D) on the map points (N, 2) of reference (N, D). The map
+    does not change.
+
+    A row starts at the median of its k nearest reference rows on the map and moves to where their
+    attractions, of perplexity k / 3, balance. It does not depend on the other new rows. Repulsion
+    is left out, because with it fewer neighbours are preserved."""
     reference = _rows(reference, "the reference", 1)
     new = _rows(new, "new rows", 0)
     points = np.asarray(points, np.float64)
     if points.shape != (len(reference), 2) or new.shape[1] != reference.shape[1]:
         raise PictureError(f"new rows {new.shape}, reference {reference.shape} and its points "
                            f"{points.shape}: give (m, D), (N, D) and (N, 2)")
-    index, square = _neighbours(new, reference, min(k, len(reference)))
-    p, near = _affinities(square, max(1.0, index.shape[1] / 3)), points[index]
-    y = np.median(near, axis=1)
+    index, squares = _neighbours(new, reference, min(k, len(reference)))
+    p = _affinities(squares, max(1.0, index.shape[1] / 3))
+    neighbours = points[index]  # (m, k, 2)
+    y = np.median(neighbours, axis=1)
+
+    # At balance y is the mean of its neighbours, weighted by their attractions at y
     for _ in range(50):
-        pull = p / (1 + np.square(near - y[:, None]).sum(2))
-        y = (pull[:, :, None] * near).sum(1) / pull.sum(1, keepdims=True)
+        square_distances = np.square(neighbours - y[:, None]).sum(2)
+        weights = p / (1 + square_distances)
+        y = (weights[:, :, None] * neighbours).sum(1) / weights.sum(1, keepdims=True)
     return y
 
 
 def _rows(x, name, least):
+    """x as an array (N, D) of numbers, after checking its shape, its range and for at least `least`
+    rows."""
     x = np.asarray(x)
     if x.ndim != 2 or x.dtype.kind not in "biuf" or not x.shape[1]:
         raise PictureError(f"{name}: {x.dtype} of shape {x.shape}: give numbers (rows, width)")
     if len(x) < least:
         raise PictureError(f"{name}: {len(x)} rows: give at least {least}")
-    if not all((np.abs(b, dtype=np.float64) < 1e15).all() for b in _blocks(x, 8192)):
+    # A comparison with nan is false, so nan is refused with the large values
+    if not all((np.abs(rows, dtype=np.float64) < 1e15).all() for rows in _blocks(x, 8192)):
         raise PictureError(f"{name}: values that are not finite, or beyond 1e15: leave them out")
     return x
 
@@ -175,95 +211,152 @@ def _rows(x, name, least):
 
 
 def _neighbours(rows, population, k, itself=False):
-    """The k members of population (N, D) nearest to each of rows (n, D), in no order, and squared
-    distances in one unit or another: (n, k) each. itself: the rows are the population, and none is
-    its own neighbour."""
+    """The k members of population (N, D) nearest to every one of rows (n, D): index (n, k), in no
+    order, and squared distances (n, k), in a unit that depends on the population alone. itself: the
+    rows are the population, and no row is its own neighbour."""
     N, D = population.shape
-    # far outliers do not move the median; near the origin float32 is finest
-    centre = np.median(population[::N // 4096 + 1], axis=0)
-    x = np.subtract(population, centre, dtype=np.float64, casting="unsafe").astype(np.float32)
-    scale = max(x.max(), -x.min()) or 1
-    x /= scale
-    columns = np.full((D + 1, -(-N // 128) * 128), -np.inf, np.float32)
-    columns[:D, :N], columns[:D, N:] = x.T, 0
-    columns[D, :N] = np.vecdot(x, x) / -2  # a product with (x, 1) is x . y - |y|^2 / 2
+
+    # Float32 has the smallest steps near zero: move the population there and scale it to at most 1.
+    # The median is the origin, because far outliers do not move it
+    sample = population[::N // 4096 + 1]
+    origin = np.median(sample, axis=0)
+    members = np.subtract(population, origin, dtype=np.float64, casting="unsafe")
+    members = members.astype(np.float32)
+    scale = max(members.max(), -members.min()) or 1
+    members /= scale
+
+    # The score x.y - |y|^2 / 2 of a row x and a member y grows as their distance falls. It is the
+    # product of (x, 1) and (y, -|y|^2 / 2), so that one matrix product gives all scores. Padding
+    # columns, up to a multiple of 128, score minus infinity
+    width = math.ceil(N / 128) * 128
+    columns = np.zeros((D + 1, width), np.float32)
+    columns[:D, :N] = members.T
+    columns[D, :N] = np.vecdot(members, members) / -2
+    columns[D, N:] = -np.inf
+
     index = np.empty((len(rows), k), np.int64)
-    square = np.empty((len(rows), k), np.float32)
-    memory = np.empty((64, columns.shape[1]), np.float32)
-    for at in range(0, len(rows), 64):
-        a = ((rows[at:at + 64] - centre) / scale).astype(np.float32)
-        score = np.matmul(np.pad(a, ((0, 0), (0, 1)), constant_values=1), columns,
-                          out=memory[:len(a)])
+    squares = np.empty((len(rows), k), np.float32)
+    scores = np.empty((64, width), np.float32)  # allocated once, since allocating is slow
+    for first in range(0, len(rows), 64):
+        x = ((rows[first:first + 64] - origin) / scale).astype(np.float32)
+        n = len(x)
+        block = slice(first, first + n)
+        x_and_one = np.pad(x, ((0, 0), (0, 1)), constant_values=1)
+        score = np.matmul(x_and_one, columns, out=scores[:n])
         if itself:
-            score[np.arange(len(a)), np.arange(at, at + len(a))] = -np.inf
-        index[at:at + 64] = found = _largest(score, k)
-        apart = x.take(found, axis=0)
-        apart -= a[:, None]
-        np.vecdot(apart, apart, out=square[at:at + 64])
-    return index, square
+            score[np.arange(n), np.arange(first, first + n)] = -np.inf
+
+        # Scores select the neighbours; differences give their distances without cancellation
+        nearest = _largest(score, k)
+        differences = members.take(nearest, axis=0)
+        differences -= x[:, None]
+        index[block] = nearest
+        np.vecdot(differences, differences, out=squares[block])
+    return index, squares
 
 
 def _largest(score, k):
-    """Columns (n, k) of the k largest in every row of score (n, N). They are in the k slices with
-    the largest maxima, a slice being every N / 8-th column."""
+    """Columns (n, k) of the k largest numbers in every row of score (n, N), in no order.
+
+    Columns j, j + N / 8, j + 2 N / 8, ... form a group. The k largest numbers are in the k groups
+    with the largest maxima, which are selected in the same way, so few columns are ever sorted."""
     n, N = score.shape
     if N < 16 * k or N % 8:
         return np.argpartition(score, N - k, axis=1)[:, N - k:]
-    slices = _largest(score.reshape(n, 8, N // 8).max(1), k)
-    inside = (slices[:, None] + N // 8 * np.arange(8)[:, None]).reshape(n, -1)
-    best = np.argpartition(np.take_along_axis(score, inside, 1), 7 * k, axis=1)[:, 7 * k:]
-    return np.take_along_axis(inside, best, 1)
+
+    groups = N // 8
+    maxima = score.reshape(n, 8, groups).max(1)
+    best_groups = _largest(maxima, k)
+    offsets = groups * np.arange(8)[:, None]
+    candidates = (best_groups[:, None] + offsets).reshape(n, 8 * k)
+    values = np.take_along_axis(score, candidates, 1)
+    best = np.argpartition(values, 7 * k, axis=1)[:, 7 * k:]
+    return np.take_along_axis(candidates, best, 1)
 
 
-def _affinities(square, perplexity):
-    """Rows p (n, k) in proportion to exp(-beta square), of entropy log(perplexity): by Newton's
-    method for log beta, and by bisection where that leaves the bracket."""
-    parts = [np.zeros((0, square.shape[1]))]
-    for d in _blocks(square, 1024):
-        d = d.astype(np.float64) - d.min(1, keepdims=True)
-        d /= np.maximum(d.mean(1, keepdims=True), 1e-300)
-        u = np.zeros((len(d), 1))
-        low, high = u - 30, u + 30
-        for _ in range(50):
-            p = np.exp(-np.exp(u) * d)
-            total = p.sum(1, keepdims=True)
-            p /= total
-            mean = (p * d).sum(1, keepdims=True)
-            excess = np.log(total) + np.exp(u) * mean - math.log(perplexity)
-            if np.abs(excess).max(initial=0) < 1e-7:
-                break
-            low, high = np.where(excess > 0, u, low), np.where(excess > 0, high, u)
-            slope = np.exp(2 * u) * ((p * d * d).sum(1, keepdims=True) - mean**2)
-            u = u + excess / np.maximum(slope, 1e-300)
-            u = np.where((low < u) & (u < high), u, (low + high) / 2)
-        parts.append(p)
-    return np.concatenate(parts)
+def _affinities(squares, perplexity):
+    """Affinities (n, k), float64, of rows to their neighbours at squared distances (n, k): in every
+    row proportional to exp(-beta square), with the beta that gives the row the perplexity."""
+    blocks = _blocks(squares, 1024)
+    return np.concatenate([_with_entropy(block, math.log(perplexity)) for block in blocks])
+
+
+def _with_entropy(squares, entropy):
+    """p (n, k) proportional to exp(-beta squares), where every row's beta gives it the entropy (in
+    nats). Solves for log beta by Newton's method, and by bisection where a Newton step leaves the
+    bracket."""
+    # A shift changes no p. With a mean of 1 all betas have the same order of magnitude
+    d = squares.astype(np.float64) - squares.min(1, keepdims=True)
+    d /= np.maximum(d.mean(1, keepdims=True), 1e-300)
+
+    log_beta = np.zeros((len(d), 1))
+    low, high = log_beta - 30, log_beta + 30
+    for _ in range(50):
+        beta = np.exp(log_beta)
+        p = np.exp(-beta * d)
+        total = p.sum(1, keepdims=True)
+        p /= total
+
+        # -sum p log p = log sum exp(-beta d) + beta sum p d
+        mean = (p * d).sum(1, keepdims=True)
+        excess = np.log(total) + beta * mean - entropy
+        if np.abs(excess).max(initial=0) < 1e-7:
+            break
+
+        # Entropy falls as beta grows, at the rate beta^2 Var(d) in log beta
+        low = np.where(excess > 0, log_beta, low)
+        high = np.where(excess > 0, high, log_beta)
+        variance = (p * d * d).sum(1, keepdims=True) - mean**2
+        slope = np.exp(2 * log_beta) * variance
+        newton = log_beta + excess / np.maximum(slope, 1e-300)
+        inside = (low < newton) & (newton < high)
+        log_beta = np.where(inside, newton, (low + high) / 2)
+    return p
 
 
 def _symmetric(index, p):
-    """(p + p^T) / 2N of neighbours (N, k), which sum to 1: the order (N,) of points by falling
-    number of neighbours, and blocks of consecutive points in that order, each as columns (w, r) of
-    neighbours, padded by affinity 0."""
+    """The symmetric affinities (p + p^T) / 2N, of sum 1, for neighbours index (N, k) with
+    affinities p (N, k).
+
+    Returns the order (N,) of points by falling number of neighbours, and the affinities as blocks
+    of consecutive points in that order. A block of r points is a pair of arrays (w, r): a column
+    lists a point's neighbours, as places in the order, and their affinities, 0 where the point
+    has fewer than w."""
     N, k = index.shape
-    i, j = np.repeat(np.arange(N), k), index.ravel()
-    pair = np.concatenate([i * N + j, j * N + i])
-    order = np.argsort(pair)
-    pair = pair[order]
-    first = np.flatnonzero(np.diff(pair, prepend=-1))
-    p = np.add.reduceat(np.tile(p.ravel(), 2)[order], first) / (2 * N)
-    i, j = np.divmod(pair[first], N)
-    length = np.bincount(i, minlength=N)
-    begin = np.cumsum(length) - length
-    order = np.argsort(-length, kind="stable")
+
+    # All pairs (i, j) in both directions, each as the number i N + j
+    i = np.repeat(np.arange(N), k)
+    j = index.ravel()
+    pairs = np.concatenate([i * N + j, j * N + i])
+    values = np.tile(p.ravel(), 2)
+
+    # Sort the pairs, and add the values of those that occur twice
+    by_pair = np.argsort(pairs)
+    sorted_pairs = pairs[by_pair]
+    first = np.flatnonzero(np.diff(sorted_pairs, prepend=-1))
+    affinity = np.add.reduceat(values[by_pair], first) / (2 * N)
+    point, neighbour = np.divmod(sorted_pairs[first], N)
+
+    # The neighbours of point i are the entries from start[i] on, count[i] of them
+    count = np.bincount(point, minlength=N)
+    start = np.cumsum(count) - count
+
+    # Points with similar numbers of neighbours stand together, so that blocks need little padding
+    order = np.argsort(-count, kind="stable")
     place = np.empty(N, np.int64)
     place[order] = np.arange(N)
-    blocks, at = [], 0
+
+    blocks = []
+    at = 0
     while at < N:
-        w = np.arange(length[order[at]])[:, None]
-        rows = order[at:(at := at + max(1, CHUNK // len(w)))]
-        entry = np.minimum(begin[rows] + w, len(j) - 1)
-        blocks.append((place[j[entry]],
-                       np.where(w < length[rows], p[entry], 0).astype(np.float32)))
+        width = count[order[at]]  # the first point of a block has the most neighbours
+        points = order[at:at + max(1, CHUNK // width)]
+        offset = np.arange(width)[:, None]
+        entry = np.minimum(start[points] + offset, len(neighbour) - 1)
+        real = offset < count[points]
+        weights = np.where(real, affinity[entry], 0).astype(np.float32)
+        blocks.append((place[neighbour[entry]], weights))
+        at += len(points)
     return order, blocks
 
 
@@ -272,120 +365,186 @@ def _symmetric(index, p):
 
 
 def _attraction(edges, y, cost=False):
-    """sum_j p_ij (y_i - y_j) / (1 + d_ij^2): (N, 2); and the sum of p_ij log(p_ij (1 + d_ij^2))."""
+    """The sum over j of p_ij (y_i - y_j) / (1 + d_ij^2), (N, 2), for the blocks of _symmetric and y
+    in their order; and, if cost, the sum over pairs of p_ij log(p_ij (1 + d_ij^2)), else 0."""
+    # Points as complex numbers: one take fetches both coordinates, and abs is the distance
     z = y.view(np.result_type(y, 1j))[:, 0]
-    force, total, at = np.empty_like(z), 0.0, 0
+    force = np.empty_like(z)
+    total = 0.0
+    first = 0
     for index, p in edges:
-        here = slice(at, at := at + p.shape[1])
-        apart = z.take(index)
-        np.subtract(z[here], apart, out=apart)
-        near = np.abs(apart)
-        near *= near
-        near += 1
+        block = slice(first, first + p.shape[1])
+        differences = z.take(index)
+        np.subtract(z[block], differences, out=differences)
+
+        # Every operation writes into an existing array, because allocating takes as long
+        weights = np.abs(differences)
+        weights *= weights
+        weights += 1
         if cost:
-            total += float((p * np.log(np.where(p > 0, p, 1) * near)).sum(dtype=np.float64))
-        np.divide(p, near, out=near)
-        apart *= near
-        apart.sum(0, out=force[here])
+            logarithms = np.log(np.where(p > 0, p, 1) * weights)
+            total += float((p * logarithms).sum(dtype=np.float64))
+        np.divide(p, weights, out=weights)
+        differences *= weights
+        differences.sum(0, out=force[block])
+        first += p.shape[1]
     return force.view(y.dtype).reshape(-1, 2), total
 
 
 def _all_pairs(y, mesh=None):
-    """Repulsion sum_j (y_i - y_j) / (1 + d_ij^2)^2: (N, 2); and Z, the sum of 1 / (1 + d_ij^2)."""
-    N, square = len(y), np.square(y).sum(1, keepdims=True)
+    """Repulsion, the sum over j of (y_i - y_j) / (1 + d_ij^2)^2, (N, 2); the normaliser Z, the sum
+    over pairs of 1 / (1 + d_ij^2); and the mesh that was given, which is not used."""
+    N = len(y)
+    square = np.square(y).sum(1, keepdims=True)
     one = np.ones_like(square)
-    force, Z = np.empty_like(y), -float(N)
-    columns, moments = np.concatenate([-2 * y, one, square], 1).T, np.concatenate([y, one], 1)
-    left = np.concatenate([y, square + 1, one], 1)
-    for at in range(0, N, step := max(1, CHUNK // N)):
-        near = left[at:at + step] @ columns
-        np.reciprocal(near, out=near)
-        Z += float(near.sum(dtype=np.float64))
-        near *= near
-        m = near @ moments
-        force[at:at + step] = y[at:at + step] * m[:, 2:] - m[:, :2]
+
+    # 1 + d_ij^2 = y_i . (-2 y_j) + (|y_i|^2 + 1) 1 + 1 |y_j|^2: the product of two matrices
+    left = np.concatenate([y, square + 1, one], 1)  # (N, 4)
+    right = np.concatenate([-2 * y, one, square], 1).T  # (4, N)
+    y_and_one = np.concatenate([y, one], 1)
+
+    force = np.empty_like(y)
+    Z = -float(N)  # pairs of a point and itself, which are 1, do not count
+    rows = max(1, CHUNK // N)
+    for first in range(0, N, rows):
+        block = slice(first, first + rows)
+        kernel = left[block] @ right
+        np.reciprocal(kernel, out=kernel)
+        Z += float(kernel.sum(dtype=np.float64))
+
+        # With weights K_ij = kernel^2: y_i sum_j K_ij - sum_j K_ij y_j
+        kernel *= kernel
+        sums = kernel @ y_and_one
+        force[block] = y[block] * sums[:, 2:] - sums[:, :2]
     return force, Z, mesh
 
 
 class Mesh(NamedTuple):
-    h: float  # spacing
+    h: float  # spacing of the nodes
     size: np.ndarray  # (2,) nodes along x and along y
-    kernel: np.ndarray  # (2 size[0], size[1] + 1) its transform on twice as many nodes
-    offset: float  # the constant that was taken off the kernel
-    grid: np.ndarray  # (size[0], 2 size[1]) and
-    wave: np.ndarray  # as kernel: to work in, for fresh memory takes as long as the arithmetic
+    kernel: np.ndarray  # (2 size[0], size[1] + 1), its Fourier transform on twice as many nodes
+    offset: float  # a constant that was taken off the kernel
+    grid: np.ndarray  # (size[0], 2 size[1]) memory for charges and potentials
+    wave: np.ndarray  # of the kernel's shape, memory for transforms; allocating takes as long
 
 
 def _mesh(span, spacing, dtype):
-    """A mesh for maps up to span (2,), with what cubic B-splines lose made up for in the kernel."""
+    """A mesh for maps of extent up to span (2,)."""
     h = min(spacing, span.max() / 128)
     a, b = size = np.array([_fast(math.ceil(s / h) + 5) for s in span])
-    square = np.square(h * np.arange(a + 1))[:, None] + np.square(h * np.arange(b + 1))
-    offset = float(span.max() < 4)  # float32 does not see how a small map's kernel falls off from 1
-    kernel = (-square if offset else 1) / (1 + square)
-    kernel = np.fft.hfft(np.fft.hfft(kernel)[:, :b + 1], axis=0)
-    spline = [(2 + np.cos(np.pi / s * np.arange(2 * s))) / 3 for s in size]
-    kernel /= np.square(spline[0][:, None] * spline[1][:b + 1])
-    return Mesh(h, size, kernel.astype(dtype), offset, np.empty((a, 2 * b), dtype),
-                np.empty((2 * a, b + 1), np.result_type(dtype, 1j)))
+
+    # The kernel 1 / (1 + d^2). On a small map it is nearly 1 everywhere, and float32 does not
+    # resolve how it falls off: there 1 is taken off, which leaves -d^2 / (1 + d^2)
+    x = h * np.arange(a + 1)
+    y = h * np.arange(b + 1)
+    square = np.square(x)[:, None] + np.square(y)
+    small = span.max() < 4
+    kernel = (-square if small else 1) / (1 + square)
+    transform = np.fft.hfft(np.fft.hfft(kernel)[:, :b + 1], axis=0)
+
+    # Charges pass through a spline twice, when spread and when read: divide by its transform twice
+    spline_x, spline_y = ((2 + np.cos(np.pi / s * np.arange(2 * s))) / 3 for s in size)
+    transform /= np.square(spline_x[:, None] * spline_y[:b + 1])
+
+    grid = np.empty((a, 2 * b), dtype)
+    wave = np.empty((2 * a, b + 1), np.result_type(dtype, 1j))
+    return Mesh(h, size, transform.astype(dtype), float(small), grid, wave)
 
 
 def _fast(n):
-    """The next even number of which Fourier transforms are fast."""
-    return next(m for m in range(n + n % 2, 2 * n + 2, 2) if 2**20 * 3**9 * 5**6 % m == 0)
+    """The next even number from n on without prime factors beyond 2, 3 and 5, of which Fourier
+    transforms are fast."""
+    even = range(n + n % 2, 2 * n + 2, 2)
+    return next(m for m in even if 2**20 * 3**9 * 5**6 % m == 0)
 
 
-def _on_mesh(y, mesh=None):
-    """As _all_pairs, by one potential, sum_j 1 / (1 + |y - y_j|^2), of which the force is half the
-    slope: charges are spread to 4 x 4 nodes by cubic B-splines, convolved, and read by the same.
-    The mesh is one that fits. (FIt-SNE, Linderman et al. 2019, needs four potentials.)"""
-    low, high = y.min(0), y.max(0)
-    room = 0 if mesh is None else (mesh.size - 5) * mesh.h
-    if (high - low > room).any() or (high - low).max() < np.max(room) / 2:
-        mesh = _mesh(1.1 * (high - low), SPACING * (1 if len(y) < 20_000 else 1.5), y.dtype)
-    h, (a, b), kernel, offset, grid, wave = mesh
-    place = (y - (low + high) / 2) / y.dtype.type(h) + (mesh.size / 2 - 2).astype(y.dtype)
-    parts = [_splines(p, 2 * b) for p in _blocks(place, CHUNK // 16)]
-    grid[:] = 0
-    for node, (wx, wy), _ in parts:
-        np.add.at(grid.ravel(), node.ravel(), (wx[:, None] * wy).ravel())
-    # numpy transforms in single precision only where there is a factor to apply: hence "ortho"
-    np.fft.rfft(grid, norm="ortho", out=wave[:a])
-    wave[a:] = 0
-    np.fft.fft(wave, axis=0, norm="ortho", out=wave)
-    wave *= kernel
-    np.fft.ifft(wave, axis=0, norm="ortho", out=wave)
-    np.fft.irfft(wave[:a], norm="ortho", out=grid)
-    Z, force, at = len(y) * (len(y) * offset - 1), np.empty_like(y), 0
-    for node, (wx, wy), (dx, dy) in parts:
-        phi = grid.take(node)
-        along = (phi * wy).sum(1)
-        Z += float((along * wx).sum(dtype=np.float64))
-        here = slice(at, at := at + node.shape[2])
-        force[here, 0] = (along * dx).sum(0)
-        force[here, 1] = ((phi * dy).sum(1) * wx).sum(0)
-    force /= -2 * h
+def _on_mesh(y, mesh=None, spacing=None):
+    """An approximation of _all_pairs: the force, Z, and the mesh in use, for the next call.
+
+    Repulsion is half the slope of a potential, the sum over j of 1 / (1 + |y - y_j|^2). Every point
+    spreads a charge to 4 x 4 nodes by cubic B-splines, the charges are convolved with the kernel,
+    and the potential and its slope are read at the points by the same splines. (FIt-SNE, Linderman
+    et al. 2019, needs four potentials.)"""
+    low = y.min(0)
+    high = y.max(0)
+    span = high - low
+    if mesh is None or not _fits(mesh, span):
+        if spacing is None:
+            spacing = SPACING if len(y) < 20_000 else 1.5 * SPACING
+        mesh = _mesh(1.1 * span, spacing, y.dtype)
+
+    # Places of points in units of the spacing, with the map's middle in the mesh's middle
+    middle = (low + high) / 2
+    places = (y - middle) / y.dtype.type(mesh.h) + (mesh.size / 2 - 2).astype(y.dtype)
+    stride = mesh.grid.shape[1]
+    splines = [_splines(block, stride) for block in _blocks(places, CHUNK // 16)]
+
+    mesh.grid[:] = 0
+    for nodes, (wx, wy), _ in splines:
+        charges = wx[:, None] * wy
+        np.add.at(mesh.grid.ravel(), nodes.ravel(), charges.ravel())
+    _convolve(mesh)
+
+    # Take off a point's potential at itself, 1, and give back the constant taken off the kernel
+    N = len(y)
+    Z = N * (N * mesh.offset - 1)
+    force = np.empty_like(y)
+    first = 0
+    for nodes, (wx, wy), (dx, dy) in splines:
+        potential = mesh.grid.take(nodes)  # (4, 4, n)
+        along_x = (potential * wy).sum(1)
+        along_y_slope = (potential * dy).sum(1)
+        Z += float((along_x * wx).sum(dtype=np.float64))
+        block = slice(first, first + nodes.shape[2])
+        force[block, 0] = (along_x * dx).sum(0)
+        force[block, 1] = (along_y_slope * wx).sum(0)
+        first += nodes.shape[2]
+    force /= -2 * mesh.h
     return force, Z, mesh
 
 
-def _splines(place, stride):
-    """Nodes (4, 4, n) that carry points at place (n, 2), weights (2, 4, n) and their slopes."""
-    cell = np.floor(place)
-    t = np.ascontiguousarray((place - cell).T)[:, None]
+def _fits(mesh, span):
+    """Does the mesh hold a map of this extent (2,), without being more than twice as large?"""
+    room = (mesh.size - 5) * mesh.h
+    return (span <= room).all() and span.max() >= room.max() / 2
+
+
+def _convolve(mesh):
+    """Replaces the charges in mesh.grid by their potentials.
+
+    numpy transforms in single precision only if it has a factor to apply, hence norm="ortho"."""
+    grid, wave = mesh.grid, mesh.wave
+    a = len(grid)
+    np.fft.rfft(grid, norm="ortho", out=wave[:a])
+    wave[a:] = 0  # padding, so that the convolution does not wrap around
+    np.fft.fft(wave, axis=0, norm="ortho", out=wave)
+    wave *= mesh.kernel
+    np.fft.ifft(wave, axis=0, norm="ortho", out=wave)
+    np.fft.irfft(wave[:a], norm="ortho", out=grid)
+
+
+def _splines(places, stride):
+    """Cubic B-splines at places (n, 2) in units of the spacing: the 4 x 4 nodes of every point as
+    indices (4, 4, n) of a grid with `stride` nodes a row, the weights (2, 4, n) along x and along
+    y, and the weights' slopes (2, 4, n)."""
+    cell = np.floor(places)
+    t = np.ascontiguousarray((places - cell).T)[:, None]  # (2, 1, n), from 0 to 1
     s = 1 - t
-    w = [s * s * s, 4 - 3 * t * t * (1 + s), 4 - 3 * s * s * (1 + t), t * t * t]
-    d = [-s * s, t * (3 * t - 4), s * (4 - 3 * s), t * t]
-    node = (stride * np.arange(4)[:, None] + np.arange(4))[:, :, None]
-    return (node + cell.astype(np.int64) @ [stride, 1], np.concatenate(w, 1) / 6,
-            np.concatenate(d, 1) / 2)
+    weights = [s * s * s, 4 - 3 * t * t * (1 + s), 4 - 3 * s * s * (1 + t), t * t * t]
+    slopes = [-s * s, t * (3 * t - 4), s * (4 - 3 * s), t * t]
+    offsets = (stride * np.arange(4)[:, None] + np.arange(4))[:, :, None]
+    corner = cell.astype(np.int64) @ [stride, 1]
+    return offsets + corner, np.concatenate(weights, 1) / 6, np.concatenate(slopes, 1) / 2
 
 
 def _gradient(edges, y, repulsion, mesh=None, exaggeration=1.0, cost=False):
-    """Of the divergence by y, (N, 2); the divergence if cost; and the mesh, to be given again."""
-    pull, kl = _attraction(edges, y, cost)
+    """The gradient (N, 2) of the divergence by y (N, 2); the divergence if cost, else None; and the
+    mesh for the next call. repulsion: _all_pairs or _on_mesh."""
+    pull, weighted_logs = _attraction(edges, y, cost)
     push, Z, mesh = repulsion(y, mesh)
     slope = 4 * (exaggeration * pull - push / y.dtype.type(Z))
-    return slope, kl + math.log(Z) if cost else None, mesh
+    kl = weighted_logs + math.log(Z) if cost else None
+    return slope, kl, mesh
 
 
 # --------------------------------------------------------------------------------------------------
@@ -393,29 +552,41 @@ def _gradient(edges, y, repulsion, mesh=None, exaggeration=1.0, cost=False):
 
 
 def _descend(edges, y, repulsion, progress):
-    """Places (N, 2) after SCHEDULE from y, and the divergence: gradient descent with momentum and
-    a gain for every coordinate (Jacobs 1988)."""
-    N, step, steps = len(y), 0, sum(stage[0] for stage in SCHEDULE)
-    velocity, gain, mesh = np.zeros_like(y), np.ones_like(y), None
+    """The map (N, 2) that SCHEDULE makes of y (N, 2), and its divergence: gradient descent with
+    momentum and a gain for every coordinate (Jacobs 1988)."""
+    N = len(y)
+    steps = sum(stage[0] for stage in SCHEDULE)
+    velocity = np.zeros_like(y)
+    gain = np.ones_like(y)
+    mesh = None
+    step = 0
     for count, exaggeration, rate, momentum in SCHEDULE:
-        for step in range(step + 1, step + count + 1):
+        for _ in range(count):
+            step += 1
+            report = progress is not None and step % 50 == 0
             slope, kl, mesh = _gradient(edges, y.astype(np.float32), repulsion, mesh, exaggeration,
-                                        progress is not None and step % 50 == 0)
-            gain = np.where((slope < 0) == (velocity > 0), gain + 0.2, gain * 0.8 + 0.01)
+                                        report)
+
+            # A coordinate's gain grows while it goes downhill and shrinks where it overshoots
+            downhill = (slope < 0) == (velocity > 0)
+            gain = np.where(downhill, gain + 0.2, gain * 0.8 + 0.01)
             velocity = momentum * velocity - rate * N / 4 * gain * slope
             y = y + velocity
             y -= y.mean(0)
             if progress:
                 progress(step, steps, kl)
-    return y, _gradient(edges, y.astype(np.float32), repulsion, mesh, cost=True)[1]
+    _, kl, _ = _gradient(edges, y.astype(np.float32), repulsion, mesh, cost=True)
+    return y, kl
 
 
 # --------------------------------------------------------------------------------------------------
-# what a figure shows: marks, each with the points it covers, its SVG, and its entry in the legend
+# what a figure shows: marks. Every mark has a name for the legend, extent() -> the points (m, 2)
+# that it covers in the data's units, draw(frame) -> lines of SVG, and key(x, y) -> the SVG of its
+# symbol in the legend, centred at the pixel (x, y)
 
 
 class Frame(NamedTuple):
-    """A plot's place on the page in pixels, and its limits in the data's units."""
+    """A plot's rectangle on the page in pixels, and its limits in the data's units."""
 
     left: float
     top: float
@@ -425,15 +596,17 @@ class Frame(NamedTuple):
     high: np.ndarray  # (2,)
 
     def place(self, points: np.ndarray) -> np.ndarray:
-        """Data (m, 2) -> page (m, 2), where y grows downwards."""
-        share = (np.asarray(points, np.float64).reshape(-1, 2) - self.low) / (self.high - self.low)
-        return np.stack([self.left + share[:, 0] * self.width,
-                         self.top + (1 - share[:, 1]) * self.height], 1)
+        """Data (m, 2) -> pixels (m, 2), where y grows downwards."""
+        points = np.asarray(points, np.float64).reshape(-1, 2)
+        share = (points - self.low) / (self.high - self.low)
+        x = self.left + share[:, 0] * self.width
+        y = self.top + (1 - share[:, 1]) * self.height
+        return np.stack([x, y], 1)
 
 
 class Cloud(NamedTuple):
-    """Many points, as a raster of their log density; several clouds shine through one another. With
-    no colour the density itself is coloured, in viridis."""
+    """Many points, as a raster of their log density; clouds that overlap both remain visible.
+    Without a colour the density is coloured in viridis."""
 
     name: str
     points: np.ndarray  # (m, 2)
@@ -443,9 +616,8 @@ class Cloud(NamedTuple):
         return self.points
 
     def draw(self, frame: Frame) -> list[str]:
-        at = frame.place(self.points) - (frame.left, frame.top)
-        content = density_png(at[:, 0], at[:, 1], round(frame.width), round(frame.height),
-                              self.colour)
+        x, y = (frame.place(self.points) - (frame.left, frame.top)).T
+        content = density_png(x, y, round(frame.width), round(frame.height), self.colour)
         uri = base64.b64encode(content).decode()
         return [f'<image x="{frame.left:.2f}" y="{frame.top:.2f}" width="{frame.width:.2f}" '
                 f'height="{frame.height:.2f}" xlink:href="data:image/png;base64,{uri}"/>']
@@ -454,37 +626,30 @@ class Cloud(NamedTuple):
         if self.colour:
             return (f'<rect x="{x - 6}" y="{y - 6}" width="12" height="12" rx="2" '
                     f'fill="{self.colour}" fill-opacity=".55"/>')
-        return "".join(f'<rect x="{x - 7 + 2 * i}" y="{y - 6}" width="2.2" height="12" '
-                       f'fill="{viridis(i / 6)}"/>' for i in range(7))
+        stripes = [f'<rect x="{x - 7 + 2 * i}" y="{y - 6}" width="2.2" height="12" '
+                   f'fill="{viridis(i / 6)}"/>' for i in range(7)]
+        return "".join(stripes)
 
 
 class Points(NamedTuple):
-    """Few points, each a marker, told apart in grey too: by shape, filled or hollow."""
+    """Few points, each a marker. Sets differ in shape and filling, so that grey paper tells them
+    apart."""
 
     name: str
     points: np.ndarray  # (m, 2)
     colour: str = VERMILION
     hollow: bool = False
     shape: str = "circle"  # or square, diamond, triangle
-    labels: tuple[str, ...] = ()  # beside the points
+    labels: tuple[str, ...] = ()  # texts next to the points
     size: float = 1.0
 
     def extent(self) -> np.ndarray:
         return self.points
 
     def draw(self, frame: Frame) -> list[str]:
-        at, out, taken = frame.place(self.points), [], []
-        for (x, y), text in zip(at, self.labels):
-            wide, text = 6 * len(text), _clean(text)
-            # right or left of its point, above or below, wherever there is room; else nowhere
-            for u, v in ((x + 6, y - 4), (x + 6, y + 11), (x - 6 - wide, y - 4),
-                         (x - 6 - wide, y + 11)):
-                if frame.left < u and u + wide < frame.left + frame.width and not any(
-                        u < b + w and b < u + wide and abs(v - c) < 10 for b, c, w in taken):
-                    out.append(f'<text class="label" x="{u:.2f}" y="{v:.2f}">{_xml(text)}</text>')
-                    taken.append((u, v, wide))
-                    break
-        return [_marker(x, y, self) for x, y in at] + out
+        pixels = frame.place(self.points)
+        markers = [_marker(x, y, self) for x, y in pixels]
+        return markers + _labels(frame, pixels, self.labels)
 
     def key(self, x: float, y: float) -> str:
         return _marker(x, y, self)
@@ -501,15 +666,15 @@ class Arrows(NamedTuple):
         return np.concatenate([self.start, self.end])
 
     def draw(self, frame: Frame) -> list[str]:
-        return [_arrow(np.stack(pair), "path") for pair in zip(frame.place(self.start),
-                                                               frame.place(self.end))]
+        pairs = zip(frame.place(self.start), frame.place(self.end))
+        return [_arrow(np.stack(pair), "path") for pair in pairs]
 
     def key(self, x: float, y: float) -> str:
         return _arrow(np.array([(x - 8.0, y), (x + 8.0, y)]), "path")
 
 
 class Trails(NamedTuple):
-    """Paths (T, 2) from place to place, from dark to light, with an arrow at their ends."""
+    """Paths, each (T, 2), whose steps are coloured from dark to light and end in an arrow."""
 
     name: str
     paths: list[np.ndarray]
@@ -518,23 +683,28 @@ class Trails(NamedTuple):
         return np.concatenate(self.paths)
 
     def draw(self, frame: Frame) -> list[str]:
-        out = []
+        lines = []
         for path in self.paths:
-            at = frame.place(path)
-            for i in range(len(at) - 1):
-                colour = viridis(0.25 + 0.6 * i / max(len(at) - 2, 1))
-                out.append(_arrow(at[i:i + 2], "trail", f' stroke="{colour}"', colour)
-                           if i == len(at) - 2 else _line(at[i:i + 2], "trail",
-                                                          f' stroke="{colour}"'))
-        return out
+            pixels = frame.place(path)
+            last = len(pixels) - 2
+            for i in range(last + 1):
+                step = pixels[i:i + 2]
+                colour = viridis(0.25 + 0.6 * i / max(last, 1))
+                stroke = f' stroke="{colour}"'
+                if i == last:
+                    lines.append(_arrow(step, "trail", stroke, colour))
+                else:
+                    lines.append(_line(step, "trail", stroke))
+        return lines
 
     def key(self, x: float, y: float) -> str:
-        return "".join(f'<path class="trail" stroke="{viridis(0.25 + 0.2 * i)}" '
-                       f'd="M{x - 8 + 4 * i} {y}h4"/>' for i in range(4))
+        steps = [f'<path class="trail" stroke="{viridis(0.25 + 0.2 * i)}" '
+                 f'd="M{x - 8 + 4 * i} {y}h4"/>' for i in range(4)]
+        return "".join(steps)
 
 
 class Curve(NamedTuple):
-    """y over x, both (m,), and a band from low to high if they are given."""
+    """y over x, both (m,), with a band from low to high (m,) if those are given."""
 
     name: str
     x: np.ndarray
@@ -545,27 +715,35 @@ class Curve(NamedTuple):
     dots: bool = False
 
     def extent(self) -> np.ndarray:
-        return np.concatenate([np.stack([self.x, v], 1) for v in (self.y, self.low, self.high)
-                               if v is not None])
+        heights = [v for v in (self.y, self.low, self.high) if v is not None]
+        return np.concatenate([np.stack([self.x, v], 1) for v in heights])
 
     def draw(self, frame: Frame) -> list[str]:
-        at, out = frame.place(np.stack([self.x, self.y], 1)), []
+        lines = []
         if self.low is not None:
-            edge = np.concatenate([np.stack([self.x, self.high], 1),
-                                   np.stack([self.x, self.low], 1)[::-1]])
-            out.append(f'<path fill="{self.colour}" fill-opacity=".18" '
-                       f'd="{_path(frame.place(edge))}Z"/>')
-        out.append(_line(at, "curve", f' stroke="{self.colour}"'))
-        return out + [_marker(x, y, Points("", at, self.colour)) for x, y in at if self.dots]
+            # The band's outline: along its upper edge and back along the lower one
+            upper = np.stack([self.x, self.high], 1)
+            lower = np.stack([self.x, self.low], 1)
+            outline = frame.place(np.concatenate([upper, lower[::-1]]))
+            lines.append(f'<path fill="{self.colour}" fill-opacity=".18" d="{_path(outline)}Z"/>')
+
+        pixels = frame.place(np.stack([self.x, self.y], 1))
+        lines.append(_line(pixels, "curve", f' stroke="{self.colour}"'))
+        if self.dots:
+            dot = Points("", pixels, self.colour)
+            lines += [_marker(x, y, dot) for x, y in pixels]
+        return lines
 
     def key(self, x: float, y: float) -> str:
         line = f'<path class="curve" stroke="{self.colour}" d="M{x - 8} {y}h16"/>'
-        return line + (_marker(x, y, Points("", None, self.colour)) if self.dots else "")
+        if self.dots:
+            line += _marker(x, y, Points("", None, self.colour))
+        return line
 
 
 class Heat(NamedTuple):
-    """A matrix (rows, columns) of numbers, each a coloured cell, written out where there is room;
-    nan is an empty one."""
+    """A matrix (rows, columns) of numbers as coloured cells, with the numbers in them if there is
+    room. The cell of a nan is empty."""
 
     values: np.ndarray
     rows: tuple[str, ...]
@@ -578,37 +756,52 @@ class Heat(NamedTuple):
         return np.array([(0, 0), self.values.shape[::-1]])
 
     def draw(self, frame: Frame) -> list[str]:
-        (R, C), out = self.values.shape, []
-        wide, tall = frame.width / C, frame.height / R
+        R, C = self.values.shape
+        width = frame.width / C
+        height = frame.height / R
+        lines = []
         for r, c in np.ndindex(R, C):
-            x, y, value = frame.left + c * wide, frame.top + r * tall, self.values[r, c]
-            if np.isfinite(value):
-                share = float(np.clip((value - self.low) / (self.high - self.low), 0, 1))
-                out.append(f'<rect x="{x:.2f}" y="{y:.2f}" width="{wide + .3:.2f}" '
-                           f'height="{tall + .3:.2f}" fill="{viridis(share)}"/>')
-                ink = "#fff" if share < 0.6 else "#111"
-                text = f"{value:.2f}" if wide >= 27 else f"{value:.1f}" if wide >= 20 else ""
-                out.append(f'<text class="cell" style="fill:{ink}" x="{x + wide / 2:.2f}" '
-                           f'y="{y + tall / 2 + 4:.2f}">{text}</text>')
-        out += [f'<text class="small" text-anchor="end" x="{frame.left - 6:.2f}" '
-                f'y="{frame.top + (r + .5) * tall + 4:.2f}">{_xml(name)}</text>'
-                for r, name in enumerate(self.rows)]
+            if np.isfinite(self.values[r, c]):
+                lines += self._cell(self.values[r, c], frame.left + c * width,
+                                    frame.top + r * height, width, height)
+
+        for r, name in enumerate(self.rows):
+            y = frame.top + (r + .5) * height + 4
+            lines.append(f'<text class="small" text-anchor="end" x="{frame.left - 6:.2f}" '
+                         f'y="{y:.2f}">{_xml(name)}</text>')
+
+        # Columns' names are slanted and end at their columns
+        y = frame.top + frame.height + 12
         for c, name in enumerate(self.columns):
-            x, y = frame.left + (c + .5) * wide, frame.top + frame.height + 12
-            out.append(f'<text class="small" text-anchor="end" transform="translate({x + 4:.2f} '
-                       f'{y:.2f}) rotate(-40)">{_xml(name)}</text>')
-        return out
+            x = frame.left + (c + .5) * width + 4
+            lines.append(f'<text class="small" text-anchor="end" transform="translate({x:.2f} '
+                         f'{y:.2f}) rotate(-40)">{_xml(name)}</text>')
+        return lines
+
+    def _cell(self, value, x, y, width, height):
+        share = float(np.clip((value - self.low) / (self.high - self.low), 0, 1))
+        ink = "#fff" if share < 0.6 else "#111"  # on viridis' dark half, and on its light one
+        text = ""
+        if width >= 27:
+            text = f"{value:.2f}"
+        elif width >= 20:
+            text = f"{value:.1f}"
+        return [f'<rect x="{x:.2f}" y="{y:.2f}" width="{width + .3:.2f}" '
+                f'height="{height + .3:.2f}" fill="{viridis(share)}"/>',
+                f'<text class="cell" style="fill:{ink}" x="{x + width / 2:.2f}" '
+                f'y="{y + height / 2 + 4:.2f}">{text}</text>']
 
     def key(self, x: float, y: float) -> str:
         return ""
 
 
 # --------------------------------------------------------------------------------------------------
-# a figure: panels of marks, a legend beside them, a caption below
+# a figure: panels of marks, a legend to their right, a table and a caption below
 
 
 class Panel(NamedTuple):
-    """One plot. Marks are drawn in their order, and of equal names one is in the legend."""
+    """One plot. Marks are drawn in their order. Marks with one name share an entry in the legend,
+    which shows the last one's symbol."""
 
     marks: list  # Cloud, Points, Arrows, Trails, Curve, Heat
     axes: tuple[str, str] = ("", "")
@@ -619,6 +812,7 @@ class Panel(NamedTuple):
 
 
 WIDTH, LEGEND = 720, 190  # pixels; 178 mm, a double column
+MARGIN = 20  # left and right of everything
 STYLE = """text{font-family:Helvetica,Arial,sans-serif;fill:#222;font-size:13px}
 .paper,.halo{fill:#fff}.frame,.tick{stroke:#888;fill:none}.grid{stroke:#888;stroke-opacity:.15}
 .path{stroke:#555;stroke-opacity:.6;stroke-width:1;fill:none}
@@ -633,157 +827,313 @@ STYLE = """text{font-family:Helvetica,Arial,sans-serif;fill:#222;font-size:13px}
 [stroke="#000000"]{stroke:#ddd}[fill="#000000"]{fill:#ddd}}"""
 
 
-def figure(panels: list[Panel], title: str = "", caption: str = "",
-           columns: int | None = None) -> str:
-    """An SVG figure of panels in a grid. The caption carries the provenance. The same data give the
-    same bytes."""
+def figure(panels: list[Panel], title: str = "", caption: str = "", columns: int | None = None,
+           table: dict[str, float | str] | None = None) -> str:
+    """An SVG figure: panels in a grid of so many columns (at most 4 by default), their legend, a
+    table of names and values, and a caption, which carries the provenance. The same data give the
+    same bytes.
+
+    The table's numbers have three significant digits, but whole numbers and those from 1000 to a
+    million are written without decimals."""
     if not panels or not all(panel.marks for panel in panels):
         raise PictureError("nothing to draw: give at least one panel, and each a mark")
-    columns = columns or min(len(panels), 4)
-    keys = {mark.name: mark for panel in panels for mark in panel.marks if mark.name}
-    left = [max(map(_left, panels[c::columns])) for c in range(columns)]
-    side = (WIDTH - 34 - (LEGEND if keys else 0) - 12 * (columns - 1) - sum(left)) / columns
-    # panels side by side have one shape
-    aspect = max(_frame(p, 1).height for p in panels) if columns > 1 and all(
-        p.equal for p in panels) else None
-    head, top, body = (44 if title else 16), 0.0, []
-    for first in range(0, len(panels), columns):
-        row = panels[first:first + columns]
-        frames = [_frame(p, side, aspect) for p in row]
-        above = 18 if any(p.title for p in row) else 0
-        for c, (panel, frame) in enumerate(zip(row, frames)):
-            body += _draw_panel(panel, frame._replace(
-                left=20 + sum(left[:c + 1]) + c * (side + 12), top=head + top + above))
-        top += above + max(f.height for f in frames) + max(map(_below, row))
-    # the legend stands to the right, where it covers nothing
-    x, y = WIDTH - LEGEND + 6, head + 12
-    for name, mark in keys.items():
-        rows = textwrap.wrap(_clean(name), 22) or [""]
-        body.append(mark.key(x, y))
-        body += [f'<text class="small" x="{x + 15}" y="{y + 4 + 14 * i}">{_xml(line)}</text>'
-                 for i, line in enumerate(rows)]
-        y += 14 * len(rows) + 8
-    bottom = max(head + top, y) + 10
-    notes = textwrap.wrap(_clean(caption), 116)
-    body += [f'<text class="note" x="20" y="{bottom + 8 + 15 * i:.2f}">{_xml(note)}</text>'
-             for i, note in enumerate(notes)]
+    entries = {}
+    for panel in panels:
+        for mark in panel.marks:
+            if mark.name:
+                entries[mark.name] = mark
+
+    top = 44 if title else 16
+    width = WIDTH - 34 - (LEGEND if entries else 0)
+    drawing, grid_height = _draw_grid(panels, columns or min(len(panels), 4), width, top)
+
+    # The legend stands to the right of the panels, where it covers nothing
+    legend, legend_bottom = _draw_legend(entries, WIDTH - LEGEND + 6, top + 12)
+    bottom = max(top + grid_height, legend_bottom) + 10
+    table_lines, bottom = _draw_table(table or {}, bottom)
+    notes = []
+    for i, line in enumerate(textwrap.wrap(_clean(caption), 116)):
+        notes.append(f'<text class="note" x="{MARGIN}" y="{bottom + 8 + 15 * i:.2f}">'
+                     f'{_xml(line)}</text>')
+
     height = round(bottom + 15 * len(notes) + 8)
-    return "\n".join([
+    head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {WIDTH} {height}" width="178mm" height="{178 * height / WIDTH:.2f}mm" '
-        f'role="img" aria-label="{_attribute(title)}">', f"<style>{STYLE}</style>",
+        f'role="img" aria-label="{_attribute(title)}">',
+        f"<style>{STYLE}</style>",
         f'<rect class="paper" width="{WIDTH}" height="{height}"/>',
-        f'<text class="title" x="20" y="26">{_xml(title)}</text>', *body]) + "\n</svg>\n"
+        f'<text class="title" x="{MARGIN}" y="26">{_xml(title)}</text>']
+    return "\n".join([*head, *drawing, *legend, *table_lines, *notes]) + "\n</svg>\n"
+
+
+def _draw_grid(panels, columns, width, top):
+    """Lines of SVG of panels in rows of so many columns, within a width, below top; and the
+    height that they take."""
+    gap = 12
+    left = []  # room left of the panels of every column
+    for c in range(columns):
+        left.append(max(_left(panel) for panel in panels[c::columns]))
+    side = (width - gap * (columns - 1) - sum(left)) / columns
+
+    # Panels next to one another have one shape, that of the tallest
+    aspect = None
+    if columns > 1 and all(panel.equal for panel in panels):
+        aspect = max(_frame(panel, 1).height for panel in panels)
+
+    lines = []
+    height = 0.0
+    for first in range(0, len(panels), columns):
+        row = panels[first:first + columns]
+        frames = [_frame(panel, side, aspect) for panel in row]
+        above = 18 if any(panel.title for panel in row) else 0
+        below = max(_below(panel) for panel in row)
+        for c, (panel, frame) in enumerate(zip(row, frames)):
+            x = MARGIN + sum(left[:c + 1]) + c * (side + gap)
+            lines += _draw_panel(panel, frame._replace(left=x, top=top + height + above))
+        height += above + max(frame.height for frame in frames) + below
+    return lines, height
+
+
+def _draw_legend(entries, x, y):
+    """Lines of SVG of a legend of marks {name: mark}, the first symbol at the pixel (x, y); and
+    where the next would be."""
+    lines = []
+    for name, mark in entries.items():
+        wrapped = textwrap.wrap(_clean(name), 22) or [""]
+        lines.append(mark.key(x, y))
+        for i, text in enumerate(wrapped):
+            lines.append(f'<text class="small" x="{x + 15}" y="{y + 4 + 14 * i}">'
+                         f'{_xml(text)}</text>')
+        y += 14 * len(wrapped) + 8
+    return lines, y
+
+
+def _draw_table(table, top):
+    """Lines of SVG of a table {name: value} below top, between two rules; and where it ends. Pairs
+    run down the first column, then down the next."""
+    if not table:
+        return [], top
+    names = [_cut(_clean(name), 60) for name in table]
+    values = [_cut(_number(value), 40) for value in table.values()]
+
+    # A character is about 6 pixels wide. As many columns as there is room for, filled evenly
+    gap = 28
+    pair = 6 * max(map(len, names)) + 10 + 6 * max(map(len, values))
+    columns = max(1, int((WIDTH - 2 * MARGIN + gap) // (pair + gap)))
+    rows = math.ceil(len(names) / columns)
+    columns = math.ceil(len(names) / rows)
+
+    width = columns * (pair + gap) - gap
+    bottom = top + 15 * rows + 10
+    lines = [f'<path class="tick" d="M{MARGIN} {y:.2f}h{width}"/>' for y in (top, bottom)]
+    for i, (name, value) in enumerate(zip(names, values)):
+        column, row = divmod(i, rows)
+        x = MARGIN + column * (pair + gap)
+        y = top + 15 * row + 16
+        lines.append(f'<text class="note" x="{x}" y="{y:.2f}">{_xml(name)}</text>')
+        lines.append(f'<text class="small" x="{x + pair}" y="{y:.2f}" text-anchor="end">'
+                     f'{_xml(value)}</text>')
+    return lines, bottom + 10
+
+
+def _cut(text, most):
+    """text, or as much of it as fits into so many characters, with an ellipsis."""
+    return text if len(text) <= most else text[:most - 1] + "\u2026"
+
+
+def _number(value):
+    """A table's value as text: a text as it is, a whole number, or one from 1000 to a million,
+    without decimals, and any other number to three significant digits."""
+    if isinstance(value, str):
+        return _clean(value)
+    if isinstance(value, (int, np.integer)) or 1000 <= abs(value) < 1e6:
+        digits = f"{value:.0f}"
+    else:
+        digits = f"{value:#.3g}".removesuffix(".")  # "#" writes 5.50 and 0.900, but also 123.
+    return digits.replace("-", "\u2212")
 
 
 def _left(panel: Panel) -> float:
-    """Room for what stands left of a panel: ticks, its axis's name, a matrix's rows."""
+    """Room for what stands left of a panel: ticks and the axis's name, or a matrix's row names."""
     if isinstance(panel.marks[0], Heat):
         return 6.2 * max(map(len, panel.marks[0].rows)) - 2
-    return 40 * panel.ticks + 18 * bool(panel.axes[1])
+    ticks = 40 if panel.ticks else 0
+    name = 18 if panel.axes[1] else 0
+    return ticks + name
 
 
 def _below(panel: Panel) -> float:
-    """Room for what stands under it."""
+    """Room for what stands under a panel: ticks and the axis's name, or a matrix's column names."""
     if isinstance(panel.marks[0], Heat):
         return 24 + 4.4 * max(map(len, panel.marks[0].columns))
-    return 12 + 16 * panel.ticks + 18 * bool(panel.axes[0])
+    ticks = 16 if panel.ticks else 0
+    name = 18 if panel.axes[0] else 0
+    return 12 + ticks + name
 
 
 def _frame(panel: Panel, side: float, aspect: float | None = None) -> Frame:
-    """The panel's limits and size, its place left open. aspect: height over width."""
-    points = np.concatenate([m.extent() for m in panel.marks]) \
-        if panel.frame is None else panel.frame
-    if not len(points) or not all(np.isfinite(m.extent()).all() for m in panel.marks):
+    """A panel's limits, and its size for a width of side; left and top are 0 for the caller to set.
+    aspect is height over width; None lets the data choose it."""
+    extents = [mark.extent() for mark in panel.marks]
+    points = np.concatenate(extents) if panel.frame is None else panel.frame
+    if not len(points) or not all(np.isfinite(extent).all() for extent in extents):
         raise PictureError("no points, or points that are not finite: leave those out")
-    low, high = points.min(0).astype(np.float64), points.max(0).astype(np.float64)
+    low = points.min(0).astype(np.float64)
+    high = points.max(0).astype(np.float64)
     if isinstance(panel.marks[0], Heat):
         return Frame(0, 0, side, side * high[1] / high[0], low, high)
+
+    # Around all points, with a margin of 6 % of half the range
+    middle = (low + high) / 2
     half = np.maximum((high - low) / 2 * 1.06, 1e-12)
     if not panel.equal:
-        half = np.where(high > low, half, np.maximum(np.abs(high), 1) / 2)
-        return Frame(0, 0, side, 0.75 * side, (low + high) / 2 - half, (low + high) / 2 + half)
-    # around all points with a margin, from half as tall as wide to square and a tenth
+        flat = np.maximum(np.abs(high), 1) / 2  # where all points agree in a coordinate
+        half = np.where(high > low, half, flat)
+        return Frame(0, 0, side, 0.75 * side, middle - half, middle + half)
+
+    # With one scale for both axes: from half as tall as wide to a tenth taller than wide
     half[0] = max(half[0], half[1] / (aspect or 1.1))
     half[1] = max(half[1], half[0] * (aspect or 0.5))
-    middle = (low + high) / 2
     return Frame(0, 0, side, side * half[1] / half[0], middle - half, middle + half)
 
 
-def _draw_panel(panel: Panel, f: Frame) -> list[str]:
-    out, middle, end = [], f.left + f.width / 2, f.top + f.height
+def _draw_panel(panel: Panel, frame: Frame) -> list[str]:
     heat = isinstance(panel.marks[0], Heat)
+    lines = []
     if panel.title:
-        out.append(f'<text class="panel" x="{f.left:.2f}" y="{f.top - 6:.2f}">'
-                   f'{_xml(panel.title)}</text>')
-    for axis in range(2) if panel.ticks and not heat else ():
-        for tick in _ticks(f.low[axis], f.high[axis], 5 if f.width > 250 else 4):
-            x, y = f.place(np.where(np.arange(2) == axis, tick, f.low))[0]
-            label = f"{tick:.6g}".replace("-", "\u2212")
-            out.append(f'<path class="grid" d="M{x:.2f} {f.top:.2f}v{f.height:.2f}"/>'
-                       f'<path class="tick" d="M{x:.2f} {end:.2f}v4"/><text class="small" '
-                       f'x="{x:.2f}" y="{end + 16:.2f}" text-anchor="middle">{label}</text>'
-                       if axis == 0 else
-                       f'<path class="grid" d="M{f.left:.2f} {y:.2f}h{f.width:.2f}"/>'
-                       f'<path class="tick" d="M{f.left - 4:.2f} {y:.2f}h4"/><text class="small" '
-                       f'x="{f.left - 7:.2f}" y="{y + 4:.2f}" text-anchor="end">{label}</text>')
-    # what lies beyond the limits is cut off at them
-    name = f"c{zlib.crc32(repr((f.left, f.top)).encode()):08x}"
-    out.append(f'<clipPath id="{name}"><rect x="{f.left:.2f}" y="{f.top:.2f}" '
-               f'width="{f.width:.2f}" height="{f.height:.2f}"/></clipPath>')
-    drawn = [line for mark in panel.marks for line in mark.draw(f)]
-    out += drawn if heat else [f'<g clip-path="url(#{name})">', *drawn, "</g>"]
-    out.append(f'<rect class="frame" x="{f.left:.2f}" y="{f.top:.2f}" width="{f.width:.2f}" '
-               f'height="{f.height:.2f}"/>')
-    for text, where in ((panel.axes[0], f'x="{middle:.2f}" '
-                         f'y="{end + 14 + 18 * panel.ticks:.2f}"'),
-                        (panel.axes[1], f'transform="translate('
-                         f'{f.left - 8 - 39 * panel.ticks:.2f} {f.top + f.height / 2:.2f}) '
-                         'rotate(-90)"')):
-        if text:
-            out.append(f'<text class="small" {where} text-anchor="middle">{_xml(text)}</text>')
-    return out
+        lines.append(f'<text class="panel" x="{frame.left:.2f}" y="{frame.top - 6:.2f}">'
+                     f'{_xml(panel.title)}</text>')
+    if panel.ticks and not heat:
+        lines += _draw_ticks(frame)
+
+    # What lies beyond the limits is clipped, except a matrix, whose names lie outside
+    name = f"c{zlib.crc32(repr((frame.left, frame.top)).encode()):08x}"
+    rectangle = (f'x="{frame.left:.2f}" y="{frame.top:.2f}" width="{frame.width:.2f}" '
+                 f'height="{frame.height:.2f}"')
+    lines.append(f'<clipPath id="{name}"><rect {rectangle}/></clipPath>')
+    marks = []
+    for mark in panel.marks:
+        marks += mark.draw(frame)
+    lines += marks if heat else [f'<g clip-path="url(#{name})">', *marks, "</g>"]
+    lines.append(f'<rect class="frame" {rectangle}/>')
+    return lines + _draw_axis_names(panel, frame)
 
 
-def _path(at: np.ndarray) -> str:
-    return "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in at)
+def _draw_ticks(frame: Frame) -> list[str]:
+    """Ticks with their numbers and grid lines: those of the x axis, then those of the y axis."""
+    about = 5 if frame.width > 250 else 4
+    bottom = frame.top + frame.height
+    lines = []
+    for tick in _ticks(frame.low[0], frame.high[0], about):
+        x, _ = frame.place(np.array([tick, frame.low[1]]))[0]
+        lines.append(f'<path class="grid" d="M{x:.2f} {frame.top:.2f}v{frame.height:.2f}"/>'
+                     f'<path class="tick" d="M{x:.2f} {bottom:.2f}v4"/><text class="small" '
+                     f'x="{x:.2f}" y="{bottom + 16:.2f}" text-anchor="middle">'
+                     f'{_tick_label(tick)}</text>')
+    for tick in _ticks(frame.low[1], frame.high[1], about):
+        _, y = frame.place(np.array([frame.low[0], tick]))[0]
+        lines.append(f'<path class="grid" d="M{frame.left:.2f} {y:.2f}h{frame.width:.2f}"/>'
+                     f'<path class="tick" d="M{frame.left - 4:.2f} {y:.2f}h4"/>'
+                     f'<text class="small" x="{frame.left - 7:.2f}" y="{y + 4:.2f}" '
+                     f'text-anchor="end">{_tick_label(tick)}</text>')
+    return lines
 
 
-def _line(at: np.ndarray, kind: str, more: str = "") -> str:
-    return f'<path class="{kind}"{more} d="{_path(at)}"/>'
+def _tick_label(tick: float) -> str:
+    return f"{tick:.6g}".replace("-", "\u2212")
 
 
-def _arrow(at: np.ndarray, kind: str, more: str = "", colour: str = "") -> str:
-    """A line between two places with a head at the second; where they meet there is none."""
-    step = at[1] - at[0]
-    length = math.hypot(*step)
+def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from low to high, about so many: multiples of 1, 2, 2.5 or 5 times a power of
+    ten."""
+    smallest = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(smallest))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= smallest)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _draw_axis_names(panel: Panel, frame: Frame) -> list[str]:
+    """The names of the axes, further out if there are ticks."""
+    lines = []
+    if panel.axes[0]:
+        x = frame.left + frame.width / 2
+        y = frame.top + frame.height + 14 + (18 if panel.ticks else 0)
+        lines.append(f'<text class="small" x="{x:.2f}" y="{y:.2f}" text-anchor="middle">'
+                     f'{_xml(panel.axes[0])}</text>')
+    if panel.axes[1]:
+        x = frame.left - 8 - (39 if panel.ticks else 0)
+        y = frame.top + frame.height / 2
+        lines.append(f'<text class="small" transform="translate({x:.2f} {y:.2f}) rotate(-90)" '
+                     f'text-anchor="middle">{_xml(panel.axes[1])}</text>')
+    return lines
+
+
+def _path(pixels: np.ndarray) -> str:
+    return "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in pixels)
+
+
+def _line(pixels: np.ndarray, kind: str, attributes: str = "") -> str:
+    return f'<path class="{kind}"{attributes} d="{_path(pixels)}"/>'
+
+
+def _arrow(pixels: np.ndarray, kind: str, attributes: str = "", colour: str = "") -> str:
+    """A line between two pixels (2, 2) with a head at the second; nothing if they coincide."""
+    start, end = pixels
+    length = math.hypot(*(end - start))
     if length < 1:
         return ""
-    along, size = step / length, min(6.0, length)
-    base, across = at[1] - size * along, np.array([-along[1], along[0]]) * size * 0.42
+
+    # The head is a triangle whose tip is the end
+    direction = (end - start) / length
+    normal = np.array([-direction[1], direction[0]])
+    size = min(6.0, length)
+    base = end - size * direction
+    half_width = normal * size * 0.42
+    head = np.stack([end, base + half_width, base - half_width])
     fill = f' style="fill:{colour};fill-opacity:1"' if colour else ""
-    return _line(at, kind, more) + f'<path class="head"{fill} ' \
-        f'd="{_path(np.stack([at[1], base + across, base - across]))}Z"/>'
+    line = _line(pixels, kind, attributes)
+    return f'{line}<path class="head"{fill} d="{_path(head)}Z"/>'
 
 
 SHAPES = {"square": "M-3.8 -3.8h7.6v7.6h-7.6Z", "diamond": "M0 -5.2L5.2 0L0 5.2L-5.2 0Z",
           "triangle": "M0 -5L4.8 3.6H-4.8Z"}
 
 
-def _marker(x: float, y: float, s: Points) -> str:
-    look = f'class="halo" fill-opacity=".75" stroke="{s.colour}" stroke-width="1.6"' \
-        if s.hollow else f'fill="{s.colour}" stroke="#fff" stroke-width=".7"'
-    if s.shape == "circle":
-        return f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{4.2 * s.size:.2f}" {look}/>'
-    return f'<path transform="translate({x:.2f} {y:.2f}) scale({s.size:g})" ' \
-        f'd="{SHAPES[s.shape]}" {look}/>'
+def _marker(x: float, y: float, style: Points) -> str:
+    """A marker at the pixel (x, y), of the shape, colour, filling and size of these Points."""
+    if style.hollow:
+        look = f'class="halo" fill-opacity=".75" stroke="{style.colour}" stroke-width="1.6"'
+    else:
+        look = f'fill="{style.colour}" stroke="#fff" stroke-width=".7"'
+    if style.shape == "circle":
+        return f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{4.2 * style.size:.2f}" {look}/>'
+    return (f'<path transform="translate({x:.2f} {y:.2f}) scale({style.size:g})" '
+            f'd="{SHAPES[style.shape]}" {look}/>')
 
 
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)
-    return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def _labels(frame: Frame, pixels: np.ndarray, texts: tuple[str, ...]) -> list[str]:
+    """The texts of points (m, 2) within the frame. A text stands right or left of its point, above
+    or below; where it would cover another text in all four places it is left out."""
+    lines = []
+    taken = []  # (left, baseline, width) of the texts so far
+    for (x, y), text in zip(pixels, texts):
+        width = 6 * len(text)
+        left = x - 6 - width
+        for u, v in ((x + 6, y - 4), (x + 6, y + 11), (left, y - 4), (left, y + 11)):
+            inside = frame.left < u and u + width < frame.left + frame.width
+            if inside and not _covers((u, v, width), taken):
+                lines.append(f'<text class="label" x="{u:.2f}" y="{v:.2f}">{_xml(text)}</text>')
+                taken.append((u, v, width))
+                break
+    return lines
+
+
+def _covers(box: tuple, boxes: list[tuple]) -> bool:
+    """Does a text of 10 pixels height, (left, baseline, width), overlap one of the others?"""
+    left, baseline, width = box
+    return any(left < x + w and x < left + width and abs(baseline - y) < 10 for x, y, w in boxes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -801,38 +1151,53 @@ def viridis(share: float) -> str:
 
 
 def _viridis(share: float) -> list[int]:
-    at = np.clip(share, 0, 1) * (len(VIRIDIS) - 1)
-    return [round(float(np.interp(at, np.arange(len(VIRIDIS)), channel))) for channel in VIRIDIS.T]
+    """Red, green and blue, from 0 to 255."""
+    position = np.clip(share, 0, 1) * (len(VIRIDIS) - 1)
+    stops = np.arange(len(VIRIDIS))
+    return [round(float(np.interp(position, stops, channel))) for channel in VIRIDIS.T]
 
 
 def density_png(x: np.ndarray, y: np.ndarray, width: int, height: int,
                 colour: str | None = GREY, scale: int = 2) -> bytes:
-    """Points at pixels (x, y) of a plot -> a palette PNG of their log density, each point a small
-    disc; with no colour in viridis. Points outside of the plot are left out.
+    """A palette PNG of the log density of points at the pixels x and y (N,) of a plot of width by
+    height pixels, drawn at `scale` times that resolution. Every point is a small disc. Without a
+    colour the density is coloured in viridis. Points outside of the plot are left out.
 
-    Transparent where nothing is, so it stands on a light and on a dark page alike."""
-    inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
+    It is transparent where there are no points, so it suits a light and a dark page."""
+    # How many points are in every pixel
     count = np.zeros((height * scale, width * scale))
-    row, column = (np.clip((v[inside] * scale).astype(np.int64), 0, n - 1)
-                   for v, n in zip((y, x), count.shape))
+    inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
+    column = np.clip((x[inside] * scale).astype(np.int64), 0, width * scale - 1)
+    row = np.clip((y[inside] * scale).astype(np.int64), 0, height * scale - 1)
     np.add.at(count, (row, column), 1)
-    crowd = len(x) * (500 / max(width, 1)) ** 2  # small panels fill earlier
-    radius = 3 if crowd < 20_000 else 2 if crowd < 60_000 else 1
+
+    # The more points, the smaller their discs; a small panel fills with fewer points
+    crowd = len(x) * (500 / max(width, 1)) ** 2
+    if crowd < 20_000:
+        radius = 3
+    elif crowd < 60_000:
+        radius = 2
+    else:
+        radius = 1
     spread = np.zeros_like(count)
     padded = np.pad(count, radius)
+    H, W = count.shape
     for dy in range(-radius, radius + 1):
         for dx in range(-radius, radius + 1):
             if dx * dx + dy * dy <= radius * radius + 1:
-                spread += padded[radius + dy:radius + dy + len(count),
-                                 radius + dx:radius + dx + count.shape[1]]
-    level = np.log1p(spread)
-    level = np.ceil(15 * level / max(level.max(), 1e-9)).astype(np.uint8)  # 0 is empty, 1 to 15
+                spread += padded[radius + dy:radius + dy + H, radius + dx:radius + dx + W]
+
+    # Level 0 is empty, 1 to 15 are shades
+    density = np.log1p(spread)
+    level = np.ceil(15 * density / max(density.max(), 1e-9)).astype(np.uint8)
     shares = np.arange(16) / 15
     if colour:
-        palette = bytes(int(colour[i:i + 2], 16) for i in (1, 3, 5)) * 16
-        alpha = bytes([0] + [int(80 + 140 * s) for s in shares[1:]])
+        # One colour, the more opaque the denser
+        red_green_blue = bytes(int(colour[i:i + 2], 16) for i in (1, 3, 5))
+        palette = red_green_blue * 16
+        alpha = bytes([0] + [int(80 + 140 * share) for share in shares[1:]])
     else:
-        palette = bytes(channel for s in shares for channel in _viridis(s))
+        palette = b"".join(bytes(_viridis(share)) for share in shares)
         alpha = bytes([0] + [255] * 15)
     return png(level, palette, alpha)
 
@@ -841,22 +1206,31 @@ def png(index: np.ndarray, palette: bytes, alpha: bytes) -> bytes:
     """A palette PNG of four bits a pixel: index (height, width) below 16, palette 3 bytes and alpha
     1 byte a colour."""
     height, width = index.shape
-    index = np.pad(index, ((0, 0), (0, width % 2)))
-    rows = (index[:, ::2] << 4 | index[:, 1::2]).astype(np.uint8)
-    # filter 0 before every row
-    raw = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1).tobytes()
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (struct.pack(">I", len(data)) + kind + data
-                + struct.pack(">I", zlib.crc32(kind + data)))
+    # Two pixels a byte, the left one in the high bits; a byte 0, no filter, begins every row
+    even = np.pad(index, ((0, 0), (0, width % 2)))
+    packed = (even[:, ::2] << 4 | even[:, 1::2]).astype(np.uint8)
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), packed], axis=1)
 
-    header = struct.pack(">IIBBBBB", width, height, 4, 3, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"PLTE", palette)
-            + chunk(b"tRNS", alpha) + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b""))
+    bit_depth, palette_colours = 4, 3
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, palette_colours, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"PLTE", palette)
+            + _chunk(b"tRNS", alpha) + _chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
+            + _chunk(b"IEND", b""))
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    """A PNG chunk: length, kind, data, checksum."""
+    checksum = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
 # --------------------------------------------------------------------------------------------------
 # a terminal
+
+
+# The bits of a braille character's dots, (4, 2)
+BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 
 def braille(background: np.ndarray, series: list[tuple[str, np.ndarray]], columns: int = 76,
@@ -864,23 +1238,23 @@ def braille(background: np.ndarray, series: list[tuple[str, np.ndarray]], column
     """A picture in characters: background (N, 2) as braille dots, eight a character, and on it the
     points (m, 2) of each series as its letter. Both axes have one scale, if a character is twice
     as tall as wide."""
-    points = np.concatenate([background, *(p for _, p in series)])
-    frame = _frame(Panel([Points("", points)]), 2.0 * columns, 2 * rows / columns)
-    cells = np.zeros((4 * rows, 2 * columns), bool)
+    # A plot whose pixels are dots: 4 rows and 2 columns of them a character
+    height, width = 4 * rows, 2 * columns
+    points = np.concatenate([background, *(x for _, x in series)])
+    frame = _frame(Panel([Points("", points)]), float(width), 2 * rows / columns)
+    last = (width - 1, height - 1)
 
-    def place(x):
-        at = frame.place(x).astype(np.int64)
-        return at[:, 1].clip(0, 4 * rows - 1), at[:, 0].clip(0, 2 * columns - 1)
+    dots = np.zeros((height, width), bool)
+    x, y = frame.place(background).astype(np.int64).clip(0, last).T
+    dots[y, x] = True
+    codes = (dots.reshape(rows, 4, columns, 2) * BRAILLE[:, None]).sum((1, 3))
+    characters = np.where(codes > 0, codes + 0x2800, ord(" "))
+    text = [[chr(code) for code in row] for row in characters]
 
-    cells[place(background)] = True
-    # the dots' bits: down the left column, down the right one, then the two of the last row
-    bits = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
-    codes = (cells.reshape(rows, 4, columns, 2) * bits[:, None]).sum((1, 3))
-    text = [[chr(0x2800 + c) if c else " " for c in row] for row in codes]
-    for letter, x in series:
-        y, x = place(x)
-        for r, c in zip(y // 4, x // 2):
-            text[r][c] = letter
+    for letter, letter_points in series:
+        x, y = frame.place(letter_points).astype(np.int64).clip(0, last).T
+        for row, column in zip(y // 4, x // 2):
+            text[row][column] = letter
     return "\n".join("".join(row).rstrip() for row in text).strip("\n")
 
 
@@ -889,8 +1263,7 @@ def braille(background: np.ndarray, series: list[tuple[str, np.ndarray]], column
 
 
 def _clean(text: str) -> str:
-    """Without what XML forbids: control characters, surrogates, U+FFFE and U+FFFF. They
-    are shown as U+FFFD."""
+    """text with U+FFFD for what XML forbids: control characters, surrogates, U+FFFE and U+FFFF."""
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
 
 
@@ -898,17 +1271,26 @@ def _xml(text: str) -> str:
     return escape(_clean(text))
 
 
-def visible(text: str) -> str:
-    """A token's text as it is read: a space in front as U+2423, line breaks, controls, directions
-    and invisible characters as escapes."""
-    def escape_(c: str) -> str:
-        return c.encode("unicode_escape").decode() if unicodedata.category(c) in (
-            "Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else c
-    return "".join(map(escape_, re.sub("^ | $", "\u2423", text)))
-
-
 def _attribute(text: str) -> str:
     return escape(_clean(text), {'"': "&quot;"})
+
+
+# Unicode categories of characters that are not seen: controls, formats (among them changes of
+# direction), surrogates, private use, unassigned, and separators of lines and paragraphs
+INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def visible(text: str) -> str:
+    """A token's text for reading: a space at its start or end as U+2423, and line breaks, controls,
+    changes of direction and invisible characters as escapes."""
+    spaces_shown = re.sub("^ | $", "\u2423", text)
+    return "".join(_escaped(character) for character in spaces_shown)
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) in INVISIBLE:
+        return character.encode("unicode_escape").decode()
+    return character
 
 
 # --------------------------------------------------------------------------------------------------
@@ -916,60 +1298,74 @@ def _attribute(text: str) -> str:
 
 
 def page(template: str, data: dict) -> str:
-    """One self-contained HTML page: a template with @TITLE@, @CSP@ and @DATA@ in it, filled.
+    """One self-contained HTML page: a template that contains @TITLE@, @CSP@ and @DATA@, filled.
 
-    data: dicts, lists, texts, numbers and arrays, and its "title". Arrays of floats are quantised
-    to 16 bits between their least and greatest value, those of whole numbers, which may not be
-    negative, are kept; with the rest as JSON they are one gzipped block in base64, whose alphabet
-    can end no script:
+    data is made of dicts, lists, texts, numbers and arrays, and has a "title". Arrays of floats are
+    quantised to 16 bits between their least and greatest value; arrays of whole numbers, which may
+    not be negative, are stored exactly. Everything is one gzipped block in base64, whose alphabet
+    cannot end a script:
 
         4 bytes, the length of the JSON | JSON | arrays, each at a multiple of 4 bytes
 
-    An array is {"$array": [place, shape, bytes a number, least, step]} in the JSON, a value that is
-    not finite null. The page's script and style are allowed by their hashes and nothing else is."""
-    blocks, place = [], 0
-
-    def plain(value):
-        nonlocal place
-        if isinstance(value, dict):
-            if "$array" in value:
-                raise PictureError("data with a key '$array', which stands for arrays: rename it")
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        if isinstance(value, np.ndarray):
-            at, (number, low, step) = place, _quantised(value)
-            blocks.append(number.tobytes() + bytes(-number.nbytes % 4))
-            place += len(blocks[-1])
-            return {"$array": [at, list(value.shape), number.itemsize, low, step]}
-        if isinstance(value, np.generic):
-            value = value.item()
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    text = json.dumps(plain(data), separators=(",", ":"), default=str).encode()
+    In the JSON an array is {"$array": [place, shape, bytes a number, least, step]}, and a number
+    that is not finite is null. The content security policy allows the page's script and style by
+    their hashes, and nothing else."""
+    arrays = []
+    plain = _without_arrays(data, arrays)
+    text = json.dumps(plain, separators=(",", ":"), default=str).encode()
     text += b" " * (-len(text) % 4)
-    block = gzip.compress(len(text).to_bytes(4, "little") + text + b"".join(blocks), 9, mtime=0)
-    template = template.replace("\r\n", "\n")  # as a browser reads it before it makes the hash
-    allowed = {kind: base64.b64encode(hashlib.sha256(re.search(
-        f"<{kind}>(.*?)</{kind}>", template, re.DOTALL)[1].encode()).digest()).decode()
-        for kind in ("script", "style")}
-    fill = {"TITLE": html.escape("".join(
-                c if c.isprintable() else "\ufffd" for c in str(data.get("title", "")))),
-            "CSP": "default-src 'none'; img-src data: blob:; base-uri 'none'; form-action 'none'; "
-                   + "; ".join(f"{kind}-src 'sha256-{h}'" for kind, h in allowed.items()),
-            "DATA": base64.b64encode(block).decode()}
-    return re.sub("@(TITLE|CSP|DATA)@", lambda m: fill[m[1]], template)
+    content = len(text).to_bytes(4, "little") + text + b"".join(arrays)
+    block = gzip.compress(content, 9, mtime=0)
+
+    template = template.replace("\r\n", "\n")  # a browser does so before it computes a hash
+    printable = [c if c.isprintable() else "\ufffd" for c in str(data.get("title", ""))]
+    filled = {"TITLE": html.escape("".join(printable)),
+              "CSP": _security_policy(template),
+              "DATA": base64.b64encode(block).decode()}
+    return re.sub("@(TITLE|CSP|DATA)@", lambda match: filled[match[1]], template)
+
+
+def _without_arrays(value, arrays: list[bytes]):
+    """value with every array replaced by its description in JSON; the arrays' bytes, padded to a
+    multiple of 4, are appended to arrays."""
+    if isinstance(value, dict):
+        if "$array" in value:
+            raise PictureError("data with a key '$array', which stands for arrays: rename it")
+        return {str(key): _without_arrays(item, arrays) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_arrays(item, arrays) for item in value]
+    if isinstance(value, np.ndarray):
+        place = sum(map(len, arrays))
+        numbers, least, step = _quantised(value)
+        padding = bytes(-numbers.nbytes % 4)
+        arrays.append(numbers.tobytes() + padding)
+        return {"$array": [place, list(value.shape), numbers.itemsize, least, step]}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _security_policy(template: str) -> str:
+    rules = ["default-src 'none'", "img-src data: blob:", "base-uri 'none'", "form-action 'none'"]
+    for kind in ("script", "style"):
+        content = re.search(f"<{kind}>(.*?)</{kind}>", template, re.DOTALL)[1]
+        digest = hashlib.sha256(content.encode()).digest()
+        rules.append(f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}'")
+    return "; ".join(rules)
 
 
 def _quantised(x: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Numbers of 1, 2 or 4 bytes, and the least value and the step that make x of them."""
+    """Numbers of 1, 2 or 4 bytes, and the least value and the step with which
+    x = least + step * numbers."""
     if not x.size:
         return x.astype("<u2"), 0.0, 1.0
     if x.dtype.kind in "bui":
         if x.min() < 0 or x.max() >= 2**32:
             raise PictureError("whole numbers below 0 or from 2**32 on cannot go into a page")
-        return x.astype(next(t for t, top in (("<u1", 2**8), ("<u2", 2**16), ("<u4", 2**32))
-                             if x.max() < top)), 0.0, 1.0
+        smallest = next(size for size in (1, 2, 4) if x.max() < 2**(8 * size))
+        return x.astype(f"<u{smallest}"), 0.0, 1.0
     if not np.isfinite(x).all():
         raise PictureError("values that are not finite cannot go into a page: leave them out")
     low, high = float(x.min()), float(x.max())

@@ -25,10 +25,10 @@ from runs import ROOT, evaluations, promptprior
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-import geometry  # noqa: E402
 import llama  # noqa: E402
-from run import Run  # noqa: E402
-from settings import TINY  # noqa: E402
+from lab import geometry  # noqa: E402
+from lab.folder import Run  # noqa: E402
+from lab.settings import TINY  # noqa: E402
 
 PRIORS = ("isotropic", "xavier", "text", "vocab", "fitted", "exclusion", "exclusion:k=2", "sparse",
           "vae")

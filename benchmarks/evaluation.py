@@ -24,7 +24,7 @@ import torch
 import peers
 import data
 import llama
-from train import answers
+from lab.loss import answers
 
 
 def ours(model: llama.Llama, prompt: llama.Prompt, rows: list[data.Row], stop: set[int],
@@ -33,8 +33,8 @@ def ours(model: llama.Llama, prompt: llama.Prompt, rows: list[data.Row], stop: s
     batch = data.collate(rows).to(model.embeddings.device)
     with torch.no_grad():
         past = model.extend(batch.shared, prompt.past(model))
-    loss, count, found, _ = answers(model, past, batch, max_new, stop)
-    return loss / count, found
+    result = answers(model, [past], batch, max_new, stop)
+    return result.loss / result.tokens, result.ids
 
 
 def their_loss(model, rows: list[data.Row]):
@@ -73,7 +73,7 @@ def main() -> None:
     # wider than usual, or a random model only repeats its last token
     peer, model = peers.models(a, "float32", spread=0.04)
     tuned = peers.peft_model(peer, rows.to(a.device)).eval()
-    prompt = llama.Prompt({0: rows}, cut=False).to(a.device)
+    prompt = llama.Prompt({0: rows.to(a.device)})
     print(f"{peers.machine(a)}\n{a.shape} shape, {model.config.num_hidden_layers} layers, "
           f"{a.dtype}; {a.tokens} rows; {a.batches} batches of {a.batch_size} questions of "
           f"{a.data}")

@@ -23,9 +23,9 @@ import transformers
 
 import data
 import llama
-import loading
-import settings
-import train
+from lab.inputs import parse_spec
+from lab.settings import TINY
+from lab.train import keep_freed_memory
 
 SHAPES = {  # name -> (dtype, config)
     "135m": ("float32", dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
@@ -52,7 +52,7 @@ def arguments(description: str, **defaults) -> argparse.Namespace:
         p.add_argument("--" + flag.replace("_", "-"), type=type(default), default=default,
                        help=text)
     a = p.parse_args()
-    train.keep_freed_memory()  # both gain by it
+    keep_freed_memory()  # both gain by it
     a.dtype = a.dtype or SHAPES[a.shape][0]
     return a
 
@@ -80,9 +80,9 @@ def models(a: argparse.Namespace, dtype: str, spread: float = 0.02):
 def questions(a: argparse.Namespace, count: int) -> list[list[data.Row]]:
     """`count` batches of rows. The bundled data has the bundled tokenizer; other data one of 16,384
     byte-level BPE tokens trained on itself, which cuts it about as LLaMA's own does."""
-    kind, path = loading.parse_spec(a.data, 0)
+    kind, path = parse_spec(a.data, 0)
     examples = [e for e in data.read(kind, path) if e.answers]
-    folder = settings.TINY
+    folder = TINY
     with tempfile.TemporaryDirectory() as made:
         if ":" in a.data:
             folder = made

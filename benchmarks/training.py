@@ -23,12 +23,12 @@ import torch
 import peers
 import data
 import llama
-from train import answer_loss
+from lab.loss import answer_loss
 
 
 def ours(model: llama.Llama, prompt: llama.Prompt, rows: list[data.Row], device: str):
     """Our step: loss (nats a token); the gradient is left in the prompt's rows."""
-    prompt.zero_grad()
+    prompt.layers[0].grad = None
     batch = data.collate(rows).to(device)
     total, count = answer_loss(model, model.extend(batch.shared, prompt.past(model)), batch)
     loss = total / count
@@ -72,14 +72,14 @@ def main() -> None:
                        generator=torch.Generator().manual_seed(a.seed)) * 0.02
     peer, model = peers.models(a, "float32")
     tuned, model.recompute = peers.peft_model(peer, rows.to(a.device)), bool(a.recompute)
-    prompt = llama.Prompt({0: rows}, cut=False).to(a.device)
+    prompt = llama.Prompt({0: rows.to(a.device).requires_grad_()})
     weight = tuned.prompt_encoder["default"].embedding.weight
     c = model.config
     print(f"{peers.machine(a)}\n{a.shape} shape, {c.num_hidden_layers} layers, {a.dtype}; "
           f"{a.tokens} rows; {a.batches} batches of {a.batch_size} questions of {a.data}")
     for batch in batches[:1]:
         mine, other = ours(model, prompt, batch, a.device), theirs(tuned, batch, a.device)
-        gradient = prompt.rows[0].grad
+        gradient = prompt.layers[0].grad
         off = float((gradient - weight.grad).norm() / weight.grad.norm())
         print(f"fp32: loss {mine:.6f}, PEFT's {other:.6f}; gradients differ by {off:.1e} of theirs")
         assert abs(mine - other) <= 1e-5 * abs(other) and off <= 1e-5

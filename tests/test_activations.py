@@ -9,11 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import activations
 import data
 import llama
 import promptprior
-import settings
+from lab import activations, settings
 
 TINY = Path(settings.TINY)
 
@@ -121,10 +120,10 @@ def test_a_sample_is_uniform_and_seeded(tmp_path, collected):
     stream = [data.Example(str(i), "math", "", "q", ("a",)) for i in range(40)]
     hits = np.zeros(40)
     for seed in range(500):
-        hits[[i for i, _ in activations.sample(iter(stream), 10, seed)]] += 1
+        hits[[i for i, _ in activations.sample_stream(iter(stream), 10, seed)]] += 1
     # each is in a sample with probability 1/4: chi-square of 39 degrees
     assert ((hits - 125) ** 2 / (125 * 0.75)).sum() < 80
-    assert activations.sample(iter(stream), 0, 1) == list(enumerate(stream))
+    assert activations.sample_stream(iter(stream), 0, 1) == list(enumerate(stream))
     files = []
     for seed in (0, 0, 1):
         files.append(tmp_path / f"{len(files)}.safetensors")
@@ -172,7 +171,7 @@ def test_under_a_prompt(tmp_path, vocabulary):
 def test_massive_rows_are_marked_and_left_out(tmp_path, monkeypatch, capsys):
     x = torch.randn(200, 16)
     x[[3, 77]] *= 60
-    assert activations.massive(x).nonzero()[:, 0].tolist() == [3, 77]
+    assert activations.is_massive(x).nonzero()[:, 0].tolist() == [3, 77]
     original = activations.stream
 
     def stream(model, rows, wanted, layers, *rest):

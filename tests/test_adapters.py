@@ -1,7 +1,9 @@
 """Prompts as PEFT's adapters and back, against peft itself."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +11,12 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-import adapters
 import data
 import llama
 import promptprior
-import settings
-from adapters import AdapterError, from_peft, to_peft
+from lab.adapters import from_peft, to_csv, to_peft
+from lab.console import UserError
+from lab.settings import TINY
 
 N = 5
 
@@ -42,6 +44,11 @@ def theirs(base, folder, ids):
     return out[:, -ids.shape[1]:].float()
 
 
+def close(found, expected):
+    """Whether keys were only rotated and rotated back."""
+    return (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 PROMPTS = {"tokens": ([0], False), "tokens and deep, kept": ([0, 2, 3], False),
            "tokens and deep, cut": ([0, 1, 2, 3], True), "VPT-deep": ([0, 1, 2, 3], False)}
 
@@ -54,15 +61,16 @@ def test_peft_gives_our_logits(hf, tmp_path, token_ids, changes, layers, cut):
     model, ids = llama.load(folder), token_ids(3, 9)
     prompt = llama.Prompt(rows(*layers), cut)
     past = prompt.past(model)
-    out = write(tmp_path / "out", to_peft(model, prompt.rows[0] if layers == [0] else past, "base"))
+    form = prompt.layers[0] if layers == [0] else past
+    out = write(tmp_path / "out", to_peft(model, form, "base"))
     expected = ours(model, past, ids)
     assert (theirs(base, out, ids) - expected).abs().max() < 1e-4
     assert (ours(model, model.empty(), ids) - expected).abs().max() > 0.1  # it matters
-    back = from_peft(out, model.config)
-    assert isinstance(back, llama.Prompt if layers == [0] else llama.Prefix)
-    assert torch.equal(ours(model, back.past(model), ids), expected)
+    back = from_peft(out, model)
+    assert back.is_prefix == (layers != [0])
+    assert close(ours(model, back.past(model), ids), expected)
     if layers == [0]:
-        assert torch.equal(back.rows[0], prompt.rows[0])
+        assert torch.equal(back.layers[0], prompt.layers[0])
         # the same prompt has a second exact form
         write(tmp_path / "out", to_peft(model, past, "base"))
         assert (theirs(base, out, ids) - expected).abs().max() < 1e-4
@@ -74,7 +82,8 @@ def test_peft_continues_token_by_token_as_we_do(hf, tmp_path, token_ids, layers)
     model, ids = llama.load(folder), token_ids(1, 7)
     prompt = llama.Prompt(rows(*layers), cut=len(layers) > 1)
     past = prompt.past(model)
-    out = write(tmp_path / "out", to_peft(model, prompt.rows[0] if layers == [0] else past, "base"))
+    form = prompt.layers[0] if layers == [0] else past
+    out = write(tmp_path / "out", to_peft(model, form, "base"))
     peft = PeftModel.from_pretrained(base, out)
     made = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
                          max_new_tokens=16, eos_token_id=None, pad_token_id=0)
@@ -91,14 +100,13 @@ def test_a_bfloat16_base(hf, tmp_path, token_ids):
         prompt = llama.Prompt(rows(*layers), cut=False)
         past = prompt.past(model)
         out = write(tmp_path / "out", to_peft(
-            model, prompt.rows[0] if layers == [0] else past, "base"))
+            model, prompt.layers[0] if layers == [0] else past, "base"))
         stored = load_file(out / "adapter_model.safetensors")["prompt_embeddings"]
         assert stored.dtype == torch.float32
-        assert torch.equal(ours(model, from_peft(out, model.config).past(model), ids),
-                           ours(model, past, ids))
-        found, expected = theirs(base, out, ids), ours(model, past, ids)
+        expected = ours(model, past, ids)
         # two digits is what bfloat16 has
-        assert (found - expected).norm() < 2e-2 * expected.norm()
+        for logits in (theirs(base, out, ids), ours(model, from_peft(out, model).past(model), ids)):
+            assert (logits - expected).norm() < 2e-2 * expected.norm()
 
 
 def peft_trained(base, folder, kind, **options):
@@ -122,18 +130,18 @@ def test_we_give_pefts_logits_and_its_tensors_back(hf, tmp_path, token_ids, kind
     made = peft_trained(base, tmp_path / "peft", kind, **options)
     base, _ = hf()  # without what peft hangs on a model
     model, ids = llama.load(folder), token_ids(2, 8)
-    prompt = from_peft(made, model.config)
+    prompt = from_peft(made, model)
     past = prompt.past(model)
     assert (theirs(base, made, ids) - ours(model, past, ids)).abs().max() < 1e-4
-    again = write(tmp_path / "again", to_peft(
-        model, prompt.rows[0] if isinstance(prompt, llama.Prompt) else past, "base"))
-    one, two = (load_file(f / "adapter_model.safetensors") for f in (made, again))
-    assert one.keys() == two.keys()
-    assert torch.equal(one["prompt_embeddings"], two["prompt_embeddings"])
-    written, own = (PeftConfig.from_pretrained(f).to_dict() for f in (again, made))
+    back = write(tmp_path / "back", to_peft(
+        model, past if prompt.is_prefix else prompt.layers[0], "base"))
+    tensors, expected = (load_file(f / "adapter_model.safetensors") for f in (back, made))
+    assert tensors.keys() == expected.keys()
+    assert close(tensors["prompt_embeddings"], expected["prompt_embeddings"])
+    written, original = (PeftConfig.from_pretrained(f).to_dict() for f in (back, made))
     for key in ("num_layers", "token_dim", "num_attention_heads", "num_virtual_tokens",
                 "num_transformer_submodules", "task_type", "inference_mode"):
-        assert written[key] == own[key], key
+        assert written[key] == original[key], key
     assert written["peft_type"] == {"P_TUNING": "PROMPT_TUNING",
                                     "CARTRIDGE": "PREFIX_TUNING"}.get(kind, kind)
 
@@ -142,9 +150,9 @@ def test_what_pefts_form_cannot_say_is_refused(hf):
     _, folder = hf()
     model = llama.load(folder)
     for layers in ([0], [0, 3], [2, 3]):
-        with pytest.raises(AdapterError, match="--keep"):
+        with pytest.raises(UserError, match="--keep"):
             to_peft(model, llama.Prompt(rows(*layers), cut=True).past(model), "base")
-    with pytest.raises(AdapterError, match="layers 0, 1 have no part"):
+    with pytest.raises(UserError, match="layers 0, 1 have no part"):
         to_peft(model, llama.Prompt(rows(2, 3), cut=False).past(model), "base")
     # all layers own rows: nothing is missing
     to_peft(model, llama.Prompt(rows(0, 1, 2, 3), cut=True).past(model), "base")
@@ -152,45 +160,47 @@ def test_what_pefts_form_cannot_say_is_refused(hf):
 
 def test_rows_in_numpys_format(hf, tmp_path):
     _, folder = hf()
-    c, x = llama.read_config(folder / "config.json"), rows(0)[0]
+    model, x = llama.load(folder), rows(0)[0]
     for dtype in (np.float32, np.float64, np.float16):
         with open(tmp_path / "encoder.prompt.prompt.prompt", "wb") as f:
             np.save(f, x.numpy().astype(dtype))
-        prompt = from_peft(tmp_path / "encoder.prompt.prompt.prompt", c)
-        torch.testing.assert_close(prompt.rows[0].detach(), x, rtol=1e-3, atol=1e-3)
-    for bad, said in ((x.numpy()[0], "expected floating-point"),
-                      (x.numpy()[:, :7], "another model"),
-                      (np.array([["a"]]), "<U1 numbers"), (x.numpy() * np.nan, "not finite"),
-                      (np.array([[object()]]), "no array of numbers"),
-                      (np.ones((2, 48), np.int64), "int64")):
+        prompt = from_peft(tmp_path / "encoder.prompt.prompt.prompt", model)
+        torch.testing.assert_close(prompt.layers[0], x, rtol=1e-3, atol=1e-3)
+    for bad, message in ((x.numpy()[0], "expected floating-point"),
+                         (x.numpy()[:, :7], "another model"),
+                         (np.array([["a"]]), "<U1 numbers"), (x.numpy() * np.nan, "not finite"),
+                         (np.array([[object()]]), "Python objects"),
+                         (np.ones((2, 48), np.int64), "int64")):
         np.save(tmp_path / "bad.npy", bad, allow_pickle=True)
-        with pytest.raises(AdapterError, match=said):
-            from_peft(tmp_path / "bad.npy", c)
+        with pytest.raises(UserError, match=message):
+            from_peft(tmp_path / "bad.npy", model)
     for content in (b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00v\x00{'descr'", b"\x80\x04."):
         (tmp_path / "bad.npy").write_bytes(content)
-        with pytest.raises(AdapterError, match="expected floating-point rows"):
-            from_peft(tmp_path / "bad.npy", c)
+        with pytest.raises(UserError, match="not floating-point rows") as e:
+            from_peft(tmp_path / "bad.npy", model)
+        assert "\n" not in str(e.value)
 
 
 def test_bad_adapters_are_one_line_with_the_remedy(hf, tmp_path):
-    base, folder = hf()
-    c = llama.read_config(folder / "config.json")
+    model = llama.load(hf()[1])
     made = {kind: peft_trained(hf()[0], tmp_path / kind, kind)
             for kind in ("PROMPT_TUNING", "PREFIX_TUNING")}
 
-    def refused(said, kind="PROMPT_TUNING", config=c, tensors=None, **changes):
+    def refused(message, kind="PROMPT_TUNING", model=model, tensors=None, **changes):
         bad = tmp_path / "bad"
         bad.mkdir(exist_ok=True)
-        own = json.loads((made[kind] / "adapter_config.json").read_text()) | changes
+        config = json.loads((made[kind] / "adapter_config.json").read_text()) | changes
         (bad / "adapter_config.json").write_text(json.dumps(
-            {k: v for k, v in own.items() if v is not Ellipsis}))
+            {k: v for k, v in config.items() if v is not Ellipsis}))
         x = load_file(made[kind] / "adapter_model.safetensors")
         save_file(x if tensors is None else tensors(x), bad / "adapter_model.safetensors")
-        with pytest.raises((AdapterError, llama.ModelError)) as e:
-            from_peft(bad, config)
-        assert said in str(e.value) and "\n" not in str(e.value), str(e.value)
+        with pytest.raises((UserError, llama.ModelError)) as e:
+            from_peft(bad, model)
+        assert message in str(e.value) and "\n" not in str(e.value), str(e.value)
 
-    one = lambda f: lambda x: {"prompt_embeddings": f(x["prompt_embeddings"]).contiguous()}
+    def one(change):
+        return lambda x: {"prompt_embeddings": change(x["prompt_embeddings"]).contiguous()}
+
     refused("PEFT loads the adapter and does not apply it", task_type=None)
     refused("PEFT loads the adapter and does not apply it", task_type=...)
     refused("not for a model that continues text", task_type="SEQ_2_SEQ_LM")
@@ -214,13 +224,12 @@ def test_bad_adapters_are_one_line_with_the_remedy(hf, tmp_path):
     refused("prompt_embeddings alone", tensors=lambda x: {})
     # sizes of another model, with the same number of numbers a row
     other = hf(num_key_value_heads=1, head_dim=20)[1]
-    refused("num_attention_heads 2, the model 1", "PREFIX_TUNING",
-            config=llama.read_config(other / "config.json"))
+    refused("num_attention_heads 2, the model 1", "PREFIX_TUNING", model=llama.load(other))
 
     bad = tmp_path / "bad"
-    for file, content, said in (
+    for file, content, message in (
             ("adapter_model.safetensors", b"version https://git-lfs", "header is damaged"),
-            ("adapter_model.safetensors", None, "no such file"),
+            ("adapter_model.safetensors", None, "No such file"),
             ("adapter_model.bin", b"\x80\x04.", "a pickle"),
             ("adapter_config.json", b"{", "adapter_config.json"),
             ("adapter_config.json", b"[1]", "expected dict"),
@@ -228,20 +237,20 @@ def test_bad_adapters_are_one_line_with_the_remedy(hf, tmp_path):
         (bad / file).unlink(missing_ok=True) if content is None else (bad / file).write_bytes(
             content)
         with pytest.raises(ValueError) as e:
-            from_peft(bad, c)
-        assert said in str(e.value) and "\n" not in str(e.value)
-    with pytest.raises(AdapterError, match="give .*PREFIX_TUNING"):
-        from_peft(tmp_path, c)  # one above
-    with pytest.raises(AdapterError, match="no such folder"):
-        from_peft(tmp_path / "nowhere", c)
+            from_peft(bad, model)
+        assert message in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(UserError, match="give .*PREFIX_TUNING"):
+        from_peft(tmp_path, model)  # one above
+    with pytest.raises(UserError, match="no such folder"):
+        from_peft(tmp_path / "nowhere", model)
 
 
 def test_the_log_as_a_table():
     lines = [{"split": "baseline", "loss": 0.5, "f1": 10.0},
              {"step": 1, "split": "train", "loss": 0.25, "lr": 1e-3}]
-    assert adapters.to_csv(lines) == ("step,split,loss,f1,lr\n,baseline,0.5,10.0,\n"
+    assert to_csv(lines) == ("step,split,loss,f1,lr\n,baseline,0.5,10.0,\n"
                                       "1,train,0.25,,0.001\n")
-    assert adapters.to_csv([]) == "step,split\n"
+    assert to_csv([]) == "step,split\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,7 +266,7 @@ def run(*arguments):
 @pytest.fixture
 def made(tmp_path):
     """made(name, layers, **settings) -> the folder of a run with rows at these layers."""
-    embeddings = load_file(settings.TINY / "model.safetensors")["model.embed_tokens.weight"]
+    embeddings = load_file(TINY / "model.safetensors")["model.embed_tokens.weight"]
 
     def make(name, layers=(0,), **changes):
         g, folder = torch.Generator().manual_seed(len(layers)), tmp_path / name
@@ -267,12 +276,17 @@ def made(tmp_path):
         assert run("import", tmp_path / "rows.npy", "--model", "tiny", "--out", folder) == 0
         for file in ("prompt.safetensors", "prompts/000000.safetensors"):
             save_file(x, folder / file)
-        config = json.loads((folder / "config.json").read_text())
-        config["settings"] |= changes
-        (folder / "config.json").write_text(json.dumps(config))
+        change(folder, **changes)
         return folder
 
     return make
+
+
+def change(folder, **changes):
+    """Change a run's settings."""
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def answers(folder, capsys):
@@ -283,27 +297,28 @@ def answers(folder, capsys):
 
 def test_to_peft_and_back_by_the_command_line(made, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
-    first, vocabulary = made("first"), data.Vocabulary(settings.TINY, 0, (1,))
+
+    first, vocabulary = made("first"), data.Vocabulary(TINY, 0, (1,))
     assert run("export", first, "--to", tmp_path / "adapter") == 0
     assert "PROMPT_TUNING, 6 virtual tokens of 192 numbers" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "promptprior.json"}
-    base = AutoModelForCausalLM.from_pretrained(settings.TINY, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     peft = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.tensor([vocabulary.encode(TEXT)])
     out = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
                         max_new_tokens=32, pad_token_id=0)[0, ids.shape[1]:].tolist()
-    said = answers(first, capsys)
-    assert vocabulary.first_line(out) == said.rstrip("\n") and said.strip()
+    answer = answers(first, capsys)
+    assert vocabulary.first_line(out) == answer.rstrip("\n") and answer.strip()
 
     assert run("import", tmp_path / "adapter", "--out", tmp_path / "back") == 0  # its own base
     for file in ("prompt.safetensors", "prompts/000000.safetensors"):
         assert torch.equal(load_file(tmp_path / "back" / file)["layers.0"],
                            load_file(first / file)["layers.0"])
-    assert answers(tmp_path / "back", capsys) == said
-    assert run("export", tmp_path / "back", "--to", tmp_path / "again") == 0
+    assert answers(tmp_path / "back", capsys) == answer
+    assert run("export", tmp_path / "back", "--to", tmp_path / "exported") == 0
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "again" / file).read_bytes() == (
+        assert (tmp_path / "exported" / file).read_bytes() == (
             tmp_path / "adapter" / file).read_bytes()
     capsys.readouterr()
     assert run("eval", tmp_path / "back", "--limit", 2, "--json") == 0
@@ -315,7 +330,7 @@ def test_to_peft_and_back_by_the_command_line(made, tmp_path, capsys):
     assert run("plot", tmp_path / "back", "--text") == 0
 
     # what is there stays, unless --overwrite says so of what export or import made
-    for command, target in ((("export", first, "--to"), tmp_path / "again"),
+    for command, target in ((("export", first, "--to"), tmp_path / "exported"),
                             (("import", tmp_path / "adapter", "--out"), tmp_path / "back")):
         capsys.readouterr()
         assert run(*command, target) == 2 and "--overwrite" in capsys.readouterr().err
@@ -334,33 +349,36 @@ def test_to_peft_and_back_by_the_command_line(made, tmp_path, capsys):
     ((0,), {"place": "after-bos"})])
 def test_other_prompts_travel_as_keys_and_values(made, tmp_path, capsys, layers, changes):
     from transformers import AutoModelForCausalLM
-    first, vocabulary = made("first", layers, **changes), data.Vocabulary(settings.TINY, 0, (1,))
-    placed = "place" in changes
+
+    first, vocabulary = made("first", layers, **changes), data.Vocabulary(TINY, 0, (1,))
+    after_bos = "place" in changes
     assert run("export", first, "--to", tmp_path / "adapter") == 0
     shown = capsys.readouterr()
-    assert f"PREFIX_TUNING, {6 + placed} virtual tokens of 768" in shown.out
-    assert ("without it" in shown.err) == placed
-    said = answers(first, capsys)
-    base = AutoModelForCausalLM.from_pretrained(settings.TINY, dtype=torch.float32)
+    assert f"PREFIX_TUNING, {6 + after_bos} virtual tokens of 768" in shown.out
+    assert ("without it" in shown.err) == after_bos
+    answer = answers(first, capsys)
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     peft = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ids = torch.tensor([vocabulary.encode(TEXT)[placed:]])
+    ids = torch.tensor([vocabulary.encode(TEXT)[after_bos:]])
     out = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
                         max_new_tokens=32, pad_token_id=0)[0, ids.shape[1]:].tolist()
-    assert vocabulary.first_line(out) == said.rstrip("\n") and said.strip()
+    assert vocabulary.first_line(out) == answer.rstrip("\n") and answer.strip()
     assert run("import", tmp_path / "adapter", "--out", tmp_path / "back") == 0
-    assert answers(tmp_path / "back", capsys) == said
+    assert answers(tmp_path / "back", capsys) == answer
     stored = load_file(tmp_path / "back/prompt.safetensors")
     assert {k: v.shape for k, v in stored.items()} == {
-        f"layers.{i}.{kind}": (6, 2, 32) for i in range(6) for kind in ("keys", "values")}
-    assert run("export", tmp_path / "back", "--to", tmp_path / "again") == 0
-    one, two = (load_file(tmp_path / f / "adapter_model.safetensors")["prompt_embeddings"]
-                for f in ("adapter", "again"))
-    assert torch.equal(one, two)
+        f"layers.{i}": (6, 2, 2, 32) for i in range(6)}
+    assert run("export", tmp_path / "back", "--to", tmp_path / "exported") == 0
+    exported, expected = (load_file(tmp_path / f / "adapter_model.safetensors")["prompt_embeddings"]
+                          for f in ("exported", "adapter"))
+    assert close(exported, expected)
+
     # and the instruments are open to it: at layer 0 these are keys and values of real tokens
+    change(tmp_path / "back", reference_rows=500)
     capsys.readouterr()
     assert run("compare", tmp_path / "back", "--json") == 0
-    found = json.loads(capsys.readouterr().out)[0]["measures"]
-    assert found["layer 0 trained"]["collapse"] < 1e-4 < found["layer 5 trained"]["collapse"]
+    numbers = json.loads(capsys.readouterr().out)[0]["measures"]
+    assert numbers["layer 0 trained"]["collapse"] < 1e-4 < numbers["layer 5 trained"]["collapse"]
     assert run("plot", tmp_path / "back") == 0 and (tmp_path / "back/report.html").exists()
     prior = f"posterior:{tmp_path / 'back'},resample=1"
     assert run("train", "--method", "prefix", "--prior", prior, "--tokens", 6, "--steps", 0,
@@ -375,8 +393,7 @@ def test_the_last_virtual_token_is_bos_or_not(made, tmp_path, capsys):
     """What promptprior.json says is not believed."""
     for name, keep in (("other", 6), ("one", 1)):
         folder = tmp_path / f"{name}-adapter"
-        made_there = made(name, (0,), place="after-bos")
-        assert run("export", made_there, "--to", folder) == 0
+        assert run("export", made(name, (0,), place="after-bos"), "--to", folder) == 0
         x = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"][:keep].clone()
         save_file({"prompt_embeddings": x}, folder / "adapter_model.safetensors")
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -394,7 +411,7 @@ def test_mistakes_are_one_line(made, tmp_path, capsys):
     deep = made("deep", (0, 5), cut=True, deep_layers=1)
     suffix = made("suffix", place="suffix")
     other = tmp_path / "other"
-    shutil.copytree(settings.TINY, other, ignore=shutil.ignore_patterns("squad", "math", "text"))
+    shutil.copytree(TINY, other, ignore=shutil.ignore_patterns("squad", "math", "text"))
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] *= 2
     save_file(weights, other / "model.safetensors")
@@ -405,7 +422,7 @@ def test_mistakes_are_one_line(made, tmp_path, capsys):
         "base_model_name_or_path": "/nowhere"}))
     unnamed = tmp_path / "rows.npy"
     out = "--out", tmp_path / "new"
-    for arguments, said in (
+    for arguments, message in (
             (("export", first), "--to DIR"), (("export", tmp_path, "--to", "x"), "no run is here"),
             (("export", deep, "--to", out[1]), "layers 1, 2, 3, 4 have no part"),
             (("export", suffix, "--to", out[1]), "--place before"),
@@ -420,15 +437,25 @@ def test_mistakes_are_one_line(made, tmp_path, capsys):
         except SystemExit as e:
             assert e.code == 2
         err = capsys.readouterr().err
-        assert said in err and err.count("\n") == 1, err
+        assert message in err and err.count("\n") == 1, err
         assert not out[1].exists()
 
 
 def test_an_adapter_that_reads_back_otherwise_is_removed(made, tmp_path, monkeypatch, capsys):
-    first = made("first")
-    monkeypatch.setattr(adapters, "difference", lambda *_: (float("nan"), 1.0))
+    """A disk that keeps other numbers than were written."""
+    first, rename = made("first"), os.replace
+
+    def damaging(source, target):
+        rename(source, target)
+        if Path(target).name == "adapter_model.safetensors":
+            content = Path(target).read_bytes()
+            Path(target).write_bytes(content[:-400] + bytes(400))  # 100 numbers become zeros
+
+    monkeypatch.setattr(os, "replace", damaging)
     assert run("export", first, "--to", tmp_path / "adapter") == 1
     assert "removed" in capsys.readouterr().err and not [*(tmp_path / "adapter").iterdir()]
+    monkeypatch.undo()
+    assert run("export", first, "--to", tmp_path / "adapter") == 0
 
 
 def test_the_log_by_the_command_line(made, tmp_path, capsys):

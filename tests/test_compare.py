@@ -1,19 +1,26 @@
-"""Runs with several prompts, and the commands that measure: eval, compare, interpolate, sample."""
+"""Runs of every posterior, and the commands that measure: eval, compare, interpolate, sample,
+attention."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from scipy.stats import chi
 
-import compare
-import geometry
+import llama
 import priors
-import loading
 import promptprior
-import settings
-import train
+from lab import geometry
+from lab.activations import Collection
+from lab.attention import measure_attention
+from lab.compare import paths_of, walks
+from lab.folder import Run
+from lab.inputs import load_model
+from lab.sample import held_out, judge_prior
+from lab.settings import TINY, ModelSettings
 
 FEW = ["--steps", "3", "--eval-every", "3", "--eval-limit", "6", "--batch-size", "4",
        "--max-new", "6"]
@@ -46,7 +53,7 @@ def test_posteriors_are_written_and_scored(runs, capsys):
     gaussian = load_file(runs / "gaussian/prompt.safetensors")
     assert set(gaussian) == {f"layers.{i}{k}" for i in (0, 5) for k in ("", ".sd")}
     assert all((gaussian[f"layers.{i}.sd"] > 0).all() for i in (0, 5))
-    start, end = train.Run(runs / "svgd").start_and_end()
+    start, end = Run(runs / "svgd").start_and_end()
     assert start[0].shape == end[0].shape == (60, 192)  # particles, not their mean
     assert torch.equal(end[0], particles["layers.0.particles"].flatten(0, 1))
     drawn = load_file(runs / "svgd/prompts/000000.safetensors")["layers.0.particles"]
@@ -60,11 +67,12 @@ def test_posteriors_are_written_and_scored(runs, capsys):
             f"ensemble of {count}")]
         for numbers in scores[name].values():
             assert 0 <= numbers["calibration_error"] <= 100
-    # the mean of log of averages is at least the average of means of logs
-    of = lambda name: [v["loss"] for k, v in scores[name].items() if "particle" in k or "draw" in k]
+    # the log of an average is at least the average of logs
     for name, count in (("svgd", 3), ("gaussian", 2)):
         ensemble = scores[name][f"fitted prior, trained: ensemble of {count}"]["loss"]
-        assert ensemble <= np.mean(of(name)) + 1e-6
+        members = [numbers["loss"] for key, numbers in scores[name].items()
+                   if "particle" in key or "draw" in key]
+        assert len(members) == count and ensemble <= np.mean(members) + 1e-6
     # training scored the ensemble of particles
     last = [json.loads(x) for x in (runs / "svgd/metrics.jsonl").read_text().splitlines()][-1]
     assert last["loss"] == pytest.approx(
@@ -99,33 +107,44 @@ def test_the_posterior_of_runs_is_a_prior(runs, tmp_path, capsys):
 def test_compare_runs(runs, capsys):
     capsys.readouterr()
     assert run("compare", runs / "squad", runs / "gaussian", "--json") == 0
-    one, other = json.loads(capsys.readouterr().out)
+    squad, gaussian = json.loads(capsys.readouterr().out)
     start, end = (load_file(runs / f"squad/{name}.safetensors")["layers.0"].numpy()
                   for name in ("prompts/000000", "prompt"))
-    measured = one["measures"]["layer 0 trained"]
-    assert measured["moved"] == pytest.approx(np.linalg.norm(end - start, axis=1).mean(), rel=1e-5)
-    assert measured["distance"] > one["measures"]["layer 0 prior draw"]["distance"] * 0.9
-    model = loading.load_model(settings.settings_of(
-        {}, settings.MODEL, settings.PRIOR, settings.DATA, settings.SAMPLE))
-    tokens = model[0].embeddings[model[1].ordinary].numpy()
+    loaded = load_model(ModelSettings().complete())
+    model, vocabulary = loaded.model, loaded.vocabulary
+    tokens = model.embeddings[vocabulary.ordinary].numpy()
+
+    drawn, trained = (squad["measures"][f"layer 0 {name}"] for name in ("prior draw", "trained"))
+    assert trained["moved"] == pytest.approx(np.linalg.norm(end - start, axis=1).mean(), rel=1e-5)
+    assert trained["distance"] == pytest.approx(
+        np.linalg.norm(end[:, None] - tokens, axis=2).mean(), rel=1e-4)
+    assert drawn["distance"] == pytest.approx(
+        np.linalg.norm(start[:, None] - tokens, axis=2).mean(), rel=1e-4)
+
+    # the radius follows the law of chi, of which the draw of a Gaussian prior is an example
     fitted = priors.Fitted.fit(torch.tensor(tokens))
-    assert measured["distance"] == pytest.approx(np.mean([[np.linalg.norm(a - b) for b in tokens]
-                                                          for a in end]), rel=1e-4)
-    assert measured["radius"] == pytest.approx(
-        geometry.mahalanobis(end, fitted.mean.numpy(), fitted.basis.numpy(),
-                             fitted.scale.numpy()).mean(), rel=1e-5)
-    assert abs(one["measures"]["layer 0 prior draw"]["radius_z"]) < 1 + abs(
-        fitted.whiten(torch.tensor(start)).norm(dim=1).mean().item() - 192**0.5) * 2
-    said = one["tokens"]["0"]["trained"]
-    near = np.linalg.norm(tokens[None] - end[:, None], axis=2).argmin(axis=1)
-    assert said["l2"] == [model[1].decode([model[1].ordinary[i]]) for i in near]
-    assert len(said["cosine"]) == 20 and "layer 5 trained" in other["measures"]
+    for numbers, x in ((drawn, start), (trained, end)):
+        radius = geometry.mahalanobis(x, fitted.mean.numpy(), fitted.basis.numpy(),
+                                      fitted.scale.numpy()).mean()
+        assert numbers["radius"] == pytest.approx(radius, rel=1e-5)
+        assert numbers["radius_z"] == pytest.approx(
+            (radius - chi.mean(192)) / chi.std(192), rel=1e-3)
+    assert abs(drawn["radius_z"]) < 4 / 20**0.5  # four standard deviations of a mean of 20 rows
+
+    # what the rows say
+    readings = squad["tokens"]["0"]["trained"]
+    nearest = np.linalg.norm(tokens[None] - end[:, None], axis=2).argmin(axis=1)
+    assert readings["l2"] == [vocabulary.decode([vocabulary.ordinary[i]]) for i in nearest]
+    assert len(readings["cosine"]) == 20 and "layer 5 trained" in gaussian["measures"]
     deep = load_file(runs / "gaussian/prompt.safetensors")["layers.5"]
-    lens = model[0].logits(model[0].model.norm(deep)).argmax(dim=1).tolist()
-    assert other["tokens"]["5"]["trained"]["logit lens"] == [model[1].decode([t]) for t in lens]
+    lens = model.logits(model.model.norm(deep)).argmax(dim=1).tolist()
+    assert gaussian["tokens"]["5"]["trained"]["logit lens"] == [
+        vocabulary.decode([t]) for t in lens]
     assert run("compare", runs / "squad") == 0
     out = capsys.readouterr().out
     assert "collapse" in out and "no prompt" in out and "layer 0 trained, l2: " in out
+    assert run("compare", runs / "svgd") == 0
+    assert "the token of each row of particle 1:" in capsys.readouterr().out
 
 
 def test_compare_collections(tmp_path, capsys):
@@ -140,20 +159,18 @@ def test_compare_collections(tmp_path, capsys):
     assert apart["layer 3: squad - math"]["auc"] > 0.95
     assert apart["layer 0: squad - again"]["auc"] < 0.9
     assert apart["layer 3: squad - math"]["mmd_p"] < 0.01 < apart["layer 3: squad - again"]["mmd_p"]
-    file = promptprior_collection(path)
-    paths, index = compare.paths_of(file, "squad")
+    file = Collection(path)
+    paths, index = paths_of(file, "squad")
     for p in paths:
         assert (file.field["position"][p].diff() == 1).all()
         assert len(file.field["example"][p].unique()) == 1
-    local = compare.walks(file, 0, "squad")
-    assert local["p_uniform_spread"] < 0.05 and local["step"] > 0
+        assert torch.isin(p, index).all()
+    local = walks(file, 0, "squad")
+    steps = torch.cat([file.rows(0, p).float().diff(dim=0).norm(dim=1) for p in paths])
+    assert local["step"] == pytest.approx(steps.mean().item(), rel=1e-5)
+    assert local["spread"] == pytest.approx(steps.std(correction=0).item(), rel=1e-4)
+    assert local["p_uniform_spread"] < 0.05
     assert run("compare", path) == 0 and "random walks" in capsys.readouterr().out
-
-
-def promptprior_collection(path):
-    from activations import Collection
-
-    return Collection(path)
 
 
 def test_interpolate(runs, tmp_path, capsys):
@@ -169,13 +186,34 @@ def test_interpolate(runs, tmp_path, capsys):
     for name, t in (("squad", 0), ("math", 1)):
         assert run("eval", runs / name, "--json") == 0
         alone = json.loads(capsys.readouterr().out)["scores"]["fitted prior, trained"]
-        here = next(x for x in curve if x["t"] == t and x["data"] == name)
-        assert here["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        end = next(x for x in curve if x["t"] == t and x["data"] == name)
+        assert end["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert run("interpolate", runs / "squad", runs / "gaussian", "--out", tmp_path / "no") == 2
     assert "no line joins them" in capsys.readouterr().err and not (tmp_path / "no").exists()
     assert run("interpolate", runs / "squad", runs / "math", "--points", 1) == 2
     assert run("interpolate", runs / "squad", runs / "math", "--out", tmp_path / "line") == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_interpolate_between_models(runs, tmp_path, capsys):
+    """A copy of the model is the same one; with other weights no line leads there."""
+    for name, factor in (("copy", 1), ("other", 2)):
+        folder = tmp_path / name
+        shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("squad", "math", "text"))
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"] *= factor
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    few = ["--prior", "fitted", "--data", "math", *FEW[2:], "--steps", 0]
+    assert run("train", "--model", tmp_path / "other", "--out", tmp_path / "run", *few) == 0
+    capsys.readouterr()
+    assert run("interpolate", runs / "math", tmp_path / "run", "--out", tmp_path / "no") == 2
+    assert "different models" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["settings"]["model"] = str(tmp_path / "copy")
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    assert run("interpolate", runs / "math", tmp_path / "run", "--points", 2, "--limit", 2,
+               "--out", tmp_path / "line") == 0
 
 
 def test_what_cannot_be_measured_is_left_empty(tmp_path, capsys):
@@ -185,8 +223,8 @@ def test_what_cannot_be_measured_is_left_empty(tmp_path, capsys):
     path = tmp_path / "a.safetensors"
     capsys.readouterr()
     assert run("compare", tmp_path / "one", "--json") == 0
-    measured = json.loads(capsys.readouterr().out)[0]["measures"]["layer 0 trained"]
-    assert "mmd" not in measured and measured["moved"] > 0
+    numbers = json.loads(capsys.readouterr().out)[0]["measures"]["layer 0 trained"]
+    assert "mmd" not in numbers and numbers["moved"] > 0
     for arguments in (["--pool", "last"], ["--roles", "bos"], ["--limit", 1]):
         assert run("collect", "--data", "math", "also=math", "--examples", 3, "--layers", "0,3",
                    "--out", path, "--overwrite", *arguments) == 0
@@ -222,16 +260,16 @@ def test_sample_judges_a_prior(capsys):
     """The reference's own rows are as good as it gets; isotropic draws are told apart; a Gaussian
     fitted on a Gaussian is not."""
     x = torch.randn(2000, 12, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 13)
-    judged = dict(compare.judge_prior(priors.Isotropic, [x], {"std": 0.02}, 20, 0))
+    judged = dict(judge_prior(priors.Isotropic, [x], {"std": 0.02}, 20, 0))
     assert judged["prior's draws"]["variance_ratio"] < 1e-3
     assert judged["prior's draws"]["mmd_p"] < 0.01 < judged["fitted Gaussian's"]["mmd_p"]
-    uniform = dict(compare.judge_prior(priors.Xavier, [x], {}, 20, 0))["prior's draws"]
-    held = compare.held_out(x)[1]  # its bound is that of 20 rows, not of all that are judged
+    uniform = dict(judge_prior(priors.Xavier, [x], {}, 20, 0))["prior's draws"]
+    held = held_out(x)[1]  # its bound is that of 20 rows, not of all that are judged
     assert uniform["variance_ratio"] == pytest.approx(
         12 * 2 / (20 + 12) / float(held.var(dim=0).sum()), rel=0.05)
     assert judged["held-out rows"]["knn"] < judged["fitted Gaussian's"]["knn"] * 1.2
     assert judged["reference rows"]["variance_ratio"] == pytest.approx(1, abs=0.15)
-    fit, held = compare.held_out(x)
+    fit, held = held_out(x)
     assert len(held) == 400 and not set(map(tuple, fit.tolist())) & set(map(tuple, held.tolist()))
     assert run("sample", "--prior", "fitted", "--json") == 0
     out = capsys.readouterr()
@@ -240,33 +278,36 @@ def test_sample_judges_a_prior(capsys):
     assert "judged by it" in out.err
 
 
+def share(x):
+    """Of a matrix's sum of squares, the share that lies in one direction."""
+    squares = torch.linalg.svdvals(x).square()
+    return squares[0] / squares.sum()
+
+
 @pytest.mark.parametrize("cut, layers", [(True, (1, 3)), (False, (0,))])
 def test_attention_of_a_prompt_is_what_theory_says(hf, cut, layers):
     """At the first layer with columns the content's own shares stay as they were; of one row a
     head's bias has one direction; the weights are those of transformers."""
     from transformers import AutoModelForCausalLM
 
-    import llama
-    from llama import load
-
-    oracle, folder = hf()
-    model, g = load(folder, torch.float32), torch.Generator().manual_seed(0)
+    _, folder = hf()
+    model, g = llama.load(folder, torch.float32), torch.Generator().manual_seed(0)
     texts = [torch.randint(2, 97, (t,), generator=g).tolist() for t in (9, 14)]
     past = model.prompt_past({i: torch.randn(3, 48, generator=g) for i in layers}, cut)
-    rows = dict(compare.attention(model, past, texts))
+    rows = dict(measure_attention(model, past, texts))
     assert [*rows] == [f"layer {i}" for i in (layers if cut else range(4))]
     first, *later = rows.values()
     assert first["content"] < 1e-5 and first["shift"] < 1e-6 and 0 < first["mass"] < 1
     assert all(n["content"] > 1e-3 for n in later)
     assert all(0 < n["one"] <= 1 and 0 < n["bias"] for n in rows.values())
-    one = dict(compare.attention(model, model.prompt_past(
+    one = dict(measure_attention(model, model.prompt_past(
         {i: torch.randn(1, 48, generator=g) for i in layers}, cut), texts))
     assert [*one.values()][0]["one_head"] == pytest.approx(1, abs=1e-5)
     # a prompt of tokens, kept, is a text: transformers tells what it takes of attention, and adds
     ids = [5, 6, 7]
     past = model.extend(torch.tensor([ids]))
     past = llama.Past(past.keys, past.values, past.real[:, :0], past.position)
-    rows = compare.attention(model, past, texts)
+    rows = measure_attention(model, past, texts)
     oracle = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         read = [oracle(torch.tensor([ids + text]), output_attentions=True, use_cache=True)
@@ -281,8 +322,8 @@ def test_attention_of_a_prompt_is_what_theory_says(hf, cut, layers):
                           for x in (part, w @ v))
             mass.append(w[..., :3].sum(-1).mean())
             bias.append(add.norm(dim=1).mean() / whole.norm(dim=1).mean())
-            added.append(add), heads.append(part)
-        share = lambda x: (s := torch.linalg.svdvals(x).square())[0] / s.sum()
+            added.append(add)
+            heads.append(part)
         expected = {"mass": torch.stack(mass).mean(), "bias": torch.stack(bias).mean(),
                     "one": share(torch.cat(added)),
                     "one_head": torch.stack([share(h) for h in torch.cat(heads, 1)]).mean()}
@@ -292,7 +333,7 @@ def test_attention_of_a_prompt_is_what_theory_says(hf, cut, layers):
 
 def test_attention_command(runs, capsys):
     assert run("attention", runs / "squad", "--limit", 3, "--json") == 0
-    measured = json.loads(capsys.readouterr().out)["attention"]
-    assert [*measured] == [f"layer {i}" for i in range(6)] and measured["layer 0"]["content"] < 1e-5
+    rows = json.loads(capsys.readouterr().out)["attention"]
+    assert [*rows] == [f"layer {i}" for i in range(6)] and rows["layer 0"]["content"] < 1e-5
     assert (runs / "squad/figures/attention.svg").exists()
     assert run("attention", runs / "squad", "--limit", 0) == 2

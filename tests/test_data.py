@@ -1,16 +1,18 @@
 """data.py: formats, tokens, tries and scores."""
 
 import gzip
+import itertools
 import json
 import random
+import string
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import data
 import llama
-from train import answer_loss
+from lab.loss import answer_loss
 
 
 def write(path, text):
@@ -51,8 +53,8 @@ def test_math(tmp_path):
     assert len(data.read("math", str(tmp_path / "*__b.txt"))) == 2
     rows = [{"question": "b'What is \"1\" + 1?\\n'", "answer": "b'2\\n'"},
             {"question": "b", "answer": "b'x"}]
-    found = data.read("math", write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))))
-    assert [(e.question, e.answers) for e in found] == [
+    examples = data.read("math", write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))))
+    assert [(e.question, e.answers) for e in examples] == [
         ('What is "1" + 1?', ("2",)), ("b", ("b'x",))]
 
 
@@ -119,6 +121,27 @@ def test_bad_files(tmp_path, name):
     assert file in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_folder_or_glob_is_read_in_order_and_to_any_depth(tmp_path):
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    for name in ("b/c/2.txt", "a.txt", "b/1.txt", "b/note.md", ".hidden.txt"):
+        write(tmp_path / name, "q\n1\n")
+
+    def names(path):
+        return [str(p.relative_to(tmp_path)) for p in data.files_of("math", str(path))]
+
+    assert names(tmp_path) == [".hidden.txt", "a.txt", "b/1.txt", "b/c/2.txt"]
+    assert names(tmp_path / "*.txt") == ["a.txt"]
+    assert names(tmp_path / "**" / "*.txt") == ["a.txt", "b/1.txt", "b/c/2.txt"]
+    assert names(tmp_path / "**") == ["a.txt", "b/1.txt", "b/c/2.txt", "b/note.md"]
+    assert names(tmp_path / "b" / "note.md") == ["b/note.md"]
+
+
+def test_a_fault_is_reported_at_its_line_behind_a_byte_order_mark(tmp_path):
+    path = write(tmp_path / "x.txt", b"\xef\xbb\xbfone\ntwo\n\xff\n")
+    with pytest.raises(data.DataError, match="line 3: not UTF-8 text .*byte 0xff"):
+        data.read("math", path)
+
+
 def test_nothing_found(tmp_path):
     for path in (tmp_path / "absent", tmp_path / "*.txt", tmp_path):
         with pytest.raises(data.DataError, match="nothing found"):
@@ -140,21 +163,18 @@ def vocabulary(tmp_path):
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     t.post_processor = processors.TemplateProcessing(single="<bos> $A",
                                                      special_tokens=[("<bos>", 0)])
+    t.decoder = decoders.ByteLevel()
     t.enable_truncation(5)  # published tokenizers carry such settings; they must not apply
     t.enable_padding(length=50)
     t.save(str(tmp_path / "tokenizer.json"))
-    from tokenizers.decoders import ByteLevel
-
-    v = data.Vocabulary(tmp_path, bos=0, eos=(1,))
-    v.tokenizer.decoder = ByteLevel()
-    return v
+    return data.Vocabulary(tmp_path, bos=0, eos=(1,))
 
 
 def squad(context="c", question="q", *answers, id="0"):
     return data.Example(id, "squad", context, question, answers or ("x",))
 
 
-def test_rows(vocabulary, tmp_path):
+def test_rows(vocabulary):
     assert vocabulary.special == {0, 1} and len(vocabulary.stop) == 4
     row = data.encode(squad("ab", "Wer?", "Ülm", "other"), vocabulary, 1000)
     assert row.ids.count(0) == 1 and row.ids[0] == 0
@@ -163,13 +183,26 @@ def test_rows(vocabulary, tmp_path):
     assert row.ids == vocabulary.encode("ab\nQuestion: Wer?\nAnswer: Ülm\n")  # whole, not in pieces
     unanswerable = data.encode(data.Example("0", "squad", "ab", "q", ()), vocabulary, 1000)
     assert vocabulary.decode(unanswerable.ids[unanswerable.start:]) == " \n"
-    v = data.Vocabulary.__new__(data.Vocabulary)
-    v.tokenizer, v.bos = vocabulary.tokenizer, None
-    assert v.encode("a") == vocabulary.encode("a")  # a tokenizer that adds BOS gets no second one
-    v.tokenizer.post_processor, v.bos = processors.ByteLevel(), 0
-    assert v.encode("a") == vocabulary.encode("a")  # and one that does not gets it
+
+
+def test_a_text_has_one_bos(vocabulary, tmp_path):
+    ids = vocabulary.encode("ab")
+    assert ids.count(0) == 1 and ids[0] == 0
+    assert vocabulary.encode_plain("ab") == ids[1:]
+    assert vocabulary.encode_at("ab", 0) == (ids, 1)
+    assert vocabulary.encode_at("ab", 1) == (ids, 2)
+
+    # the tokenizer adds BOS and config.json names none
+    assert data.Vocabulary(tmp_path, bos=None).encode("ab") == ids
     with pytest.raises(data.DataError, match=r"tokens \[0\].*BOS is 5"):
         data.Vocabulary(tmp_path, bos=5)
+
+    # the tokenizer adds no BOS and config.json names one
+    vocabulary.tokenizer.post_processor = processors.ByteLevel()
+    vocabulary.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    without = data.Vocabulary(tmp_path, bos=0)
+    assert without.encode("ab") == ids and without.encode_at("ab", 1) == (ids, 2)
+    assert data.Vocabulary(tmp_path, bos=None).encode("ab") == ids[1:]
 
 
 def test_what_is_asked_does_not_depend_on_the_answer(vocabulary):
@@ -222,18 +255,19 @@ def test_a_question_too_long_by_itself(vocabulary):
 def test_order_is_a_pure_function_that_visits_all():
     contexts = [f"c{i // 4}" for i in range(22)]
     order = data.Order(contexts, 8, seed=3)
-    stream = [i for step in range(11) for i in order[step]]
-    assert all(sorted(stream[22 * e: 22 * e + 22]) == list(range(22)) for e in range(4))
-    assert stream[:22] != stream[22:44]
-    fresh = data.Order(contexts, 8, seed=3)
-    # in any order, from anew
-    assert [fresh[step] for step in (9, 2, 5)] == [order[step] for step in (9, 2, 5)]
+    indices = [i for step in range(11) for i in order[step]]
+    assert all(sorted(indices[22 * e: 22 * e + 22]) == list(range(22)) for e in range(4))
+    assert indices[:22] != indices[22:44]
+    # steps may be asked for in any sequence
+    other = data.Order(contexts, 8, seed=3)
+    assert [other[step] for step in (9, 2, 5)] == [order[step] for step in (9, 2, 5)]
     assert data.Order(contexts, 8, seed=4)[0] != order[0]
-    groups = [contexts[i] for i in order.epoch(0)]
-    # questions of a context stand together
-    assert sum(a != b for a, b in zip(groups, groups[1:])) == 5
-    mixed = [contexts[i] for i in data.Order(contexts, 8, seed=3, share=False).epoch(0)]
-    assert sum(a != b for a, b in zip(mixed, mixed[1:])) > 8
+
+    def changes_of_context(order):
+        return sum(contexts[a] != contexts[b] for a, b in itertools.pairwise(order.epoch(0)))
+
+    assert changes_of_context(order) == 5
+    assert changes_of_context(data.Order(contexts, 8, seed=3, share=False)) > 8
 
 
 def random_rows(g, shapes):
@@ -247,55 +281,83 @@ def random_rows(g, shapes):
     return rows
 
 
-SHAPES = {"ragged": [(9, 3, 2), (9, 5, 4), (4, 2, 1), (9, 1, 6), (4, 7, 3), (13, 2, 2)],
+MANY = [(c, 3 + q % 4, 1 + q % 3) for c in (150, 140, 130) for q in range(5)]
+SHAPES = {"many": MANY,
+          "ragged": [(9, 3, 2), (9, 5, 4), (4, 2, 1), (9, 1, 6), (4, 7, 3), (13, 2, 2)],
           "one question": [(8, 3, 2)], "no context": [(0, 3, 2), (0, 5, 1), (0, 2, 4)],
           "each its own": [(3, 2, 2), (5, 4, 1), (7, 1, 3)], "same twice": [(6, 1, 1), (6, 1, 1)]}
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("cut", [True, False])
-@pytest.mark.parametrize("call", [0, 10**9])  # attention group by group, and batch at once
-def test_trie_equals_plain(hf, monkeypatch, name, cut, call):
+def test_trie_equals_plain(hf, name, cut):
     """Loss, gradient and generated tokens of the trie are those of every example alone."""
-    monkeypatch.setattr(llama.Layout, "CALL", call)
     model = llama.load(hf()[1], torch.float64)
     rows = random_rows(random.Random(5), SHAPES[name])
-    prompt = llama.Prompt({i: torch.randn(4, 48, generator=torch.Generator().manual_seed(i))
-                           for i in (0, 3)}, cut)
-    prompt.double()
+    layers = {i: torch.randn(4, 48, generator=torch.Generator().manual_seed(i)).double()
+              .requires_grad_() for i in (0, 3)}
+    prompt = llama.Prompt(layers, cut)
 
-    def loss_and_gradient(batches):
-        prompt.zero_grad()
-        parts = [answer_loss(model, model.extend(b.shared, prompt.past(model)), b) for b in batches]
-        (sum(loss for loss, _ in parts) / sum(n for _, n in parts)).backward()
-        return sum(loss.item() for loss, _ in parts), torch.cat(
-            [r.grad.flatten() for r in prompt.rows.values()])
+    def loss_and_gradient(batch):
+        past = model.extend(batch.shared, prompt.past(model))
+        loss, count = answer_loss(model, past, batch)
+        return loss.item(), count, torch.autograd.grad(loss, list(layers.values()))
 
-    trie = data.collate(rows)
-    assert len(trie.shared) == len({r.context for r in rows})
-    loss, gradient = loss_and_gradient([trie])
-    plain_loss, plain_gradient = 0.0, 0.0
-    for row in rows:  # the plain way: whole rows, all logits, labels shifted by hand
-        prompt.zero_grad()
+    # the plain way: whole rows, all logits, labels shifted by hand
+    expected_loss, gradients = 0.0, []
+    for row in rows:
         ids = torch.tensor([row.ids])
         h, _ = model(ids[:, :-1], prompt.past(model))
         losses = torch.nn.functional.cross_entropy(model.logits(h)[0], ids[0, 1:], reduction="none")
-        one = losses[row.start - 1:].sum()
-        one.backward()
-        plain_loss += one.item()
-        plain_gradient = plain_gradient + torch.cat(
-            [r.grad.flatten() for r in prompt.rows.values()])
-    tokens = sum(len(r.ids) - r.start for r in rows)
-    assert loss == pytest.approx(plain_loss, rel=1e-12)
-    torch.testing.assert_close(gradient, plain_gradient / tokens, rtol=1e-10, atol=1e-13)
-    other_loss, other_gradient = loss_and_gradient([data.collate(rows, share=False)])
-    assert other_loss == pytest.approx(loss, rel=1e-12)
-    torch.testing.assert_close(other_gradient, gradient, rtol=1e-10, atol=1e-13)
+        answer = losses[row.start - 1:].sum()
+        expected_loss += answer.item()
+        gradients.append(torch.autograd.grad(answer, list(layers.values())))
+    expected_gradient = [sum(g) for g in zip(*gradients)]
+
+    trie = data.collate(rows)
+    assert len(trie.shared) == len({r.context for r in rows})
+    for batch in (trie, data.collate(rows, share=False)):
+        loss, count, gradient = loss_and_gradient(batch)
+        assert count == sum(len(r.ids) - r.start for r in rows)
+        assert loss == pytest.approx(expected_loss, rel=1e-12)
+        torch.testing.assert_close(list(gradient), expected_gradient, rtol=1e-10, atol=1e-11)
 
     past = model.extend(trie.shared, prompt.past(model))
     alone = [llama.generate(model, [row.ids[:row.start]], prompt.past(model), 5)[0] for row in rows]
     assert llama.generate(model, trie.asked, past.take(trie.parent), 5) == alone
     assert llama.generate(model, trie.asked, past, 5, parent=trie.parent) == alone
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("suffix", [False, True])
+def test_a_batch_holds_its_rows(vocabulary, share, suffix):
+    """Beginning, head and tail are the row's tokens, and the labels its answer."""
+    questions = {"Wer?": "x", "Wer ist?": "\n", "q": "Ülm", "q?": "a longer one", "?": ""}
+    examples = [squad(context, question, answer) for context in ("one two", "", "three")
+                for question, answer in questions.items()]
+    rows = [data.encode(e, vocabulary, 1000) for e in examples]
+    # of this one the answer has changed the question's last token, 7
+    merged = data.Row([0, 5, 6, 9, 10, 11], 3, [0, 5, 6, 7], "merged", 0)
+    rows.append(merged)
+
+    batch = data.collate(rows, share, suffix)
+    assert len(batch.shared) == (4 if share else len(rows))
+    assert batch.tails.dtype == batch.labels.dtype == batch.parent.dtype == torch.int64
+    for i, row in enumerate(rows):
+        beginning = real(batch.shared[batch.parent[i]])
+        head = real(batch.head[i]) if suffix else []
+        tail, labels = real(batch.tails[i]), batch.labels[i].tolist()
+        assert beginning + head + tail + row.ids[-1:] == row.ids
+        scored = [label for label in labels if label != data.NO_LABEL]
+        assert scored == row.ids[row.start:]
+        assert scored[:-1] == tail[len(tail) - len(scored) + 1:]  # each label is the next token
+        assert beginning + head + batch.asked[i] == row.question
+        if suffix:
+            assert head and len(batch.asked[i]) == (2 if row is merged else 1)
+
+
+def real(ids):
+    return [i for i in ids.tolist() if i != data.PAD]
 
 
 def test_the_first_answer_token_is_predicted_from_the_token_before_it():
@@ -321,13 +383,66 @@ def test_the_first_answer_token_is_predicted_from_the_token_before_it():
     (None, [], 0, 0), ("x", ["the", "x"], 1, 1)])
 def test_squad_scores(prediction, golds, em, f1):
     """Worked by hand from the rules of evaluate-v2.0.py."""
-    found = data.score(data.Example("0", "squad", "c", "q", tuple(golds)), prediction)
-    assert (found["exact_match"], found["f1"]) == (em, pytest.approx(f1))
+    scores = data.score(data.Example("0", "squad", "c", "q", tuple(golds)), prediction)
+    assert (scores["exact_match"], scores["f1"]) == (em, pytest.approx(f1))
+
+
+def official_words(text):
+    """The normalisation of evaluate-v2.0.py, written without its regular expression: an article is
+    a maximal run of letters and digits once the punctuation is gone."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    runs = ["".join(run) for _, run in itertools.groupby(text, str.isalnum)]
+    return "".join(" " if run in ("a", "an", "the") else run for run in runs).split()
+
+
+def official_scores(prediction, golds):
+    """Exact match and F1 as evaluate-v2.0.py defines them."""
+    golds = [official_words(gold) for gold in golds]
+    golds = [gold for gold in golds if gold] or [[]]
+    words = official_words(prediction)
+    exact, f1 = [], []
+    for gold in golds:
+        exact.append(int(gold == words))
+        rest = list(gold)
+        for word in words:
+            if word in rest:
+                rest.remove(word)
+        common = len(gold) - len(rest)
+        if not gold or not words:
+            f1.append(int(gold == words))
+        elif common == 0:
+            f1.append(0)
+        else:
+            precision, recall = common / len(words), common / len(gold)
+            f1.append(2 * precision * recall / (precision + recall))
+    return max(exact), max(f1)
+
+
+def test_squad_scores_are_the_official_scripts():
+    pieces = ["a", "an", "the", "The", "cat", "Cat's", "dog", "dog.", "a-", "thé", "the_", "U.S.",
+              "“the”", "3.5", "Ülm", "İ", "ß", "SS", "x/a", "\u00a0", "\t", ",", "'", "—a—", "²", "an's"]
+    r = random.Random(0)
+
+    def text():
+        return r.choice(["", " ", "  "]).join(r.choices(pieces, k=r.randrange(5)))
+
+    outcomes = set()
+    for _ in range(3000):
+        golds = tuple(text() for _ in range(r.randrange(4)))
+        prediction = r.choice([text(), *golds])
+        scores = data.score(data.Example("0", "squad", "c", "q", golds), prediction)
+        expected = official_scores(prediction, golds)
+        assert (scores["exact_match"], scores["f1"]) == pytest.approx(expected), (prediction, golds)
+        outcomes.add((scores["exact_match"], 0 < scores["f1"] < 1))
+    assert outcomes == {(0, False), (0, True), (1, False)}  # wrong, partly right, right
 
 
 def test_precision_and_recall():
-    found = data.score(squad("c", "q", "red cat", "blue"), "red dog car")
-    assert found["precision"] == pytest.approx(1 / 3) and found["recall"] == pytest.approx(1 / 2)
+    scores = data.score(squad("c", "q", "red cat", "blue"), "red dog car")
+    assert scores["precision"] == pytest.approx(1 / 3) and scores["recall"] == pytest.approx(1 / 2)
+    # they are of the gold with the best F1, here the second
+    scores = data.score(squad("c", "q", "red", "red big dog"), "red big cat")
+    assert scores["precision"] == scores["recall"] == pytest.approx(2 / 3)
     assert data.mean_scores([{"f1": 0.0}, {"f1": 0.5}]) == {"f1": 25.0}
 
 
@@ -340,5 +455,5 @@ def test_precision_and_recall():
     ("In base 14, what is 1 + 1?", "98", "98", 1, 1), ("q", r"\frac{1}{2}", "0.5", 0, 1),
     ("q", "1 2", "12", 0, 0), ("q", r"3\frac{1}{2}", "7/2", 0, 0), ("q", "٣", "3", 0, 0)])
 def test_value_scores(question, prediction, gold, exact, same):
-    found = data.score(data.Example("0", "math", "", question, (gold,)), prediction)
-    assert found == {"accuracy": exact, "accuracy_value": same}
+    scores = data.score(data.Example("0", "math", "", question, (gold,)), prediction)
+    assert scores == {"accuracy": exact, "accuracy_value": same}

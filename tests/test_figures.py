@@ -3,17 +3,18 @@
 import json
 import re
 import shutil
+import textwrap
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from scipy import stats
 
-import pictures
 import promptprior
 import viz
-from train import Run
+from lab import figures, pictures
+from lab.folder import Run
 
 FEW = ["--steps", "2", "--eval-limit", "4", "--batch-size", "2", "--examples", "40", "--limit",
        "1200"]
@@ -31,26 +32,56 @@ def folder(tmp_path_factory):
     return folder
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(path):
+    """What stands in a figure, by the class of its text."""
+    elements = ET.parse(path).getroot().iter(f"{SVG}text")
+    return [(t.get("class"), t.text or "") for t in elements]
+
+
 def test_all_thirteen_are_drawn_and_measured(folder):
     files = sorted(p.name for p in folder.glob("*.svg"))
     assert [int(re.match(r"figure-(\d\d)-", f)[1]) for f in files] == list(range(1, 14))
     measured = json.loads((folder / "figures.json").read_text())
     assert list(measured) == [str(n) for n in range(1, 14)]
     for n, entry in measured.items():
-        svg = (folder / entry["file"]).read_text()
-        root = ET.fromstring(svg)
-        text = " ".join(t.text or "" for t in root.iter("{http://www.w3.org/2000/svg}text"))
-        assert f"Figure {n} of the paper." in text and "Model tiny" in text and len(svg) < 300_000
-        numbers = [v for v in entry["measured"].values() if isinstance(v, float)]
-        assert numbers and np.isfinite(numbers).all()
-        # at least one of the numbers stands in the caption
-        assert any(re.search(rf"(?<![\d.]){re.escape(form.format(v))}(?!\d)", text)
-                   for v in numbers for form in ("{:.3g}", "{:.3f}", "{:.2f}", "{:.4g}"))
+        path = folder / entry["file"]
+        words = texts(path)
+        caption = " ".join(text for kind, text in words if kind == "note")
+        assert f"Figure {n} of the paper." in caption and "Model tiny, seed 0" in caption
+        assert path.stat().st_size < 300_000
+        numbers = entry["measured"]
+        assert numbers and np.isfinite(list(numbers.values())).all()
+        # the table under the picture: every name, and its number right after it
+        following = {name: value for (_, name), (_, value) in zip(words, words[1:])}
+        for name, value in numbers.items():
+            shown = float(following[name].replace("\u2212", "-"))
+            assert shown == pytest.approx(value, rel=6e-3)
     assert len(ET.parse(folder / measured["4"]["file"]).getroot().findall(".//{*}image")) == 7
     domains = len(set(load_file(folder / "means.safetensors")["domain"].tolist()))
-    cells = [t for t in ET.parse(folder / measured["5"]["file"]).getroot().iter(
-        "{http://www.w3.org/2000/svg}text") if t.get("class") == "cell"]
+    cells = [text for kind, text in texts(folder / measured["5"]["file"]) if kind == "cell"]
     assert domains == 4 and len(cells) == domains * (domains - 1)
+    for name in ("fitted-squad", "xavier"):
+        run = f"run {name}: prior {name.split('-')[0]} of"
+        assert run in " ".join(text for _, text in texts(folder / measured["10"]["file"]))
+
+
+def test_a_figure_is_a_function_and_a_line(folder, monkeypatch, capsys):
+    """As the module's first lines say, word by word."""
+    example = figures.__doc__.split("FIGURES:\n")[1].split("What it needs")[0]
+    function, line = textwrap.dedent(example).strip().split("\n\n")
+    names = dict(vars(figures))
+    exec(function, names)
+    [(number, figure)] = eval("{" + line.strip() + "}", names).items()
+    monkeypatch.setitem(figures.FIGURES, number, figure)
+    assert run("figures", number, "--out", folder, *FEW) == 0
+    assert re.search(r"figure-14-embeddings\.svg\n    tokens \d+\n", capsys.readouterr().out)
+    (folder / "figure-14-embeddings.svg").unlink()
+    results = json.loads((folder / "figures.json").read_text())
+    assert results.pop("14")["title"] == "Token embeddings"
+    (folder / "figures.json").write_text(json.dumps(results))
 
 
 def test_what_is_there_is_used_again(folder, capsys):
@@ -111,32 +142,7 @@ def test_curves_of_seeds_have_a_band(folder, tmp_path):
     alone = ET.fromstring(pictures.curves(runs[:1]))
 
     def bands(root):
-        return len([p for p in root.iter("{http://www.w3.org/2000/svg}path")
+        return len([p for p in root.iter(f"{SVG}path")
                     if p.get("fill-opacity") == ".18"])
 
     assert bands(alone) == 0 and bands(together) == 3
-
-
-def test_plot(folder, capsys):
-    capsys.readouterr()
-    assert run("plot", folder / "runs/fitted-squad", folder / "runs/xavier") == 0
-    out = capsys.readouterr().out.split()
-    assert out.pop().endswith("/runs/fitted-squad/report.html")
-    assert [p.removeprefix(str(folder)) for p in out if p.endswith(".svg")] == [
-        "/runs/fitted-squad/figures/layer-00.svg", "/runs/fitted-squad/figures/layer-05.svg",
-        "/runs/xavier/figures/layer-00.svg", "/runs/xavier/figures/layer-05.svg",
-        "/runs/fitted-squad/figures/curves.svg"]
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    assert run("plot", "--text", folder / "runs/xavier") == 0
-    text = capsys.readouterr().out
-    assert text.count("PC1") == 2 and "#" in text and re.search("[\u2801-\u28ff]", text)
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-
-
-def test_a_run_of_massive_loss_still_draws(tmp_path, folder):
-    """Numbers beyond a plot's precision are an error of one line, or a plot."""
-    path = tmp_path / "r"
-    shutil.copytree(folder / "runs/xavier", path)
-    rows = load_file(path / "prompt.safetensors")
-    save_file({k: np.full_like(v, np.inf) for k, v in rows.items()}, path / "prompt.safetensors")
-    assert run("plot", path) == 2

@@ -1,6 +1,7 @@
-"""geometry.py against scipy, scikit-learn, closed forms and the laws of its tests."""
+"""lab/geometry.py against scipy, scikit-learn, closed forms and the laws of its tests."""
 
 import math
+import time
 from decimal import Decimal, getcontext
 
 import numpy as np
@@ -11,10 +12,13 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
-import geometry as g
+from lab import geometry as g
 
-R = lambda seed=0: np.random.default_rng(seed)
 DTYPES = [np.float16, np.float32, np.float64]
+
+
+def R(seed=0):
+    return np.random.default_rng(seed)
 
 
 def cloud(N, D, seed=0):
@@ -24,8 +28,8 @@ def cloud(N, D, seed=0):
 
 def neighbours(rows, population, k, metric="euclidean"):
     """scikit-learn's, by direct differences: (distance, index)."""
-    found = NearestNeighbors(n_neighbors=k, algorithm="brute", metric=metric).fit(population)
-    return found.kneighbors(rows)
+    model = NearestNeighbors(n_neighbors=k, algorithm="brute", metric=metric).fit(population)
+    return model.kneighbors(rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,12 +41,11 @@ def test_displacement(dtype):
         g.displacement(start, end[1:])
 
 
-@pytest.mark.parametrize("block", [2048, 37])
+@pytest.mark.parametrize("N, n", [(500, 60), (2 * g.BLOCK + 5, g.BLOCK + 9)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_nearest_equals_scikit_learns(dtype, metric, block, monkeypatch):
-    monkeypatch.setattr(g, "BLOCK", block)
-    population, rows = cloud(500, 24).astype(dtype), cloud(60, 24, 1).astype(dtype)
+def test_nearest_equals_scikit_learns(dtype, metric, N, n):
+    population, rows = cloud(N, 24).astype(dtype), cloud(n, 24, 1).astype(dtype)
     rows[:5] = population[[3, 77, 400, 0, 499]]
     index, value = g.nearest(rows, population, 6, metric)
     distance, expected = neighbours(rows.astype(float), population.astype(float), 6,
@@ -56,7 +59,7 @@ def test_nearest_equals_scikit_learns(dtype, metric, block, monkeypatch):
 
 @pytest.mark.parametrize("D, shift", [(3, 1e4), (300, 0.0), (300, 1e6)])
 def test_nearest_sees_what_float32_does_not(D, shift):
-    """Members whose squared distances differ in the eighth digit, far from the origin, beside an
+    """Members whose squared distances differ in the eighth digit, far from the origin, with an
     outlier that would drown them."""
     direction = R().normal(size=(400, D))
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
@@ -69,12 +72,16 @@ def test_nearest_sees_what_float32_does_not(D, shift):
     assert value[0].tolist() == np.sort(exact)[:5].tolist()
 
 
-def test_nearest_measures_few_pairs_in_float64(monkeypatch):
-    monkeypatch.setattr(g, "BLOCK", 100)
-    counted, pairs = [], g._pairs
-    monkeypatch.setattr(g, "_pairs", lambda *a: counted.append(len(a[3])) or pairs(*a))
-    g.nearest(cloud(50, 30, 1) + 1000, cloud(2000, 30) + 1000, 2)
-    assert 100 <= sum(counted) < 200
+def test_nearest_is_far_faster_than_differences_in_float64():
+    """Far from the origin too, where a bound on float32's rounding could rule out little."""
+    rows, population = cloud(400, 200, 1) + 1000, cloud(5000, 200) + 1000
+    start = time.perf_counter()
+    _, value = g.nearest(rows, population, 2)
+    middle = time.perf_counter()
+    exact = [np.sort(np.sqrt(np.square(row - population).sum(1)))[:2] for row in rows]
+    end = time.perf_counter()
+    assert (value == exact).all()
+    assert middle - start < (end - middle) / 3
 
 
 def test_nearest_breaks_ties_by_index():
@@ -94,15 +101,55 @@ def test_nearest_refuses():
         g.nearest(cloud(3, 2), cloud(3, 2), 4)
 
 
+@pytest.mark.parametrize("N, k", [(30, 4), (700, 5), (5000, 3), (5000, 200)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_similar_equals_nearest_by_cosine(N, k, dtype):
+    population, rows = cloud(N, 40).astype(dtype), cloud(300, 40, 1).astype(dtype)
+    rows[0] = 0
+    index, cosine = g.similar(rows, population, k)
+    expected_index, expected = g.nearest(rows, population, k, "cosine")
+    assert index.dtype == np.int64 and cosine.dtype == np.float32
+    np.testing.assert_allclose(cosine, expected, atol=1e-6)
+    assert (index[1:] == expected_index[1:]).mean() > 0.99
+    unit = population.astype(float) / np.linalg.norm(population.astype(float), axis=1)[:, None]
+    np.testing.assert_allclose((unit[index[1:]] @ rows[1:, :, None].astype(float))[:, :, 0]
+                               / np.linalg.norm(rows[1:].astype(float), axis=1)[:, None],
+                               cosine[1:], atol=1e-6)
+
+
+def test_similar_leaves_the_row_itself_out():
+    x = cloud(3000, 20)
+    x[10] = 2 * x[500]  # of the same direction, but another row
+    members = np.r_[R().permutation(3000)[:600], 10, 500]
+    index, cosine = g.similar(x[members], x, 4, members)
+    assert (index != members[:, None]).all()
+    with_itself, expected = g.nearest(x[members[:-2]], x, 5, "cosine")
+    assert (with_itself[:, 0] == members[:-2]).all()
+    assert (index[:-2] == with_itself[:, 1:]).mean() > 0.99
+    np.testing.assert_allclose(cosine[:-2], expected[:, 1:], atol=1e-6)
+    assert index[-2:, 0].tolist() == [500, 10]
+
+
+def test_similar_refuses():
+    x = cloud(5, 3)
+    assert g.similar(x, x, 4, np.arange(5))[0].shape == (5, 4)
+    for arguments, words in (((x, x, 0), "ask for at least 1"), ((x, x, 6), "5 rows, and at least"),
+                             ((x, x, 5, np.arange(5)), "5 rows, and at least 6"),
+                             ((x, x, 2, np.arange(4)), "one index a row"),
+                             ((x, x[:, :2], 2), "width 3, expected 2")):
+        with pytest.raises(g.GeometryError, match=words):
+            g.similar(*arguments)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_neighbour_distance_leaves_the_row_itself_out(k):
     x = cloud(300, 9)
     distance, _ = neighbours(x, x, k + 1)
     np.testing.assert_allclose(g.neighbour_distance(x, k), distance[:, k], rtol=1e-9)
-    some = g.neighbour_distance(x, k, sample=40, seed=1)
-    assert len(some) == 40 and np.isin(some, g.neighbour_distance(x, k)).all()
-    assert (some == g.neighbour_distance(x, k, 40, 1)).all() and (
-        some != g.neighbour_distance(x, k, 40, 2)).any()
+    sample = g.neighbour_distance(x, k, sample=40, seed=1)
+    assert len(sample) == 40 and np.isin(sample, g.neighbour_distance(x, k)).all()
+    assert (sample == g.neighbour_distance(x, k, 40, 1)).all()
+    assert (sample != g.neighbour_distance(x, k, 40, 2)).any()
     twice = g.neighbour_distance(np.concatenate([x, x[:5]]), k)
     assert (twice[:5] == 0).all() == (k == 1) and (twice[5:300] > 0).all()
     for N, wrong in ((k, k), (9, 0)):
@@ -167,8 +214,8 @@ def test_effective_rank_of_a_designed_spectrum(N):
     left = np.linalg.qr(np.c_[np.ones(N), R().normal(size=(N, 10))])[0][:, 1:]  # each sums to 0
     right = np.linalg.qr(R(1).normal(size=(50, 10)))[0]
     x = left * np.sqrt([1.0] * 9 + [0.01]) @ right.T + 5
-    for held, rank in ((1, 1), (1.001, 2), (4.5, 5), (9, 9), (9.001, 10), (9.01, 10)):
-        assert g.effective_rank(x, held / 9.01) == rank
+    for variance, rank in ((1, 1), (1.001, 2), (4.5, 5), (9, 9), (9.001, 10), (9.01, 10)):
+        assert g.effective_rank(x, variance / 9.01) == rank
 
 
 @pytest.mark.parametrize("N, D", [(20, 2048), (500, 30), (30, 30)])
@@ -336,23 +383,24 @@ def walks(seed, D=5, lengths=(9, 1, 14, 2), smooth=False):
 
 def test_locality_measures_the_steps_within_paths():
     paths = [p.astype(np.float32) for p in walks(0)]
-    found = g.locality(paths, cloud(50, 5), permutations=0)
+    result = g.locality(paths, cloud(50, 5), permutations=0)
     steps = [math.dist(a, b) for p in paths for a, b in zip(p.tolist(), p[1:].tolist())]
     assert len(steps) == 8 + 0 + 13 + 1
-    assert found["step"] == pytest.approx(np.mean(steps), rel=1e-12)
-    assert found["spread"] == pytest.approx(np.std(steps), rel=1e-12)
-    assert set(found) == {"step", "spread"} | {
+    assert result["step"] == pytest.approx(np.mean(steps), rel=1e-12)
+    assert result["spread"] == pytest.approx(np.std(steps), rel=1e-12)
+    assert set(result) == {"step", "spread"} | {
         f"{prefix}{kind}_{name}" for prefix in ("", "p_") for kind in ("uniform", "matched")
         for name in ("step", "spread")}
-    assert all(math.isnan(v) for k, v in found.items() if k not in ("step", "spread"))
+    assert all(math.isnan(v) for k, v in result.items() if k not in ("step", "spread"))
 
 
 def test_locality_reads_long_walks_by_blocks():
     D = 40_000  # some four rows to a block
     paths = walks(0, D, (7, 4, 9))
-    found = g.locality(paths, paths[0], permutations=0)
+    result = g.locality(paths, paths[0], permutations=0)
     steps = np.concatenate([np.linalg.norm(np.diff(p, axis=0), axis=1) for p in paths])
-    assert (found["step"], found["spread"]) == pytest.approx((steps.mean(), steps.std()), rel=1e-9)
+    assert result["step"] == pytest.approx(steps.mean(), rel=1e-9)
+    assert result["spread"] == pytest.approx(steps.std(), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["p_matched_step", "p_matched_spread", "p_uniform_step",
@@ -371,10 +419,10 @@ def test_locality_p_is_uniform_when_paths_are_random(name):
 
 def test_locality_has_power():
     smooth = walks(0, 20, (60, 80), smooth=True)
-    found = g.locality(smooth, 5 * R(1).normal(size=(500, 20)))
+    result = g.locality(smooth, 5 * R(1).normal(size=(500, 20)))
     for kind in ("uniform", "matched"):
-        assert found[f"p_{kind}_step"] == found[f"p_{kind}_spread"] == 1 / 201
-        assert found["step"] < found[f"{kind}_step"] / 1.5
+        assert result[f"p_{kind}_step"] == result[f"p_{kind}_spread"] == 1 / 201
+        assert result["step"] < result[f"{kind}_step"] / 1.5
     far = [1000.0 * (-1.0) ** np.arange(20)[:, None] * np.ones(20)]
     assert g.locality(far, R(1).normal(size=(500, 20)))["p_uniform_step"] == 1
 
@@ -383,10 +431,10 @@ def test_locality_null_walks():
     """Uniform walks draw by the weights; matched ones only from the paths' own points."""
     population = np.array([[0.0], [1.0], [1000.0]])
     path = [np.array([[0.0], [3.0]] * 300)]
-    found = g.locality(path, population, np.array([3.0, 1.0, 0.0]))
-    assert found["uniform_step"] == pytest.approx(2 * 3 / 4 * 1 / 4, abs=0.01)
-    assert found["matched_step"] == pytest.approx(3 * 300 / 599, abs=0.03)  # without replacement
-    assert found["p_matched_step"] == 1 and found["p_matched_spread"] == 1 / 201
+    result = g.locality(path, population, np.array([3.0, 1.0, 0.0]))
+    assert result["uniform_step"] == pytest.approx(2 * 3 / 4 * 1 / 4, abs=0.01)
+    assert result["matched_step"] == pytest.approx(3 * 300 / 599, abs=0.03)  # without replacement
+    assert result["p_matched_step"] == 1 and result["p_matched_spread"] == 1 / 201
     pair = g.locality([np.array([[0.1, 0.2], [3.0, 4.0]])], np.eye(2))  # one step: always a tie
     assert pair["p_matched_step"] == pair["p_matched_spread"] == 1
 
@@ -427,8 +475,8 @@ def test_calibration_error():
     confidence = R().uniform(size=200_000)
     answers = R(1).uniform(size=200_000)
     assert g.calibration_error(confidence, answers < confidence) < 0.6
-    over = np.abs(np.arange(15) / 15 + 1 / 30 - 0.5).mean()  # right half the time, whatever it says
-    assert g.calibration_error(confidence, answers < 0.5) == pytest.approx(100 * over, abs=0.6)
+    expected = np.abs(np.arange(15) / 15 + 1 / 30 - 0.5).mean()  # half of all answers are right
+    assert g.calibration_error(confidence, answers < 0.5) == pytest.approx(100 * expected, abs=0.6)
 
 
 def test_calibration_error_refuses():
@@ -441,8 +489,9 @@ def test_calibration_error_refuses():
 ONE = [g.neighbour_distance, g.gaussian, g.effective_rank,
        lambda x: g.silhouette(x, np.arange(len(x))), lambda x: g.locality([x], x),
        lambda x: g.mahalanobis(x, np.zeros(3), np.eye(3), np.ones(3))]
-TWO = [g.displacement, g.nearest, g.collapse_index, g.total_variance_ratio, g.frechet,
-       g.precision_recall, g.mmd, g.probe_auc, lambda x, y: g.locality([x], y)]
+TWO = [g.displacement, g.nearest, lambda x, y: g.similar(x, y, 1), g.collapse_index,
+       g.total_variance_ratio, g.frechet, g.precision_recall, g.mmd, g.probe_auc,
+       lambda x, y: g.locality([x], y)]
 ALL = [*ONE, *(lambda x, f=f: f(x, cloud(9, 3)) for f in TWO),
        *(lambda x, f=f: f(cloud(9, 3), x) for f in TWO)]
 

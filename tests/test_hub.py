@@ -11,18 +11,18 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import loading
 import promptprior
-import settings
+from lab import inputs, settings
+from lab.hub import model_folder
+from lab.settings import ModelSettings
 
-ROOT = Path(settings.__file__).parent
+ROOT = Path(promptprior.__file__).parent
 COMMIT, OLDER = "a" * 40, "b" * 40
 
 
@@ -89,8 +89,7 @@ def test_a_model_in_the_cache_and_the_run_that_keeps_its_commit(cache, files, tm
     lay_out(cache, "org/little", OLDER, moved)
     lay_out(cache, "org/little", COMMIT, {"special_tokens_map.json": b"{}",
                                           "consolidated.safetensors": b"0"}, ref=None)
-    a = settings.stored_settings(config)
-    assert loading.checksums(SimpleNamespace(**a)) == config["sha256"]
+    assert inputs.checksums(settings.from_config(config)) == config["sha256"]
     capsys.readouterr()
     assert run("generate", made, text) == 0
     said = capsys.readouterr().out
@@ -110,15 +109,15 @@ def test_a_model_in_the_cache_and_the_run_that_keeps_its_commit(cache, files, tm
 
 
 def test_what_the_cache_has_in_part_is_not_there(cache, files, capsys):
-    a = lambda revision=None: SimpleNamespace(model="org/parts", revision=revision)
+    a = lambda revision=None: ModelSettings(model="org/parts", revision=revision)
     snapshot = lay_out(cache, "org/parts", COMMIT, files[1])
     lay_out(cache, "org/parts", OLDER, files[0], "v1")
-    assert loading.model_folder(a()) == snapshot
-    assert len(loading.model_files(a())) == 4
-    assert loading.model_folder(a("v1")).name == loading.model_folder(a(OLDER)).name == OLDER
+    assert model_folder(a()) == snapshot
+    assert len(inputs.model_files(a())) == 4
+    assert model_folder(a("v1")).name == model_folder(a(OLDER)).name == OLDER
     for name in ("model-00002-of-00002.safetensors", "tokenizer.json", "config.json"):
         (snapshot / name).rename(snapshot / "away")
-        assert not loading.model_folder(a()).is_dir()
+        assert not model_folder(a()).is_dir()
         (snapshot / "away").rename(snapshot / name)
     (snapshot / "tokenizer.json").unlink()
     assert run("sample", "--model", "org/parts") == 2
@@ -200,19 +199,19 @@ class Hub(BaseHTTPRequestHandler):
 
 
 CALL = """
-import sys, loading
-from types import SimpleNamespace
+import sys
+from lab import hub
 for arguments in sys.argv[1:]:
     name, _, revision = arguments.partition("@")
     try:
-        print(loading.from_hub(name, revision or None))
+        print(hub.from_hub(name, revision or None))
     except ValueError as e:
         print(type(e).__name__, e)
 """
 
 
 def fetched(server, home, *names):
-    """What loading.from_hub gives for each name, in a process of its own, whose hub is the server."""
+    """What hub.from_hub gives for each name, in a process of its own, whose hub is the server."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -263,7 +262,7 @@ def test_a_download_takes_what_is_needed_and_a_mistake_is_one_line(hub, tmp_path
     from huggingface_hub import constants
     with pytest.MonkeyPatch.context() as m:
         m.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        folder = loading.model_folder(SimpleNamespace(model="org/whole", revision=None))
+        folder = model_folder(ModelSettings(model="org/whole"))
     assert str(folder) == out[0] and len(Hub.asked) == count
     # and what tells a chat model's ends is missed, unless it is known that there is none
     (folder / "generation_config.json").unlink()

@@ -268,11 +268,224 @@ def test_a_kernel_may_return_heads_and_time_swapped(hf, token_ids, monkeypatch):
 
 def test_rows_enter_in_the_models_dtype_and_stay_fp32(hf):
     model = llama.load(hf()[1], "bfloat16")
-    prompt = llama.Prompt({0: torch.randn(3, 48)}, cut=False)
+    prompt = llama.Prompt({0: torch.randn(3, 48).requires_grad_()})
     past = prompt.past(model)
-    assert past.keys[0].dtype == torch.bfloat16 and prompt.rows[0].dtype == torch.float32
+    assert past.keys[0].dtype == torch.bfloat16 and prompt.layers[0].dtype == torch.float32
     past.keys[3].float().square().sum().backward()
-    assert prompt.rows[0].grad.dtype == torch.float32 and prompt.rows[0].grad.abs().max() > 0
+    gradient = prompt.layers[0].grad
+    assert gradient.dtype == torch.float32 and gradient.abs().max() > 0
+
+
+# --------------------------------------------------------------------------------------------------
+# prompts as values
+
+
+def random_prefix(*layers, n=3, G=2, hd=10):
+    g = torch.Generator().manual_seed(0)
+    return llama.Prompt({i: torch.randn(n, 2, G, hd, generator=g) for i in layers})
+
+
+@pytest.mark.parametrize("prompt", [
+    llama.Prompt({11: torch.randn(3, 48), 2: torch.randn(3, 48)}, cut=True),
+    random_prefix(11, 2),
+], ids=["rows", "prefix"])
+def test_a_prompt_goes_to_tensors_and_back(prompt):
+    trained = prompt._replace(layers={i: t.double().requires_grad_()
+                                      for i, t in prompt.layers.items()})
+    tensors = trained.tensors()
+    assert [*tensors] == ["layers.2", "layers.11"]
+    for t in tensors.values():
+        assert t.dtype == torch.float32 and t.is_contiguous() and not t.requires_grad
+    others = {"layers.2.sd": torch.ones(3), "layers.2.keys": torch.ones(3), "weight": torch.ones(1)}
+    loaded = llama.Prompt.from_tensors({**tensors, **others}, cut=prompt.cut)
+    assert loaded.cut == prompt.cut and loaded.is_prefix == prompt.is_prefix
+    assert loaded.n == prompt.n == 3
+    assert [*loaded.layers] == [2, 11]
+    for i, t in loaded.layers.items():
+        assert torch.equal(t, prompt.layers[i])
+
+
+def test_vectors_are_flat_rows_in_the_order_of_memory():
+    rows = torch.randn(3, 48)
+    assert torch.equal(llama.Prompt({0: rows}).vectors()[0], rows)
+    prefix = random_prefix(5)
+    keys, values = prefix.layers[5].unbind(1)
+    expected = torch.cat((keys.flatten(1), values.flatten(1)), dim=1)
+    assert torch.equal(prefix.vectors()[5], expected)
+
+
+def test_to_another_device():
+    moved = llama.Prompt({0: torch.randn(3, 48)}, cut=True).to("meta")
+    assert moved.layers[0].is_meta and moved.cut
+
+
+# --------------------------------------------------------------------------------------------------
+# prefixes: keys before rotation, and values
+
+
+@pytest.fixture
+def ragged(token_ids):
+    """Rows of 7, 4 and 1 tokens."""
+    ids = token_ids(3, 7, seed=4)
+    ids[1, 4:] = llama.PAD
+    ids[2, 1:] = llama.PAD
+    return ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_keys_and_values_of_embeddings_are_what_the_first_layer_caches(hf, ragged, dtype):
+    """At the beginning, and after rows that have reached different positions."""
+    model = llama.load(hf()[1], dtype)
+    ids = torch.tensor([5, 9, 30, 11])
+    prompt = llama.Prompt({0: model.keys_and_values(0, model.embeddings[ids])})
+    assert prompt.layers[0].shape == (4, 2, 2, 10)
+
+    past, cached = prompt.past(model), model.extend(ids[None])
+    assert past.position.tolist() == [4] and past.real.shape == (1, 0)
+    torch.testing.assert_close(past.keys[0], cached.keys[0])
+    torch.testing.assert_close(past.values[0], cached.values[0])
+    assert past.keys[1] is None and past.values[1] is None
+
+    before = model.extend(ragged)
+    past, cached = prompt.past(model, before), model.extend(ids.expand(3, -1), before)
+    assert past.position.tolist() == cached.position.tolist() == [11, 8, 5]
+    torch.testing.assert_close(past.keys[0], cached.keys[0].roll(4, 2))  # the prompt's stand first
+    torch.testing.assert_close(past.values[0], cached.values[0].roll(4, 2))
+    assert torch.equal(past.keys[1], before.keys[1]) and torch.equal(past.real, before.real)
+
+
+@pytest.mark.parametrize("after", ["nothing", "bos", "ragged rows"])
+def test_a_prefix_of_the_keys_and_values_of_rows_is_these_rows(hf, token_ids, ragged, after):
+    """Wherever it stands: cut rows of all layers and the prefix that the layers make of them."""
+    model = llama.load(hf()[1], torch.float64)
+    g = torch.Generator().manual_seed(0)
+    rows = {i: torch.randn(4, 48, generator=g, dtype=torch.float64) for i in range(4)}
+    prefix = llama.Prompt({i: model.keys_and_values(i, x) for i, x in rows.items()})
+    before = {"nothing": None, "bos": model.extend(torch.tensor([[0]])),
+              "ragged rows": model.extend(ragged)}[after]
+    ids = token_ids(3, 9)
+    expected, _ = model(ids, llama.Prompt(rows, cut=True).past(model, before))
+    h, past = model(ids, prefix.past(model, before))
+    torch.testing.assert_close(h, expected, atol=1e-12, rtol=1e-12)
+    earlier, _ = model(ids, before)
+    assert (h - earlier).abs().max() > 0.1  # the prefix matters
+
+
+def test_a_prefix_enters_a_half_precision_model_and_stays_fp32(hf):
+    model = llama.load(hf()[1], "bfloat16")
+    prefix = random_prefix(0, 3)
+    prefix.layers[3].requires_grad_()
+    past = prefix.past(model)
+    assert past.keys[0].dtype == past.values[3].dtype == torch.bfloat16
+    exact = prefix.past(llama.load(hf()[1], "float32"))
+    assert torch.equal(past.keys[3], exact.keys[3].bfloat16())  # rotated in fp32, rounded once
+    past.keys[3].float().square().sum().backward()
+    assert prefix.layers[3].grad.dtype == torch.float32
+
+
+def test_gradient_of_a_prefix(hf, token_ids, ragged):
+    """By finite differences, through the loss of a text after it."""
+    model = llama.load(hf()[1], torch.float64)
+    before, ids = model.extend(ragged), token_ids(3, 5)
+    prefix = random_prefix(1, 3)
+
+    def loss(*layers):
+        past = model.prefix_past(dict(zip((1, 3), layers)), before)
+        h, _ = model(ids[:, :-1], past)
+        return F.cross_entropy(model.logits(h).flatten(0, 1), ids[:, 1:].flatten())
+
+    layers = [t.double().requires_grad_() for t in prefix.layers.values()]
+    gradients = torch.autograd.grad(loss(*layers), layers)
+    assert all(t.abs().amax(dim=(0, 2, 3)).min() > 1e-5 for t in gradients)  # of keys and values
+    assert torch.autograd.gradcheck(loss, layers, atol=1e-8)
+
+
+def test_unrotated_inverts_the_rotation(hf, token_ids):
+    """Of every layer's keys as a text leaves them in the cache, and of a prefix after it."""
+    model, inputs = llama.load(hf(rope_parameters=LLAMA3)[1], torch.float64), {}
+    ids = token_ids(1, 8)
+    past = model.extend(ids, tap=inputs.__setitem__)
+    for i, x in inputs.items():
+        keys = model.keys_and_values(i, x)[:, 0]
+        rotated = past.keys[i][0].transpose(0, 1)
+        assert (rotated - keys).abs().max() > 0.1
+        torch.testing.assert_close(model.unrotated(rotated, 0), keys, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(model.unrotated(rotated[3:5], 3), keys[3:5], atol=1e-6,
+                                   rtol=1e-6)
+    prefix = random_prefix(2)
+    keys = prefix.past(model, past).keys[2][0, :, :3].transpose(0, 1)
+    torch.testing.assert_close(model.unrotated(keys, 8), prefix.layers[2][:, 0].double(),
+                               atol=1e-6, rtol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# attention weights
+
+
+def eager(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("n", [0, 4])
+@pytest.mark.parametrize("variant", [{}, {"num_key_value_heads": 6, "head_dim": 8}])
+def test_attention_weights_equal_transformers(hf, token_ids, n, variant):
+    """Without a prompt, and with rows that come first in a sequence of embeddings."""
+    folder = hf(**variant)[1]
+    theirs, ours, ids = eager(folder), llama.load(folder), token_ids(2, 9)
+    rows, weights = torch.randn(n, 48), {}
+    past = llama.Prompt({0: rows}).past(ours) if n else None
+    with torch.no_grad():
+        x = torch.cat((rows.expand(2, -1, -1), ours.embeddings[ids]), dim=1)
+        expected = theirs(inputs_embeds=x, output_attentions=True).attentions
+        h, _ = ours(ids, past, weights=weights.__setitem__)
+        assert torch.equal(h, ours(ids, past)[0])  # looking changes nothing
+    assert [*weights] == [0, 1, 2, 3]
+    for i, w in weights.items():
+        assert w.shape == (2, 6, 9, n + 9) and w.dtype == torch.float32
+        torch.testing.assert_close(w, expected[i][:, :, n:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(w.sum(dim=-1), torch.ones(2, 6, 9))
+
+
+def test_attention_weights_of_ragged_rows(hf, token_ids, ragged):
+    """Prompt columns first, then the cached text, then the tokens; padding neither gives nor
+    takes; each row's weights are those of the row alone."""
+    model = llama.load(hf()[1])
+    prompt = random_prefix(1, 3)
+    tails = token_ids(3, 5)
+    tails[0, 2:] = llama.PAD
+    weights = {}
+    with torch.no_grad():
+        model(tails, model.extend(ragged, prompt.past(model)), weights=weights.__setitem__)
+    for i, n in enumerate((0, 3, 0, 3)):  # the prompt's columns of each layer
+        w = weights[i]
+        assert w.shape == (3, 6, 5, n + 7 + 5)
+        torch.testing.assert_close(w.sum(dim=-1), (tails != llama.PAD)[:, None].expand(
+            -1, 6, -1).float())
+        assert w[1, :, :, n + 4:n + 7].abs().max() == 0  # the cached text's padding
+        if n:
+            assert w[..., :n].sum() > 0
+    for row, (cached, length) in enumerate(((7, 2), (4, 5), (1, 5))):
+        alone = {}
+        with torch.no_grad():
+            past = model.extend(ragged[row:row + 1, :cached], prompt.past(model))
+            model(tails[row:row + 1, :length], past, weights=alone.__setitem__)
+        for i, n in enumerate((0, 3, 0, 3)):
+            ours = torch.cat((weights[i][row, :, :length, :n + cached],
+                              weights[i][row, :, :length, n + 7:n + 7 + length]), dim=-1)
+            torch.testing.assert_close(ours, alone[i][0], atol=1e-5, rtol=1e-4)
+
+
+def test_attention_weights_under_recomputation(hf, token_ids):
+    """Each layer's are handed out once, and the gradient is the same."""
+    model, ids = llama.load(hf()[1]), token_ids(2, 6)
+    model.recompute = True
+    rows, layers, gradients = torch.randn(3, 48).requires_grad_(), [], []
+    for weights in (None, lambda i, w: layers.append(i)):
+        h, _ = model(ids, llama.Prompt({0: rows}).past(model), weights=weights)
+        gradients += torch.autograd.grad(h.square().sum(), rows)
+    assert layers == [0, 1, 2, 3] and torch.equal(*gradients)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,3 +571,12 @@ def test_rows_that_do_not_fit(hf, rows):
     model = llama.load(hf()[1])
     with pytest.raises(llama.ModelError, match="do not fit a model of 4 layers and width 48"):
         model.prompt_past({i: torch.zeros(shape) for i, shape in rows.items()}, cut=True)
+
+
+@pytest.mark.parametrize("layers", [
+    {}, {0: (3, 2, 1, 10)}, {0: (3, 2, 2, 9)}, {0: (3, 1, 2, 10)}, {0: (0, 2, 2, 10)},
+    {4: (3, 2, 2, 10)}, {-1: (3, 2, 2, 10)}, {0: (3, 2, 2, 10), 1: (2, 2, 2, 10)}, {0: (3, 40)}])
+def test_prefixes_that_do_not_fit(hf, layers):
+    model = llama.load(hf()[1])
+    with pytest.raises(llama.ModelError, match="does not fit a model of 4 layers, 2 key heads"):
+        model.prefix_past({i: torch.zeros(shape) for i, shape in layers.items()})

@@ -1,23 +1,20 @@
 """Prompts inside the text, prefixes, and rows that a network makes."""
 
+import dataclasses
 import json
 import random
-from types import SimpleNamespace
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-import activations
 import data
 import llama
-import posteriors
 import promptprior
-import references
-import report
-import settings
-import train
-from run import Run
+from lab import activations, loss, page, populations, posteriors, settings, train
+from lab.evaluation import open_run
+from lab.folder import Run
 from test_data import SHAPES, random_rows
 
 FEW = ["--steps", "4", "--eval-every", "1", "--eval-limit", "6", "--batch-size", "4",
@@ -45,8 +42,7 @@ def test_rows_that_are_tokens_stand_where_the_tokens_would(model, place, share, 
     rows = random_rows(random.Random(1), SHAPES[shape])
     rows = [r._replace(ids=[0, *r.ids], start=r.start + 1, question=[0, *r.question])
             for r in rows]  # BOS
-    a = SimpleNamespace(method="prompt", cut=False, place=place)
-    given = {0: model.embeddings[TOKENS].clone().requires_grad_()}
+    embedded = model.embeddings[TOKENS].clone().requires_grad_()
 
     def inserted(ids, start):
         at = {"before": 0, "after-bos": 1, "suffix": start - 1}[place]
@@ -55,25 +51,24 @@ def test_rows_that_are_tokens_stand_where_the_tokens_would(model, place, share, 
     plain = data.collate([r._replace(ids=inserted(r.ids, r.start), start=r.start + 3,
                                      question=inserted(r.question, len(r.question)))
                           for r in rows], share=False)
-    expected, count = train.answer_loss(model, model.extend(plain.shared, model.empty()), plain)
+    expected, count = loss.answer_loss(model, model.extend(plain.shared, model.empty()), plain)
     batch = data.collate(rows, share, place == "suffix")
-    past, onward = train.begin(model, batch, train.prompt_of(model, given, a))
-    loss, tokens = train.answer_loss(model, past, onward)
+    past, tails = loss.begin(model, batch, llama.Prompt({0: embedded}), place)
+    summed, tokens = loss.answer_loss(model, past, tails)
     assert tokens == count
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    gradient, = torch.autograd.grad(loss, given[0])
+    assert summed.item() == pytest.approx(expected.item(), rel=1e-12)
+    gradient, = torch.autograd.grad(summed, embedded)
     step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).double()
 
-    def moved(h):
-        past, onward = train.begin(model, batch, train.prompt_of(
-            model, {0: (given[0] + h * step).detach()}, a))
-        return train.answer_loss(model, past, onward)[0].item()
+    def loss_at(h):
+        shifted = llama.Prompt({0: (embedded + h * step).detach()})
+        return loss.answer_loss(model, *loss.begin(model, batch, shifted, place))[0].item()
 
     assert (gradient * step).sum().item() == pytest.approx(
-        (moved(1e-5) - moved(-1e-5)) / 2e-5, rel=1e-5)
+        (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5, rel=1e-5)
     stop = set(range(60, 97))
-    said = train.answers(model, past, onward, 5, stop)[2]
-    assert said == llama.generate(model, plain.asked, model.extend(plain.shared, model.empty()),
+    answers = loss.answers(model, [past], tails, 5, stop).ids
+    assert answers == llama.generate(model, plain.asked, model.extend(plain.shared, model.empty()),
                                   5, stop, plain.parent)
 
 
@@ -84,32 +79,66 @@ def test_a_trie_is_plain_computation_wherever_the_prompt_stands(model, place, cu
     rows = [r._replace(ids=[0, *r.ids], start=r.start + 1, question=[0, *r.question])
             for r in rows]
     g = torch.Generator().manual_seed(0)
-    given = {i: torch.randn(4, 48, generator=g).double() for i in layers}
-    a = SimpleNamespace(method="prompt", cut=cut, place=place)
+    prompt = llama.Prompt({i: torch.randn(4, 48, generator=g).double() for i in layers}, cut)
+    assert_trie_is_plain(model, rows, prompt, place)
+
+
+def assert_trie_is_plain(model, rows, prompt, place):
+    """The loss of all rows as a trie is the sum of those of each row alone."""
     losses = []
     for parts, share in (([rows], True), ([[r] for r in rows], False)):
-        losses.append(sum(train.answer_loss(model, *train.begin(model, data.collate(
-            part, share, place == "suffix"), train.prompt_of(model, given, a)))[0].item()
-            for part in parts))
+        total = 0.0
+        for part in parts:
+            batch = data.collate(part, share, place == "suffix")
+            total += loss.answer_loss(model, *loss.begin(model, batch, prompt, place))[0].item()
+        losses.append(total)
     assert losses[0] == pytest.approx(losses[1], rel=1e-10)
 
 
+def keys_and_values_of(past):
+    """A cache of batch 1 -> {layer: (n, 2, G, hd)}, keys as they stand in it."""
+    return {i: torch.stack((k[0], v[0])).permute(2, 0, 1, 3)
+            for i, (k, v) in enumerate(zip(past.keys, past.values))}
+
+
 def test_a_prefix_of_what_rows_give_is_those_rows(model):
-    """Keys and values of cut rows at all layers, given directly, are the same prompt."""
+    """Keys and values of cut rows at all layers, taken out of their positions and given directly,
+    are the same prompt."""
     g = torch.Generator().manual_seed(0)
     past = model.prompt_past({i: torch.randn(4, 48, generator=g).double() for i in range(4)}, True)
-    keys, values = ({i: t[0].transpose(0, 1) for i, t in enumerate(kv)}
-                    for kv in (past.keys, past.values))
+    layers = {}
+    for i, cached in keys_and_values_of(past).items():
+        layers[i] = torch.stack((model.unrotated(cached[:, 0], 0), cached[:, 1]), dim=1)
     ids = torch.randint(2, 97, (2, 9), generator=g)
-    expected = model(ids, past)[0]
-    torch.testing.assert_close(model(ids, llama.Prefix(keys, values).past(model))[0], expected,
-                               atol=1e-5, rtol=1e-4)  # parameters are fp32
-    flat = {i: torch.stack((keys[i], values[i]), 1).flatten(1) for i in keys}
-    a = SimpleNamespace(method="prefix", place="before")
-    torch.testing.assert_close(model(ids, train.prompt_of(model, flat, a))[0], expected)
-    for bad in ({0: keys[0][:, :1]}, {9: keys[0]}):
+    prefix = llama.Prompt(layers)
+    assert prefix.is_prefix and prefix.n == 4
+    torch.testing.assert_close(model(ids, prefix.past(model))[0], model(ids, past)[0], atol=1e-5,
+                               rtol=1e-4)  # angles are fp32
+    for bad in ({0: layers[0][:, :, :1]}, {9: layers[0]}):
         with pytest.raises(llama.ModelError, match="does not fit"):
-            model.prefix_past(bad, bad)
+            llama.Prompt(bad).past(model)
+
+
+@pytest.mark.parametrize("place", ["before", "after-bos", "suffix"])
+def test_a_prefix_stands_at_its_positions(model, place):
+    """A prefix whose keys and values are those of tokens at the first layer of a model of one layer
+    is these tokens, wherever it stands: its keys are rotated to the positions there."""
+    one = model_of_one_layer(model)
+    prefix = llama.Prompt({0: one.keys_and_values(0, one.embeddings[TOKENS])})
+    rows = random_rows(random.Random(1), SHAPES["ragged"])
+    rows = [r._replace(ids=[0, *r.ids], start=r.start + 1, question=[0, *r.question]) for r in rows]
+    batch = data.collate(rows, True, place == "suffix")
+    losses = [loss.answer_loss(one, *loss.begin(one, batch, prompt, place))[0].item()
+              for prompt in (prefix, llama.Prompt({0: one.embeddings[TOKENS]}))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # angles are fp32
+    assert_trie_is_plain(one, rows, prefix, place)
+
+
+def model_of_one_layer(model):
+    config = dataclasses.replace(model.config, num_hidden_layers=1)
+    one = llama.Llama(config).double()
+    one.load_state_dict({k: t for k, t in model.state_dict().items() if k in one.state_dict()})
+    return one.requires_grad_(False)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "shared"])
@@ -118,15 +147,15 @@ def test_rows_of_a_network_begin_as_drawn_and_share(kind):
     start = {i: torch.randn(1, 5, 16, generator=g) for i in (0, 3)}
     scales = {0: 0.5, 3: 2.0}
     made = posteriors.Encoded(start, scales, 1.0, 0, kind)
-    assert all(torch.equal(made.rows[i], start[i][0]) for i in start)
-    (made.rows[0][2] * torch.randn(16, generator=g)).sum().backward()
+    assert all(torch.equal(made.numbers()[i], start[i][0]) for i in start)
+    (made.numbers()[0][2] * torch.randn(16, generator=g)).sum().backward()
     # one row's loss moves what is common: the maps of its layer, and of mlp the vectors' network
     assert made.last["0"].grad.abs().sum() > 0 and made.last["3"].grad is None
     with torch.no_grad():
         for p in made.parameters():
             if p.requires_grad:
                 p += 0.1 * torch.randn(p.shape, generator=g)
-    change = {i: (made.rows[i] - start[i][0]) / scales[i] for i in start}
+    change = {i: (made.numbers()[i] - start[i][0]) / scales[i] for i in start}
     if kind == "shared":  # key and value of one row from one vector of half their width
         hidden = torch.tanh(made.common["3"])
         assert hidden.shape == (5, 8)
@@ -159,14 +188,14 @@ def test_runs_train_resume_and_score(tmp_path, monkeypatch, capsys, kind):
     assert run("train", "--out", tmp_path / "a", *few) == 0
     calls, original = [], train.answer_loss
 
-    def loss(*arguments):
+    def fail_later(*arguments):
         calls.append(1)
         if len(calls) == 4:  # there are checkpoints with moments by then
             raise ZeroDivisionError
         return original(*arguments)
 
     with monkeypatch.context() as m:
-        m.setattr(train, "answer_loss", loss)
+        m.setattr(train, "answer_loss", fail_later)
         with pytest.raises(ZeroDivisionError):
             run("train", "--out", tmp_path / "b", *few)
     assert run("train", "--out", tmp_path / "b", "--resume") == 0
@@ -176,8 +205,7 @@ def test_runs_train_resume_and_score(tmp_path, monkeypatch, capsys, kind):
     first = load_file(tmp_path / "a/prompts/000000.safetensors")
     assert all((rows[k] != first[k]).any() for k in rows)
     if "prefix" in KINDS[kind]:
-        assert {t.shape for t in rows.values()} == {(4, 2, 32)} and {
-            k.split(".")[2] for k in rows} == {"keys", "values"}
+        assert {t.shape for t in rows.values()} == {(4, 2, 2, 32)}
     capsys.readouterr()
     assert run("eval", tmp_path / "a", "--json") == 0
     scores = [*json.loads(capsys.readouterr().out)["scores"].values()]
@@ -204,29 +232,41 @@ def test_a_prefix_begins_as_the_rows_keys_and_values(tmp_path):
     few = [*FEW[:-4], "--tokens", 4, "--steps", 0, "--prior", "fitted", "--reference-rows", 300]
     assert run("train", "--out", tmp_path / "rows", *few, "--deep-layers", 6) == 0
     assert run("train", "--out", tmp_path / "prefix", *few, "--method", "prefix") == 0
-    first = load_file(tmp_path / "prefix/prompts/000000.safetensors")
-    past = llama.load(settings.TINY, "float32").prompt_past(Run(tmp_path / "rows").rows(
-        "prompts/000000.safetensors"), cut=True)
+    model = load()
+    past = Run(tmp_path / "rows").prompt("prompts/000000.safetensors").past(model)
+    from_prefix = Run(tmp_path / "prefix").prompt("prompts/000000.safetensors").past(model)
+    for i, (rows, prefix) in enumerate(zip(past.keys + past.values,
+                                           from_prefix.keys + from_prefix.values)):
+        torch.testing.assert_close(prefix, rows, atol=1e-5, rtol=1e-5)
     rates = Run(tmp_path / "prefix").config()["learning_rates"]
-    for i, (keys, values) in enumerate(zip(past.keys, past.values)):
-        together = torch.stack([t[0].transpose(0, 1) for t in (keys, values)])
-        torch.testing.assert_close(first[f"layers.{i}.keys"], together[0])
-        torch.testing.assert_close(first[f"layers.{i}.values"], together[1])
-    real = llama.join(*load().keys_and_values(0, load().embeddings[vocabulary().ordinary]))
+    real = model.keys_and_values(0, model.embeddings[vocabulary().ordinary])
     assert rates["layer 0"] == pytest.approx(real.square().mean().sqrt().item() / 20, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["suffix of a prefix", "last two"])
-def test_what_lies_below_a_prompt_may_be_kept(tmp_path, kind):
-    """For several epochs: where the prompt stands before the text, and nowhere else."""
-    ends = []
-    for name, more in (("kept", []), ("anew", ["--no-trunk"])):
-        assert run("train", "--out", tmp_path / name, *FEW, *KINDS[kind], "--train-examples", 6,
-                   "--reference-rows", 200,
-                   *more) == 0
-        ends.append(load_file(tmp_path / name / "prompt.safetensors"))
-    for key, rows in ends[0].items():
-        torch.testing.assert_close(rows, ends[1][key], atol=1e-4, rtol=1e-4)
+def test_an_early_runs_prefix_still_opens(tmp_path, capsys):
+    """Early runs kept keys rotated to their positions, in tensors of their own."""
+    for place in ("before", "after-bos"):
+        out, old = tmp_path / place, tmp_path / f"{place}-old"
+        assert run("train", "--out", out, *FEW, "--method", "prefix", "--place", place) == 0
+        shutil.copytree(out, old)
+        prompt, model = Run(out).prompt(), load()
+        start = model.empty()
+        if place == "after-bos":
+            start = model.extend(torch.tensor([[0]]))
+        cached = keys_and_values_of(prompt.past(model, start))
+        tensors = {}
+        for i in prompt.layers:
+            tensors[f"layers.{i}.keys"] = cached[i][:4, 0].contiguous()
+            tensors[f"layers.{i}.values"] = cached[i][:4, 1].contiguous()
+        save_file(tensors, old / "prompt.safetensors")
+        for i, numbers in Run(old).prompt().layers.items():
+            torch.testing.assert_close(numbers, prompt.layers[i], atol=1e-5, rtol=1e-5)
+        scores = []
+        for folder in (out, old):
+            capsys.readouterr()
+            assert run("eval", folder, "--json") == 0
+            scores.append([*json.loads(capsys.readouterr().out)["scores"].values()][-1]["loss"])
+        assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -255,23 +295,6 @@ def test_after_bos_needs_one(hf, tmp_path, capsys):
     assert "has no BOS" in capsys.readouterr().err
 
 
-def test_keys_and_values_of_a_layers_inputs(model):
-    """Turned by their positions they are what the cache of a text holds."""
-    ids, inputs = torch.tensor([[0, 5, 9, 7, 11, 30]]), {}
-    past = model.extend(ids, tap=inputs.__setitem__)
-    for i, x in inputs.items():
-        keys, values = model.keys_and_values(i, x)
-        torch.testing.assert_close(model.turn(keys), past.keys[i][0].transpose(0, 1))
-        torch.testing.assert_close(model.turn(model.turn(keys, 3), 3, back=True), keys)
-        later = model.turn(torch.cat((keys[:1], keys)))[1:]  # each one column further on
-        torch.testing.assert_close(model.turn(keys, 1), later)
-        torch.testing.assert_close(values, past.values[i][0].transpose(0, 1))
-        assert all(torch.equal(a, b) for a, b in zip((keys, values), llama.split(
-            llama.join(keys, values), model.config)))
-    with pytest.raises(llama.ModelError, match="key heads"):
-        llama.split(torch.zeros(3, 7), model.config)
-
-
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory):
     """A prefix at every layer, drawn from real tokens and activations."""
@@ -291,22 +314,20 @@ def test_a_prefix_lies_among_keys_and_values(prefix, tmp_path, capsys):
         assert draw["moved"] == 0 < end["moved"] and draw["collapse"] < 1e-4 < end["collapse"]
         assert [len(r) for r in found["tokens"][str(i)]["trained"].values()] == [4, 4]
     ids = vocabulary().ordinary
-    drawn, _ = Run(prefix).start_and_end()  # as it is stored, keys turned
-    keys, values = load().keys_and_values(0, load().embeddings[ids])
-    near = torch.cdist(drawn[0][:, 64:], values.flatten(1)).argmin(dim=1)
+    drawn, _ = Run(prefix).start_and_end()
+    real = load().keys_and_values(0, load().embeddings[ids]).flatten(1)
+    near = torch.cdist(drawn[0], real).argmin(dim=1)
     assert found["tokens"]["0"]["prior draw"]["l2"] == [vocabulary().decode([ids[k]]) for k in near]
     assert run("plot", prefix) == 0 and run("plot", "--text", prefix) == 0
     said = capsys.readouterr().out
     assert "layer 5: . keys and values of layer 5 inputs of squad (300 rows)" in said.replace(
         f"{prefix}, layer 5", "layer 5")
     assert "Layer 0, keys and values" in (prefix / "figures/layer-00.svg").read_text()
-    seen, model = Run(prefix), load()
-    a = SimpleNamespace(**seen.config()["settings"])
-    around = references.references(a, model, vocabulary(), list(range(6)))
-    page = report.gather([(references.measured(seen, model), a, model, vocabulary(), references.beside(a, model, around))])
-    assert [m["columns"] for m in page["maps"]] == [True] * 6
-    assert page["maps"][0]["rows"] == len(ids)
-    for i, layer in page["runs"][0]["layers"].items():
+    opened = open_run(prefix, {})
+    shown = page.gather([(opened, populations.references_of(opened))])
+    assert [m["columns"] for m in shown["maps"]] == [True] * 6
+    assert shown["maps"][0]["rows"] == len(ids)
+    for i, layer in shown["runs"][0]["layers"].items():
         assert "lens" not in layer and (layer["cosine"][0, :, 0] > 0.9999).all()
 
 
@@ -337,8 +358,7 @@ def test_a_prefix_goes_on(prefix, tmp_path, capsys):
     assert file.prompt(2) is None
     row = file.field["token"][file.field["example"] == file.field["example"][0]]
     inputs = {}
-    parts = {kind: {i: last[f"layers.{i}.{kind}"] for i in range(6)} for kind in ("keys", "values")}
-    load().extend(row[None], load().prefix_past(**parts), inputs.__setitem__)
+    load().extend(row[None], llama.Prompt.from_tensors(last).past(load()), inputs.__setitem__)
     torch.testing.assert_close(file.rows(2, torch.arange(len(row))), inputs[2], atol=1e-4,
                                rtol=1e-4)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import posteriors
+from lab import posteriors
 
 
 def conjugate(n: int = 3, D: int = 2):
@@ -19,22 +19,24 @@ def conjugate(n: int = 3, D: int = 2):
     mean = (prior_mean / prior_sd**2 + seen.sum(dim=0) / noise**2) / precision
 
     def log_posterior(rows):
+        """Of prompts rows (K, n, D), summed over them."""
         return -0.5 * (((rows - prior_mean) / prior_sd).square().sum()
-                       + ((rows - seen) / noise).square().sum())
+                       + ((rows[:, None] - seen) / noise).square().sum())
 
     return log_posterior, mean, precision.rsqrt()
 
 
 def fit(posterior, log_density, weight, steps, rate):
+    """log_density: of the members' rows at layer 0 (K, n, D), summed over them."""
     optimiser = torch.optim.Adam(posterior.groups(rate))
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = rate * (1 - step / steps) + 1e-4
-        for rows in posterior.members(step):
-            (-weight * log_density(rows)).backward()
-        if torch.is_tensor(posterior.cost()):
-            posterior.cost().backward()
-        posterior.settle()
+        rows = torch.stack([layers[0] for layers in posterior.members(step)])
+        (-weight * log_density(rows)).backward()
+        if posterior.extra_loss() is not None:
+            posterior.extra_loss().backward()
+        posterior.combine_gradients()
         optimiser.step()
         optimiser.zero_grad()
 
@@ -43,10 +45,10 @@ def test_mean_field_finds_a_conjugate_posterior():
     log_posterior, mean, sd = conjugate()
     weight = 1 / 50  # the objective is a mean over 50 tokens
     q = posteriors.MeanField({0: torch.zeros(1, 3, 2)}, {0: 1.0}, weight, seed=3)
-    fit(q, lambda rows: log_posterior(rows[0]), weight, 3000, 0.03)
-    found = q.tensors()
-    assert ((found["layers.0"] - mean).abs() < 0.05 * mean.abs().clamp(min=1)).all()
-    assert ((found["layers.0.sd"] / sd - 1).abs() < 0.05).all()
+    fit(q, log_posterior, weight, 3000, 0.03)
+    tensors = q.tensors()
+    assert ((tensors["layers.0"] - mean).abs() < 0.05 * mean.abs().clamp(min=1)).all()
+    assert ((tensors["layers.0.sd"] / sd - 1).abs() < 0.05).all()
 
 
 def test_svgd_finds_a_conjugate_posterior():
@@ -57,7 +59,7 @@ def test_svgd_finds_a_conjugate_posterior():
         start = torch.randn(K, n, D, generator=torch.Generator().manual_seed(1))
         # a scale and a weight that are not 1 must not matter to where it ends
         p = posteriors.Particles({0: start}, {0: 0.3}, 1 / 20, seed=0)
-        fit(p, lambda rows: log_posterior(rows[0]), 1 / 20, 800, 0.1)
+        fit(p, log_posterior, 1 / 20, 300, 0.2)
         x = p.tensors()["layers.0.particles"]
         assert ((x.mean(dim=0) - mean).abs() < tolerance * mean.abs().clamp(min=1)).all()
         assert ((x.std(dim=0) / sd - 1).abs() < tolerance).all(), (x.std(dim=0) / sd)
@@ -87,7 +89,7 @@ def test_svgd_of_one_particle_is_the_map_estimate():
     log_posterior, mean, _ = conjugate()
     for kind in (posteriors.Point, posteriors.Particles):
         one = kind({0: torch.zeros(1, 3, 2)}, {0: 0.3}, 1.0, seed=0)
-        fit(one, lambda rows: log_posterior(rows[0]), 1.0, 600, 0.1)
+        fit(one, log_posterior, 1.0, 600, 0.1)
         torch.testing.assert_close(one.mean()[0], mean, atol=1e-3, rtol=1e-3)
 
 
@@ -95,8 +97,9 @@ def test_particles_keep_apart_on_two_modes():
     """Points run into one mode of a mixture; particles cover both."""
     modes = torch.tensor([[-3.0], [3.0]])
 
-    def log_density(rows):
-        return torch.logsumexp(-0.5 * (rows[0] - modes).square().sum(dim=1), dim=0)
+    def log_density(rows):  # (K, 1, 1)
+        squares = (rows - modes).square().sum(dim=2)  # (K, 2)
+        return torch.logsumexp(-0.5 * squares, dim=1).sum()
 
     start = 0.1 * torch.randn(20, 1, 1, generator=torch.Generator().manual_seed(2))
     p = posteriors.Particles({0: start}, {0: 1.0}, 1.0, seed=0)
@@ -116,5 +119,5 @@ def test_draws_are_functions_of_the_seed():
     rows = torch.stack([r[0] for r in posteriors.particles(q.tensors(), 2000, 0)])
     assert float(rows.std() / 0.1) == pytest.approx(1, abs=0.03)
     p = posteriors.Particles({0: torch.randn(4, 3, 2)}, {0: 1.0}, 1.0, seed=0)
-    assert torch.equal(posteriors.particles(p.tensors(), 9, 0)[2][0], p.rows[0][2])
-    assert len(p.scored()) == 4 and torch.equal(p.mean()[0], p.rows[0].mean(dim=0))
+    assert torch.equal(posteriors.particles(p.tensors(), 9, 0)[2][0], p.numbers()[0][2])
+    assert len(p.evaluated()) == 4 and torch.equal(p.mean()[0], p.numbers()[0].mean(dim=0))

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import experiments
-import loading
+import priors
 import promptprior
-import references
-import settings
-import train
+from lab import commands, inputs, populations
+from lab.console import Stopped
+from lab.folder import Run
+from lab.settings import DataSettings, ModelSettings, PriorSettings
+from lab.train import command_train
 
 HERE = Path(promptprior.__file__).parent
 FEW = ["--steps", "4", "--eval-every", "2", "--eval-limit", "6", "--batch-size", "4",
@@ -102,8 +103,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("arguments", [
     ["--prior", "vocab"], ["--prior", "fitted", "--prior-weight", "1", "--deep-layers", "1"],
     ["--prior", "isotropic", "--dtype", "bfloat16", "--data", "math"],
-    ["--data", "math", "--batch-size", "200", "--tokens", "0", "--deep-layers", "2",
-     "--trunk-memory", "0"],
+    ["--data", "math", "--tokens", "0", "--deep-layers", "2"],
     ["--prior", "fitted", "--posterior", "svgd", "--particles", "3", "--data", "math"],
     ["--prior", "fitted", "--posterior", "gaussian", "--deep-layers", "1", "--data", "math"]])
 def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
@@ -123,20 +123,15 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
         return original(self, step)
 
     monkeypatch.setattr(data.Order, "__getitem__", getitem)
-    trunks, build = [], train.trunk
-    monkeypatch.setattr(experiments, "trunk", lambda *a: trunks.append(1) or build(*a))
-    given = {"out": str(parts), **{k: v for k, v in vars(promptprior.parser().parse_args(
-        ["train", *few, *arguments])).items() if k != "command"}}
+    given = {"out": str(parts), **commands.parse(["train", *few, *arguments], "")[1]}
     for step, how in ((0, Killed), (2, Killed), (1, signal.SIGINT), (4, Killed),
                       (5, signal.SIGTERM)):
         stops.append((step, how))
-        with pytest.raises((Killed, train.Stopped)) as e:
-            experiments.command_train(dict(given))
+        with pytest.raises((Killed, Stopped)) as e:
+            command_train(dict(given))
         assert not stops and (
             how is Killed or e.value.status == -how and "--resume" in str(e.value))
         given = {"out": str(parts), "resume": True}
-    assert bool(trunks) == ("--trunk-memory" in arguments)
-    (parts / "trunk1.safetensors").write_bytes(b"left by SIGKILL")
     assert run("train", "--out", parts, "--resume") == 0
     names = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
     assert names == {p.relative_to(parts) for p in parts.rglob("*") if p.is_file()}
@@ -146,7 +141,7 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
     clock = ("seconds", "examples_per_second")
     strip = lambda folder: [{k: v for k, v in m.items() if k not in clock} for m in metrics(folder)]
     assert strip(whole) == strip(parts)
-    ends = [train.Run(folder).load_checkpoint()[0] for folder in (whole, parts)]
+    ends = [Run(folder).load_checkpoint()[0] for folder in (whole, parts)]
     assert ends[0].step == ends[1].step == 7 and not ends[0].due and all(
         torch.equal(t, ends[1].tensors[k]) for k, t in ends[0].tensors.items())
 
@@ -226,18 +221,15 @@ def test_sharing_and_keeping(tmp_path):
 
 def test_map_keeps_rows_near_the_prior(tmp_path):
     """A heavy prior weight pulls rows up its density; without it they go where the loss leads."""
-    import priors
-
     density = {}
     for weight in (0, 1000):
         out = tmp_path / f"w{weight}"
         assert run("train", "--prior", "fitted", "--prior-weight", weight, "--out", out,
                    "--steps", 20, "--eval-every", 20, "--eval-limit", 2, "--batch-size", 2,
                    "--max-new", 2, "--lr", 0.02) == 0
-        a = settings.settings_of({"prior": "fitted"}, settings.MODEL, settings.PRIOR,
-                                    settings.DATA, settings.SAMPLE)
-        model, vocabulary = loading.load_model(a)
-        reference = references.references(a, model, vocabulary, [0])[0].rows
+        loaded = inputs.load_model(ModelSettings().complete())
+        prior = PriorSettings(prior="fitted").complete("tiny")
+        reference = populations.references(prior, DataSettings(), loaded, [0])[0].rows
         fitted = priors.Fitted.fit(reference)
         density[weight] = fitted.log_prob(
             load_file(out / "prompt.safetensors")["layers.0"]).mean().item()
@@ -258,17 +250,15 @@ def test_sample(tmp_path, capsys):
 
 def test_text_prior_is_the_text_prompt(tmp_path):
     """Rows that begin as a text's tokens score, untrained, exactly what the text itself scores."""
-    a = settings.settings_of({}, settings.MODEL, settings.PRIOR, settings.DATA,
-                                settings.SAMPLE)
-    model, vocabulary = loading.load_model(a)
-    ids = vocabulary.encode_plain("short answer")
+    loaded = inputs.load_model(ModelSettings().complete())
+    ids = loaded.vocabulary.encode_plain("short answer")
     assert run("train", "--prior", "text", "--tokens", len(ids), "--steps", 0,
                "--out", tmp_path / "t", "--eval-limit", 8) == 0
     scores = {m["split"]: m for m in metrics(tmp_path / "t")}
     assert scores["eval"]["loss"] == pytest.approx(scores["text"]["loss"], rel=1e-5) \
         != scores["baseline"]["loss"]
     rows = load_file(tmp_path / "t/prompts/000000.safetensors")["layers.0"]
-    assert torch.equal(rows, model.embeddings[ids].float())
+    assert torch.equal(rows, loaded.model.embeddings[ids].float())
 
 
 def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
@@ -277,13 +267,12 @@ def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(HERE)
     out = tmp_path / "o"
     for spec in ("squad:tiny/squad/train.json", "math:tiny/math/train-easy/*_mul.txt"):
-        a = settings.settings_of({"data": spec}, settings.MODEL, settings.PRIOR,
-                                 settings.DATA, settings.SAMPLE)
-        train_side, eval_side = loading.training_and_evaluation(a)
-        total = len(data.read(*loading.parse_spec(a.data, 0)))
+        settings = DataSettings(data=spec).complete()
+        train_side, eval_side = inputs.training_and_evaluation(settings)
+        total = len(data.read(*inputs.parse_spec(settings.data, 0)))
         assert len(train_side) + len(eval_side) == total \
             and total // 10 <= len(eval_side) < total // 10 + 6
-        assert not set(map(loading.topic, train_side)) & set(map(loading.topic, eval_side))
+        assert not set(map(inputs.topic, train_side)) & set(map(inputs.topic, eval_side))
     assert run("train", "--data", "math:tiny/math/train-easy/*_mul.txt", "--out", out,
                "--deep-layers", 1, *FEW) == 0
     assert len(json.loads((out / "config.json").read_text())["sha256"]["data"]) == 64
@@ -304,47 +293,137 @@ def test_help_without_torch():
             "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
     out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
                          check=True).stdout
-    assert all(name in out for name in promptprior.priors.PRIORS)
+    assert all(name in out for name in priors.PRIORS)
 
 
-def test_every_name_of_ours_is_there():
-    """What any file, benchmarks among them, asks of our modules: nothing else runs them all."""
-    ours, missing = {p.stem for p in HERE.glob("*.py")}, []
-    for path in [p for folder in (".", "benchmarks", "tests", "tiny")
-                 for p in (HERE / folder).glob("*.py")]:
-        nodes, names = [*ast.walk(ast.parse(path.read_text()))], {}
-        for node in nodes:
+# --------------------------------------------------------------------------------------------------
+# the house
+
+
+def ours() -> dict[str, Path]:
+    """Our modules by the names that they are imported by."""
+    root = {path.stem: path for path in HERE.glob("*.py")}
+    return root | {f"lab.{path.stem}": path for path in HERE.glob("lab/*.py")
+                   if path.stem != "__init__"}
+
+
+def imports_of(path: Path) -> list[tuple[str, str | None]]:
+    """(module, name) of everything that a file imports, also inside functions; the name is None if
+    the module itself is imported. Imports for type checkers alone do not count."""
+    pairs = []
+    tree = ast.parse(path.read_text())
+    hints = [node for node in ast.walk(tree) if isinstance(node, ast.If)
+             and "TYPE_CHECKING" in ast.unparse(node.test)]
+    skipped = {id(inner) for node in hints for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            pairs += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                pairs.append((inner, None) if inner in ours() else (node.module, alias.name))
+    return pairs
+
+
+def test_the_root_shows_the_five():
+    assert {path.name for path in HERE.glob("*.py")} == {
+        "promptprior.py", "llama.py", "data.py", "priors.py", "viz.py"}
+
+
+def test_imports_go_one_way():
+    """The four that are copied import nothing of ours, and lab's modules form no circle."""
+    graph = {name: {module for module, _ in imports_of(path) if module in ours()}
+             for name, path in ours().items()}
+    for name in ("llama", "data", "priors", "viz"):
+        assert not graph[name], f"{name}.py imports {graph[name]}"
+    assert not any("promptprior" in modules for modules in graph.values())
+    assert graph["lab.loss"] == {"llama", "data"}
+    assert not graph["lab.geometry"] and not graph["lab.posteriors"]
+    while graph:
+        leaves = [name for name, modules in graph.items() if not modules & graph.keys()]
+        assert leaves, f"a circle among {sorted(graph)}"
+        for name in leaves:
+            del graph[name]
+
+
+def test_every_name_that_is_imported_is_there():
+    """In every file, benchmarks among them: nothing else runs them all."""
+    folders = [HERE, *(HERE / name for name in ("lab", "benchmarks", "tests", "tiny"))]
+    missing, asked = [], set()
+    for path in (path for folder in folders for path in folder.glob("*.py")):
+        tree = ast.parse(path.read_text())
+        modules = {}
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                names |= {a.asname or a.name: a.name for a in node.names if a.name in ours}
-        asked = [(n.module, a.name) for n in nodes if isinstance(n, ast.ImportFrom)
-                 and n.module in ours for a in n.names]
-        asked += [(names[n.value.id], n.attr) for n in nodes if isinstance(n, ast.Attribute)
-                  and isinstance(n.value, ast.Name) and n.value.id in names]
-        missing += [f"{path.name}: {module}.{name}" for module, name in asked
-                    if not hasattr(importlib.import_module(module), name)]
+                modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    if inner in ours():
+                        modules[alias.asname or alias.name] = inner
+        asked |= {(path.name, module, name) for module, name in imports_of(path) if name}
+        asked |= {(path.name, modules[node.value.id], node.attr) for node in ast.walk(tree)
+                  if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+                  and node.value.id in modules}
+    for file, module, name in asked:
+        if module in ours() and not hasattr(importlib.import_module(module), name):
+            missing.append(f"{file}: {module}.{name}")
     assert not missing
 
 
-def test_the_readme_lists_the_registry():
-    readme = (HERE / "README.md").read_text()
-    for name, prior in promptprior.priors.PRIORS.items():
-        row = next(line for line in readme.split("\n") if re.match(rf"\| `{name}[`:]", line))
-        assert all(f"{k}={v:g}" in row for k, v in promptprior.priors.options(name).items())
+def test_functions_are_short():
+    """No function over 70 lines; no file of lab over 700."""
+    long = []
+    for name, path in ours().items():
+        text = path.read_text()
+        if name.startswith("lab.") and text.count("\n") > 700:
+            long.append(f"{name}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 70:
+                long.append(f"{name}.{node.name}: {node.end_lineno - node.lineno + 1} lines")
+    assert not long
+
+
+def test_every_command_is_where_the_table_says():
+    for name, command in commands.COMMANDS.items():
+        module = importlib.import_module(f"lab.{command.module}")
+        assert callable(getattr(module, f"command_{name}"))
+
+
+def test_the_docs_list_the_registry():
+    page = (HERE / "docs/priors.md").read_text()
+    for name, prior in priors.PRIORS.items():
+        row = next(line for line in page.split("\n") if re.match(rf"\| `{name}[`:]", line))
+        assert all(f"{k}={v:g}" in row for k, v in priors.options(name).items())
         assert row.endswith("| yes |") == prior.has_density
 
 
-@pytest.mark.parametrize("name", ["llama", "data", "priors", "posteriors", "geometry", "viz"])
-def test_modules_stand_alone(tmp_path, name):
-    """Each is copied into an empty folder, imported there, and what the README says of it runs."""
+@pytest.mark.parametrize("path", ["llama.py", "data.py", "priors.py", "viz.py",
+                                  "lab/posteriors.py", "lab/geometry.py"])
+def test_modules_stand_alone(tmp_path, path):
+    """Each is copied into an empty folder, imported there, and what docs/copying.md says of it
+    runs."""
     import shutil
 
-    shutil.copy(HERE / f"{name}.py", tmp_path)
+    shutil.copy(HERE / path, tmp_path)
     (tmp_path / "tiny").symlink_to(HERE / "tiny")
-    readme = (HERE / "README.md").read_text()
-    snippet = re.search(rf"<!-- copied: {name} -->\n```python\n(.*?)```", readme, re.DOTALL)
-    assert snippet or name in ("data", "posteriors", "geometry")
+    name = Path(path).stem
+    page = (HERE / "docs/copying.md").read_text()
+    snippet = re.search(rf"<!-- copied: {name} -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert snippet
     subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.')\n"
-                    + (snippet[1] if snippet else f"import {name}")], cwd=tmp_path, check=True)
+                    + snippet[1]], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("name", ["a prior of your own", "training from Python"])
+def test_the_readmes_python_runs(tmp_path, name):
+    readme = (HERE / "README.md").read_text()
+    snippet = re.search(rf"<!-- python: {name} -->\n```python\n(.*?)```", readme, re.DOTALL)[1]
+    out = subprocess.run([sys.executable, "-c", snippet], cwd=HERE, check=True,
+                         capture_output=True, text=True).stdout
+    assert out.strip()
 
 
 def test_eval_scores_several_texts(trained, capsys):
@@ -432,7 +511,7 @@ def test_a_run_that_is_none(tmp_path, capsys):
 
 def test_a_log_that_was_cut_in_a_line(trained, tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes((trained / "metrics.jsonl").read_bytes()[:-20])
-    assert train.Run(tmp_path).metrics() == metrics(trained)[:-1]
+    assert Run(tmp_path).metrics() == metrics(trained)[:-1]
 
 
 def test_a_text_prior_of_one_token(tmp_path):
@@ -458,6 +537,6 @@ def test_not_finite_stops_before_the_step(tmp_path, capsys):
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert "not finite" in error and "checkpoints holds step" in error \
         and "--lr" in error
-    rows = {k: t for k, t in train.Run(out).load_checkpoint()[0].tensors.items()
+    rows = {k: t for k, t in Run(out).load_checkpoint()[0].tensors.items()
             if k.startswith("rows")}
     assert rows and all(torch.isfinite(t).all() for t in rows.values())

@@ -20,10 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import experiments
 import promptprior
-import run as run_module
-import train
+from lab import commands, evaluation, files, train
+from lab import folder as run_module
 from priors import PRIORS
 
 HERE = Path(__file__).resolve().parent.parent
@@ -129,7 +128,7 @@ class Faults:
             unlink(path, missing_ok=missing_ok)
             faults.pass_by(f"after {kind}")
 
-        patch(run_module, "open", open_)
+        patch(files, "open", open_)
         patch(os, "fsync", fsync)
         patch(os, "replace", replace)
         patch(Path, "unlink", remove)
@@ -153,7 +152,7 @@ def victim(arguments, point, n):
 def test_killed_inside_the_writer(tmp_path):
     """At every point of the first, a middle and the last checkpoint."""
     context = multiprocessing.get_context("forkserver")  # no torch threads to inherit
-    context.set_forkserver_preload(["torch", "promptprior", "references", "train", "test_survival"])
+    context.set_forkserver_preload(["torch", "promptprior", "lab.train", "test_survival"])
     threads, alone = torch.get_num_threads(), tmp_path / "whole"
     torch.set_num_threads(1)  # as its victims
     try:
@@ -167,7 +166,7 @@ def test_killed_inside_the_writer(tmp_path):
             assert child.exitcode == -signal.SIGKILL, (point, n)
             checkpoints = run_module.Run(out).checkpoints()
             assert point.startswith("before open") or not checkpoints or all(
-                run_module._read_checkpoint(p) for p in checkpoints), (point, n)
+                run_module.read_checkpoint(p) for p in checkpoints), (point, n)
             assert main("train", "--out", out, "--resume", *FEW) == 0, (point, n)
             same(alone, out)
             shutil.rmtree(out)
@@ -175,12 +174,16 @@ def test_killed_inside_the_writer(tmp_path):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-@pytest.mark.parametrize("point, n", [(p, n) for p in POINTS for n in (1, 5) if "after" not in p])
+# A third of the combinations, each point and each error among them.
+FAILURES = [(point, n, number) for i, point in enumerate(POINTS) for n in (1, 5)
+            for number in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+            if "after" not in point and (i + n + number) % 3 == 0]
+assert {point for point, _, _ in FAILURES} == {p for p in POINTS if "after" not in p}
+
+
+@pytest.mark.parametrize("point, n, number", FAILURES)
 def test_a_disk_that_fails(whole, tmp_path, monkeypatch, capsys, point, n, number):
     """One line, exit 1, no temporary, and the checkpoint before is good."""
-    if (POINTS.index(point) + n + number) % 3:
-        return  # a third of the combinations, each point and error among them
     def fail():
         raise OSError(number, os.strerror(number))
 
@@ -193,7 +196,7 @@ def test_a_disk_that_fails(whole, tmp_path, monkeypatch, capsys, point, n, numbe
         and "--resume" in error and "/checkpoints/" in error
     assert not [p for p in out.rglob("*") if p.name.endswith((".tmp", ".lock"))]
     checkpoints = run_module.Run(out).checkpoints()
-    assert all(run_module._read_checkpoint(p) for p in checkpoints) and (checkpoints or n == 1)
+    assert all(run_module.read_checkpoint(p) for p in checkpoints) and (checkpoints or n == 1)
     assert main("train", "--out", out, "--resume", *FEW) == 0
     same(whole, out)
 
@@ -290,8 +293,7 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "answer_loss", stuck)
     with pytest.raises(KeyboardInterrupt):
-        experiments.command_train({k: v for k, v in vars(promptprior.parser().parse_args(
-            ["train", "--out", str(tmp_path / "b"), *FEW])).items() if k != "command"})
+        train.command_train(commands.parse(["train", "--out", str(tmp_path / "b"), *FEW], "")[1])
     checkpoint, _ = run_module.Run(tmp_path / "b").load_checkpoint()
     assert checkpoint.step == 2
     assert all(torch.isfinite(t).all() for t in checkpoint.tensors.values())
@@ -377,15 +379,18 @@ def test_a_number_that_is_not_finite(whole, tmp_path, monkeypatch, capsys, where
 # the same bytes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("prior", sorted(PRIORS))
+# Each prior in one of the two types, MAP on a fit and on a network in both.
+RESUMED = [(prior, dtype) for i, prior in enumerate(sorted(PRIORS))
+           for dtype in ("float32", "bfloat16")
+           if prior in ("vae", "fitted") or (i + (dtype == "float32")) % 2 == 0]
+assert {prior for prior, _ in RESUMED} == set(PRIORS)
+
+
+@pytest.mark.parametrize("prior, dtype", RESUMED)
 def test_every_prior_resumes_to_the_same_bytes(whole, tmp_path, monkeypatch, prior, dtype):
     few = [*FEW, "--prior", f"posterior:{whole}" if prior == "posterior" else prior, "--dtype",
            dtype, "--tokens", 3, "--reference-rows", 200]
     few += ["--prior-weight", 1] if PRIORS[prior].has_density else []
-    if (sorted(PRIORS).index(prior) + (dtype == "float32")) % 2 and prior not in (
-            "vae", "fitted"):
-        return  # each prior in one of the two, MAP on a fit and on a network in both
     assert main("train", "--out", tmp_path / "a", *few) == 0
     calls, original = [], train.answer_loss
 
@@ -518,9 +523,13 @@ def test_other_flags_over_a_config(tmp_path, first, then):
 
 
 def test_an_evaluation_that_is_not_finite(tmp_path, monkeypatch, capsys):
-    original = train.answers
-    monkeypatch.setattr(train, "answers", lambda *a: (original(*a)[0] * float("nan"),
-                                                      *original(*a)[1:]))
+    original = evaluation.answers
+
+    def not_finite(*arguments):
+        result = original(*arguments)
+        return result._replace(loss=result.loss * float("nan"))
+
+    monkeypatch.setattr(evaluation, "answers", not_finite)
     assert main("train", "--out", tmp_path / "run", *FEW) == 1
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert "not finite in float32" in error and "--lr" in error

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,9 @@ def dense_affinities(x, perplexity):
     square = np.square(x[:, None].astype(np.float64) - x).sum(2)
     p = np.zeros((N, N))
     for i, d in enumerate(square):
-        d = np.delete(d, i)
-        d = np.sort(d)[int(3 * perplexity) - 1:].min() >= d  # the neighbours that are kept
-        d = np.where(d, np.delete(square[i], i), np.inf)
+        others = np.delete(d, i)
+        farthest = np.sort(others)[int(3 * perplexity) - 1]  # of the neighbours that count
+        d = np.where(others <= farthest, others, np.inf)
         low, high = 0.0, 1e6
         for _ in range(200):
             beta = (low + high) / 2
@@ -69,10 +70,12 @@ def sparse(x, perplexity):
 
 def dense(order, edges):
     """The blocks of _symmetric as a matrix (N, N) in the data's order."""
-    p, at = np.zeros((len(order), len(order))), 0
+    p = np.zeros((len(order), len(order)))
+    first = 0
     for index, value in edges:
-        i = np.broadcast_to(np.arange(at, at := at + index.shape[1]), index.shape)
-        np.add.at(p, (order[i], order[index]), value)
+        points = order[first:first + index.shape[1]]
+        np.add.at(p, (np.broadcast_to(points, index.shape), order[index]), value)
+        first += len(points)
     return p
 
 
@@ -99,8 +102,7 @@ def test_neighbours_are_the_nearest(N, k):
     index, square = viz._neighbours(x, x, k, itself=True)
     true = nearest(x - np.median(x, 0), k)
     assert (np.sort(index) == np.sort(true)).all()
-    found = np.square(x[:, None] - x[index]).sum(2)
-    ratio = square / found
+    ratio = square / np.square(x[:, None] - x[index]).sum(2)
     np.testing.assert_allclose(ratio[3:], np.median(ratio), rtol=1e-3)
 
 
@@ -126,10 +128,9 @@ def test_affinities_have_the_perplexity():
 # gradient
 
 
-@pytest.mark.parametrize("repulsion", [viz._all_pairs, viz._on_mesh])
-def test_gradient_equals_finite_differences(small, repulsion, monkeypatch):
+@pytest.mark.parametrize("repulsion", [viz._all_pairs, partial(viz._on_mesh, spacing=0.05)])
+def test_gradient_equals_finite_differences(small, repulsion):
     x, p, y = small
-    monkeypatch.setattr(viz, "SPACING", 0.05)
     order, edges = sparse(x, 20)
     slope, kl, _ = viz._gradient(edges, y[order], repulsion, cost=True)
     assert kl == pytest.approx(divergence(p, y), abs=1e-5)
@@ -143,13 +144,12 @@ def test_gradient_equals_finite_differences(small, repulsion, monkeypatch):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("scale, spacing, tolerance", [
     (1e-4, 0.35, 1e-4), (0.1, 0.35, 1e-3), (1, 0.35, 1e-3), (30, 0.35, 1e-2), (30, 0.15, 1e-3)])
-def test_mesh_equals_all_pairs(dtype, scale, spacing, tolerance, monkeypatch):
-    monkeypatch.setattr(viz, "SPACING", spacing)
+def test_mesh_equals_all_pairs(dtype, scale, spacing, tolerance):
     r = np.random.default_rng(0)
     y = np.concatenate([r.normal(size=(1500, 2)), r.normal(size=(500, 2)) / 20 + 1])
     y *= [scale, scale / 2]
     force, Z, _ = viz._all_pairs(y)
-    push, total, mesh = viz._on_mesh(y.astype(dtype))
+    push, total, mesh = viz._on_mesh(y.astype(dtype), spacing=spacing)
     assert push.dtype == dtype and mesh.size[0] > 1.5 * mesh.size[1]
     assert np.linalg.norm(push - force) < tolerance * np.linalg.norm(force)
     assert total == pytest.approx(Z, rel=1e-3)
@@ -200,11 +200,13 @@ def test_mesh_and_all_pairs_give_maps_alike(thousand):
 
 
 def test_progress_reports_every_step():
-    seen = []
-    end = viz.tsne(clusters(100), progress=lambda *step: seen.append(step)).kl
-    assert [s for s, _, _ in seen] == list(range(1, len(seen) + 1)) and seen[-1][1] == len(seen)
-    assert [s for s, _, kl in seen if kl is not None] == list(range(50, len(seen) + 1, 50))
-    assert seen[-1 - len(seen) % 50][2] == pytest.approx(end, rel=0.1)
+    reports = []
+    end = viz.tsne(clusters(100), progress=lambda *report: reports.append(report)).kl
+    steps = len(reports)
+    assert [step for step, _, _ in reports] == list(range(1, steps + 1))
+    assert {total for _, total, _ in reports} == {steps}
+    assert [step for step, _, kl in reports if kl is not None] == list(range(50, steps + 1, 50))
+    assert reports[steps - steps % 50 - 1][2] == pytest.approx(end, rel=0.1)
 
 
 CODE = """
@@ -236,21 +238,21 @@ def test_seeds_differ():
 def test_embed_places_rows_among_their_neighbours(thousand):
     reference, new = thousand[:900], thousand[900:]
     points = viz.tsne(reference).points
-    before = points.copy()
+    unchanged = points.copy()
     y = viz.embed(new, reference, points)
 
-    def kept(y):  # of a row's 10 nearest reference rows, the share that is among 10 in the map
+    def shared(y):  # of a row's 10 nearest reference rows, the share that is among 10 in the map
         near = [np.argsort(np.square(a[:, None].astype(np.float64) - b).sum(2), axis=1)[:, :10]
                 for a, b in ((new, reference), (y, points))]
         return np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*near)])
 
     index, _ = viz._neighbours(new, reference, 25)
-    assert kept(y) > kept(np.median(points[index], axis=1)) + 0.03
-    assert kept(y) > recall(thousand[:900], points) - 0.1
-    # by itself, and whatever the scale
+    assert shared(y) > shared(np.median(points[index], axis=1)) + 0.03
+    assert shared(y) > recall(thousand[:900], points) - 0.1
+    # a row's place depends neither on the other rows nor on the scale
     np.testing.assert_allclose(viz.embed(new[:3], reference, points), y[:3], atol=1e-4)
     np.testing.assert_allclose(viz.embed(1e3 * new, 1e3 * reference, points), y, atol=1e-2)
-    assert (points == before).all() and viz.embed(new[:0], reference, points).shape == (0, 2)
+    assert (points == unchanged).all() and viz.embed(new[:0], reference, points).shape == (0, 2)
 
 
 def test_embed_finds_the_place_of_a_reference_row():

@@ -61,8 +61,8 @@ def read_png(content):
 @pytest.mark.parametrize("width", [6, 7])
 def test_png(width):
     index = R.integers(0, 16, (5, width)).astype(np.uint8)
-    found, palette, alpha = read_png(viz.png(index, bytes(range(48)), bytes(range(16))))
-    assert (found == index).all() and palette[15].tolist() == [45, 46, 47] and alpha[15] == 15
+    pixels, palette, alpha = read_png(viz.png(index, bytes(range(48)), bytes(range(16))))
+    assert (pixels == index).all() and palette[15].tolist() == [45, 46, 47] and alpha[15] == 15
 
 
 def test_density_shows_where_points_are():
@@ -178,6 +178,45 @@ def test_equal_scale_on_both_axes(w, h):
                           for c in root.find("{*}g").findall("{*}circle")]
     assert (x1 - x0) / (y0 - y1) == pytest.approx(w / h, rel=0.01)
     assert 250 < float(root.get("viewBox").split()[3]) < 700
+
+
+def texts(svg, kind):
+    return [t for t in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+            if t.get("class") == kind]
+
+
+def test_table_stands_between_panels_and_caption():
+    panels = [viz.Panel([viz.Cloud("c", np.random.default_rng(0).normal(size=(50, 2)))])]
+    table = {"step": 12.3456, "half": 0.5, "tiny": 1.234e-5, "below": -2.0, "rows": 49152,
+             "parameters": 123456.7, "large": 12345678.9, "none": np.nan, "share": np.float32(1),
+             "model": "<tiny> & more", HOSTILE: "x" * 500}
+    svg = viz.figure(panels, "t", "caption", table=table)
+    names, values = texts(svg, "note")[:-1], texts(svg, "small")[-len(table):]
+    assert [t.text for t in names][:-1] == list(table)[:-1]
+    assert [t.text for t in values] == [
+        "12.3", "0.500", "1.23e\u221205", "\u22122.00", "49152", "123457", "1.23e+07", "nan",
+        "1.00", "<tiny> & more", "x" * 39 + "\u2026"]
+
+    # below the panels and above the caption, within the page, and no name covers a value
+    places = [(float(n.get("x")), float(v.get("x")), float(n.get("y"))) for n, v in zip(
+        names, values)]
+    frame, = (r for r in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect")
+              if r.get("class") == "frame")
+    caption = texts(svg, "note")[-1]
+    assert caption.text == "caption"
+    for (left, right, y), n, v in zip(places, names, values):
+        assert float(frame.get("y")) + float(frame.get("height")) < y < float(caption.get("y"))
+        assert 20 <= left < right <= viz.WIDTH - 20
+        assert right - left >= 6 * (len(n.text) + len(v.text))
+    assert len(set(places)) == len(table)
+
+
+def test_table_fills_columns_side_by_side():
+    panels = [viz.Panel([viz.Cloud("", np.eye(2))])]
+    svg = viz.figure(panels, table={f"n{i}": i / 7 for i in range(30)})
+    columns = {t.get("x") for t in texts(svg, "note")}
+    assert len(columns) == 8 and len({t.get("y") for t in texts(svg, "note")}) == 4
+    assert viz.figure(panels, table={}) == viz.figure(panels)
 
 
 def test_one_point_and_nothing():

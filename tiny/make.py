@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import llama  # noqa: E402
-from train import keep_freed_memory  # noqa: E402
+from lab.train import keep_freed_memory  # noqa: E402
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 CONFIG = llama.Config(vocab_size=512, hidden_size=192, intermediate_size=512, num_hidden_layers=6,

@@ -20,18 +20,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import data
-import experiments
-import geometry
 import promptprior
-import report
 import viz
-from references import references
+from lab import geometry, page
+from lab.console import UserError
+from lab.evaluation import open_run
+from lab.folder import Run
+from lab.populations import references_of
 
 ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE = (ROOT / "report.html").read_text()
+TEMPLATE = page.TEMPLATE.read_text()
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "</script><script>alert(1)</script>", "<!--",
            "]]>", '"><img src=x onerror=alert(1)>', "\u202etxt.exe", "\x00", "\ud800",
            "<style>*{display:none}", "z" * 1_000_000]
@@ -81,10 +82,10 @@ def some_data(layers=(0, 3), runs=2, B=60, rows=4, steps=(0, 2, 5, 9)):
 class Elements(HTMLParser):
     """Start tags with their attributes, and what scripts and styles contain."""
 
-    def __init__(self, page):
+    def __init__(self, html):
         super().__init__()
         self.found, self.inside, self.contents = [], None, []
-        self.feed(page)
+        self.feed(html)
 
     def handle_starttag(self, tag, attributes):
         self.found.append((tag, dict(attributes)))
@@ -98,9 +99,9 @@ class Elements(HTMLParser):
             self.contents.append((self.inside, data))
 
 
-def unpack(page):
+def unpack(html):
     """The data of a page, as its script reads them."""
-    [text] = [text for _, text in Elements(page).contents
+    [text] = [text for _, text in Elements(html).contents
               if re.fullmatch(r"[A-Za-z0-9+/=]{200,}", text)]
     raw = gzip.decompress(base64.b64decode(text))
     start = 4 + int.from_bytes(raw[:4], "little")
@@ -119,28 +120,28 @@ def unpack(page):
 
 
 def test_no_text_of_the_data_becomes_html():
-    page = viz.page(TEMPLATE, some_data())
-    found = Elements(page).found
+    html = viz.page(TEMPLATE, some_data())
+    found = Elements(html).found
     plain = Elements(viz.page(TEMPLATE, some_data() | {"title": "x", "tokens": ["x"] * 60})).found
     assert [tag for tag, _ in found] == [tag for tag, _ in plain]
     assert [a for tag, a in found if tag == "script"] == [{"type": "text/plain", "id": "data"}, {}]
     assert not any(key.startswith("on") or key in ("src", "style") for _, a in found for key in a)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|"
-                         "new Function", page)
+                         "new Function", html)
     for text in (*HOSTILE[:2], HOSTILE[5]):
-        assert text not in page
-    assert unpack(page)["tokens"] == HOSTILE + some_data()["tokens"][len(HOSTILE):]
+        assert text not in html
+    assert unpack(html)["tokens"] == HOSTILE + some_data()["tokens"][len(HOSTILE):]
 
 
 def test_nothing_is_fetched_and_only_its_own_script_runs():
-    page = viz.page(TEMPLATE, some_data())
-    policy = next(a["content"] for _, a in Elements(page).found if "http-equiv" in a)
+    html = viz.page(TEMPLATE, some_data())
+    policy = next(a["content"] for _, a in Elements(html).found if "http-equiv" in a)
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
-    for kind, content in ((k, c) for k, c in Elements(page).contents if len(c) > 4000 and " " in c):
+    for kind, content in ((k, c) for k, c in Elements(html).contents if len(c) > 4000 and " " in c):
         sha = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{kind}-src 'sha256-{sha}'" in policy
-    assert set(re.findall(r"https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(|WebSocket", page)
+    assert set(re.findall(r"https?://[^\"' ]+", html)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(|WebSocket", html)
 
 
 def test_arrays_come_back_to_sixteen_bits():
@@ -220,21 +221,22 @@ def runs(tmp_path_factory):
 
 def opened(*paths):
     for path in paths:
-        run, a, model, vocabulary, prompt = experiments.open_run(str(path), {})
-        yield run, a, model, vocabulary, references(a, model, vocabulary, list(prompt.rows))
+        run = open_run(path, {})
+        yield run, references_of(run)
 
 
 def test_gather_shows_runs_as_they_are(runs):
-    data = report.gather(opened(runs / "a", runs / "b"))
+    data = page.gather(opened(runs / "a", runs / "b"))
     a, b = data["runs"]
-    run, _, model, vocabulary, found = next(opened(runs / "a"))
-    first, last = run.rows("prompts/000000.safetensors"), run.rows("prompt.safetensors")
-    tokens = model.embeddings[vocabulary.ordinary].numpy()
+    [(run, by_layer)] = opened(runs / "a")
+    model = run.model
+    first, last = run.run.start_and_end()
+    tokens = model.embeddings[run.vocabulary.ordinary].numpy()
 
     m, deep = data["maps"]
     assert (m["layer"], deep["layer"], a["steps"], b["particles"]) == (0, 5, [0, 1, 2], 2)
     assert m["rows"] == len(tokens) and m["domains"] == ["math", "in no reference"]
-    used = np.isin(m["token"], found[0].labels[0].token)  # by the reference, and no others
+    used = np.isin(m["token"], by_layer[0].labels[0].token)  # by the reference, and no others
     assert (np.array(m["domains"])[m["domain"]] == np.where(used, "math", "in no reference")).all()
     plane = viz.pca(tokens)
     np.testing.assert_allclose(m["pca"], viz.project(plane, tokens), atol=1e-6)
@@ -251,42 +253,51 @@ def test_gather_shows_runs_as_they_are(runs):
 
     # rows of the deep map carry the tokens and roles that made them
     assert set(deep["roles"]) <= {"context", "question", "answer"} and deep["domains"] == ["math"]
-    labels = found[0].labels[0]
-    torch.testing.assert_close(found[0].rows, model.embeddings[labels.token], rtol=0, atol=0)
-    assert labels.role == found[5].labels[0].role
+    labels = by_layer[0].labels[0]
+    torch.testing.assert_close(by_layer[0].rows, model.embeddings[labels.token], rtol=0, atol=0)
+    assert labels.role == by_layer[5].labels[0].role
     answers = deep["token"][deep["role"] == deep["roles"].index("answer")]
     assert re.fullmatch(r"[-\d./ \n]+", "".join(data["tokens"][t] for t in answers))
-    for near in (m, deep):
-        assert near["near"].shape[1] == 5 and (near["near"] != near["asked"][:, None]).all()
+    for layer in (m, deep):
+        assert layer["near"].shape[1] == 5 and (layer["near"] != layer["asked"][:, None]).all()
     index, cosine = geometry.nearest(tokens, tokens, 7, metric="cosine")
     others = np.array([c[i != row][:5] for row, (i, c) in enumerate(zip(index, cosine))])
     np.testing.assert_allclose(m["cosine"], others, atol=1e-6)
     with torch.no_grad():
-        said = model.logits(model.model.norm(last[5])).argmax(dim=1)
-    np.testing.assert_array_equal(a["layers"]["5"]["lens"][-1][:, 0], said)
+        likeliest = model.logits(model.model.norm(last[5])).argmax(dim=1)
+    np.testing.assert_array_equal(a["layers"]["5"]["lens"][-1][:, 0], likeliest)
     assert a["predictions"] and a["beside"].keys() == {"baseline", "text"} and len(a["curve"]) == 2
-    page = viz.page(TEMPLATE, data)
-    assert unpack(page)["runs"][1]["name"] == "b" and str(runs) not in page
+    html = viz.page(TEMPLATE, data)
+    assert unpack(html)["runs"][1]["name"] == "b" and str(runs) not in html
 
 
 def test_very_many_rows_are_shown_at_fewer_steps(runs, monkeypatch):
-    run, a = next(opened(runs / "b"))[:2]
-    assert report.shown_steps(run, a) == [0, 1, 2]
-    monkeypatch.setattr(report, "STATES", 13)  # of 6 rows a step
-    assert report.shown_steps(run, a) == [0, 2]
+    run = Run(runs / "b")
+    assert page.shown_steps(run, run.settings()) == [0, 1, 2]
+    monkeypatch.setattr(page, "STATES", 13)  # of 6 rows a step
+    assert page.shown_steps(run, run.settings()) == [0, 2]
+
+
+def test_runs_of_one_model_share_it(runs):
+    models = {}
+    a, b = (open_run(runs / name, {}, models) for name in "ab")
+    assert a.model is b.model and a.prompt.layers.keys() != b.prompt.layers.keys()
+    other = open_run(runs / "b", {"dtype": "bfloat16"}, models)
+    assert other.model.embeddings.dtype == torch.bfloat16 and len(models) == 2
 
 
 def test_a_gaussian_shows_its_spread(runs, tmp_path):
-    run, a, model, vocabulary, found = next(opened(runs / "b"))
-    rows = run.rows("prompt.safetensors")
+    rows = Run(runs / "b").prompt().layers
     sd = torch.rand(rows[0].shape)
     (tmp_path / "prompts").mkdir()
     for name in ("prompts/000000", "prompts/000001", "prompt"):
         save_file({"layers.0": rows[0], "layers.0.sd": sd}, tmp_path / f"{name}.safetensors")
-    shutil.copy(runs / "b/config.json", tmp_path)
-    a.posterior = "gaussian"
-    data = report.gather([(type(run)(tmp_path), a, model, vocabulary, found)])
-    plane = viz.pca(model.embeddings[vocabulary.ordinary].numpy())
+    config = json.loads((runs / "b/config.json").read_text())
+    config["settings"]["posterior"] = "gaussian"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    [(run, by_layer)] = opened(tmp_path)
+    data = page.gather([(run, by_layer)])
+    plane = viz.pca(run.model.embeddings[run.vocabulary.ordinary].numpy())
     normal = torch.randn(20000, sd.shape[1], generator=torch.Generator().manual_seed(0))
     draws = rows[0][0] + sd[0] * normal
     x, y = viz.project(plane, draws.numpy()).T
@@ -295,32 +306,73 @@ def test_a_gaussian_shows_its_spread(runs, tmp_path):
 
 
 def test_runs_that_cannot_stand_together_are_refused(runs, tmp_path):
-    run = next(opened(runs / "b"))[0]
-    shutil.copytree(runs / "b", tmp_path / "c")
-    other = type(run)(tmp_path / "c")
-    report.check([run, other])
-    save_file({"layers.0": torch.zeros(3, 64)}, tmp_path / "c/prompt.safetensors")
-    with pytest.raises(report.ReportError, match="width 64 and .* of width 192.*plot them apart"):
-        report.check([run, other])
-    shutil.copy(runs / "b/prompt.safetensors", tmp_path / "c")
-    config = json.loads((tmp_path / "c/config.json").read_text())
-    config["sha256"]["model"] = "0" * 64
-    (tmp_path / "c/config.json").write_text(json.dumps(config))
-    with pytest.raises(report.ReportError, match="other weights"):
-        report.check([run, other])
-    shutil.rmtree(tmp_path / "c/prompts")
-    with pytest.raises(ValueError, match="no snapshot .*--overwrite"):
-        report.gather([(other, *next(opened(runs / "b"))[1:])])
+    run, other = Run(runs / "b"), Run(tmp_path / "c")
+    shutil.copytree(run.path, other.path)
+    page.check_one_space([run, other])
+    save_file({"layers.0": torch.zeros(3, 64)}, other.path / "prompt.safetensors")
+    with pytest.raises(UserError, match="width 64 and .* of width 192.*plot them apart"):
+        page.check_one_space([run, other])
+    shutil.copy(run.path / "prompt.safetensors", other.path)
+    config = json.loads((other.path / "config.json").read_text())
+    (other.path / "config.json").write_text(json.dumps(
+        {**config, "sha256": {**config["sha256"], "model": "0" * 64}}))
+    with pytest.raises(UserError, match="other weights"):
+        page.check_one_space([run, other])
+    (other.path / "config.json").write_text(json.dumps(
+        {**config, "settings": {**config["settings"], "method": "prefix"}}))
+    with pytest.raises(UserError, match="no common space"):
+        page.check_one_space([run, other])
+    (other.path / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(other.path / "prompts")
+    for refused in (lambda: page.check_one_space([run, other]),
+                    lambda: page.gather(opened(other.path))):
+        with pytest.raises(UserError, match="no snapshot .*--overwrite"):
+            refused()
+
+
+def test_plot(runs, capsys):
+    capsys.readouterr()
+    assert promptprior.main(["plot", str(runs / "a"), str(runs / "b")]) == 0
+    written = capsys.readouterr().out.split()
+    assert [path.removeprefix(str(runs)) for path in written] == [
+        "/a/figures/layer-00.svg", "/a/figures/layer-05.svg", "/b/figures/layer-00.svg",
+        "/a/figures/curves.svg", "/a/report.html"]
+    assert all(Path(path).stat().st_size > 1000 for path in written)
+    times = {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
+    assert promptprior.main(["plot", "--text", str(runs / "a")]) == 0
+    text = capsys.readouterr().out
+    assert text.count("PC1") == 2 and "#" in text and re.search("[\u2801-\u28ff]", text)
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == times
+
+
+def test_a_layers_figure_has_its_numbers(runs):
+    run = Run(runs / "a")
+    start, end = run.start_and_end()
+    svg = (run.path / "figures/layer-05.svg").read_text()
+    for x in (end[5] - start[5], end[5]):  # how far rows moved, and their norms
+        number = re.escape(f"{x.norm(dim=1).mean():.3g}")
+        assert re.search(f">{number}0*<", svg)
+    assert "seed 0, 2 steps on math" in " ".join(re.findall('class="note"[^>]*>([^<]*)', svg))
+
+
+def test_rows_that_are_not_finite_are_refused(runs, tmp_path, capsys):
+    shutil.copytree(runs / "b", tmp_path / "r")
+    path = tmp_path / "r/prompt.safetensors"
+    tensors = {key: torch.full_like(t, torch.inf) for key, t in load_file(path).items()}
+    save_file(tensors, path)
+    capsys.readouterr()
+    assert promptprior.main(["plot", str(tmp_path / "r")]) == 2
+    assert "not finite: restore the file" in capsys.readouterr().err
 
 
 def test_tokens_are_shown_as_a_text_has_them():
     vocabulary = data.Vocabulary(ROOT / "tiny", 0)
-    texts = [report.text_of(vocabulary, i) for i in range(vocabulary.size)]
+    texts = [page.text_of(vocabulary, i) for i in range(vocabulary.size)]
     assert {" the", "\n", "<0x93>"} <= set(texts) and not any("\ufffd" in t for t in texts)
-    assert [report.kind_of(t) for t in (" the", "ing", "7", " +", "\n", "<0x93>", "<")] == [
+    assert [page.kind_of(t) for t in (" the", "ing", "7", " +", "\n", "<0x93>", "<")] == [
         "word", "part of a word", "number", "sign", "white space", "bytes", "sign"]
     sentencepiece = SimpleNamespace(tokenizer=SimpleNamespace(id_to_token=lambda i: "\u2581a"))
-    assert report.text_of(sentencepiece, 0) == " a"
+    assert page.text_of(sentencepiece, 0) == " a"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,7 +503,7 @@ def page_file(tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, page_file):
+def screen(browser, page_file):
     """The made-up page, wide and light; afterwards the console must be free of errors."""
     browser.look()
     browser.open(page_file)
@@ -466,117 +518,119 @@ CLICK = ("[...document.querySelectorAll('button')].find(b => b.textContent.trim(
          "arguments[0])).click()")
 
 
-def test_hostile_texts_are_texts(page):
-    assert page.js("return document.querySelectorAll('img, script, b').length") == 2
-    assert page.js("return document.title") == HOSTILE[0]
-    assert HOSTILE[0] in page.js(TEXT, "name")
+def test_hostile_texts_are_texts(screen):
+    assert screen.js("return document.querySelectorAll('img, script, b').length") == 2
+    assert screen.js("return document.title") == HOSTILE[0]
+    assert HOSTILE[0] in screen.js(TEXT, "name")
     for i, shown in ((0, HOSTILE[0]), (5, "\\u{202e}txt.exe"), (6, "\\u{0}"),
                      (9, "z" * 80 + "\u2026"), (20, "\u2423word10")):
-        page.js("goTo(arguments[0])", i)
-        assert page.js("return document.querySelector('#pinned .title').textContent") == shown
+        screen.js("goTo(arguments[0])", i)
+        assert screen.js("return document.querySelector('#pinned .title').textContent") == shown
     for tab in range(5):
-        page.js("document.querySelectorAll('[role=tab]')[arguments[0]].click()", tab)
-        assert page.js("return document.querySelectorAll('img, b, script').length") == 2
+        screen.js("document.querySelectorAll('[role=tab]')[arguments[0]].click()", tab)
+        assert screen.js("return document.querySelectorAll('img, b, script').length") == 2
     # and a script that came in after all is not run
-    page.js("const s = document.createElement('script'); s.textContent = 'window.bad = 1'; "
+    screen.js("const s = document.createElement('script'); s.textContent = 'window.bad = 1'; "
             "document.body.append(s)")
-    assert page.js("return window.bad === undefined")
-    page.post("/se/log", type="browser")  # the refusal is an entry
+    assert screen.js("return window.bad === undefined")
+    screen.post("/se/log", type="browser")  # the refusal is an entry
 
 
-def test_hover_and_click(page):
-    assert page.js("return document.getElementById('tip').classList.contains('hidden')")
-    page.mouse(*page.js(SPOT, "row", 1))
-    assert "run 0 <b>, row 2" in page.js(TEXT, "tip") and "step 9" in page.js(TEXT, "tip")
-    page.js(CLICK, "run 0"), page.js(CLICK, "run 1")  # prompts lie on top of tokens
-    page.mouse(*page.js(SPOT, "map", 30))
-    tip = page.js(TEXT, "tip")
+def test_hover_and_click(screen):
+    assert screen.js("return document.getElementById('tip').classList.contains('hidden')")
+    screen.mouse(*screen.js(SPOT, "row", 1))
+    assert "run 0 <b>, row 2" in screen.js(TEXT, "tip") and "step 9" in screen.js(TEXT, "tip")
+    screen.js(CLICK, "run 0"), screen.js(CLICK, "run 1")  # prompts lie on top of tokens
+    screen.mouse(*screen.js(SPOT, "map", 30))
+    tip = screen.js(TEXT, "tip")
     assert all(text in tip for text in ("\u2423word20", "kind", "domain", "token id30", "cosine"))
-    page.mouse(*page.js(SPOT, "map", 30), "pointerDown", "pointerUp")
-    assert "\u2423word20" in page.js(TEXT, "pinned") and "\u2423word20" in page.js(TEXT, "live")
-    page.mouse(2, 2)
-    assert page.js("return document.getElementById('tip').classList.contains('hidden')")
-    assert "\u2423word20" in page.js(TEXT, "pinned")
+    screen.mouse(*screen.js(SPOT, "map", 30), "pointerDown", "pointerUp")
+    assert "\u2423word20" in screen.js(TEXT, "pinned") and "\u2423word20" in screen.js(TEXT, "live")
+    screen.mouse(2, 2)
+    assert screen.js("return document.getElementById('tip').classList.contains('hidden')")
+    assert "\u2423word20" in screen.js(TEXT, "pinned")
 
 
-def test_the_slider_moves_prompts_and_tells_the_step(page):
-    ends = page.pixels(VERMILION)
-    page.js("const s = arguments[0]; const e = document.getElementById('slider'); e.value = s; "
+def test_the_slider_moves_prompts_and_tells_the_step(screen):
+    ends = screen.pixels(VERMILION)
+    screen.js("const s = arguments[0]; const e = document.getElementById('slider'); e.value = s; "
             "e.dispatchEvent(new Event('input'))", 0)
-    starts = page.pixels(VERMILION)
+    starts = screen.pixels(VERMILION)
     assert np.hypot(ends[1] - starts[1], ends[2] - starts[2]) > 5
-    assert page.js(TEXT, "step") == "step 0 of 9"
-    page.js("document.getElementById('slider').focus()")
-    page.keys("\ue014")  # right arrow
-    assert page.js(TEXT, "step") == "step 2 of 9"
-    page.js("document.querySelectorAll('[role=tab]')[1].click()")
-    assert "step 2" in page.js(TEXT, "panel")
-    page.js("document.getElementById('canvas').focus()")
-    page.keys(" ")
-    page.until("return document.getElementById('step').textContent === 'step 9 of 9' "
+    assert screen.js(TEXT, "step") == "step 0 of 9"
+    screen.js("document.getElementById('slider').focus()")
+    screen.keys("\ue014")  # right arrow
+    assert screen.js(TEXT, "step") == "step 2 of 9"
+    screen.js("document.querySelectorAll('[role=tab]')[1].click()")
+    assert "step 2" in screen.js(TEXT, "panel")
+    screen.js("document.getElementById('canvas').focus()")
+    screen.keys(" ")
+    screen.until("return document.getElementById('step').textContent === 'step 9 of 9' "
                "&& document.getElementById('play').textContent === 'Play'")
-    assert page.pixels(VERMILION)[:1] == pytest.approx(ends[:1], abs=30)
+    assert screen.pixels(VERMILION)[:1] == pytest.approx(ends[:1], abs=30)
 
 
-def test_the_legend_hides(page):
-    assert page.pixels(VERMILION)[0] > 50 and page.pixels(BLUE)[0] > 50
-    page.js(CLICK, "run 0")
-    assert page.pixels(VERMILION)[0] == 0 and page.pixels(BLUE)[0] > 50
-    page.js(CLICK, "run 0")
+def test_the_legend_hides(screen):
+    assert screen.pixels(VERMILION)[0] > 50 and screen.pixels(BLUE)[0] > 50
+    screen.js(CLICK, "run 0")
+    assert screen.pixels(VERMILION)[0] == 0 and screen.pixels(BLUE)[0] > 50
+    screen.js(CLICK, "run 0")
     for key in ("prior's draw", "prompt at this step", "path", "one standard deviation"):
-        page.js(CLICK, key)
-    assert page.pixels(VERMILION)[0] == page.pixels(BLUE)[0] == 0
-    before = page.js("return document.getElementById('canvas').toDataURL().length")
+        screen.js(CLICK, key)
+    assert screen.pixels(VERMILION)[0] == screen.pixels(BLUE)[0] == 0
+    before = screen.js("return document.getElementById('canvas').toDataURL().length")
     for kind in ("word", "sign"):
-        page.js(CLICK, kind)
-    page.settled()
-    assert page.js("return document.getElementById('canvas').toDataURL().length") < before
-    page.mouse(*page.js(SPOT, "map", 30))
-    assert page.js("return document.getElementById('tip').classList.contains('hidden')")
+        screen.js(CLICK, kind)
+    screen.settled()
+    assert screen.js("return document.getElementById('canvas').toDataURL().length") < before
+    screen.mouse(*screen.js(SPOT, "map", 30))
+    assert screen.js("return document.getElementById('tip').classList.contains('hidden')")
 
 
-def test_layers_maps_search_and_zoom(page):
-    page.js("const e = document.getElementById('layer'); e.value = 1; "
+def test_layers_maps_search_and_zoom(screen):
+    screen.js("const e = document.getElementById('layer'); e.value = 1; "
             "e.dispatchEvent(new Event('change'))")
-    page.js(CLICK, "t-SNE")
-    assert all(text in page.js(TEXT, "caption") for text in ("perplexity 15", "KL 1.00", "seed 0",
+    screen.js(CLICK, "t-SNE")
+    assert all(text in screen.js(TEXT, "caption") for text in ("perplexity 15", "KL 1.00", "seed 0",
                                                             "recall@10 50 %", "not metric"))
-    page.js("const e = document.getElementById('search'); e.value = 'WORD3'; "
+    screen.js("const e = document.getElementById('search'); e.value = 'WORD3'; "
             "e.dispatchEvent(new Event('input'))")
-    assert page.js(TEXT, "results").startswith("11 tokens")  # word3, word30 to word39
-    page.js("document.querySelector('#results button').click()")
-    assert "\u2423word3" in page.js(TEXT, "pinned")
-    here = page.js(SPOT, "map", 40)
-    page.js("const c = document.getElementById('canvas'), b = c.getBoundingClientRect(); "
+    assert screen.js(TEXT, "results").startswith("11 tokens")  # word3, word30 to word39
+    screen.js("document.querySelector('#results button').click()")
+    assert "\u2423word3" in screen.js(TEXT, "pinned")
+    here = screen.js(SPOT, "map", 40)
+    screen.js("const c = document.getElementById('canvas'), b = c.getBoundingClientRect(); "
             "c.dispatchEvent(new WheelEvent('wheel', {deltaY: -200, clientX: arguments[0] + b.x, "
             "clientY: arguments[1] + b.y}))", *here)
-    assert page.js(SPOT, "map", 40) == pytest.approx(here, abs=.6)  # zooms at the pointer
-    assert page.js("return view.k / fitted") > 1.3
-    page.js("document.getElementById('canvas').focus()")
-    page.keys("\ue013-0n")  # arrow up, out, all, the next row
-    assert page.js("return view.k / fitted") == pytest.approx(1)
-    assert "row 1" in page.js(TEXT, "pinned") and "logit lens" in page.js(TEXT, "pinned")
-    page.keys("\ue00c")  # Escape
-    assert "row 1" not in page.js(TEXT, "pinned")
+    assert screen.js(SPOT, "map", 40) == pytest.approx(here, abs=.6)  # zooms at the pointer
+    assert screen.js("return view.k / fitted") > 1.3
+    screen.js("document.getElementById('canvas').focus()")
+    screen.keys("\ue013-0n")  # arrow up, out, all, the next row
+    assert screen.js("return view.k / fitted") == pytest.approx(1)
+    assert "row 1" in screen.js(TEXT, "pinned") and "logit lens" in screen.js(TEXT, "pinned")
+    screen.keys("\ue00c")  # Escape
+    assert "row 1" not in screen.js(TEXT, "pinned")
 
 
-def test_tables(page):
+def test_tables(screen):
     tab = "document.querySelectorAll('[role=tab]')[arguments[0]].click()"
-    assert all(text in page.js(TEXT, "panel") for text in ("no prompt", "text prompt", "untrained",
-                                                          "9 steps", "90.0"))
-    page.js(tab, 2)
-    assert page.js("return document.querySelectorAll('#predicted tbody tr').length") == 6
-    page.js(CLICK, "wrong")
-    assert page.js("return document.querySelectorAll('#predicted tbody tr').length") == 3
-    page.js(tab, 3)
-    assert page.js("return document.querySelector('.differs').textContent") == "seed01"
+    panel = screen.js(TEXT, "panel")
+    assert all(text in panel for text in ("no prompt", "text prompt", "untrained", "9 steps",
+                                          "90.0"))
+    screen.js(tab, 2)
+    assert screen.js("return document.querySelectorAll('#predicted tbody tr').length") == 6
+    screen.js(CLICK, "wrong")
+    assert screen.js("return document.querySelectorAll('#predicted tbody tr').length") == 3
+    screen.js(tab, 3)
+    assert screen.js("return document.querySelector('.differs').textContent") == "seed01"
 
 
-def test_csv_and_picture(page):
-    page.js("save = async (name, blob) => { window.saved = [name, blob.type, await blob.text()]; }")
-    page.js(CLICK, "CSV")
-    page.until("return window.saved")
-    name, _, text = page.js("return window.saved")
+def test_csv_and_picture(screen):
+    screen.js("save = async (name, blob) => "
+              "{ window.saved = [name, blob.type, await blob.text()]; }")
+    screen.js(CLICK, "CSV")
+    screen.until("return window.saved")
+    name, _, text = screen.js("return window.saved")
     rows = list(csv.DictReader(text.splitlines()))
     assert name == "layer-0.csv" and len(rows) == 2 * 4 * 4  # runs, steps, rows
     data = some_data()
@@ -584,30 +638,30 @@ def test_csv_and_picture(page):
     assert (rows[-1]["run"], rows[-1]["step"], rows[-1]["row"]) == ("run 1 <b>", "9", "4")
     assert float(rows[-1]["pc1"]) == pytest.approx(at["pca"][-1, -1, 0], abs=1e-3)
     assert float(rows[-1]["cosine"]) == pytest.approx(at["cosine"][-1, -1, 0], abs=1e-3)
-    page.js("window.saved = null")
-    page.js(CLICK, "PNG")
-    page.until("return window.saved")
-    assert page.js("return window.saved.slice(0, 2)") == ["layer-0-pca-step-9.png", "image/png"]
+    screen.js("window.saved = null")
+    screen.js(CLICK, "PNG")
+    screen.until("return window.saved")
+    assert screen.js("return window.saved.slice(0, 2)") == ["layer-0-pca-step-9.png", "image/png"]
 
 
 @pytest.mark.parametrize("width, height, scheme", [(390, 844, "dark"), (390, 844, "light"),
                                                    (1400, 900, "dark")])
-def test_narrow_and_dark(page, width, height, scheme):
-    page.look(width, height, scheme, still=True)
-    page.settled()
-    assert page.js("return document.documentElement.scrollWidth") <= width
-    paper = page.js("return getComputedStyle(document.body).backgroundColor")
+def test_narrow_and_dark(screen, width, height, scheme):
+    screen.look(width, height, scheme, still=True)
+    screen.settled()
+    assert screen.js("return document.documentElement.scrollWidth") <= width
+    paper = screen.js("return getComputedStyle(document.body).backgroundColor")
     light = paper == "rgb(247, 247, 245)"
     assert light == (scheme == "light")
-    assert page.pixels(VERMILION if light else [0xEE, 0x7A, 0x26])[0] > 30
+    assert screen.pixels(VERMILION if light else [0xEE, 0x7A, 0x26])[0] > 30
     nameless = ("return [...document.querySelectorAll('button, input, select')].filter(e => "
                 "e.offsetParent && !e.textContent.trim() && !e.getAttribute('aria-label')).length")
-    assert page.js(nameless) == 0
+    assert screen.js(nameless) == 0
 
 
 def test_a_real_page_loads(browser, runs, tmp_path):
     path = tmp_path / "report.html"
-    path.write_text(viz.page(TEMPLATE, report.gather(opened(runs / "a", runs / "b"))))
+    path.write_text(viz.page(TEMPLATE, page.gather(opened(runs / "a", runs / "b"))))
     browser.look()
     browser.open(path)
     for layer in (1, 0):

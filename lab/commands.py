@@ -1,0 +1,291 @@
+"""The commands: what each takes, and the module that does it. The parser is made from this table.
+
+A new command is a function `command_NAME(given)` in a module of lab, where `given` holds the flags
+that the user gave {flag: value}, and an entry in COMMANDS. This module imports no torch, so that
+--help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import priors
+from lab.console import one_line, say
+from lab.settings import (DataSettings, ModelSettings, PriorSettings, PromptSettings,
+                          TrainSettings, flag_name, setting, value_type)
+
+
+# --------------------------------------------------------------------------------------------------
+# options of single commands; a positional argument is a field with a metavar
+
+
+def argument(metavar: str, help: str, **about):
+    """A field that is given by its place and not by a flag."""
+    return setting(None, help, metavar=metavar, **about)
+
+
+UNANSWERABLE = "keep unanswerable questions; their answer is empty"
+JSON = "print JSON"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    resume: bool = setting(False, "go on with the run in --out, to the same bytes")
+    config: str | None = setting(None, "begin with the settings of a run's config.json, for the "
+                                 "same bytes again; other flags change them", flag_metavar="FILE")
+    overwrite: bool = setting(False, "replace the run in --out")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    run: str | None = argument("RUN", "a run's folder")
+    spec: str | None = setting(None, "data to evaluate on, a SPEC (the run's evaluation data)",
+                               flag="--data", flag_metavar="DATA")
+    eval_limit: int | None = setting(None, "most questions, 0 for all (the run's)", least=0,
+                                     flag="--limit", flag_metavar="LIMIT")
+    texts: tuple[str, ...] = setting((), "text prompts to score beside it (the run's)",
+                                     flag="--text", flag_metavar="TEXT")
+    max_length: int | None = setting(None, "most tokens of a question's text (the run's)", above=0)
+    keep_unanswerable: bool = setting(False, UNANSWERABLE)
+    json: bool = setting(False, JSON)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    run: str | None = argument("RUN", "a run's folder")
+    beginning: str | None = argument("TEXT", "the text to go on from", nargs="?")
+    batch: str | None = setting(None, 'JSON lines, {"text": "..."} each, in place of TEXT; they '
+                                "come back with an answer each", flag_metavar="FILE")
+    max_new: int | None = setting(None, "most tokens (the run's)", above=0)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    out: str | None = setting(None, "folder for the rows and a figure for every layer; without it "
+                              "nothing is written")
+    json: bool = setting(False, JSON)
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    specs: tuple[str, ...] = setting(("squad",), "data, SPECs or NAME=SPEC, each a domain of its "
+                                     "own", flag="--data", flag_metavar="SPEC")
+    under: str | None = setting(None, "with a run's prompt in front of every text, and its rows "
+                                "collected too", flag_metavar="RUN")
+    out: str = setting("activations.safetensors", "the file to write")
+    layers: str | None = setting(
+        None, "layers whose inputs are kept, as in 0,8,16, or all; the model's number of layers is "
+        "what comes after the final norm (the first, the middle, the end)")
+    examples: int = setting(1000, "examples of each SPEC, drawn at random; 0 for all", least=0)
+    limit: int = setting(20000, "rows of each SPEC, whole examples drawn at random; 0 for all",
+                         least=0)
+    pool: str = setting("token", "token: a row a token; mean: an example's mean; last: its last "
+                        "token", choices=("token", "mean", "last"))
+    roles: str | None = setting(None, "tokens of these roles: some of "
+                                "bos,context,question,answer,text (all)")
+    max_length: int | None = setting(None, "most tokens of an example (1024, or what fits)",
+                                     above=0)
+    seed: int = setting(0, "seed of what is drawn at random", least=0)
+    overwrite: bool = setting(False, "replace the file")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    paths: tuple[str, ...] = argument("RUN|FILE", "runs' folders, collections' files", nargs="+")
+    json: bool = setting(False, JSON)
+
+
+@dataclass(frozen=True)
+class InterpolateOptions:
+    run_a: str | None = argument("RUN_A", "where t is 0")
+    run_b: str | None = argument("RUN_B", "where t is 1")
+    points: int = setting(11, "prompts, the two ends among them")
+    eval_limit: int | None = setting(None, "most questions, 0 for all (theirs)", least=0,
+                                     flag="--limit", flag_metavar="LIMIT")
+    out: str | None = setting(None, "folder for curve.jsonl (RUN_A-to-RUN_B)")
+    json: bool = setting(False, JSON)
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    run: str | None = argument("RUN", "a run's folder")
+    limit: int = setting(32, "questions")
+    json: bool = setting(False, JSON)
+
+
+@dataclass(frozen=True)
+class FigureOptions:
+    numbers: tuple[int, ...] = argument("N", "figures, 1 to 13 (all)", nargs="*", number=True)
+    out: str = setting("figures", "folder for the figures and for what they are made from, which "
+                       "is kept")
+    text_data: str = setting("text", "prose, as the paper's C4: a SPEC")
+    squad_data: str = setting("squad", "questions on texts: a SPEC")
+    math_data: str = setting("math", "arithmetic, a module a file: a SPEC")
+    steps: int = setting(200, "training steps of each of the six runs", least=0)
+    eval_limit: int = setting(200, "most questions evaluated; 0 for all", least=0)
+    batch_size: int = setting(16, "examples a step", above=0, below=2**16 + 1)
+    examples: int = setting(1000, "examples of each SPEC, drawn at random; 0 for all", least=0)
+    limit: int = setting(5000, "activations of each SPEC and layer, whole examples drawn at "
+                         "random; 0 for all", least=0)
+    seed: int = setting(0, "seed of runs and of what is drawn at random", least=0)
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    runs: tuple[str, ...] = argument("RUN", "runs' folders", nargs="+")
+    out: str | None = setting(None, "where the page goes (report.html in the first RUN's folder)",
+                              flag_metavar="FILE")
+    text: bool = setting(False, "print each layer's plane in characters, and write nothing")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    run: str | None = argument("RUN", "a run's folder")
+    to: str | None = setting(None, "the adapter's folder", flag_metavar="DIR")
+    csv: str | None = setting(None, "metrics.jsonl as CSV, a line a record (printed)", nargs="?",
+                              const="-", flag_metavar="FILE")
+    overwrite: bool = setting(False, "replace an adapter or a table that export made")
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    adapter: str | None = argument("DIR", "the adapter's folder, or a .npy file of rows "
+                                   "(n, width)")
+    out: str | None = setting(None, "the run's folder", flag_metavar="RUN", required=True)
+    overwrite: bool = setting(False, "replace the run in --out")
+
+
+# --------------------------------------------------------------------------------------------------
+# the table
+
+
+class Command(NamedTuple):
+    module: str  # of lab; it has a function command_NAME
+    help: str
+    options: tuple[type, ...]  # dataclasses whose fields are the command's flags
+    stored: tuple[type, ...] = ()  # the same, but what is not given is as a run has it
+    lists_priors: bool = False  # --help ends with the priors
+
+
+COMMANDS = {
+    "train": Command(
+        "train", "Tune a prompt, starting from a draw of a prior.",
+        (ModelSettings, PriorSettings, PromptSettings, DataSettings, TrainSettings, TrainOptions),
+        lists_priors=True),
+    "eval": Command(
+        "evaluation", "Score a run's prompt beside no prompt and a text prompt.",
+        (EvalOptions,), (ModelSettings,)),
+    "generate": Command(
+        "evaluation", "Continue a text under a run's prompt, to the end of the line.",
+        (GenerateOptions,), (ModelSettings,)),
+    "sample": Command(
+        "sample", "Draw rows from a prior, report on them and picture them.",
+        (ModelSettings, PriorSettings, DataSettings, SampleOptions), lists_priors=True),
+    "collect": Command(
+        "activations", "Keep activations of data at chosen layers, with the role of every row, in "
+        "one safetensors file.", (ModelSettings, CollectOptions)),
+    "compare": Command(
+        "compare", "Measure the geometry of runs (where rows started and ended, and what they "
+        "say), or of collections (are domains apart, are texts local).",
+        (CompareOptions,), (ModelSettings,)),
+    "interpolate": Command(
+        "interpolate", "Score the prompts on the straight line between two runs' prompts, on the "
+        "tasks of both.", (InterpolateOptions,), (ModelSettings,)),
+    "attention": Command(
+        "attention", "Measure what a run's prompt does to attention: the share it takes, what it "
+        "changes among content, the directions it adds.", (AttentionOptions,), (ModelSettings,)),
+    "figures": Command(
+        "figures", "Draw the paper's figures, and measure what each shows.",
+        (ModelSettings, FigureOptions)),
+    "plot": Command(
+        "page", "Draw runs: a page to explore, report.html, and for every layer the reference, the "
+        "prior's draw and the trained rows.", (PlotOptions,), (ModelSettings,)),
+    "export": Command(
+        "adapters", "Write a run's prompt as an adapter that PEFT loads, or its log as a table.",
+        (ExportOptions,), (ModelSettings,)),
+    "import": Command(
+        "adapters", "Make a run's folder of a prompt that PEFT trained, or of rows in numpy's "
+        "format, for eval, generate, compare, plot and --prior posterior:RUN.",
+        (DataSettings, ImportOptions), (ModelSettings,)),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# the parser
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        say(f"promptprior: error: {one_line(message)}: see `{self.prog} --help`")
+        self.exit(2)
+
+
+def parse(arguments: list[str], description: str) -> tuple[str, dict]:
+    """The command's name, and the flags that were given {name: value}."""
+    top = parser(description)
+    given = vars(top.parse_args(arguments))
+    for text in arguments:
+        if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-in for bytes not UTF-8
+            top.error(f"{ascii(text)}: not UTF-8: rename the file, or convert the text")
+    return given.pop("command"), given
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    top = Parser(prog="promptprior.py", description=description, allow_abbrev=False,
+                 epilog="`promptprior.py COMMAND --help` lists a command's options.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.help, description=command.help, allow_abbrev=False,
+            argument_default=argparse.SUPPRESS, epilog=prior_help() if command.lists_priors else "",
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+        for kind in command.stored:
+            for f in fields(kind):
+                add_field(sub, f, show_default=False)
+        for kind in command.options:
+            for f in fields(kind):
+                add_field(sub, f, show_default=True)
+    return top
+
+
+def add_field(sub: argparse.ArgumentParser, f, show_default: bool) -> None:
+    """Add the argument or the flags of one field of settings."""
+    about, kind = f.metadata, value_type(f) if "number" not in f.metadata else int
+    help = about["help"].replace("%", "%%")
+    if "metavar" in about:
+        sub.add_argument(f.name, metavar=about["metavar"], help=help, nargs=about.get("nargs"),
+                         type=int if kind is int else str)
+        return
+    if "switches" in about:
+        group = sub.add_mutually_exclusive_group()
+        for switch, (value, text) in about["switches"].items():
+            group.add_argument(f"--{switch}", dest=f.name, action="store_const", const=value,
+                               help=text.replace("%", "%%"))
+        return
+    flag = about.get("flag") or flag_name(f.name)
+    if kind is bool:
+        sub.add_argument(flag, dest=f.name, action="store_true", help=help)
+        return
+    if show_default and f.default not in (None, ()):
+        default = " ".join(f.default) if kind is tuple else f.default
+        help = f"{help} ({default})"
+    sub.add_argument(flag, dest=f.name, type=str if kind is tuple else kind,
+                     nargs="+" if kind is tuple else about.get("nargs"), const=about.get("const"),
+                     required=about.get("required", False), help=help,
+                     metavar=about.get("flag_metavar") or f.name.upper().split("_")[-1])
+
+
+def prior_help() -> str:
+    """Every prior, its options with their defaults, and the first paragraph of its docstring."""
+    lines = ["priors and their options:"]
+    for name, prior in priors.PRIORS.items():
+        options = [f"{key}={value:g}" for key, value in priors.options(name).items()]
+        if prior.sources:
+            options.insert(0, "RUN")
+        lines.append(f"  {name}:{','.join(options)}" if options else f"  {name}")
+        about = " ".join(prior.__doc__.split("\n\n")[0].split())
+        lines.append(textwrap.fill(about, 76, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)

@@ -1,0 +1,368 @@
+"""Runs and collections in numbers: geometry.py applied to what they hold, and the command compare.
+
+    rows = measure_rows(start, end, reference, priors.Fitted.fit(reference))
+    print(table(rows, TITLES))
+
+Most functions return the rows of a table, (name, {key: number}); TITLES has the columns' headings.
+
+n prompt rows, N rows of a population, D width, V vocabulary. `paper` is Exploring Embedding Priors
+in Prompt-Tuning (arXiv 2412.18582).
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import llama
+import priors
+from lab import geometry
+from lab.activations import Collection
+from lab.commands import CompareOptions
+from lab.console import say, show, table
+from lab.evaluation import OpenRun, open_run, score_table
+from lab.hub import model_folder
+from lab.inputs import LoadedModel, check_same_model, load_model
+from lab.populations import Reference, references_of
+from lab.settings import ModelSettings, Settings, flat, of, with_flags
+
+MOST = 2000  # rows of a population in measures that compute the distances of all pairs
+FIRST_PROMPT, LAST_PROMPT = "prompts/000000.safetensors", "prompt.safetensors"  # of a run
+
+# Headings of the columns, in their order: key -> heading.
+TITLES = {
+    "moved": "moved", "distance": "distance", "norm_ratio": "norm ratio", "radius": "radius",
+    "radius_z": "radius z",
+    "collapse": "collapse", "effective_rank": "rank", "variance_ratio": "variance",
+    "frechet": "Frechet", "precision": "precision", "recall": "recall", "mmd": "MMD", "mmd_p": "p",
+    "knn": "kNN", "auc": "AUC", "silhouette": "silhouette",
+    "mass": "mass", "content": "content", "shift": "shift", "bias": "bias", "one": "one",
+    "one_head": "one, head",
+    "step": "step", "matched_step": "matched", "p_matched_step": "p", "uniform_step": "uniform",
+    "p_uniform_step": "p", "spread": "spread", "matched_spread": "matched",
+    "p_matched_spread": "p", "uniform_spread": "uniform", "p_uniform_spread": "p"}
+
+
+def sample(x: Tensor, count: int = MOST) -> np.ndarray:
+    """At most `count` of the rows (N, D), drawn at random but always the same ones, as float32."""
+    if len(x) > count:
+        x = x[_shuffled(len(x))[:count]]
+    return x.float().cpu().numpy()
+
+
+def _shuffled(N: int) -> Tensor:
+    """The numbers 0 to N - 1 in a random order that is always the same."""
+    return torch.randperm(N, generator=torch.Generator().manual_seed(0))
+
+
+def measure(keys: str, call: Callable, *arguments) -> dict[str, float]:
+    """{key: number} of what the call returns, one number for each of the keys. Empty if the data
+    are too few or too much alike: a single row, for example, has no spread."""
+    try:
+        values = call(*arguments)
+    except geometry.GeometryError:
+        return {}
+    return dict(zip(keys.split(), map(float, np.atleast_1d(values))))
+
+
+# --------------------------------------------------------------------------------------------------
+# a run's rows
+
+
+def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.Fitted,
+                 tokens: Tensor | None = None) -> list[tuple[str, dict[str, float]]]:
+    """Where a layer's prior draw (n, D) and trained rows (n, D) lie in its reference (N, D).
+    fitted: the reference's Gaussian. tokens (V, D): the vocabulary; None: the distinct rows of the
+    reference take its place.
+
+    moved: mean distance from the draw. distance: mean distance to 1000 random rows of the
+    reference; the table's first row has that of rows of the reference itself (paper 4.2). radius:
+    mean Mahalanobis distance from the Gaussian's mean. radius_z: by how many standard deviations of
+    the chi law the radius differs from that law's mean. collapse: median collapse index among the
+    tokens. frechet, mmd with its p: to the reference, and in the last row from draw to trained."""
+    population, nearby = sample(reference), sample(reference, 1000)
+    vocabulary = np.unique(reference.numpy(), axis=0) if tokens is None else tokens.numpy()
+    chi_mean, chi_deviation = geometry.chi_law(reference.shape[1])
+
+    # Rows of the reference itself show what an ordinary row has.
+    ordinary = {"distance": _mean_distance(population[-20:], nearby),
+                **measure("effective_rank", geometry.effective_rank, population)}
+    rows = [("reference", ordinary)]
+
+    # The prior's draw and the trained rows, each against the reference.
+    for name, vectors in (("prior draw", start), ("trained", end)):
+        radius = fitted.whiten(vectors).norm(dim=1).mean().item()
+        norm_ratio = vectors.norm(dim=1).mean() / reference.norm(dim=1).mean()
+        x = vectors.numpy()
+        rows.append((name, {
+            "moved": geometry.displacement(start.numpy(), x).mean(),
+            "distance": _mean_distance(x, nearby),
+            "norm_ratio": float(norm_ratio),
+            "radius": radius, "radius_z": (radius - chi_mean) / chi_deviation,
+            **measure("collapse", _median_collapse, x, vocabulary),
+            **measure("effective_rank", geometry.effective_rank, x),
+            **measure("frechet", geometry.frechet, x, population),
+            **measure("mmd mmd_p", geometry.mmd, x, population)}))
+
+    # How far training took the rows; without training both are the same set.
+    if not torch.equal(start, end):
+        rows.append(("draw to trained", {
+            **measure("frechet", geometry.frechet, start.numpy(), end.numpy()),
+            **measure("mmd mmd_p", geometry.mmd, start.numpy(), end.numpy())}))
+    return rows
+
+
+def _mean_distance(x: np.ndarray, others: np.ndarray) -> float:
+    """The mean distance between rows (n, D) and others (M, D)."""
+    return float(np.mean([np.linalg.norm(others - row, axis=1).mean() for row in x]))
+
+
+def _median_collapse(x: np.ndarray, tokens: np.ndarray) -> float:
+    return np.median(geometry.collapse_index(x, tokens))
+
+
+@torch.no_grad()
+def what_rows_say(rows: Tensor, layer: int, reference: Reference, model: llama.Llama,
+                  vocabulary: data.Vocabulary) -> dict[str, list[str]]:
+    """The token that each row (n, W) of a layer stands for, by every way to read it {way: tokens}.
+
+    At the embeddings it is the nearest token by cosine and by L2 distance. At a deeper layer it is
+    the likeliest token after the final norm and the head (the logit lens, nostalgebraist 2020). Of
+    keys and values it is the token of the nearest row of the reference; there is none if the
+    reference is made of other runs' prompts."""
+    if reference.is_prefix:
+        ids = {}
+        if reference.labels:
+            tokens = torch.cat([part.token for part in reference.labels])
+            ids = _nearest_tokens(rows, reference.rows, tokens)
+    elif layer > 0:
+        h = rows.to(model.embeddings)
+        ids = {"logit lens": model.logits(model.model.norm(h)).argmax(dim=-1).tolist()}
+    else:
+        tokens = torch.tensor(vocabulary.ordinary)
+        ids = _nearest_tokens(rows, model.embeddings[tokens].float().cpu(), tokens)
+
+    texts = {}
+    for way, row_ids in ids.items():
+        texts[way] = [vocabulary.decode([i]) for i in row_ids]
+    return texts
+
+
+def _nearest_tokens(rows: Tensor, population: Tensor, tokens: Tensor) -> dict[str, list[int]]:
+    """For every row (n, W) the token of the nearest member of a population (N, W), whose tokens
+    are (N,): {metric: ids}."""
+    ids = {}
+    for metric in ("cosine", "l2"):
+        index, _ = geometry.nearest(rows.numpy(), population.numpy(), metric=metric)
+        ids[metric] = tokens[torch.from_numpy(index[:, 0])].tolist()
+    return ids
+
+
+# --------------------------------------------------------------------------------------------------
+# a collection's domains
+
+
+def separation(file: Collection, layer: int) -> list[tuple[str, dict[str, float]]]:
+    """How far apart the domains lie at a layer, pair by pair (paper 4.4 and 4.5, the cluster
+    claim).
+
+    frechet and silhouette are of all rows. auc, the area under the ROC curve of a linear probe, and
+    mmd with its p are of one row of every example, because the tokens of one text are not
+    independent samples."""
+    rows = {name: sample(file.rows(layer, file.chosen(name))) for name in file.domains}
+    independent = {name: sample(file.rows(layer, one_an_example(file, name)))
+                   for name in file.domains}
+    pairs = []
+    for a, b in combinations(file.domains, 2):
+        pairs.append((f"{a} - {b}", {
+            **measure("frechet", geometry.frechet, rows[a], rows[b]),
+            **measure("mmd mmd_p", geometry.mmd, independent[a], independent[b]),
+            **measure("auc", geometry.probe_auc, independent[a], independent[b]),
+            **measure("silhouette", _silhouette_of_two, rows[a], rows[b])}))
+    return pairs
+
+
+def _silhouette_of_two(x: np.ndarray, y: np.ndarray) -> float:
+    labels = np.repeat([0, 1], [len(x), len(y)])
+    return geometry.silhouette(np.concatenate([x, y]), labels)
+
+
+def one_an_example(file: Collection, domain: str) -> Tensor:
+    """Indices of one row of each of a domain's examples, drawn at random but always the same."""
+    index = file.chosen(domain)
+    index = index[_shuffled(len(index))]
+    _, example = file.field["example"][index].unique(return_inverse=True)
+    count = int(example.max()) + 1 if len(example) else 0
+    # The first place of each example in the random order.
+    first = torch.full((count,), len(example))
+    first.scatter_reduce_(0, example, torch.arange(len(example)), "amin")
+    return index[first]
+
+
+def paths_of(file: Collection, domain: str, most: int = MOST,
+             roles: tuple[str, ...] = ()) -> tuple[list[Tensor], Tensor]:
+    """The domain's unbroken stretches of text in these roles (none: all), as indices of the
+    collection's rows, until they are `most` points together; and the indices of all its rows."""
+    index = file.chosen(domain, roles)
+    example, position = file.field["example"][index], file.field["position"][index]
+    # A stretch ends where the example changes, or a position is left out.
+    is_break = (example.diff() != 0) | (position.diff() != 1)
+    starts = is_break.nonzero()[:, 0] + 1
+
+    paths, count = [], 0
+    for path in index.tensor_split(starts.tolist()):
+        if count >= most:
+            break
+        if len(path) > 1:
+            paths.append(path[:most])
+            count += len(paths[-1])
+    return paths, index
+
+
+def walks(file: Collection, layer: int, domain: str, embeddings: Tensor | None = None,
+          roles: tuple[str, ...] = ()) -> dict[str, float]:
+    """Are a domain's texts, in these roles (none: all), local at a layer? Mean and spread of their
+    steps' lengths against random walks over their own tokens, and over all token types with equal
+    probability (paper 4.1). embeddings (V, D): at layer 0 the vocabulary takes the place of the
+    token types. Empty if no two tokens follow each other."""
+    paths, index = paths_of(file, domain, roles=roles)
+    rows = file.rows(layer, index).float()
+    points = []
+    for path in paths:
+        # index is ascending, so a path's rows are found by bisection
+        points.append(rows[torch.searchsorted(index, path)].numpy())
+
+    # A token type counts once, however often the texts have it.
+    if embeddings is not None and layer == 0:
+        population, weights = embeddings.numpy(), None
+    else:
+        tokens = file.field["token"][index]
+        _, kind, count = tokens.unique(return_inverse=True, return_counts=True)
+        population, weights = rows.numpy(), (1.0 / count[kind]).numpy()
+    try:
+        return geometry.locality(points, population, weights)
+    except geometry.GeometryError:
+        return {}
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
+
+
+def command_compare(given: dict) -> None:
+    options = of(CompareOptions, given)
+    records, models = [], {}
+    for path in options.paths:
+        if Path(path).is_file():
+            record, text = compare_collection(path, given)
+        else:
+            record, text = compare_run(path, given, models)
+        records.append(record)
+        if not options.json:
+            show(text + "\n")
+    if options.json:
+        show(json.dumps(records))
+
+
+def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
+                ) -> tuple[dict, str]:
+    """A run's scores, and where its rows started and ended in each layer's reference: what --json
+    prints, and the text. models: see open_run."""
+    opened = open_run(path, given, models)
+    run, settings = opened.run, opened.settings
+    start, end = run.start_and_end()
+    drawn, trained = prompt_to_read(opened, FIRST_PROMPT), prompt_to_read(opened, LAST_PROMPT)
+    tokens = None
+    if not opened.prompt.is_prefix:
+        tokens = opened.model.embeddings[opened.vocabulary.ordinary].float().cpu()
+
+    # Measure each layer's rows, and read what they say.
+    rows, readings = [], {}
+    for i, reference in references_of(opened).items():
+        for name, numbers in measure_rows(start[i], end[i], reference.rows,
+                                          priors.Fitted.fit(reference.rows),
+                                          tokens if i == 0 else None):
+            rows.append((f"layer {i} {name}", numbers))
+        readings[i] = {
+            name: what_rows_say(vectors[i], i, reference, opened.model, opened.vocabulary)
+            for name, vectors in (("prior draw", drawn), ("trained", trained))}
+
+    # The numbers for --json, and the same as text beneath the scores of training.
+    metrics = run.metrics()
+    evaluations = [line for line in metrics if line["split"] == "eval"]
+    record = {"run": str(run.path), "settings": flat(settings),
+              "scores": evaluations[-1] if evaluations else None,
+              "measures": dict(rows), "tokens": readings}
+    title = (f"{run.path}: prior {settings.prior_name}, {settings.train.posterior} posterior, "
+             f"seed {settings.seed}")
+    lines = [title, score_table(settings, metrics), "", table(rows, TITLES),
+             *reading_lines(readings, settings.train.posterior)]
+    return record, "\n".join(lines)
+
+
+def prompt_to_read(opened: OpenRun, name: str) -> dict[int, Tensor]:
+    """Vectors {layer: (n, W)} of the prompt whose tokens are shown: of particles the first one, of
+    any other posterior the mean."""
+    if opened.settings.train.posterior == "svgd":
+        return opened.run.prompts(name)[0].vectors()
+    return opened.run.prompt(name).vectors()
+
+
+def reading_lines(readings: dict[int, dict[str, dict[str, list[str]]]], posterior: str
+                  ) -> list[str]:
+    """The tokens of rows {layer: {prior draw or trained: {way to read: tokens}}} as lines; none if
+    the rows stand for no tokens."""
+    lines = []
+    for i, by_name in readings.items():
+        for name, by_way in by_name.items():
+            for way, tokens in by_way.items():
+                quoted = " ".join(map(json.dumps, tokens))
+                lines.append(f"layer {i} {name}, {way}: {quoted}")
+    if not lines:
+        return []
+    whose = " of particle 1" if posterior == "svgd" else ""
+    return ["", f"the token of each row{whose}:", *lines]
+
+
+def compare_collection(path: str, given: dict) -> tuple[dict, str]:
+    """A collection's domains at each layer, whether they are apart and whether their texts are
+    local: what --json prints, and the text."""
+    file = Collection(Path(path))
+    embeddings = vocabulary_of(file, given) if 0 in file.layers else None
+
+    pairs, steps = [], []
+    for i in file.layers:
+        pairs += [(f"layer {i}: {name}", numbers) for name, numbers in separation(file, i)]
+        if file.about["pool"] == "token":
+            steps += [(f"layer {i}: {name}", walks(file, i, name, embeddings))
+                      for name in file.domains]
+
+    lines = [f"{file.path}: {len(file.chosen())} rows, without BOS and rows of massive norm"]
+    if pairs:
+        lines += ["", "domains, pair by pair", table(pairs, TITLES)]
+    if steps:
+        lines += ["", "steps from token to token, against random walks over the text's own tokens "
+                  "(matched) and over all types (uniform)", table(steps, TITLES)]
+    record = {"collection": str(file.path), "separation": dict(pairs), "locality": dict(steps)}
+    return record, "\n".join(lines)
+
+
+def vocabulary_of(file: Collection, given: dict) -> Tensor | None:
+    """The embeddings (V, D) of all ordinary tokens of the model that a collection was made with;
+    None, and a remark, if the model is not there."""
+    stored = {key: file.about.get(key) for key in ("model", "revision", "dtype")}
+    settings = with_flags(Settings.of(stored), given).model.complete()
+    if "model" not in given and not model_folder(settings).is_dir():
+        say(f"{settings.model}: no such folder, so the uniform walks at layer 0 are over the "
+            f"tokens in {file.path}, not over the vocabulary (--model DIR)")
+        return None
+    loaded = load_model(settings)
+    check_same_model(settings, file.about["sha256"], file.path)
+    return loaded.model.embeddings[loaded.vocabulary.ordinary].float().cpu()

@@ -1,0 +1,109 @@
+"""What the program prints, and the error that a user can mend.
+
+Answers go to standard output by `show`, remarks to standard error by `say`. Data, vocabularies and
+file names may hold anything, so every text is cleaned of what a terminal would obey.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+# Of the processes that torchrun starts, only the first one speaks.
+FIRST = "MASTER_ADDR" not in os.environ or int(os.environ.get("RANK", 0)) == 0
+
+LONGEST_LINE = 1000  # characters of an error message
+
+# Scores of an answer, in the order of a table's columns: key -> heading.
+SCORES = {"loss": "loss", "exact_match": "exact match", "precision": "precision",
+          "recall": "recall", "f1": "F1", "accuracy": "accuracy", "accuracy_value": "same value",
+          "calibration_error": "ECE"}
+
+
+class UserError(ValueError):
+    """What a user can mend: what is wrong, where, and the remedy, in one line."""
+
+
+class Stopped(Exception):
+    """Work that ended early, and what is left of it is good."""
+
+    def __init__(self, message: str, status: int):
+        """status: the exit status, or minus the number of the signal that stopped it."""
+        super().__init__(message)
+        self.status = status
+
+
+# Escape sequences, control characters except line break and tab, and the marks that change the
+# direction of writing.
+CONTROL = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+                     r"|(?:\x1b\]|\x9d)[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)?"
+                     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> str:
+    """The text without anything that a terminal obeys."""
+    return CONTROL.sub("", text)
+
+
+def one_line(text: str) -> str:
+    """The text, cleaned and on one line. A long one loses its middle, because what is wrong stands
+    at its beginning and the remedy at its end."""
+    text = " ".join(clean(text).split())
+    return text if len(text) <= LONGEST_LINE else f"{text[:600]} ... {text[-300:]}"
+
+
+def show(text: str, file=None) -> None:
+    """Print a cleaned text. Characters that the terminal's encoding lacks are escaped."""
+    file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    printable = clean(text).encode(encoding, "backslashreplace").decode(encoding)
+    print(printable, file=file, flush=True)
+
+
+def say(text: str) -> None:
+    """Print a remark on standard error, in the first process only."""
+    if FIRST:
+        show(text, sys.stderr)
+
+
+def progress(iterable=None, **options):
+    """A tqdm bar, shown by the first process and only at a terminal."""
+    from tqdm import tqdm
+
+    options["desc"] = clean(options.get("desc") or "")
+    return tqdm(iterable, disable=None if FIRST else True, **options)
+
+
+def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = SCORES) -> str:
+    """Names and numbers in aligned columns. titles {key: heading} gives the columns' order; a key
+    that no row has gets no column. Scores have one decimal, other numbers three digits."""
+    keys = [key for key in titles if any(key in numbers for _, numbers in rows)]
+    lines = [["", *(titles[key] for key in keys)]]
+    for name, numbers in rows:
+        lines.append([name, *(_cell(key, numbers) for key in keys)])
+
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = []
+    for name, *cells in lines:
+        aligned = [f"  {cell:>{max(width, 6)}}" for cell, width in zip(cells, widths[1:])]
+        text.append(f"{name:<{widths[0]}}" + "".join(aligned))
+    return "\n".join(text)
+
+
+def _cell(key: str, numbers: dict[str, float]) -> str:
+    if key not in numbers:
+        return ""
+    if key == "loss":
+        return f"{numbers[key]:.3f}"
+    if key in SCORES:
+        return f"{numbers[key]:.1f}"
+    return f"{numbers[key]:#.3g}".rstrip(".")
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether memory did not suffice, on the CPU or on a device."""
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+        return True
+    causes = ("not enough memory", "out of memory", "can't allocate memory")
+    return isinstance(e, RuntimeError) and any(cause in str(e) for cause in causes)

@@ -1,0 +1,238 @@
+"""A finished run, opened; the scores of prompts; the commands eval and generate.
+
+    opened = open_run("runs/first", {})
+    scores, predictions = evaluate(opened.loaded, [opened.prompt], questions, "before", data, "")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import data
+import llama
+from lab import geometry
+from lab.commands import EvalOptions, GenerateOptions
+from lab.console import SCORES, Stopped, UserError, progress, show, table
+from lab.folder import Run
+from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
+                        plain_pasts, read_questions, rows_per_layer, sample_topics,
+                        training_and_evaluation)
+from lab.loss import answers, begin
+from lab.processes import gather, sum_up, world
+from lab.settings import (DataSettings, ModelSettings, Settings, of, text_name,
+                          with_flags)
+
+
+class OpenRun(NamedTuple):
+    run: Run
+    settings: Settings  # the run's, and over them the flags that were given now
+    loaded: LoadedModel
+    prompt: llama.Prompt  # of a posterior its mean; on the model's device
+
+    @property
+    def model(self) -> llama.Llama:
+        return self.loaded.model
+
+    @property
+    def vocabulary(self) -> data.Vocabulary:
+        return self.loaded.vocabulary
+
+    @property
+    def max_length(self) -> int:
+        return longest_text(self.loaded, self.settings.data, self.settings.prior)
+
+
+# Flags of other commands that replace a run's settings, besides the model's.
+REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable")
+
+
+def open_run(path: str | Path, given: dict,
+             models: dict[ModelSettings, LoadedModel] | None = None) -> OpenRun:
+    """A run with its model and prompt. Flags of the model and of evaluation in `given` replace the
+    run's settings. models: those that are loaded already; runs of one model share it. Raises
+    UserError or ModelError if the prompt does not fit the model."""
+    run, models = Run(Path(path)), {} if models is None else models
+    names = {*vars(ModelSettings()), *REPLACED}
+    settings = with_flags(run.settings(), {name: given[name] for name in names & given.keys()})
+    settings = replace(settings, model=settings.model.complete())
+    prompt = run.prompt()
+    if settings.model not in models:
+        models[settings.model] = load_model(settings.model)
+    loaded = models[settings.model]
+    check_place(settings.prompt, loaded, settings.model.model)
+    prompt = prompt.to(loaded.device)
+    prompt.past(loaded.model)  # refuses rows that do not fit
+    return OpenRun(run, settings, loaded, prompt)
+
+
+# --------------------------------------------------------------------------------------------------
+# scores
+
+
+@torch.no_grad()
+def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], questions: Questions,
+             place: str, settings: DataSettings, name: str,
+             everywhere: bool = False) -> tuple[dict[str, float], list[dict]]:
+    """Loss (nats a token), scores (percent) of greedy answers, the calibration error of their first
+    tokens (percent), and the predictions. Of several prompts token probabilities are averaged.
+
+    place: where a Prompt stands; a Past stands before everything. Processes share the batches,
+    unless they share the weights and so must all do the same (everywhere)."""
+    if place == "before":  # the same for every batch
+        prompts = [p.past(loaded.model) if isinstance(p, llama.Prompt) else p for p in prompts]
+    rank, size = (0, 1) if everywhere else world()
+    indices = range(len(questions.rows))
+    batches = [indices[i:i + settings.batch_size] for i in indices[::settings.batch_size]]
+    batches = batches[rank::size]
+
+    total, tokens, answered = 0.0, 0, {}
+    with progress(total=sum(map(len, batches)), desc=name, unit=" questions", leave=False) as bar:
+        for members in batches:
+            batch = questions.batch(members, settings.share, place, loaded.device)
+            started = [begin(loaded.model, batch, prompt, place) for prompt in prompts]
+            result = answers(loaded.model, [past for past, _ in started], started[0][1],
+                             settings.max_new, loaded.vocabulary.stop)
+            total, tokens = total + result.loss.item(), tokens + result.tokens
+            answered.update(zip(members, zip(result.ids, result.confidence, result.is_right)))
+            bar.update(len(members))
+    if size > 1:
+        total, tokens = sum_up(total, tokens, device=str(loaded.device))
+        for part in gather(answered):
+            answered.update(part)
+    if not math.isfinite(total):
+        dtype = str(loaded.model.embeddings.dtype).removeprefix("torch.")
+        raise Stopped(f"{name}: its loss is {total}, not finite in {dtype}: lower --lr, or use "
+                      "--dtype float32 or bfloat16", 1)
+
+    scores, predictions = [], []
+    for i, example in enumerate(questions.examples):
+        prediction = loaded.vocabulary.first_line(answered[i][0])
+        score = data.score(example, prediction)
+        scores.append(score)
+        predictions.append({
+            "id": example.id, "question": example.question, "prediction": prediction,
+            "answers": list(example.answers),
+            **{key: round(100 * value, 2) for key, value in score.items()}})
+    confidence = np.array([answered[i][1] for i in indices])
+    is_right = np.array([answered[i][2] for i in indices])
+    return {"loss": total / tokens, **data.mean_scores(scores),
+            "calibration_error": geometry.calibration_error(confidence, is_right)}, predictions
+
+
+def score_table(settings: Settings, metrics: list[dict]) -> str:
+    """The scores that a run logged: without a prompt, of text prompts, of the prior's draw and at
+    the last evaluation."""
+    names = {"baseline": "no prompt", "text": text_name(settings.prior.text)}
+    rows = [(names[line["split"]], line) for line in metrics if line["split"] in names]
+    evals = [line for line in metrics if line["split"] == "eval"]
+    if not evals and settings.imported:
+        return "imported: `eval` scores it"
+    if not evals:
+        raise UserError("the run has no evaluation in its metrics.jsonl: go on with it by train "
+                        "--out RUN --resume")
+    prior, last = f"{settings.prior_name} prior", evals[-1]
+    rows.append((f"{prior}, untrained", evals[0]))
+    if last["step"]:
+        together = ""
+        if settings.train.posterior == "svgd":
+            together = f", {settings.train.particles} particles together"
+        rows.append((f"{prior}, {last['step']} steps{together}", last))
+    titles = {key: title for key, title in SCORES.items() if key != "calibration_error"}
+    return table(rows, titles)
+
+
+def command_eval(given: dict) -> None:
+    options = of(EvalOptions, given)
+    opened = open_run(options.run, given)
+    settings, loaded = opened.settings, opened.loaded
+    if options.spec is None:
+        evals = training_and_evaluation(settings.data)[1]
+        name = settings.data.eval_data or f"{settings.data.data}, held out"
+    else:
+        examples = read_questions(options.spec, 1, settings.data.keep_unanswerable)
+        evals, name = sample_topics(examples, settings.data.eval_limit), options.spec
+    questions = encode(evals, loaded.vocabulary, opened.max_length, name)
+
+    texts = options.texts or settings.texts
+    plain = plain_pasts(loaded, texts, settings.data, opened.max_length)
+    rows = []
+    for label, prompts in [*plain.values(), *trained_prompts(opened)]:
+        scores, _ = evaluate(loaded, prompts, questions, settings.prompt.place, settings.data,
+                             label)
+        rows.append((label, scores))
+    if options.json:
+        show(json.dumps({"run": str(opened.run.path), "data": name,
+                         "questions": len(questions.rows), "scores": dict(rows)}))
+    else:
+        show(f"{opened.run.path} on {len(questions.rows)} questions of {name}; scores in percent, "
+             f"loss in nats a token\n\n{table(rows)}")
+
+
+def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
+    """A run's prompt; of a posterior its mean, each of its prompts, and all of them together."""
+    settings = opened.settings
+    kind = "prompt" if settings.imported else "prior, trained"
+    name = f"{settings.prior_name} {kind}"
+    if settings.train.posterior == "point":
+        return [(name, [opened.prompt])]
+    prompts = [prompt.to(opened.loaded.device) for prompt in opened.run.prompts()]
+    member = "particle" if settings.train.posterior == "svgd" else "draw"
+    entries = [(f"{name}: mean prompt", [opened.prompt])]
+    entries += [(f"{name}: {member} {k}", [prompt]) for k, prompt in enumerate(prompts, 1)]
+    return [*entries, (f"{name}: ensemble of {len(prompts)}", prompts)]
+
+
+# --------------------------------------------------------------------------------------------------
+# generate
+
+
+def command_generate(given: dict) -> None:
+    options = of(GenerateOptions, given)
+    if (options.beginning is None) == (options.batch is None):
+        raise UserError("generate: give a TEXT, or --batch FILE of JSON lines with a text each")
+    opened = open_run(options.run, given)
+    lines = [("the text", {"text": options.beginning})]
+    if options.batch is not None:
+        lines = list(data.json_lines(data.read_text(Path(options.batch)), options.batch))
+    rows = [_asked(opened, where, line) for where, line in lines]
+
+    settings = opened.settings
+    for start in range(0, len(rows), settings.data.batch_size):
+        members = rows[start:start + settings.data.batch_size]
+        for (_, line), answer in zip(lines[start:], _continued(opened, members)):
+            show(json.dumps({**line, "answer": answer}) if options.batch else answer)
+
+
+def _asked(opened: OpenRun, where: str, line: dict) -> data.Row:
+    """The text of a line as a row whose answer is still to come."""
+    settings, text = opened.settings, line.get("text")
+    if not isinstance(text, str):
+        raise UserError(f'{where}: no text in it: expected {{"text": "..."}}')
+    ids = opened.vocabulary.encode(text)
+    if settings.prompt.place == "after-bos" and len(ids) < 2:
+        raise UserError(f"{where}: an empty text has nothing after BOS: give one with words")
+    room = (opened.model.config.max_position_embeddings - rows_per_layer(settings.prior)
+            - settings.data.max_new)
+    if len(ids) > room:
+        raise UserError(f"{where} has {len(ids)} tokens, and {room} fit beside the prompt and "
+                        "--max-new: shorten it")
+    return data.Row([*ids, 0], len(ids), ids, "", 0)
+
+
+@torch.no_grad()
+def _continued(opened: OpenRun, rows: list[data.Row]) -> list[str]:
+    """What the model says after each row, to the end of the line."""
+    settings = opened.settings
+    batch = data.collate(rows, settings.data.share, settings.prompt.place == "suffix")
+    past, batch = begin(opened.model, batch.to(opened.loaded.device), opened.prompt,
+                        settings.prompt.place)
+    generated = llama.generate(opened.model, batch.asked, past, settings.data.max_new,
+                               opened.vocabulary.stop, batch.parent)
+    return [opened.vocabulary.first_line(ids) for ids in generated]

@@ -1,0 +1,147 @@
+"""The loss of answers and greedy answers, on batches that share their beginnings (tries).
+
+    past, batch = begin(model, batch, prompt, "before")
+    summed, tokens = answer_loss(model, past, batch)            # the gradient reaches the prompt
+
+This module knows llama.py and data.py alone. B batch, T tokens, Q tails of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import llama
+
+
+def begin(model: llama.Llama, batch: data.Batch, prompt: llama.Prompt | llama.Past,
+          place: str = "before") -> tuple[llama.Past, data.Batch]:
+    """Run what stands before the batch's tails: its beginnings, and the prompt in its place.
+
+    place: where a Prompt stands: before, after-bos, or suffix, before the last token that asks for
+    the answer. A Past of batch 1, of a prompt or of a text, stands before everything. Returns the
+    Past that the tails go on from, and the batch whose parent names each tail's row of it."""
+    shared, past = batch.shared, model.empty()
+    if isinstance(prompt, llama.Past):
+        past, place = prompt, "before"
+    elif place == "before":
+        past = prompt.past(model)
+    elif place == "after-bos":
+        bos = model.extend(shared[:1, :1], past)
+        past, shared = prompt.past(model, bos), shared[:, 1:]
+    past = model.extend(shared, past)
+
+    if batch.head is not None:  # tokens between a beginning and the prompt before its tail
+        past = model.extend(batch.head, past.take(batch.parent))
+        batch = _each_its_own_parent(batch)
+    if place == "suffix":
+        past = prompt.past(model, past.take(batch.parent))
+        batch = _each_its_own_parent(batch)
+    return past, batch
+
+
+def _each_its_own_parent(batch: data.Batch) -> data.Batch:
+    """The batch after its Past has one row a tail."""
+    rows = torch.arange(len(batch.tails), device=batch.tails.device)
+    return batch._replace(parent=rows)
+
+
+def answer_loss(model: llama.Llama, past: llama.Past, batch: data.Batch) -> tuple[Tensor, int]:
+    """Summed cross-entropy in nats over the answers' tokens, and their number. past: see begin.
+    Logits are made at those tokens only."""
+    is_scored = batch.labels != data.NO_LABEL
+    logits = model.logits(model.states(batch.tails, past, batch.parent, is_scored))
+    return _cross_entropy(logits, batch.labels[is_scored]), len(logits)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+# --------------------------------------------------------------------------------------------------
+# greedy answers
+
+
+class Answers(NamedTuple):
+    """What a batch was answered."""
+
+    loss: Tensor  # summed cross-entropy of the right answers, in nats
+    tokens: int  # their tokens
+    ids: list[list[int]]  # greedy answers, each up to and with its first token of `stop`
+    confidence: list[float]  # the probability of the likeliest first token of every answer
+    is_right: list[bool]  # whether that token is the right answer's first
+
+
+@torch.no_grad()
+def answers(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch, max_new: int,
+            stop: set[int]) -> Answers:
+    """The loss of the right answers and the greedy answers, of one forward. Of several pasts (see
+    begin), which must have the batch's parents in common, token probabilities are averaged.
+
+    Where a right answer's tokens are also the likeliest ones, greedy decoding would have taken
+    them. So decoding goes on only from the token at which the two part."""
+    is_scored = batch.labels != data.NO_LABEL
+    runs = [model(batch.tails, past, parent=batch.parent) for past in pasts]
+    logits = llama.ensemble([model.logits(h[is_scored]) for h, _ in runs])
+    labels, counts = batch.labels[is_scored], is_scored.sum(dim=1)
+    first = counts.cumsum(dim=0) - counts  # each answer's first token among all that are scored
+    confidence, likeliest = logits[first].float().softmax(dim=-1).max(dim=-1)
+
+    # Take of every answer the tokens that the right answer confirms, and the first that differs.
+    ids = _confirmed(logits.argmax(dim=-1), labels, counts, max_new, stop)
+    tails = batch.tails.tolist()
+    merged, unfinished = [], []
+    for i, asked in enumerate(batch.asked):
+        if tails[i][:len(asked)] != asked:
+            merged.append(i)
+        elif len(ids[i]) < max_new and ids[i][-1] not in stop:
+            unfinished.append(i)
+
+    # Go on from the caches that the forward left, cut back to what each answer has confirmed.
+    if unfinished:
+        rows = torch.tensor(unfinished, device=labels.device)
+        # The last token of an answer was predicted and not yet read.
+        read = torch.tensor([len(batch.asked[i]) + len(ids[i]) - 1 for i in unfinished],
+                            device=labels.device)
+        caches = [_cut_back(past.take(rows), batch.tails.shape[1], read) for _, past in runs]
+        last = [ids[i][-1:] for i in unfinished]
+        for i, rest in zip(unfinished, llama.generate(model, last, caches, max_new - 1, stop)):
+            ids[i] = (ids[i] + rest)[:max_new]
+
+    # The answer changed the question's last token, so the question is asked as it is without it.
+    if merged:
+        questions = [batch.asked[i] for i in merged]
+        generated = llama.generate(model, questions, pasts, max_new, stop, batch.parent[merged])
+        for i, answer in zip(merged, generated):
+            ids[i] = answer
+    return Answers(_cross_entropy(logits, labels), len(logits), ids, confidence.tolist(),
+                   (likeliest == labels[first]).tolist())
+
+
+def _confirmed(likeliest: Tensor, labels: Tensor, counts: Tensor, max_new: int,
+               stop: set[int]) -> list[list[int]]:
+    """Of every answer the likeliest tokens as long as they are the right ones, and the first that
+    is not; at most max_new, up to and with the first token of stop. likeliest and labels (N,) hold
+    the answers one after the other, counts (Q,) their tokens."""
+    sizes, confirmed = counts.tolist(), []
+    for tokens, right in zip(likeliest.split(sizes), labels.split(sizes)):
+        tokens, right = tokens.tolist(), right.tolist()
+        same = next((k for k, pair in enumerate(zip(tokens, right)) if pair[0] != pair[1]),
+                    len(tokens))
+        answer = tokens[:min(same + 1, max_new)]
+        end = next((k + 1 for k, token in enumerate(answer) if token in stop), None)
+        confirmed.append(answer[:end])
+    return confirmed
+
+
+def _cut_back(past: llama.Past, columns: int, read: Tensor) -> llama.Past:
+    """past as it would be if of its last `columns` tokens only the first read (B,) were read."""
+    earlier, last = past.real[:, :-columns], past.real[:, -columns:]
+    is_read = last & (torch.arange(columns, device=read.device) < read[:, None])
+    return past._replace(real=torch.cat((earlier, is_read), dim=1),
+                         position=past.position - last.sum(dim=1) + read)

@@ -1,0 +1,419 @@
+"""The page to explore, report.html: what it shows of finished runs; the command plot.
+
+    data = gather([(opened, references_of(opened)), ...])
+    write_file(path, viz.page(template, data).encode())      # the template is page.html
+
+Every layer of the prompts has one map, which all runs share: at the token embeddings the
+vocabulary, at a deeper layer a sample of the first run's reference there; of prefixes the keys and
+values that attention makes of these. The principal plane is fitted on all rows of the layer, and
+prompt rows are projected into it. In the t-SNE of a sample of the rows, prompt rows are placed
+among their nearest neighbours, and the map stays as it is.
+
+B rows of a map, S snapshots of a run, P prompt rows of a snapshot (of all particles), W width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Iterable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import llama
+import viz
+from lab import geometry
+from lab.activations import ROLES
+from lab.commands import PlotOptions
+from lab.console import UserError, progress, show
+from lab.evaluation import OpenRun, open_run
+from lab.files import write_file
+from lab.folder import Run
+from lab.inputs import LoadedModel
+from lab.pictures import curves, draw_run, text_picture
+from lab.populations import (Labels, Part, Reference, population, prefix_vectors, references_of,
+                             vocabulary_part)
+from lab.settings import ModelSettings, Settings, of
+
+TEMPLATE = Path(__file__).with_name("page.html")
+EMBEDDED = 10_000  # most rows of the vocabulary in a t-SNE
+DEEP = 4_000  # most rows of a deeper layer's map
+ALL_DEEP = 60_000  # and of all deeper layers' maps together, so that the page stays small
+FEW = 50  # rows that are too few for a map
+SNAPSHOTS = 24  # most of a run's
+STATES = 30_000  # most prompt rows of a run, over all layers and snapshots
+PARTICLES = 8  # most of a run's
+NEAR = 5  # neighbours that are named
+WORK = 1e12  # most multiplications for the neighbours of a map's rows
+PREDICTIONS = 2000  # most of a run's
+CURVE = 500  # most points of a training curve
+LONGEST = 200  # characters of a token
+SEED = 0  # of samples and maps
+UNUSED = "in no reference"  # the domain of tokens that no reference uses
+
+
+def gather(runs: Iterable[tuple[OpenRun, dict[int, Reference]]]) -> dict:
+    """The page's data, for viz.page, of runs that check_one_space accepts, each with what its
+    prompt lies among. The first run that has a layer makes that layer's map."""
+    maps: dict[int, LayerMap] = {}
+    records, tokens = [], []
+    for opened, by_layer in runs:
+        if not tokens:
+            vocabulary = opened.vocabulary
+            tokens = [text_of(vocabulary, i) for i in range(vocabulary.size)]
+        steps = shown_steps(opened.run, opened.settings)
+
+        # Maps of layers that no earlier run has; then this run's rows on all of its maps.
+        missing = [i for i in by_layer if i not in maps]
+        for i, part in backgrounds(opened, by_layer, missing).items():
+            maps[i] = layer_map(i, part, by_layer[i].is_prefix, len(missing))
+        records.append({**about_run(opened.run, opened.settings, steps),
+                        "layers": trajectories(opened, steps, maps)})
+    return {"title": ", ".join(run["name"] for run in records), "tokens": tokens, "runs": records,
+            "maps": [maps[i].content for i in sorted(maps)]}
+
+
+def check_one_space(runs: list[Run]) -> None:
+    """Raises UserError for runs whose prompts lie in different spaces, or that have no snapshots.
+    Reads their folders alone, so that nothing is loaded in vain."""
+    first = None
+    for run in runs:
+        weights = run.config()["sha256"].get("model")  # first, because it refuses what is no run
+        run.snapshots()
+        method = run.settings().prompt.method
+        width = next(iter(run.prompt().vectors().values())).shape[1]
+        if first is None:
+            first, first_weights, first_method, first_width = run, weights, method, width
+        if method != first_method:
+            raise UserError(f"{run.path} and {first.path}: one trained rows and the other keys and "
+                            "values, which lie in no common space: plot them apart")
+        if width != first_width:
+            raise UserError(f"{run.path} is of width {width} and {first.path} of width "
+                            f"{first_width}: one page shows runs of one model; plot them apart")
+        if weights != first_weights:
+            raise UserError(f"{run.path} and {first.path} were trained on other weights, whose "
+                            "spaces are not the same: plot them apart")
+
+
+# --------------------------------------------------------------------------------------------------
+# maps
+
+
+class LayerMap(NamedTuple):
+    """The map of a layer: what the page gets, and what is needed to place prompt rows on it."""
+
+    content: dict
+    rows: np.ndarray  # (B, W)
+    plane: viz.Plane
+    mean_norm: float  # of all rows of the layer
+    sample: np.ndarray  # indices of the rows in the t-SNE
+    is_prefix: bool
+
+
+def backgrounds(opened: OpenRun, by_layer: dict[int, Reference], layers: list[int]
+                ) -> dict[int, Part]:
+    """The rows of each layer's map: the vocabulary, or the reference. Where that is made of few
+    rows, or of runs, whose rows are no tokens, it is the activations of the training data."""
+    replaced = [i for i in layers
+                if i > 0 and (by_layer[i].labels is None or len(by_layer[i].rows) < FEW)]
+    parts = {}
+    # Inputs of layers that stand in for the reference.
+    if replaced:
+        settings = replace(opened.settings.data, max_length=opened.max_length)
+        parts = population("vocab", opened.settings.prior, settings, opened.loaded, replaced)
+    if 0 in layers:
+        parts[0] = vocabulary_with_domains(opened.loaded, by_layer[0].labels)
+
+    # References as they are; of a prefix, what attention makes of those inputs.
+    for i in layers:
+        reference = by_layer[i]
+        if i not in parts:
+            parts[i] = Part(reference.rows, reference.name, join_labels(reference.labels))
+        elif reference.is_prefix:
+            rows, name, labels = parts[i]
+            vectors = prefix_vectors(opened.model, i, rows)
+            parts[i] = Part(vectors, f"keys and values of {name}", labels)
+    return parts
+
+
+def vocabulary_with_domains(loaded: LoadedModel, labels: list[Labels] | None) -> Part:
+    """The vocabulary. A token's role is what it is in a text, its domain the data of the reference
+    that use it. labels: of the reference, None if its rows are no tokens."""
+    # Which data use a token.
+    domains_of = defaultdict(set)
+    for part in labels or []:
+        for token, domain in zip(part.token.tolist(), part.domain):
+            domains_of[token].add(domain)
+
+    part = vocabulary_part(loaded)
+    kinds, domains = [], []
+    for token in part.labels.token.tolist():
+        kinds.append(kind_of(text_of(loaded.vocabulary, token)))
+        used_by = " and ".join(sorted(domains_of[token])) or UNUSED
+        domains.append(used_by if labels else "vocabulary")
+    return Part(part.rows, "token embeddings of the vocabulary",
+                Labels(part.labels.token, kinds, domains))
+
+
+def join_labels(parts: list[Labels]) -> Labels:
+    return Labels(torch.cat([part.token for part in parts]),
+                  [role for part in parts for role in part.role],
+                  [domain for part in parts for domain in part.domain])
+
+
+def layer_map(i: int, part: Part, is_prefix: bool, layers: int) -> LayerMap:
+    """Coordinates and neighbours of a layer's rows (N, W), of a sample if they are many. layers:
+    how many maps share the room on the page."""
+    rows, labels = part.rows, part.labels
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))
+    plane = viz.pca(rows.numpy())
+    mean_norm = rows.norm(dim=1).mean().item()
+    if i > 0:  # a sample is enough of activations; of the vocabulary every token is shown
+        index = order[:min(DEEP, ALL_DEEP // layers)].sort().values
+        rows, labels = rows[index], labels.take(index)
+        sample = np.arange(len(rows))
+    else:
+        sample = order[:EMBEDDED].sort().values.numpy()
+    x = rows.numpy()
+
+    # Neighbours of as many rows as time allows.
+    asked = sample[:max(int(WORK / x.size), 1)]
+    near, cosine = geometry.similar(x[asked], x, min(NEAR, len(x) - 1), members=asked)
+    roles, role = categories(labels.role)
+    domains, domain = categories(labels.domain)
+    content = {
+        "layer": i, "columns": is_prefix, "name": part.name, "rows": len(part.rows),
+        "width": x.shape[1], "token": labels.token.numpy(), "roles": roles, "role": role,
+        "domains": domains, "domain": domain, "pca": viz.project(plane, x),
+        "explained": plane.explained.tolist(), "norm": np.linalg.norm(x, axis=1) / mean_norm,
+        "asked": asked, "near": near, "cosine": cosine}
+    if len(sample) >= 12 and np.ptp(x[sample], axis=0).max() > 0:
+        content["tsne"] = tsne_content(x, sample)
+    return LayerMap(content, x, plane, mean_norm, sample, is_prefix)
+
+
+def tsne_content(x: np.ndarray, sample: np.ndarray) -> dict:
+    """The t-SNE of a sample of the rows x (B, W), which are given by their indices."""
+    embedding = viz.tsne(x[sample], seed=SEED)
+    content = {"points": embedding.points, "perplexity": float(embedding.perplexity),
+               "kl": float(embedding.kl), "seed": SEED,
+               "recall": recall(x[sample], embedding.points)}
+    if len(sample) < len(x):
+        content["sample"] = sample
+    return content
+
+
+def recall(x: np.ndarray, points: np.ndarray, k: int = 10, queries: int = 1000) -> float:
+    """The share of the k nearest rows (N, W) that are also among the k nearest points (N, 2); the
+    mean over some rows."""
+    k = min(k, len(x) - 1)
+    index = np.linspace(0, len(x) - 1, min(queries, len(x))).astype(int)
+    near_rows, _ = geometry.nearest(x[index], x, k + 1)
+    flat = points.astype(np.float32)
+    near_points, _ = geometry.nearest(flat[index], flat, k + 1)
+    shares = []
+    for i, in_space, on_map in zip(index, near_rows, near_points):
+        common = set(in_space) & set(on_map) - {i}
+        shares.append(len(common) / k)
+    return float(np.mean(shares))
+
+
+def categories(names: list[str]) -> tuple[list[str], np.ndarray]:
+    """The different names in the order of a legend, and each name's number among them."""
+    order = {name: i for i, name in enumerate((*ROLES, *KINDS))} | {UNUSED: 99}
+    unique = sorted(set(names), key=lambda name: (order.get(name, 0), name))
+    numbers = {name: i for i, name in enumerate(unique)}
+    return unique, np.array([numbers[name] for name in names])
+
+
+# --------------------------------------------------------------------------------------------------
+# runs
+
+
+def snapshot(step: int) -> str:
+    return f"prompts/{step:06d}.safetensors"
+
+
+def shown_prompts(run: Run, settings: Settings, step: int) -> list[dict[int, Tensor]]:
+    """Vectors {layer: (n, W)} of the prompts shown of a snapshot: the first particles, or of any
+    other posterior the mean."""
+    if settings.train.posterior == "svgd":
+        prompts = run.prompts(snapshot(step))[:PARTICLES]
+    else:
+        prompts = [run.prompt(snapshot(step))]
+    return [prompt.vectors() for prompt in prompts]
+
+
+def shown_steps(run: Run, settings: Settings) -> list[int]:
+    """The steps of at most SNAPSHOTS of a run's snapshots, the first and the last among them, and
+    of fewer if each has very many rows."""
+    steps = run.snapshots()
+    prompts = shown_prompts(run, settings, steps[0])
+    rows = sum(len(vectors) for prompt in prompts for vectors in prompt.values())
+    count = min(len(steps), SNAPSHOTS, max(STATES // rows, 2))
+    chosen = np.linspace(0, len(steps) - 1, count).round().astype(int)
+    return [steps[i] for i in chosen]
+
+
+def trajectories(opened: OpenRun, steps: list[int], maps: dict[int, LayerMap]) -> dict[str, dict]:
+    """Where the prompt rows of each layer are at each step: arrays (S, P, ...) by layer."""
+    run, settings = opened.run, opened.settings
+    states = [shown_prompts(run, settings, step) for step in steps]
+    by_layer = {}
+    for i in progress(sorted(states[0][0]), desc="layers", leave=False):
+        at_steps = [torch.cat([vectors[i] for vectors in prompts]) for prompts in states]
+        x = torch.stack(at_steps)  # (S, P, W)
+        S, P, W = x.shape
+
+        # Everything is computed for all steps at once, and divided into steps at the end.
+        rows = x.view(S * P, W)
+        arrays = positions_on_map(rows.numpy(), maps[i])
+        arrays["moved"] = (x - x[0]).norm(dim=2).view(S * P).numpy()
+        if i > 0 and not maps[i].is_prefix:  # keys and values cannot be read by the head
+            arrays["lens"] = lens(opened.model, rows)
+        if settings.train.posterior == "gaussian":
+            deviations = [run.tensors(snapshot(step))[f"layers.{i}.sd"] for step in steps]
+            arrays["spread"] = spread(torch.cat(deviations), maps[i].plane)
+        by_layer[str(i)] = {key: array.reshape(S, P, *array.shape[1:])
+                            for key, array in arrays.items()}
+    return by_layer
+
+
+def positions_on_map(rows: np.ndarray, layer: LayerMap) -> dict[str, np.ndarray]:
+    """Coordinates, neighbours and norms of prompt rows (m, W)."""
+    k = min(NEAR, len(layer.rows))
+    near, cosine = geometry.nearest(rows, layer.rows, k, metric="cosine")
+    arrays = {"pca": viz.project(layer.plane, rows), "near": near, "cosine": cosine,
+              "norm": np.linalg.norm(rows, axis=1) / layer.mean_norm}
+    if "tsne" in layer.content:
+        points = layer.content["tsne"]["points"]
+        arrays["tsne"] = viz.embed(rows, layer.rows[layer.sample], points)
+    return arrays
+
+
+@torch.no_grad()
+def lens(model: llama.Llama, rows: Tensor, k: int = 3) -> np.ndarray:
+    """The k likeliest tokens (m, k) of rows (m, D), read through the final norm and the head (the
+    logit lens, nostalgebraist 2020)."""
+    tokens = []
+    for block in rows.split(64):
+        h = model.model.norm(block.to(model.embeddings))
+        tokens.append(model.logits(h).topk(k).indices.cpu())
+    return torch.cat(tokens).numpy()
+
+
+def spread(sd: Tensor, plane: viz.Plane) -> np.ndarray:
+    """The covariance in a plane, (m, 3) for xx, xy and yy, of Gaussians whose numbers are
+    independent, with standard deviations sd (m, W)."""
+    x, y = torch.from_numpy(plane.components).float()
+    variance = sd.square()
+    covariance = [(variance * one * other).sum(dim=1) for one, other in ((x, x), (x, y), (y, y))]
+    return torch.stack(covariance, dim=1).numpy()
+
+
+def about_run(run: Run, settings: Settings, steps: list[int]) -> dict:
+    """Settings, scores and predictions of a run, and its training curve, thinned by means."""
+    metrics, predictions = run.metrics(), run.predictions()
+
+    # The loss of every step, or means over neighbouring steps.
+    losses = [(line["step"], line["loss"]) for line in metrics if line["split"] == "train"]
+    table = np.array(losses, dtype=float).reshape(-1, 2)
+    curve = [part.mean(axis=0).round(5).tolist()
+             for part in np.array_split(table, min(CURVE, max(len(table), 1))) if len(part)]
+    particles = settings.train.particles if settings.train.posterior == "svgd" else 1
+    return {"name": run.path.resolve().name, "prior": settings.prior_name,
+            "posterior": settings.train.posterior, "steps": steps,
+            "particles": min(particles, PARTICLES), "all_particles": particles, "curve": curve,
+            "evals": [line for line in metrics if line["split"] == "eval"],
+            "beside": {line["split"]: line for line in metrics
+                       if line["split"] in ("baseline", "text")},
+            "text": settings.prior.text, "predictions": predictions[:PREDICTIONS],
+            "all_predictions": len(predictions), "config": run.config()}
+
+
+# --------------------------------------------------------------------------------------------------
+# tokens
+
+
+def text_of(vocabulary: data.Vocabulary, i: int) -> str:
+    """A token as it stands in a text, with the space before it. Bytes that are no character are
+    written as <0xE2>."""
+    piece = vocabulary.tokenizer.id_to_token(i)
+    if piece is None:
+        return f"<{i}>"
+    is_sentencepiece = "\u2581" in piece  # its mark of a space
+    text = piece.replace("\u2581", " ") if is_sentencepiece else vocabulary.decode([i])
+    if "\ufffd" in text and all(letter in BYTES for letter in piece):
+        text = "".join(f"<0x{BYTES[letter]:02X}>" for letter in piece)
+    return (text or piece)[:LONGEST]
+
+
+def byte_letters() -> dict[str, int]:
+    """The letters that byte-level tokenizers write bytes as (GPT-2)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): byte for byte in plain}
+    letters |= {chr(256 + i): byte for i, byte in enumerate(rest)}
+    return letters
+
+
+BYTES = byte_letters()
+KINDS = ("word", "part of a word", "number", "sign", "white space", "bytes")
+
+
+def kind_of(text: str) -> str:
+    """What a token is in a text, one of KINDS."""
+    bare = text.strip()
+    if not bare:
+        return "white space"
+    if re.match(r"<0x[0-9A-F]{2}>", bare):
+        return "bytes"
+    if bare[0].isdigit():
+        return "number"
+    if not bare[0].isalpha():
+        return "sign"
+    return "word" if text[0] == " " else "part of a word"
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
+
+
+def command_plot(given: dict) -> None:
+    options = of(PlotOptions, given)
+    models: dict[ModelSettings, LoadedModel] = {}  # runs of one model share it
+    if options.text:
+        for path in options.runs:
+            opened = open_run(path, given, models)
+            show(text_picture(opened.run, references_of(opened)))
+        return
+    runs = [Run(Path(path)) for path in options.runs]
+    check_one_space(runs)  # before a model is loaded or a file is written
+
+    # The runs' own pictures, and the page.
+    content = gather(drawn_runs(options.runs, given, models))
+    target = Path(options.out) if options.out else runs[0].path / "report.html"
+    write_file(target, viz.page(TEMPLATE.read_text(encoding="utf-8"), content).encode())
+    # Loss and scores of all runs in one picture, in the first one's folder.
+    scored = [run for run in runs if any(line["split"] == "eval" for line in run.metrics())]
+    if scored:  # an imported prompt is not
+        runs[0].write("figures/curves.svg", curves(scored).encode())
+        show(str(runs[0].path / "figures/curves.svg"))
+    show(str(target))
+
+
+def drawn_runs(paths: tuple[str, ...], given: dict, models: dict[ModelSettings, LoadedModel]
+               ) -> Iterator[tuple[OpenRun, dict[int, Reference]]]:
+    """Runs with what their prompts lie among, one after the other; the pictures of each are drawn
+    when it is opened."""
+    for path in paths:
+        opened = open_run(path, given, models)
+        by_layer = references_of(opened)
+        names = draw_run(opened.run, opened.settings, by_layer)
+        show("\n".join(str(opened.run.path / name) for name in names))
+        yield opened, by_layer

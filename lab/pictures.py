@@ -1,0 +1,274 @@
+"""Pictures of finished runs: each layer for a page or a terminal, and curves of what was logged.
+
+    names = draw_run(run, settings, by_layer)      # writes figures/layer-NN.svg
+    print(text_picture(run, by_layer))             # the same in characters
+    svg = curves([run, other])                     # runs that differ in their seed alone: one curve
+
+by_layer {layer: Reference} is what a run's prompt lies among. A plane is fitted on the reference
+alone and the prompt's rows are projected into it, so that they cannot bend it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+import viz
+from lab.console import SCORES
+from lab.folder import Run
+from lab.populations import Reference
+from lab.settings import Settings, spec_name
+
+PALETTE = (viz.VERMILION, viz.BLUE, viz.GREEN, viz.PURPLE, viz.ORANGE, viz.SKY)
+
+
+# --------------------------------------------------------------------------------------------------
+# layers
+
+
+def draw_run(run: Run, settings: Settings, by_layer: dict[int, Reference]) -> list[str]:
+    """Write figures/layer-NN.svg for every layer of a run's prompt -> the files' names."""
+    start, end = run.start_and_end()
+    steps = max((line["step"] for line in run.metrics() if "step" in line), default=0)
+    names = []
+    for i, reference in by_layer.items():
+        count = len(reference.rows)
+        caption = (f"{len(end[i])} rows of {run.path.name} in the principal plane of the reference "
+                   f"({reference.name}, {count} rows), which is fitted without them. Prior "
+                   f"{settings.prior_name}, seed {settings.seed}, {steps} steps on "
+                   f"{spec_name(settings.data.data)}, model {Path(settings.model.model).name}.")
+        numbers = {"distance moved, mean": float((end[i] - start[i]).norm(dim=1).mean()),
+                   "norm of the reference, mean": _mean_norm(reference.rows),
+                   "norm of the draw, mean": _mean_norm(start[i]),
+                   "norm of the trained rows, mean": _mean_norm(end[i])}
+        series = [("prior draw", start[i]), ("trained rows", end[i])]
+        name = f"figures/layer-{i:02d}.svg"
+        run.write(name, layer_figure(i, reference, series, caption, numbers).encode())
+        names.append(name)
+    return names
+
+
+def _mean_norm(rows: Tensor) -> float:
+    return float(rows.norm(dim=1).mean())
+
+
+def layer_figure(i: int, reference: Reference, series: list[tuple[str, Tensor]], caption: str,
+                 table: dict[str, float] | None = None) -> str:
+    """SVG of one or two sets of rows, (name, (n, W)) each, in the principal plane of layer i's
+    reference. The first set is hollow; arrows lead from its rows to those of the second."""
+    points = [rows.numpy() for _, rows in series]
+    population = reference.rows.numpy()
+    plane = _plane(population, points)
+    projected = [viz.project(plane, rows) for rows in points]
+
+    # The population, arrows, and the rows on top.
+    marks: list = [viz.Cloud(reference.name, viz.project(plane, population))]
+    if len(projected) == 2:
+        marks.append(viz.Arrows("from start to end", *projected))
+    looks = ((viz.BLUE, True), (viz.VERMILION, False))  # colour, whether hollow
+    for (name, _), xy, (colour, hollow) in zip(series, projected, looks):
+        marks.append(viz.Points(name, xy, colour, hollow))
+
+    title = "Token embeddings"
+    if reference.is_prefix:
+        title = f"Layer {i}, keys and values"
+    elif i > 0:
+        title = f"Layer {i}, its input"
+    return viz.figure([viz.Panel(marks, viz.axis_names(plane))], title, caption, table=table)
+
+
+def _plane(population: np.ndarray, points: list[np.ndarray]) -> viz.Plane:
+    """The principal plane of a population (N, W), or of everything if the population is a text
+    prompt of one or two tokens, which span no plane."""
+    if len(population) > 2:
+        return viz.pca(population)
+    return viz.pca(np.concatenate([population, *points]))
+
+
+def text_picture(run: Run, by_layer: dict[int, Reference]) -> str:
+    """The layers of a run in characters, as large as the terminal allows."""
+    start, end = run.start_and_end()
+    columns, lines = shutil.get_terminal_size((80, 30))
+    columns, lines = min(columns, 120) - 1, min(lines - 4, 40)
+    blocks = []
+    for i, reference in by_layer.items():
+        population = reference.rows.numpy()
+        plane = _plane(population, [start[i].numpy(), end[i].numpy()])
+        series = [("o", viz.project(plane, start[i].numpy())),
+                  ("#", viz.project(plane, end[i].numpy()))]
+        blocks.append(f"{run.path}, layer {i}: . {reference.name} ({len(population)} rows), "
+                      f"o prior draw, # trained; {', '.join(viz.axis_names(plane))}")
+        blocks.append(viz.braille(viz.project(plane, population), series, columns, lines))
+    return "\n".join(blocks)
+
+
+# --------------------------------------------------------------------------------------------------
+# curves of runs
+
+
+class Group(NamedTuple):
+    """Runs that differ in their seed alone; they are drawn as one curve."""
+
+    name: str  # in the legend
+    runs: list[Run]
+    seeds: list[int]
+    logs: list[list[dict]]  # metrics.jsonl of each
+    score: str  # the key of the score that is drawn
+    colour: str
+
+
+def curves(runs: list[Run]) -> str:
+    """SVG of the loss in training and in evaluation, and of the score, over the steps."""
+    groups = _groups(runs)
+    losses, scores = [], []
+    for group in groups:
+        # The training loss has no entry of its own in the legend: it has the group's colour.
+        steps, values = by_step(group.logs, "train", "loss")
+        if len(steps):
+            steps, values = _smoothed(steps, values)
+            losses.append(banded("", steps, values, group.colour))
+        steps, values = by_step(group.logs, "eval", "loss")
+        losses.append(banded(group.name, steps, values, group.colour, dots=True))
+        steps, values = by_step(group.logs, "eval", group.score)
+        scores.append(banded(group.name, steps, values, group.colour, dots=True))
+
+    kinds = list(dict.fromkeys(group.score for group in groups))
+    if len(kinds) == 1:  # a level without a prompt is of one score
+        scores = _baseline(groups) + scores
+    percent = f"{' or '.join(SCORES[kind] for kind in kinds)}, percent"
+    panels = [viz.Panel(losses, ("step", "loss, nats a token"), equal=False),
+              viz.Panel(scores, ("step", percent), equal=False)]
+    return viz.figure(panels, "Loss and score", _curves_caption(groups))
+
+
+def _groups(runs: list[Run]) -> list[Group]:
+    by_settings: dict[Settings, list[Run]] = {}
+    # Settings without seed and folder tell groups apart.
+    for run in runs:
+        settings = run.settings()
+        without_seed = replace(settings, prior=replace(settings.prior, seed=0),
+                               train=replace(settings.train, out=None))
+        by_settings.setdefault(without_seed, []).append(run)
+
+    groups: list[Group] = []
+    for (settings, members), colour in zip(by_settings.items(), cycle(PALETTE)):
+        name = f"{settings.prior_name} on {spec_name(settings.data.data)}"
+        # Groups that differ in other settings are named after a run.
+        if any(group.name == name for group in groups):
+            name = members[0].path.name
+        logs = [run.metrics() for run in members]
+        score = "accuracy" if any("accuracy" in line for line in logs[0]) else "f1"
+        seeds = [run.settings().seed for run in members]
+        groups.append(Group(name, members, seeds, logs, score, colour))
+    return groups
+
+
+def _smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over neighbouring steps, about 40 of them, because a batch's loss is noise: steps (T,)
+    and values (k, T)."""
+    width = max(1, len(steps) // 40)
+    length = len(steps) // width * width
+    means = values[:, :length].reshape(len(values), -1, width).mean(axis=2)
+    return steps[:length].reshape(-1, width).mean(axis=1), means
+
+
+def _baseline(groups: list[Group]) -> list[viz.Curve]:
+    """A level line of the score without a prompt, if a group's runs logged one."""
+    for group in groups:
+        values = [line[group.score] for log in group.logs for line in log
+                  if line["split"] == "baseline" and group.score in line]
+        if values:
+            steps, _ = by_step(group.logs, "eval", group.score)
+            x = np.array([0, max(steps[-1], 1)])
+            return [viz.Curve("no prompt", x, np.full(2, np.mean(values)), colour=viz.GREY)]
+    return []
+
+
+def _curves_caption(groups: list[Group]) -> str:
+    parts = ["Dots: evaluation; lines without dots: training, averaged over a fortieth of the "
+             "steps."]
+    if any(len(group.runs) > 1 for group in groups):
+        parts.append("Bands: 95 % confidence of the mean over seeds.")
+    sources = []
+    for group in groups:
+        word = "seeds" if len(group.seeds) > 1 else "seed"
+        names = ", ".join(run.path.name for run in group.runs)
+        sources.append(f"{group.name}: {word} {', '.join(map(str, group.seeds))}, {names}")
+    return f"{' '.join(parts)} {'; '.join(sources)}."
+
+
+def by_step(logs: list[list[dict]], split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The steps (T,) that all logs have a value of, and the values (logs, T)."""
+    values = []
+    for log in logs:
+        lines = [line for line in log if line["split"] == split and key in line]
+        values.append({line["step"]: line[key] for line in lines})
+    steps = sorted(set.intersection(*map(set, values)))
+    table = [[of_log[step] for step in steps] for of_log in values]
+    return np.array(steps, float), np.array(table, float)
+
+
+# 97.5 % points of Student's t distribution for 1 to 9 degrees of freedom.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+NORMAL = 1.96  # the same of the normal distribution, for more degrees of freedom
+
+
+def banded(name: str, x: np.ndarray, values: np.ndarray, colour: str,
+           dots: bool = False) -> viz.Curve:
+    """The mean of k curves, values (k, T), in its 95 % confidence interval. One has no interval."""
+    mean, k = values.mean(axis=0), len(values)
+    if k == 1:
+        return viz.Curve(name, x, mean, colour=colour, dots=dots)
+    quantile = STUDENT[k - 2] if k - 2 < len(STUDENT) else NORMAL
+    half = quantile * values.std(axis=0, ddof=1) / np.sqrt(k)
+    return viz.Curve(name, x, mean, mean - half, mean + half, colour, dots)
+
+
+# --------------------------------------------------------------------------------------------------
+# curves of measures
+
+
+def line(curve: list[dict], caption: str) -> str:
+    """SVG of the scores along the line between two prompts. curve: {"t", "data", "loss", a
+    score, ...} of every point and task; each task is a curve."""
+    panels = []
+    for keys, label in ((("loss",), "loss, nats a token"),
+                        (("accuracy", "f1"), "accuracy or F1, percent")):
+        # A curve for each task, of the first score that it has.
+        marks = []
+        tasks = dict.fromkeys(point["data"] for point in curve)
+        for task, colour in zip(tasks, cycle(PALETTE)):
+            points = [point for point in curve if point["data"] == task]
+            key = next(key for key in keys if key in points[0])
+            x = np.array([point["t"] for point in points])
+            y = np.array([point[key] for point in points])
+            marks.append(viz.Curve(task, x, y, colour=colour, dots=True))
+        panels.append(viz.Panel(marks, ("t", label), equal=False))
+    return viz.figure(panels, "From one prompt to another", caption)
+
+
+def attention(rows: list[tuple[str, dict[str, float]]], caption: str) -> str:
+    """SVG of what a prompt does to attention. rows: ("layer I", measures) of every layer."""
+    x = np.array([int(name.split()[1]) for name, _ in rows], float)
+    shares = [("share of attention to the prompt", "mass", viz.VERMILION),
+              ("shift of attention among content", "shift", viz.BLUE)]
+    bias = [("one direction's share of the bias", "one", viz.GREEN),
+            ("the same, of a head's", "one_head", viz.PURPLE),
+            ("bias over all that attention adds", "bias", viz.ORANGE)]
+
+    # All are shares, so both panels reach from 0 to 1.
+    frame = np.array([(x.min(), 0.0), (max(x.max(), x.min() + 1), 1.0)])
+    panels = []
+    for measures in (shares, bias):
+        marks = []
+        for name, key, colour in measures:
+            y = np.array([numbers[key] for _, numbers in rows])
+            marks.append(viz.Curve(name, x, y, colour=colour, dots=True))
+        panels.append(viz.Panel(marks, ("layer", ""), equal=False, frame=frame))
+    return viz.figure(panels, "What the prompt does to attention", caption)

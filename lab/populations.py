@@ -1,0 +1,362 @@
+"""The populations that priors are fitted on, and the draw of a prompt from a prior.
+
+    by_layer = references(settings.prior, settings.data, loaded, layers)     # {layer: Reference}
+    drawn = draw(settings.prior, by_layer)                                   # rows, priors, reports
+
+At the token embeddings a reference is the vocabulary or the tokens of a text, at a deeper layer
+activations at its input. It may also be a collection's file, or the prompts of finished runs.
+
+n prompt rows, N rows of a population, D width, G key/value heads, hd head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import llama
+import priors
+from lab.activations import ROLES, Collection, is_massive, roles_of, stream
+from lab.console import UserError, progress, say
+from lab.evaluation import OpenRun
+from lab.folder import Run
+from lab.inputs import (LoadedModel, check_same_model, collection_of, parse_spec, rows_per_layer,
+                        topic, training_and_evaluation)
+from lab.settings import REFERENCE_ROWS, DataSettings, PriorSettings, prior_name, spec_name
+
+
+class Labels(NamedTuple):
+    """What the rows of a population (N, D) are."""
+
+    token: Tensor  # (N,) ids
+    role: list[str]  # of activations.ROLES; "token" in the vocabulary
+    domain: list[str]  # the data that they come from
+
+    def take(self, index: Tensor) -> Labels:
+        chosen = index.tolist()
+        return Labels(self.token[index], [self.role[i] for i in chosen],
+                      [self.domain[i] for i in chosen])
+
+
+class Reference(NamedTuple):
+    """The population that a layer's prior is fitted on, or that a prompt lies among."""
+
+    parts: list[Tensor]  # (N, W) fp32 each, one for every --reference or every run
+    name: str
+    labels: list[Labels] | None = None  # one for each part; None: the rows of runs are no tokens
+    is_prefix: bool = False  # keys (before rotation) and values, W = 2 G hd; else W = D
+
+    @property
+    def rows(self) -> Tensor:
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+
+class Part(NamedTuple):
+    """One --reference at one layer."""
+
+    rows: Tensor  # (N, W) fp32 on the CPU
+    name: str
+    labels: Labels | None
+
+
+# --------------------------------------------------------------------------------------------------
+# references
+
+
+def references(prior: PriorSettings, settings: DataSettings, loaded: LoadedModel, layers: list[int],
+               method: str = "prompt", examples: list[data.Example] | None = None
+               ) -> dict[int, Reference]:
+    """The population of each layer that the prior is fitted on. settings: the data that an
+    arithmetic or SQuAD reference may be, its max_length known. method: of the prompt that will be
+    drawn. examples: the training data, if they are read already."""
+    name, _, runs = priors.parse(prior.prior)
+    is_prefix = False
+    if name == "text":
+        parts = [text_population(prior.text, loaded, layers)]
+    elif runs:
+        is_prefix = check_methods(runs, method)
+        parts = [part for run in runs for part in run_populations(run, loaded, layers)]
+    else:
+        check_references(name, prior.reference)
+        parts = [population(spec, prior, settings, loaded, layers, examples)
+                 for spec in prior.reference]
+
+    D = loaded.model.config.hidden_size
+    by_layer = {}
+    for i in layers:
+        layer_parts = [part[i] for part in parts]
+        if not is_prefix and any(part.rows.shape[1] != D for part in layer_parts):
+            raise UserError(f"the reference is not of width {D} as the model is: it was made with "
+                            "another one")
+        names = dict.fromkeys(part.name for part in layer_parts)
+        labels = None if runs else [part.labels for part in layer_parts]
+        by_layer[i] = Reference([part.rows for part in layer_parts], " and ".join(names), labels,
+                                is_prefix)
+    return by_layer
+
+
+def check_references(prior: str, specs: tuple[str, ...]) -> None:
+    if len(set(map(spec_name, specs))) < len(specs):
+        raise UserError(f"--reference {' '.join(specs)}: two of one name: give each once")
+    if priors.PRIORS[prior].several and len(specs) != 2:
+        raise UserError(f"--prior {prior} goes between two references: give two, as in --reference "
+                        "text math")
+
+
+def check_methods(runs: list[str], method: str) -> bool:
+    """Whether the runs, whose prompts are a prior of a prompt of this method, trained prefixes.
+    Raises UserError for runs that do not suit each other or the method."""
+    methods = {Run(Path(run)).settings().prompt.method: run for run in runs}
+    if len(methods) > 1:
+        raise UserError(f"{' and '.join(methods.values())}: one trained rows and the other keys "
+                        "and values: give runs of one --method")
+    if "prefix" in methods and method != "prefix":
+        raise UserError(f"{runs[0]}: it trained keys and values, which are a prior of keys and "
+                        "values alone: train --method prefix from it, or give runs of rows")
+    return "prefix" in methods
+
+
+def text_population(text: str, loaded: LoadedModel, layers: list[int]) -> dict[int, Part]:
+    """The tokens of a text, for the prior text."""
+    ids = loaded.vocabulary.encode_plain(text)
+    if not ids:
+        raise UserError("--prior text needs --text, the text whose tokens the rows begin as")
+    rows = inputs_of(loaded.model, [ids], [list(range(len(ids)))], layers)
+    labels = Labels(torch.tensor(ids), ["text"] * len(ids), ["text"] * len(ids))
+    return {i: Part(rows[i], f"tokens of {text!r}", labels) for i in layers}
+
+
+def run_populations(path: str, loaded: LoadedModel, layers: list[int]) -> list[dict[int, Part]]:
+    """The prompts that a run ended with: one, or one for each particle."""
+    run = Run(Path(path))
+    check_same_model(loaded.settings, run.config()["sha256"].get("model"), run.path)
+    each = [prompt.vectors() for prompt in run.prompts()]
+    missing = [i for i in layers if i not in each[0]]
+    if missing:
+        raise UserError(f"{run.path}: has rows at layers {', '.join(map(str, each[0]))} and none "
+                        f"at {', '.join(map(str, missing))}: give runs with as many --deep-layers, "
+                        "or of prefixes as many --prefix-layers")
+    kind = "keys and values" if run.settings().prompt.method == "prefix" else "rows"
+    name = f"{kind} of {run.path.name}"
+    return [{i: Part(vectors[i], name, None) for i in layers} for vectors in each]
+
+
+def population(spec: str, prior: PriorSettings, settings: DataSettings, loaded: LoadedModel,
+               layers: list[int], examples: list[data.Example] | None = None) -> dict[int, Part]:
+    """One reference at each layer: vocab (at deep layers the activations of --data), a collection,
+    or data."""
+    if spec == "vocab":
+        deep = [i for i in layers if i > 0]
+        parts = {}
+        if deep:
+            parts = population(settings.data, prior, settings, loaded, deep, examples)
+        if 0 in layers:
+            parts[0] = vocabulary_part(loaded)
+        return parts
+    if spec.startswith("collection:"):
+        parts, count = collection_population(spec, prior, loaded, layers)
+    else:
+        parts, count = data_population(spec, prior, settings, loaded, layers, examples)
+    if count < (prior.reference_rows or 1):
+        raise UserError(f"--reference {spec_name(spec)} has {count} rows, and --reference-rows "
+                        f"asks for {prior.reference_rows or 1}: ask for at most that, or give more "
+                        "data")
+    return parts
+
+
+def vocabulary_part(loaded: LoadedModel) -> Part:
+    """Every token that a text can have, once."""
+    ids = torch.tensor(loaded.vocabulary.ordinary)
+    labels = Labels(ids, ["token"] * len(ids), ["vocabulary"] * len(ids))
+    return Part(loaded.model.embeddings[ids].float().cpu(), "vocabulary", labels)
+
+
+def collection_population(spec: str, prior: PriorSettings, loaded: LoadedModel, layers: list[int]
+                          ) -> tuple[dict[int, Part], int]:
+    path, domain = collection_of(spec)
+    file = Collection(path)
+    check_same_model(loaded.settings, file.about.get("sha256"), file.path)
+    index = sample_rows(file.chosen(domain), prior.seed, prior.reference_rows or REFERENCE_ROWS)
+    say(f"{file.path}: {int(file.left_out.sum())} rows of BOS or of massive norm left out")
+    roles = [ROLES[role] for role in file.field["role"][index].tolist()]
+    domains = [file.domains[d] for d in file.field["domain"][index].tolist()]
+    labels = Labels(file.field["token"][index], roles, domains)
+    parts = {i: Part(file.rows(i, index).float(), population_name(i, spec), labels)
+             for i in layers}
+    return parts, len(index)
+
+
+def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loaded: LoadedModel,
+                    layers: list[int], examples: list[data.Example] | None
+                    ) -> tuple[dict[int, Part], int]:
+    """Tokens as the data uses them, and their number. BOS, whose norm would swamp any statistics,
+    and rows of massive norm are left out."""
+    limit = prior.reference_rows or REFERENCE_ROWS
+    if spec != settings.data:
+        examples = data.read(*parse_spec(spec, 0), limit=limit)
+    elif examples is None:
+        examples = training_and_evaluation(settings)[0]
+    rows = reference_rows(examples, loaded.vocabulary, settings.max_length, prior.seed, limit)
+
+    has_bos, name = loaded.vocabulary.bos is not None, spec_name(spec)
+    tokens = [token for row in rows for token in row.ids[1:]][:limit]
+    roles = [role for row in rows for role in roles_of(row, has_bos)[1:]][:limit]
+    labels = Labels(torch.tensor(tokens), roles, [name] * len(tokens))
+    positions = [list(range(1, len(row.ids))) for row in rows]
+    by_layer = inputs_of(loaded.model, [row.ids for row in rows], positions, layers)
+
+    parts = {}
+    for i, x in by_layer.items():
+        x = x[:limit]
+        ordinary = (~is_massive(x)).nonzero()[:, 0]
+        parts[i] = Part(x[ordinary], population_name(i, spec), labels.take(ordinary))
+        if len(ordinary) < len(x):
+            say(f"layer {i}: {len(x) - len(ordinary)} of {len(x)} rows of {name} have a massive "
+                "norm and are left out")
+    return parts, len(tokens)
+
+
+def population_name(layer: int, spec: str) -> str:
+    where = f"layer {layer} inputs" if layer else "token embeddings"
+    return f"{where} of {spec_name(spec)}"
+
+
+def inputs_of(model: llama.Llama, rows: list[list[int]], positions: list[list[int]],
+              layers: list[int]) -> dict[int, Tensor]:
+    """The inputs of layers at these positions of token rows, {layer: (N, D)} fp32 on the CPU."""
+    parts: dict[int, list[Tensor]] = {i: [] for i in layers}
+    batches = stream(model, rows, positions, layers)
+    for batch in progress(batches, total=-(-len(rows) // 16), desc="activations", leave=False):
+        for i, x in batch.items():
+            parts[i].append(x.float().cpu())
+    return {i: torch.cat(x) for i, x in parts.items()}
+
+
+def reference_rows(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int,
+                   seed: int, limit: int) -> list[data.Row]:
+    """Token rows of `limit` tokens or a little more, one question a context, in an order made from
+    the seed."""
+    rows, count, topics = [], 0, set()
+    for i in data.Order([e.context for e in examples], 1, seed).epoch(0):
+        if count >= limit:
+            break
+        if topic(examples[i]) in topics:
+            continue
+        topics.add(topic(examples[i]))
+        row = data.encode(examples[i], vocabulary, max_length)
+        if row is not None:
+            rows.append(row)
+            count += len(row.ids) - 1
+    return rows
+
+
+def sample_rows(index: Tensor, seed: int, limit: int) -> Tensor:
+    """At most `limit` of the indices (N,), drawn by the seed, in their order."""
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
+    return index[order[:limit].sort().values]
+
+
+# --------------------------------------------------------------------------------------------------
+# prefixes
+
+
+@torch.no_grad()
+def prefix_vectors(model: llama.Llama, layer: int, x: Tensor) -> Tensor:
+    """Inputs (N, D) of a layer -> what its attention makes of them, keys before rotation and values
+    (N, 2 G hd), fp32 on the CPU."""
+    return torch.cat([model.keys_and_values(layer, block).flatten(1).float().cpu()
+                      for block in x.split(4096)])
+
+
+def prefix_of(model: llama.Llama, layer: int, rows: Tensor, reference: Reference) -> Tensor:
+    """A prior's draw (n, W) -> keys before rotation and values (n, 2, G, hd) of a prefix. A draw of
+    rows becomes the keys and values that attention makes of them."""
+    vectors = rows if reference.is_prefix else prefix_vectors(model, layer, rows)
+    c = model.config
+    if vectors.shape[1] != 2 * c.num_key_value_heads * c.head_dim:
+        raise UserError(f"keys and values of {vectors.shape[1]} numbers do not fit a model of "
+                        f"{c.num_key_value_heads} key heads of width {c.head_dim}")
+    return vectors.view(len(rows), 2, c.num_key_value_heads, c.head_dim)
+
+
+def surroundings(model: llama.Llama, by_layer: dict[int, Reference]) -> dict[int, Reference]:
+    """References of rows -> what a prefix lies among: the keys and values that attention makes of
+    their rows."""
+    prefixes = {}
+    for i, reference in by_layer.items():
+        if reference.is_prefix:
+            prefixes[i] = reference
+            continue
+        parts = [prefix_vectors(model, i, rows) for rows in reference.parts]
+        prefixes[i] = Reference(parts, f"keys and values of {reference.name}", reference.labels,
+                                is_prefix=True)
+    return prefixes
+
+
+def references_of(opened: OpenRun) -> dict[int, Reference]:
+    """What the prompts of a run lie among, at each layer that it has."""
+    settings = opened.settings
+    by_layer = references(settings.prior, replace(settings.data, max_length=opened.max_length),
+                          opened.loaded, [*opened.prompt.layers], settings.prompt.method)
+    return surroundings(opened.model, by_layer) if opened.prompt.is_prefix else by_layer
+
+
+# --------------------------------------------------------------------------------------------------
+# the draw
+
+
+class Draw(NamedTuple):
+    rows: dict[int, Tensor]  # {layer: (prompts, n, W)}
+    fitted: dict[int, priors.Prior]  # the prior of each layer
+    reports: list[dict]  # what each says of itself
+
+
+def draw(settings: PriorSettings, by_layer: dict[int, Reference], prompts: int = 1) -> Draw:
+    """Fit the prior on each layer's reference and draw prompts from it. Says how they stand to the
+    reference."""
+    name, options, _ = priors.parse(settings.prior)
+    prior = priors.PRIORS[name]
+    rows, fitted, reports = {}, {}, []
+    for i, reference in by_layer.items():
+        parts = reference.parts if prior.several else [reference.rows]
+        fitted[i] = prior.fit(*parts, **options)
+        # A layer's draw is a function of the seed and the layer, and not of how many layers there
+        # are.
+        generator = torch.Generator().manual_seed(1000 * settings.seed + i)
+        draws = [fitted[i].sample(rows_per_layer(settings), generator) for _ in range(prompts)]
+        rows[i] = torch.stack(draws)
+        if not torch.isfinite(rows[i]).all():
+            raise priors.PriorError(f"{settings.prior}: drew rows that are not finite: give its "
+                                    "options smaller values")
+
+        count, ratio = len(reference.rows), norm_ratio(rows[i], reference.rows)
+        about = fitted[i].report()
+        reports.append({"layer": i, "reference": reference.name, "rows": count,
+                        "norm_ratio": ratio, **about})
+        say(f"layer {i}: {prior_name(settings.prior)} on {reference.name}, {count} rows: "
+            + _listed({"init-to-token norm ratio": ratio, **about}))
+        if ratio > 5:
+            say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and "
+                "may train badly")
+    return Draw(rows, fitted, reports)
+
+
+def _listed(numbers: dict) -> str:
+    """Names with their numbers, or with a list of numbers each."""
+    parts = []
+    for key, value in numbers.items():
+        digits = " ".join(f"{x:.4g}" for x in np.atleast_1d(value))
+        parts.append(f"{key} {digits}")
+    return ", ".join(parts)
+
+
+def norm_ratio(rows: Tensor, reference: Tensor) -> float:
+    """Mean norm of the rows over mean norm of the reference. 1 is on scale; PEFT's random default
+    is near 45."""
+    return float(rows.norm(dim=-1).mean() / reference.norm(dim=-1).mean())

@@ -1,0 +1,448 @@
+"""What can be asked for: the settings of a run as frozen values, one dataclass a concern.
+
+A field is a flag. Its default, its range and its help stand beside it, and the command line, the
+checks, config.json and --help are made from the fields:
+
+    asked = Settings.of({"prior": "exclusion", "deep_layers": 3})   # the flags that a user gave
+    settings = asked.complete()                                     # and what follows from them
+    flat(settings)["cut"]                                           # True: as config.json keeps it
+
+What loading finds out (the model's commit, the longest text) is not a setting; inputs.py returns
+it. torch is imported where it is used, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import textwrap
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import priors
+from lab.console import UserError
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+TINY_TEXT = "short answer"  # the header that the bundled model was pre-trained with
+# kind of data -> the bundled training and evaluation data, under tiny/
+BUNDLED = {"squad": ("squad/train.json", "squad/dev.json"),
+           "math": ("math/train-easy", "math/interpolate"), "text": ("text", "text")}
+TOKENS = 20  # rows a layer, as in the paper
+REFERENCE_ROWS = 20000
+
+
+# --------------------------------------------------------------------------------------------------
+# fields
+
+
+def setting(default, help: str, *, above=None, least=None, below=None, choices=(), **about):
+    """A field of settings. The value must be more than `above`, at least `least`, less than
+    `below`, one of `choices`. about: how commands.py makes a flag of it."""
+    return field(default=default, metadata={
+        "help": help, "above": above, "least": least, "below": below, "choices": choices, **about})
+
+
+VALUE_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": tuple,
+               "tuple[int, ...]": tuple}
+
+
+def value_type(f) -> type:
+    """The type of a field's value when it is not None."""
+    return VALUE_TYPES[f.type.removesuffix(" | None")]
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def of(cls, given: dict):
+    """An instance of a dataclass of settings, of those given {flag: value} that it has. Raises
+    UserError for a value outside of its field's range."""
+    values = {f.name: given[f.name] for f in fields(cls) if f.name in given}
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    settings = cls(**{**values, **lists})
+    check_ranges(settings)
+    return settings
+
+
+def check_ranges(settings) -> None:
+    """Raises UserError, which names the flag, for the first value outside of its range."""
+    for f in fields(settings):
+        value, about = getattr(settings, f.name), f.metadata
+        flag = about.get("flag") or flag_name(f.name)
+        if value is None or not about:
+            continue
+        if about["choices"] and value not in about["choices"]:
+            raise UserError(f"{flag} {value}: use one of {', '.join(about['choices'])}")
+        if value_type(f) not in (int, float):
+            continue
+        # A seed becomes a 64-bit number together with a layer's number.
+        below = about["below"] or (2**40 if value_type(f) is int else math.inf)
+        if about["above"] is not None and not about["above"] < value < below:
+            raise UserError(f"{flag} {value}: expected more than {about['above']}, and less than "
+                            f"{below}")
+        if about["least"] is not None and not about["least"] <= value < below:
+            raise UserError(f"{flag} {value}: expected {about['least']} or more, and less than "
+                            f"{below}")
+
+
+# --------------------------------------------------------------------------------------------------
+# one dataclass a concern
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    model: str = setting("tiny", "model folder in Hugging Face's layout, or NAME/MODEL of the hub, "
+                         "from the cache or fetched; tiny is the bundled one")
+    revision: str | None = setting(None, "branch, tag or commit of a model of the hub (main; a run "
+                                   "keeps the commit)")
+    device: str | None = setting(None, "cpu, cuda, cuda:1 ... (cuda when there is one)")
+    dtype: str | None = setting(None, "float32, bfloat16 or float16 of the frozen weights "
+                                "(bfloat16 on cuda, else float32)")
+
+    def complete(self) -> ModelSettings:
+        device = self.device
+        if device is None:
+            import torch
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = self.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        model = self.model
+        if model != "tiny" and not on_hub(model):
+            model = os.path.abspath(model)  # so that a run opens from any working directory
+        return replace(self, model=model, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    prior: str = setting("vocab", "prior of the rows, NAME or NAME:option=value,...; see below")
+    reference: tuple[str, ...] = setting(
+        (), "what priors are fitted on, one or more of: vocab (each token once), a data SPEC "
+        "(tokens as the data uses them), collection:FILE or collection:FILE#DOMAIN. At deep layers "
+        "it is activations, for vocab those of --data. Several are one population, but for "
+        "interpolation two (vocab; text math for interpolation, as in the paper)")
+    reference_rows: int | None = setting(None, "rows of each reference but vocab (at most 20000)",
+                                         above=0)
+    text: str | None = setting(None, "the text of the prior text, also scored as a plain text "
+                               "prompt ('short answer' for tiny)")
+    tokens: int = setting(TOKENS, "rows at the token embeddings; 0 for none, then deep layers have "
+                          "20", least=0)
+    deep_layers: int = setting(0, "how many of the last layers own rows too", least=0)
+    seed: int = setting(0, "seed of the prior's draw and of the data's order", least=0)
+
+    def complete(self, model: str) -> PriorSettings:
+        """model: its name, because the bundled one has a text prompt of its own."""
+        name, _, runs = priors.parse(self.prior)
+        usual = ("text", "math") if name == "interpolation" else ("vocab",)
+        text = (TINY_TEXT if model == "tiny" else "") if self.text is None else self.text
+        return replace(self, prior=_absolute_runs(self.prior, runs), text=text,
+                       reference=tuple(map(absolute, self.reference or usual)))
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    cut: bool | None = setting(None, "", switches={
+        "cut": (True, "drop the rows' outputs at each layer, as in the paper's deep prompt tuning "
+                      "(default with --deep-layers)"),
+        "keep": (False, "let the rows' outputs go on through the layers, as in prompt tuning "
+                        "(default without)")})
+    method: str = setting(
+        "prompt", "prompt: rows at layers' inputs; prefix: keys and values, given directly, which "
+        "begin as those of the prior's rows (prefix tuning)", choices=("prompt", "prefix"))
+    prefix_layers: int | None = setting(None, "how many of the last layers --method prefix gives "
+                                        "keys and values (all)", least=0)
+    reparam: str = setting(
+        "none", "none; mlp: rows come from one vector each, through a network common to all "
+        "layers; shared: a key and its value come from one vector (prefix)",
+        choices=("none", "shared", "mlp"))
+    place: str = setting(
+        "before", "where the prompt stands: before BOS and text, after-bos, or suffix, before the "
+        "last token that asks for the answer", choices=("before", "after-bos", "suffix"))
+
+    def complete(self, deep_layers: int) -> PromptSettings:
+        return replace(self, cut=deep_layers > 0 if self.cut is None else self.cut)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    data: str = setting("squad", "training data, a SPEC: squad:PATH, math:PATH, hendrycks:PATH or "
+                        "text:PATH, a file, folder or pattern; squad, math and text alone are the "
+                        "bundled ones")
+    eval_data: str | None = setting(None, "evaluation data, a SPEC (the bundled one's, or a tenth "
+                                    "of --data held out)")
+    train_examples: int = setting(0, "training questions, drawn at random; 0 for all", least=0)
+    eval_limit: int = setting(200, "most questions evaluated; 0 for all", least=0)
+    max_length: int | None = setting(None, "most tokens of context, question and answer; longer "
+                                     "contexts are cut (1024, or what fits)", above=0)
+    max_new: int = setting(32, "most tokens of a generated answer", above=0)
+    batch_size: int = setting(16, "examples a step", above=0, below=2**16 + 1)
+    share: bool = setting(True, "", switches={"no-share": (
+        False, "shuffle single questions and compute every context anew; the same loss, only "
+               "slower")})
+    keep_unanswerable: bool = setting(False, "keep unanswerable questions; their answer is empty")
+
+    def complete(self) -> DataSettings:
+        eval_data = self.eval_data
+        if eval_data is None and self.data in BUNDLED:
+            eval_data = self.data
+        return replace(self, data=absolute(self.data), eval_data=absolute(eval_data))
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    steps: int = setting(200, "training steps", least=0)
+    lr: float | None = setting(
+        None, "peak learning rate of AdamW (at every layer a twentieth of its reference's root "
+        "mean square, which is 1e-3 at the token embeddings of LLaMA 3.2 1B; of --reparam a fifth "
+        "over the network's width)", above=0, below=1e30)  # AdamW multiplies in float32
+    warmup: int = setting(10, "steps of linear warm-up", least=0)
+    clip: float = setting(1.0, "largest norm of the gradient", above=0)
+    skip_bad_steps: int = setting(0, "steps whose loss or gradient is not finite that may be left "
+                                  "out before the run stops", least=0)
+    prior_weight: float | None = setting(
+        None, "weight of the prior's log density in the loss; 1 gives the MAP estimate (0; 1 with "
+        "--posterior svgd or gaussian)", least=0)
+    posterior: str = setting(
+        "point", "what is trained: point, one prompt; svgd, several that follow the posterior's "
+        "gradient and keep apart; gaussian, a mean and a standard deviation for every number of "
+        "the rows", choices=("point", "svgd", "gaussian"))
+    # All particles are in memory at once.
+    particles: int = setting(8, "prompts of --posterior svgd; draws that stand for a gaussian in "
+                             "eval", above=0, below=1001)
+    eval_every: int | None = setting(None, "steps between evaluations and checkpoints (a quarter "
+                                     "of --steps)", above=0)
+    snapshot_every: int | None = setting(
+        None, "steps between snapshots of the rows in prompts/, beside those at evaluations (a "
+        "twentieth of --steps)", above=0)
+    recompute: bool = setting(False, "keep no activations inside a layer for the backward pass: "
+                              "less memory, a third more work")
+    shard: bool = setting(False, "under torchrun, divide the model's weights among the processes "
+                          "(FSDP2)")
+    out: str | None = setting(None, "the run's folder (runs/ and a name made of the settings)")
+
+    def complete(self) -> TrainSettings:
+        weight = self.prior_weight
+        if weight is None:
+            weight = 0.0 if self.posterior == "point" else 1.0
+        return replace(self, prior_weight=weight,
+                       eval_every=self.eval_every or max(1, self.steps // 4),
+                       snapshot_every=self.snapshot_every or max(1, self.steps // 20))
+
+
+# --------------------------------------------------------------------------------------------------
+# all of a run's settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: ModelSettings = ModelSettings()
+    prior: PriorSettings = PriorSettings()
+    prompt: PromptSettings = PromptSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    imported: str | None = None  # the name of an adapter, of a prompt that was not trained here
+
+    @classmethod
+    def of(cls, given: dict) -> Settings:
+        """The defaults, and over them the flags that a user gave."""
+        return cls(**{part: of(kind, given) for part, kind in PARTS.items()},
+                   imported=given.get("imported"))
+
+    def complete(self) -> Settings:
+        """These settings with the defaults that follow from other settings filled in. Raises
+        UserError for settings that contradict each other."""
+        model = self.model.complete()
+        settings = replace(self, model=model, prior=self.prior.complete(model.model),
+                           prompt=self.prompt.complete(self.prior.deep_layers),
+                           data=self.data.complete(), train=self.train.complete())
+        check_together(settings)
+        return settings
+
+    @property
+    def seed(self) -> int:
+        return self.prior.seed
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text prompts that the trained prompt is compared with."""
+        return (self.prior.text,) if self.prior.text else ()
+
+    @property
+    def prior_name(self) -> str:
+        return "imported" if self.imported else prior_name(self.prior.prior)
+
+
+PARTS = {"model": ModelSettings, "prior": PriorSettings, "prompt": PromptSettings,
+         "data": DataSettings, "train": TrainSettings}
+FIELDS = {f.name: f for part in PARTS.values() for f in fields(part)}
+
+
+def flat(settings: Settings) -> dict:
+    """All settings by the names of their flags, as config.json keeps them."""
+    values = {}
+    for part in PARTS:
+        values.update(vars(getattr(settings, part)))
+    values["reference"] = list(values["reference"])
+    if settings.imported:
+        values["imported"] = settings.imported
+    return values
+
+
+def with_flags(settings: Settings, given: dict) -> Settings:
+    """Settings, and over them the flags that are given now."""
+    values = {**flat(settings), **given}
+    if "model" in given and "revision" not in given:
+        values["revision"] = None  # a revision is one model's
+    return Settings.of(values)
+
+
+def check_together(settings: Settings) -> None:
+    """Raises UserError for settings that contradict each other."""
+    prior, prompt, train = settings.prior, settings.prompt, settings.train
+    name = priors.parse(prior.prior)[0]
+    if train.prior_weight and not priors.PRIORS[name].has_density:
+        flag = "--prior-weight" if train.posterior == "point" else f"--posterior {train.posterior}"
+        dense = [other for other, kind in priors.PRIORS.items() if kind.has_density]
+        without = ", or --prior-weight 0" if train.posterior == "svgd" else ""
+        raise UserError(f"{flag}: the prior {name} has no density to follow: use one of "
+                        f"{', '.join(dense)}{without}")
+    if prompt.method == "prefix":
+        if train.prior_weight or train.posterior != "point":
+            raise UserError("--method prefix trains keys and values, over which no prior has a "
+                            "density: leave out --prior-weight and --posterior, or use --method "
+                            "prompt")
+        if prior.deep_layers:
+            raise UserError("--method prefix has keys and values at layers, not rows: give "
+                            "--prefix-layers instead of --deep-layers")
+        if prompt.cut:
+            raise UserError("--method prefix has no rows, so no outputs to --cut: leave it out")
+    elif prompt.prefix_layers or prompt.reparam == "shared":
+        flag = "prefix-layers" if prompt.prefix_layers else "reparam shared"
+        raise UserError(f"--{flag} is for --method prefix: give that too")
+    if prompt.reparam != "none" and train.posterior != "point":
+        raise UserError("--reparam trains one prompt: leave out --posterior")
+    if train.posterior == "gaussian" and not train.prior_weight:
+        raise UserError("--posterior gaussian needs the prior, or its deviations only shrink: give "
+                        "--prior-weight above 0")
+
+
+# --------------------------------------------------------------------------------------------------
+# settings that a run keeps
+
+# Flags whose default follows from other settings; a run keeps the value, never None.
+COMPLETED = ("device", "dtype", "text", "cut", "eval_every", "prior_weight")
+
+
+def from_config(config: dict, path: str | Path = "config.json") -> Settings:
+    """The settings of a run's config.json, also of one that an earlier version wrote: what it did
+    not know has its default. Raises UserError for a value that no flag can have given."""
+    stored = dict(config["settings"])
+    if isinstance(stored.get("reference"), str):  # one reference, of a limited number of rows
+        stored |= {"reference": [stored["reference"]], "reference_rows": None}
+    for name, f in FIELDS.items():
+        if name in stored and not _fits(f, stored[name]):
+            raise UserError(f"{path}: the setting {name} is {stored[name]!r:.80}, which no run "
+                            "has: restore the file")
+    imported = stored.get("imported")
+    if imported is not None and not _is_text(imported):
+        raise UserError(f"{path}: the setting imported is {imported!r:.80}, which no run has: "
+                        "restore the file")
+    try:
+        return Settings.of(stored)
+    except ValueError as e:
+        raise UserError(f"{path}: {e}") from None
+
+
+def _fits(f, value) -> bool:
+    """Whether a run can have this value of a setting."""
+    if value is None:
+        return f.default is None and f.name not in COMPLETED
+    kind = value_type(f)
+    if kind is tuple:
+        return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+    if kind is str:
+        return _is_text(value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and "\0" not in value and len(value) < 2**20
+
+
+def flags_of(config: dict) -> list[str]:
+    """The settings of a config.json that a user gave. Early runs do not say which; all may be."""
+    return config.get("given", [*config["settings"]])
+
+
+def again(config: dict, given: dict) -> dict:
+    """The flags that begin another run like that of a config.json, with other flags given now.
+    Settings that nobody gave and that followed from others are left out, so that they follow from
+    the new ones. The device, the dtype and the model's commit stay."""
+    stored = flat(from_config(config))
+    explicit = {"device", "dtype", "revision", *flags_of(config)}
+    derived = {name for name, f in FIELDS.items() if f.default is None or f.default == ()}
+    flags = {name: value for name, value in stored.items()
+             if name not in ("out", "imported") and (name in explicit or name not in derived)}
+    if "model" in given:
+        flags.pop("revision", None)  # a revision is one model's
+    return {**flags, **given}
+
+
+# --------------------------------------------------------------------------------------------------
+# names
+
+
+def absolute(spec: str | None) -> str | None:
+    """A SPEC with an absolute path, so that a run opens from any working directory."""
+    kind, _, path = (spec or "").partition(":")
+    return f"{kind}:{os.path.abspath(path)}" if path else spec
+
+
+def _absolute_runs(prior: str, runs: list[str]) -> str:
+    """"posterior:a,resample=1" with the runs' folders made absolute."""
+    if not runs:
+        return prior
+    name, _, rest = prior.partition(":")
+    parts = [os.path.abspath(part) if part in runs else part for part in rest.split(",")]
+    return f"{name}:{','.join(parts)}"
+
+
+def on_hub(model: str) -> bool:
+    """Whether this is no folder, and could be the hub's name of a model."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII)) \
+        and not os.path.exists(model)
+
+
+def prior_name(prior: str) -> str:
+    """The prior as a user asks for it, its runs without their folders."""
+    name, colon, rest = prior.partition(":")
+    parts = [Path(part).name if os.sep in part else part for part in rest.split(",")]
+    return name + colon + ",".join(parts)
+
+
+def text_name(text: str) -> str:
+    return f"text prompt {textwrap.shorten(text, 40, placeholder='...')!r}"
+
+
+def spec_name(spec: str) -> str:
+    """A SPEC without its folders, for captions."""
+    kind, colon, path = spec.partition(":")
+    return kind + colon + Path(path).name
+
+
+def free_name(settings: Settings) -> str:
+    """runs/ and the settings that tell runs apart, with a number if that folder exists."""
+    prior = "".join(c if c.isalnum() else "-" for c in settings.prior_name)
+    parts = [f"runs/{settings.data.data.split(':')[0]}", prior]
+    if settings.prior.deep_layers:
+        parts.append(f"deep{settings.prior.deep_layers}")
+    for name in ("posterior", "method", "reparam", "place"):
+        value = flat(settings)[name]
+        if value != FIELDS[name].default:
+            parts.append(value)
+    name = "-".join([*parts, f"seed{settings.seed}"])
+    numbered = (f"{name}-{i}" for i in range(2, 10**6))
+    return next(path for path in (name, *numbered) if not Path(path).exists())

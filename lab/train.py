@@ -1,0 +1,605 @@
+"""Training the prompt of a frozen model: the loop, and the command train.
+
+    Training(run, settings, loaded, posterior, questions, penalty, evaluate).go(checkpoint)
+
+The loop writes everything of the run's folder except config.json and the figures; the folder itself
+is folder.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import signal
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+import data
+import llama
+from lab import posteriors
+from lab.commands import TrainOptions
+from lab.console import FIRST, Stopped, UserError, out_of_memory, progress, say, show
+from lab.evaluation import evaluate, score_table
+from lab.folder import Checkpoint, Run, read_config, versions
+from lab.inputs import (LoadedModel, Questions, check_place, checksums, encode, layers_with_rows,
+                        load_model, longest_text, plain_pasts, training_and_evaluation)
+from lab.loss import answer_loss, begin
+from lab.pictures import draw_run
+from lab.populations import Reference, draw, norm_ratio, prefix_of, references, surroundings
+from lab.processes import agree, join, meet, sum_gradients, sum_up, world
+from lab.settings import (Settings, again, flag_name, flags_of, flat, free_name, from_config, of,
+                          spec_name, with_flags)
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
+# Settings that a run may go on with otherwise than it began.
+MAY_CHANGE = ("out", "steps", "eval_every", "snapshot_every", "skip_bad_steps", "device")
+
+
+# --------------------------------------------------------------------------------------------------
+# the loop
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """The learning rate as a share of its peak: linear warm-up, then half a cosine to a tenth."""
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    return rise * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+class Training:
+    """AdamW on a posterior's parameter groups, whose learning rates are the peaks.
+
+    Every member's objective is its loss per answer token + prior_weight * penalty(member); see
+    docs/posteriors.md. The batch of a step is a pure function of the seed and the step. Of several
+    processes each has its share of the batch, and gradients are summed."""
+
+    def __init__(self, run: Run, settings: Settings, loaded: LoadedModel,
+                 posterior: posteriors.Point, questions: Questions,
+                 penalty: Callable[[dict[int, Tensor]], Tensor] | None,
+                 evaluate: Callable[[int], tuple[dict, list[dict]]]):
+        """evaluate(step) scores the prompt as it is: metrics and predictions. penalty: -log p of a
+        member's numbers over the answer tokens of the training data; None: no prior in the loss."""
+        self.run, self.settings, self.loaded = run, settings, loaded
+        self.posterior, self.questions = posterior, questions
+        self.penalty, self.evaluate = penalty, evaluate
+        self.order = data.Order([row.context for row in questions.rows], settings.data.batch_size,
+                                settings.seed, settings.data.share)
+        self.parameters = [p for p in posterior.parameters() if p.requires_grad]
+        groups = [{**group, "peak": group["lr"]} for group in posterior.groups(settings.train.lr)]
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.done = 0  # steps that were made
+        self.due = True  # whether the evaluation of this step is still to come
+        self.saved: int | None = None  # the step of the newest checkpoint
+        self.skipped = 0  # steps that were left out because a number was not finite
+        self.batch: data.Batch | None = None  # the last one, for a message about memory
+
+    def go(self, checkpoint: Checkpoint | None = None) -> None:
+        """Train to the last step, from a checkpoint if one is given; the run is cut back to it.
+
+        Raises Stopped on SIGINT, SIGTERM and SIGHUP, after the step, and when a loss is not finite,
+        a file cannot be written or memory does not suffice. The checkpoints are whole then."""
+        if checkpoint:
+            self._restore(checkpoint)
+        steps = self.settings.train.steps
+        with self._failures_explained(), _heeded_signals() as received, progress(
+                total=steps, initial=self.done, desc="train", unit=" steps") as bar:
+            if not checkpoint:
+                self._save()
+            while self.due or self.done < steps:
+                if self.due:
+                    self._record()
+                else:
+                    self._step(bar)
+                    self._finish_step()
+                self._stop_if_signalled(received)
+
+    # ----------------------------------------------------------------------------------------------
+    # a step
+
+    def _step(self, bar) -> None:
+        """One step of the optimiser, or none if a number is not finite."""
+        start, train, device = time.perf_counter(), self.settings.train, self.loaded.device
+        share = schedule(self.done, train.steps, train.warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * share
+        self.batch = self._batch_of(self.done)
+        tokens, examples = sum_up(int((self.batch.labels != data.NO_LABEL).sum()),
+                                  len(self.batch.tails), device=device)
+
+        loss, penalty = self._backward(tokens)
+        sum_gradients(self.parameters)
+        self.posterior.combine_gradients()
+        loss = sum_up(loss, device=device)[0] / tokens
+        largest = train.clip if self.posterior.clips else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest).item()
+
+        rate = self.optimiser.param_groups[0]["lr"]
+        if math.isfinite(loss + penalty + norm):
+            self.optimiser.step()
+            seconds = time.perf_counter() - start
+            line = {"step": self.done + 1, "split": "train", "loss": loss, "lr": rate,
+                    "grad_norm": norm, "examples_per_second": round(examples / seconds, 2),
+                    "seconds": round(seconds, 4)}
+            if self.penalty:
+                line["penalty"] = penalty
+            self.run.log(line)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        else:
+            self._skip(loss, norm, rate)
+        self.optimiser.zero_grad()
+        bar.update()
+
+    def _batch_of(self, step: int) -> data.Batch:
+        """This process's share of a step's batch."""
+        indices, (rank, size) = self.order[step], world()
+        first, end = rank * len(indices) // size, (rank + 1) * len(indices) // size
+        return self.questions.batch(indices[first:end], self.settings.data.share,
+                                    self.settings.prompt.place, self.loaded.device)
+
+    def _backward(self, tokens: float) -> tuple[float, float]:
+        """Leave every member's gradient in the parameters -> the summed loss of this process's
+        answers, and the weighted penalty, both means over the members. tokens: of all processes."""
+        model, prompt = self.loaded.model, self.settings.prompt
+        size, weight = world()[1], self.settings.train.prior_weight
+        members = self.posterior.members(self.done)
+        extra = self.posterior.extra_loss()
+        loss, penalty = 0.0, 0.0
+        for layers in members:
+            past, batch = begin(model, self.batch, llama.Prompt(layers, prompt.cut), prompt.place)
+            summed, _ = answer_loss(model, past, batch)
+            objective = summed / tokens
+            if self.penalty:
+                member_penalty = self.penalty(layers)
+                objective = objective + weight * member_penalty / size
+                penalty += weight * member_penalty.item() / len(members)
+            objective.backward()
+            loss += summed.item() / len(members)
+        if extra is not None:
+            (weight * extra / size).backward()
+            penalty += weight * extra.item()
+        return loss, penalty
+
+    def _skip(self, loss: float, norm: float, rate: float) -> None:
+        """Leave out a step whose numbers are not finite, or stop if that happened too often."""
+        self.skipped += 1
+        ids = [self.questions.examples[i].id for i in self.order[self.done]]
+        if self.skipped > self.settings.train.skip_bad_steps:
+            listed = ", ".join(ids[:4]) + (" ..." if len(ids) > 4 else "")
+            peak = max(group["peak"] for group in self.optimiser.param_groups)
+            raise Stopped(
+                f"loss {loss:.4g}, gradient norm {norm:.4g} at step {self.done + 1}, learning rate "
+                f"{rate:.3g}, on {listed}: not finite, stopped before it could spoil the rows: "
+                f"lower --lr (now at most {peak:.3g}), or leave such steps out by "
+                f"--skip-bad-steps; {self._how_to_go_on()}", 1)
+        self.run.log({"step": self.done + 1, "split": "skipped", "lr": rate, "ids": ids})
+
+    def _finish_step(self) -> None:
+        train = self.settings.train
+        self.done += 1
+        self.due = self.done % train.eval_every == 0 or self.done == train.steps
+        if self.due:
+            # The evaluation may take longer than the steps since the last one.
+            self._save()
+        elif train.snapshot_every and self.done % train.snapshot_every == 0:
+            self._write_prompt(f"prompts/{self.done:06d}.safetensors")
+
+    # ----------------------------------------------------------------------------------------------
+    # what is written
+
+    def _record(self) -> None:
+        """Score the prompt as it is, and write down the scores and the prompt."""
+        metrics, predictions = self.evaluate(self.done)
+        self.run.log({"step": self.done, "split": "eval", **metrics})
+        self._write_prompt(f"prompts/{self.done:06d}.safetensors")
+        self._write_prompt("prompt.safetensors")
+        lines = [json.dumps(prediction) + "\n" for prediction in predictions]
+        self.run.write("predictions.jsonl", "".join(lines).encode())
+        self.due = False
+        self._save()
+
+    def _write_prompt(self, name: str) -> None:
+        tensors = {key: t.float().cpu().contiguous() for key, t in self.posterior.tensors().items()}
+        # Without the folder and the device, a run has the same bytes anywhere.
+        settings = {key: value for key, value in flat(self.settings).items()
+                    if key not in ("out", "device")}
+        self.run.write(name, save(tensors, {"settings": json.dumps(settings, sort_keys=True)}))
+
+    def _save(self) -> None:
+        """Write a checkpoint: the parameters and the optimiser's state of each."""
+        tensors = {}
+        for name, p in self.posterior.named_parameters():
+            tensors[f"rows.{name}"] = p
+            for key, value in self.optimiser.state[p].items():
+                tensors[f"{key}.{name}"] = value
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        self.run.save_checkpoint(self.done, tensors, self.due)
+        self.saved = self.done
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.done = self.saved = checkpoint.step
+        self.due = checkpoint.due
+        for name, p in self.posterior.named_parameters():
+            p.data.copy_(checkpoint.tensors[f"rows.{name}"])
+            state = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{key}.{name}" in checkpoint.tensors:
+                    t = checkpoint.tensors[f"{key}.{name}"].clone()
+                    state[key] = t if key == "step" else t.to(p.device)
+            if state:
+                self.optimiser.state[p] = state
+        self.run.cut_back(checkpoint)
+        meet()  # all processes read the same log
+        self.skipped = sum(line["split"] == "skipped" for line in self.run.metrics())
+
+    # ----------------------------------------------------------------------------------------------
+    # what ends it early
+
+    def _how_to_go_on(self) -> str:
+        size = world()[1]
+        command = f"torchrun --nproc-per-node {size} promptprior.py " if size > 1 else ""
+        command += f"train --out {self.run.path} --resume"
+        if self.saved is None:
+            return f"begin again with: {command}"
+        return f"{self.run.path}/checkpoints holds step {self.saved}; go on with: {command}"
+
+    def _stop_if_signalled(self, received: list[int]) -> None:
+        # Processes may have received different signals. All stop by the same one.
+        counts = sum_up(*map(received.count, SIGNALS), device=self.loaded.device)
+        number = next((s for s, count in zip(SIGNALS, counts) if count), None)
+        if number is None:
+            return
+        if self.saved != self.done:
+            self._save()
+        self._write_prompt("prompt.safetensors")
+        raise Stopped(f"stopped by {signal.Signals(number).name} after step {self.done} of "
+                      f"{self.settings.train.steps}, all is saved; {self._how_to_go_on()}", -number)
+
+    @contextlib.contextmanager
+    def _failures_explained(self) -> Iterator[None]:
+        """Turn a disk or a memory that fails into Stopped, with how to go on."""
+        try:
+            yield
+        except OSError as e:
+            raise Stopped(f"{e}; {self._how_to_go_on()}", 1) from e
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
+            where = f"in the evaluation at step {self.done}"
+            if not self.due:
+                where = f"at step {self.done + 1}, in a batch{self._batch_size_said()}"
+            settings = self.settings.data
+            raise Stopped(f"out of memory {where}: begin again with a smaller --batch-size (now "
+                          f"{settings.batch_size}) or --max-length (now {settings.max_length}), or "
+                          f"with --recompute; {self._how_to_go_on()}", 1) from e
+
+    def _batch_size_said(self) -> str:
+        if self.batch is None:
+            return ""
+        parts = [t for t in (self.batch.shared, self.batch.head, self.batch.tails) if t is not None]
+        longest = sum(t.shape[1] for t in parts)
+        return f" of {len(self.batch.tails)} questions with up to {longest} tokens"
+
+
+@contextlib.contextmanager
+def _heeded_signals() -> Iterator[list[int]]:
+    """Collect signals that ask to stop, so that the step can finish. A second signal of a kind acts
+    at once. Signals that are ignored stay so, as nohup asks."""
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: h for number, h in handlers.items() if h is not signal.SIG_IGN}
+
+    def heed(number, frame):
+        received.append(number)
+        signal.signal(number, handlers[number])
+
+    for number in handlers:
+        signal.signal(number, heed)
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory. By default it returns every freed activation to the system
+    and asks for it again, which takes a tenth to a quarter of a step on the CPU."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return  # another C library
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
+
+
+def command_train(given: dict) -> None:
+    options = of(TrainOptions, given)
+    names = {f.name for f in fields(TrainOptions)}
+    flags = {name: value for name, value in given.items() if name not in names}
+    if options.resume and options.config:
+        raise UserError("--resume goes on with a run's own config.json, --config begins another "
+                        "run like it: give one of the two")
+    if options.resume and "out" not in flags:
+        raise UserError("--resume needs --out, the folder of the run to go on with")
+    if options.resume:
+        run = Run(Path(flags["out"]))
+        # A start that was cut short left a folder and nothing of a run in it: it begins again.
+        was_cut_short = run.empty and run.path.exists() and any(run.path.iterdir())
+        if not was_cut_short:
+            return resume(run, flags)
+
+    config = read_config(Path(options.config)) if options.config else None
+    explicit = set(flags) - {"out"}
+    if config:
+        flags = again(config, flags)
+        explicit |= set(flags_of(config))
+    settings = Settings.of(flags).complete()
+    join(settings.model.device, settings.data.batch_size, settings.train.shard)
+    out = agree(settings.train.out or free_name(settings))
+    settings = replace(settings, train=replace(settings.train, out=out))
+    run = new_run(out, options.overwrite, "go on with it by --resume, ")
+    meet()  # nothing is written before all processes have looked
+    with locked_together(run):
+        train_run(run, settings, config, sorted(explicit))
+
+
+def new_run(path: str, overwrite: bool, remedy: str = "") -> Run:
+    """A folder for a run that begins: none yet, or a run's that may be overwritten."""
+    run = Run(Path(path))
+    if not run.empty:
+        run.config()  # refuses what is not a run, which is never overwritten
+        if not overwrite:
+            raise UserError(f"{run.path} exists: {remedy}replace it by --overwrite, or choose "
+                            "another --out")
+    return run
+
+
+def resume(run: Run, flags: dict) -> None:
+    """Go on with a run from its newest checkpoint."""
+    config, stored = run.config(), run.settings()
+    fixed = {name: value for name, value in flags.items() if name not in MAY_CHANGE}
+    other = differences(stored, fixed)
+    if other:
+        changeable = ", ".join(map(flag_name, MAY_CHANGE))
+        raise UserError(f"{run.path}: a run goes on with its own settings, not with "
+                        f"{'; '.join(other)}: leave them out, or start another run; only "
+                        f"{changeable} may change")
+    if stored.imported:
+        raise UserError(f"{run.path}: an imported prompt has no training to go on with: start one "
+                        f"from it by --prior posterior:{run.path},resample=1")
+    changes = {name: value for name, value in flags.items() if name in MAY_CHANGE}
+    settings = with_flags(stored, changes)
+    join(settings.model.device, settings.data.batch_size, settings.train.shard)
+    processes = config.get("processes", 1)
+    if processes != world()[1]:
+        raise UserError(f"{run.path}: begun by {processes} processes, and sums of {world()[1]} are "
+                        "others in the last digits: start as many by torchrun")
+    with locked_together(run):
+        train_run(run, settings, config, None)
+
+
+def differences(stored: Settings, given: dict) -> list[str]:
+    """What was asked for otherwise than a run was made, as a user reads it."""
+    values, asked = flat(stored), flat(with_flags(stored, given).complete())
+    return [f"{flag_name(name)} {given[name]} (the run has {values.get(name)})"
+            for name in given if name != "out" and asked.get(name) != values.get(name)]
+
+
+@contextlib.contextmanager
+def locked_together(run: Run) -> Iterator[None]:
+    """Hold the run's lock in the first process. If it is refused there, all processes stop."""
+    with contextlib.ExitStack() as stack:
+        refused, remark = None, ""
+        try:
+            if FIRST:
+                remark = stack.enter_context(run.lock())
+        except (ValueError, OSError) as e:
+            refused = e
+        refused = agree(refused)
+        if refused:
+            raise refused
+        if remark:
+            say(remark)
+        yield
+
+
+class Inputs(NamedTuple):
+    """What a run is trained with, read and checked."""
+
+    settings: Settings  # with what loading found out: the commit, the longest text
+    loaded: LoadedModel
+    layers: list[int]  # that own rows
+    examples: list[data.Example]  # to train on
+    questions: Questions  # the same, those that fit
+    held_out: Questions  # to evaluate
+    sums: dict[str, str]  # checksums of the files
+
+
+def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[str] | None
+              ) -> None:
+    """Train a run. Everything is read and checked before the first byte of it is written.
+
+    config: the config.json of the run to go on with, or to do again; None for a new one. explicit:
+    the flags that a user gave for a run that begins; None to go on with one."""
+    started = time.time()
+    keep_freed_memory()
+    checkpoint = checkpoint_of(run, settings) if explicit is None else None
+    inputs = read_inputs(run, settings, config)
+    settings, loaded = inputs.settings, inputs.loaded
+
+    # Fit the prior, and make the posterior from its draw.
+    by_layer = references(settings.prior, settings.data, loaded, inputs.layers,
+                          method=settings.prompt.method, examples=inputs.examples)
+    count = settings.train.particles if settings.train.posterior == "svgd" else 1
+    drawn = draw(settings.prior, by_layer, count)
+    start = drawn.rows
+    if settings.prompt.method == "prefix":
+        start = {i: prefix_of(loaded.model, i, draws[0], by_layer[i])[None]
+                 for i, draws in start.items()}
+        by_layer = surroundings(loaded.model, by_layer)
+    answer_tokens = sum(len(row.ids) - row.start for row in inputs.questions.rows)
+    posterior = make_posterior(settings, start, by_layer, answer_tokens).to(loaded.device)
+    if checkpoint:
+        check_fits(posterior, checkpoint, run.path)
+
+    def scores(prompts, name: str):
+        return evaluate(loaded, prompts, inputs.held_out, settings.prompt.place, settings.data,
+                        name, everywhere=settings.train.shard)
+
+    def evaluate_posterior(step: int):
+        prompts = [llama.Prompt(layers, settings.prompt.cut) for layers in posterior.evaluated()]
+        return scores(prompts, f"step {step}")
+
+    def penalty(layers: dict[int, Tensor]) -> Tensor:
+        # The loss is a mean over answer tokens, so -log p is divided by their number: with weight 1
+        # the sum is the negative log posterior, up to a constant factor.
+        log_p = sum(drawn.fitted[i].log_prob(rows.cpu()).sum() for i, rows in layers.items())
+        return -log_p.to(loaded.device) / answer_tokens
+
+    # Write what the run is, and score what its prompt is compared with.
+    if checkpoint:
+        record_changes(run, settings, config, checkpoint.step)
+    else:
+        run.clear()
+        flags = flags_of(config) if explicit is None else explicit
+        write_config(run, inputs, flags, drawn.reports, posterior)
+        plain = plain_pasts(loaded, settings.texts, settings.data, settings.data.max_length)
+        for split, (name, pasts) in plain.items():
+            run.log({"split": split, **scores(pasts, name)[0]})
+
+    training = Training(run, settings, loaded, posterior, inputs.questions,
+                        penalty if settings.train.prior_weight else None, evaluate_posterior)
+    training.go(checkpoint)
+    if FIRST:
+        report(run, settings, by_layer, len(inputs.held_out.rows))
+        show(f"{time.time() - started:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
+             f"metrics.jsonl, {', '.join(draw_run(run, settings, by_layer))}")
+
+
+def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
+    """Load the model and the questions. config: that of the run to go on with, whose files must be
+    the same."""
+    loaded = load_model(settings.model, settings.train.shard)
+    loaded.model.recompute = settings.train.recompute
+    check_place(settings.prompt, loaded, settings.model.model)
+    L = loaded.model.config.num_hidden_layers
+    layers = layers_with_rows(settings.prior, L, settings.prompt)
+    max_length = longest_text(loaded, settings.data, settings.prior)
+    examples, evals = training_and_evaluation(settings.data)
+    sums = checksums(settings)
+    if config:
+        torch.set_num_threads(config["threads"])  # sums are then added in the same order
+        check_unchanged(run, settings, config, sums)
+
+    settings = replace(settings, model=replace(settings.model, revision=loaded.revision),
+                       data=replace(settings.data, max_length=max_length))
+    questions = encode(examples, loaded.vocabulary, max_length, "training")
+    held_out = encode(evals, loaded.vocabulary, max_length, "evaluation")
+    say(f"model {Path(settings.model.model).name}: {L} layers of width "
+        f"{loaded.model.config.hidden_size}, {settings.model.dtype} on {settings.model.device}; "
+        f"{len(questions.rows)} questions to train on, {len(held_out.rows)} to evaluate")
+    return Inputs(settings, loaded, layers, examples, questions, held_out, sums)
+
+
+def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, str]) -> None:
+    """Raises UserError if files are not those that the run of config.json began with. Files that
+    other settings name are other ones, of course."""
+    stored = from_config(config)
+    names_the_same = settings.model.model == stored.model.model \
+        and settings.prior.reference == stored.prior.reference \
+        and settings.prior.prior == stored.prior.prior \
+        and settings.data.data == stored.data.data \
+        and settings.data.eval_data == stored.data.eval_data
+    earlier = config["sha256"]
+    changed = [key for key in {**earlier, **sums} if earlier.get(key) != sums.get(key)]
+    if changed and names_the_same:
+        raise UserError(f"{run.path}: the {' and the '.join(changed)} changed since the run began, "
+                        "so it cannot come to the same end: restore the files, or start another "
+                        "run")
+
+
+def checkpoint_of(run: Run, settings: Settings) -> Checkpoint | None:
+    """Where a run stood; None if it was stopped before its first checkpoint. Says which newer
+    checkpoints are damaged."""
+    if not run.checkpoints():
+        return None
+    checkpoint, damaged = run.load_checkpoint()
+    if checkpoint.step > settings.train.steps:
+        raise UserError(f"{run.path}: it is at step {checkpoint.step} already: give --steps of at "
+                        "least that")
+    for what in damaged:
+        say(f"{what}: going on from step {checkpoint.step}")
+    return checkpoint
+
+
+def make_posterior(settings: Settings, start: dict[int, Tensor], by_layer: dict[int, Reference],
+                   answer_tokens: int) -> posteriors.Point:
+    """start {layer: (K, n, ...)}; the scale of a layer is its reference's root mean square."""
+    scales = {i: float(r.rows.square().mean().sqrt()) for i, r in by_layer.items()}
+    weight, reparam = 1 / answer_tokens, settings.prompt.reparam
+    if reparam != "none":
+        return posteriors.Encoded(start, scales, weight, settings.seed, reparam)
+    kind = posteriors.POSTERIORS[settings.train.posterior]
+    return kind(start, scales, weight, settings.seed)
+
+
+def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) -> None:
+    """Raises UserError for another run's checkpoint."""
+    for name, p in posterior.named_parameters():
+        rows = checkpoint.tensors.get(f"rows.{name}")
+        if rows is None or rows.shape != p.shape:
+            raise UserError(f"{path}/checkpoints: rows {name!r} are missing or of another shape "
+                            f"than {tuple(p.shape)}: this checkpoint is of another run")
+
+
+def write_config(run: Run, inputs: Inputs, flags: list[str], reports: list[dict],
+                 posterior: posteriors.Point) -> None:
+    groups = posterior.groups(inputs.settings.train.lr)
+    run.write_json("config.json", {
+        "settings": flat(inputs.settings), "given": flags, "priors": reports,
+        "learning_rates": {group["name"]: group["lr"] for group in groups},
+        "threads": torch.get_num_threads(), "processes": world()[1], "versions": versions(),
+        "sha256": inputs.sums})
+
+
+def record_changes(run: Run, settings: Settings, config: dict, step: int) -> None:
+    """Write into config.json with which other settings a run goes on, if there are any."""
+    stored, values = flat(from_config(config)), flat(settings)
+    changes = {name: values[name] for name in MAY_CHANGE
+               if name != "out" and values[name] != stored[name]}
+    if not changes:
+        return
+    told = [f"{flag_name(name)} {value} instead of {stored[name]}"
+            for name, value in changes.items()]
+    say(f"{run.path}: from step {step} on with {', '.join(told)}: not the end that it would have "
+        "come to")
+    run.write_json("config.json", {
+        **config, "settings": values, "given": sorted({*flags_of(config), *changes}),
+        "changes": [*config.get("changes", []), {"step": step, **changes}]})
+
+
+def report(run: Run, settings: Settings, by_layer: dict[int, Reference], questions: int) -> None:
+    """Show the final scores, and how far the prompt moved from the prior's draw."""
+    name = spec_name(settings.data.eval_data) if settings.data.eval_data else \
+        "the training data, held out"
+    show(f"\n{questions} questions of {name}; scores in percent, loss in nats a token\n\n"
+         f"{score_table(settings, run.metrics())}\n")
+    start, end = run.start_and_end()
+    kind = "keys and values" if settings.prompt.method == "prefix" else "rows"
+    for i, reference in by_layer.items():
+        moved = (end[i] - start[i]).norm(dim=1).mean()
+        ratios = [norm_ratio(vectors[i], reference.rows) for vectors in (start, end)]
+        show(f"layer {i}: {kind} moved {moved:.3g} on average; their norm over the reference's "
+             f"{ratios[0]:.3g} -> {ratios[1]:.3g}")

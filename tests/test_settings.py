@@ -1,0 +1,94 @@
+"""Settings: the fields that the command line, the checks and config.json are made from."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lab import commands, settings
+from lab.console import UserError
+from lab.settings import Settings, flat, from_config, with_flags
+
+
+def test_settings_are_values():
+    asked = Settings.of({"prior": "exclusion", "deep_layers": 3})
+    complete = asked.complete()
+    assert asked.prompt.cut is None and complete.prompt.cut is True
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        complete.prior.seed = 1
+    assert complete.complete() == complete
+
+
+def test_every_flag_is_a_field():
+    """What the parser takes for train is what Settings and its options have, with one name each."""
+    given = commands.parse(["train", "--prior", "fitted", "--reference", "squad", "text", "--keep",
+                            "--no-share", "--lr", "0.5", "--tokens", "3"], "")[1]
+    assert given == {"prior": "fitted", "reference": ["squad", "text"], "cut": False,
+                     "share": False, "lr": 0.5, "tokens": 3}
+    asked = Settings.of(given)
+    assert asked.prior.reference == ("squad", "text") and asked.train.lr == 0.5
+    assert asked.prompt.cut is False and asked.data.share is False
+    names = [f.name for part in settings.PARTS.values() for f in dataclasses.fields(part)]
+    assert len(names) == len(set(names)) and set(names) == set(flat(asked))
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"batch_size": 0}, "--batch-size 0: expected more than 0"),
+    ({"batch_size": 2**16 + 1}, "less than 65537"), ({"lr": float("nan")}, "--lr nan"),
+    ({"lr": 1e30}, "--lr 1e+30"), ({"steps": -1}, "--steps -1: expected 0 or more"),
+    ({"seed": 2**40}, "--seed"), ({"particles": 1001}, "--particles 1001"),
+    ({"place": "middle"}, "--place middle: use one of before, after-bos, suffix")])
+def test_ranges(flags, message):
+    with pytest.raises(UserError) as e:
+        Settings.of(flags)
+    assert message in str(e.value)
+
+
+def test_a_config_is_the_settings():
+    """As JSON and back, with every setting, whatever was given."""
+    for flags in ({}, {"reference": ["squad", "text"], "prior": "interpolation"},
+                  {"posterior": "svgd", "prior": "fitted", "prior_weight": 2.0},
+                  {"method": "prefix", "place": "after-bos", "prefix_layers": 2},
+                  {"imported": "somebody's", "steps": 0}):
+        complete = Settings.of(flags).complete()
+        config = {"settings": json.loads(json.dumps(flat(complete)))}
+        assert from_config(config) == complete
+
+
+def test_a_config_of_an_early_version():
+    """Of settings that it did not know a run has the defaults; what is gone is ignored."""
+    stored = flat(Settings().complete())
+    for name in ("method", "place", "reparam", "share", "keep_unanswerable", "snapshot_every"):
+        del stored[name]
+    stored |= {"reference": "vocab", "reference_rows": 20000, "trunk": True, "trunk_memory": 4.0}
+    read = from_config({"settings": stored})
+    assert read.prior.reference == ("vocab",) and read.prior.reference_rows is None
+    assert read.prompt.method == "prompt" and read.prompt.place == "before" and read.data.share
+    assert read.train.snapshot_every is None
+
+
+@pytest.mark.parametrize("name, value", [
+    ("steps", "many"), ("steps", True), ("cut", None), ("cut", 1), ("reference", []),
+    ("reference", [3]), ("lr", "x"), ("dtype", None), ("data", "a\0b"), ("tokens", -1),
+    ("method", "lora"), ("imported", 5)])
+def test_a_config_that_no_run_has(name, value):
+    stored = {**flat(Settings().complete()), name: value}
+    with pytest.raises(UserError) as e:
+        from_config({"settings": stored}, "there/config.json")
+    assert "there/config.json" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_another_model_has_another_revision():
+    run = Settings.of({"model": "org/name", "revision": "abc"})
+    assert with_flags(run, {"dtype": "float16"}).model.revision == "abc"
+    assert with_flags(run, {"model": "elsewhere"}).model.revision is None
+    assert with_flags(run, {"model": "other/name", "revision": "x"}).model.revision == "x"
+
+
+def test_names():
+    assert settings.prior_name("posterior:/a/b/run,/c/other,resample=1") == \
+        "posterior:run,other,resample=1"
+    assert settings.spec_name("squad:/a/b/train.json") == "squad:train.json"
+    run = Settings.of({"prior": "exclusion:k=2", "deep_layers": 3, "method": "prompt",
+                       "posterior": "svgd", "seed": 4})
+    assert settings.free_name(run) == "runs/squad-exclusion-k-2-deep3-svgd-seed4"
