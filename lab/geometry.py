@@ -226,19 +226,6 @@ def gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _mean(x), products / len(x)
 
 
-def mahalanobis(rows: np.ndarray, mean: np.ndarray, basis: np.ndarray, scale: np.ndarray
-                ) -> np.ndarray:
-    """Mahalanobis distance (n,) of rows (n, D) from the mean (D,) of a Gaussian. Its principal
-    directions are the columns of basis (D, D), and its standard deviations along them are scale
-    (D,). The distances of rows drawn from it follow chi_law(D)."""
-    mean, basis, scale = (np.asarray(v, np.float64) for v in (mean, basis, scale))
-    rows = _points(rows, "rows", width=len(mean))
-    if not (scale > 0).all():
-        raise GeometryError("a direction with no spread: shrink the covariance, or leave it out")
-    whitened = ((block - mean) @ basis / scale for block in _blocks(rows))
-    return np.concatenate([np.linalg.norm(block, axis=1) for block in whitened])
-
-
 def chi_law(d: int) -> tuple[float, float]:
     """Mean and standard deviation of the length of a standard Gaussian vector of d dimensions. A
     row's (radius - mean) / sd says how far outside the Gaussian it lies."""

@@ -13,7 +13,6 @@ from scipy.stats import chi
 import llama
 import priors
 import promptprior
-from lab import geometry
 from lab.activations import Collection
 from lab.attention import measure_attention
 from lab.compare import paths_of, walks
@@ -124,8 +123,9 @@ def test_compare_runs(runs, capsys):
     # the radius follows the law of chi, of which the draw of a Gaussian prior is an example
     fitted = priors.Fitted.fit(torch.tensor(tokens))
     for numbers, x in ((drawn, start), (trained, end)):
-        radius = geometry.mahalanobis(x, fitted.mean.numpy(), fitted.basis.numpy(),
-                                      fitted.scale.numpy()).mean()
+        precision = fitted.basis / fitted.scale.square() @ fitted.basis.T
+        apart = torch.tensor(x).double() - fitted.mean
+        radius = torch.einsum("ni,ij,nj->n", apart, precision, apart).sqrt().mean().item()
         assert numbers["radius"] == pytest.approx(radius, rel=1e-5)
         assert numbers["radius_z"] == pytest.approx(
             (radius - chi.mean(192)) / chi.std(192), rel=1e-3)

@@ -177,19 +177,11 @@ def test_gaussian(N, dtype):
     assert (g.gaussian(np.full((7, 3), 0.1, np.float32))[1] == 0).all()
 
 
-def test_radii_of_gaussian_rows_follow_the_chi_law():
-    x = cloud(4000, 12)
-    mean, covariance = g.gaussian(x)
-    variance, basis = np.linalg.eigh(covariance)
-    radius = g.mahalanobis(x, mean, basis, np.sqrt(variance))
-    inverse = np.linalg.inv(covariance)
-    np.testing.assert_allclose(radius[:50] ** 2, np.einsum(
-        "ni,ij,nj->n", x[:50] - mean, inverse, x[:50] - mean), rtol=1e-8)
-    assert stats.kstest(radius, "chi", (12,)).pvalue > 1e-3
+def test_lengths_of_gaussian_rows_follow_the_chi_law():
+    lengths = np.linalg.norm(np.random.default_rng(0).normal(size=(4000, 12)), axis=1)
     m, sd = g.chi_law(12)
-    assert abs(radius.mean() - m) < 4 * sd / math.sqrt(4000)
-    with pytest.raises(g.GeometryError, match="shrink"):
-        g.mahalanobis(x, mean, basis, 0 * variance)
+    assert (m, sd) == pytest.approx((stats.chi.mean(12), stats.chi.std(12)), rel=1e-9)
+    assert abs(lengths.mean() - m) < 4 * sd / math.sqrt(4000)
 
 
 def exact_chi_law(d):
@@ -487,8 +479,7 @@ def test_calibration_error_refuses():
 
 
 ONE = [g.neighbour_distance, g.gaussian, g.effective_rank,
-       lambda x: g.silhouette(x, np.arange(len(x))), lambda x: g.locality([x], x),
-       lambda x: g.mahalanobis(x, np.zeros(3), np.eye(3), np.ones(3))]
+       lambda x: g.silhouette(x, np.arange(len(x))), lambda x: g.locality([x], x)]
 TWO = [g.displacement, g.nearest, lambda x, y: g.similar(x, y, 1), g.collapse_index,
        g.total_variance_ratio, g.frechet, g.precision_recall, g.mmd, g.probe_auc,
        lambda x, y: g.locality([x], y)]

@@ -83,6 +83,20 @@ def test_a_question_that_merges_with_its_answer_is_asked_without_it(model):
     assert result.ids == llama.generate(model, [[0, 11, 12, 13, 14], [0, 11, 15]], past, 5)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("cut", [True, False])
+def test_attention_by_groups_is_that_of_the_padded_batch(model, monkeypatch, name, cut):
+    """The CPU may take either; other devices take the padded batch."""
+    batch = data.collate(random_rows(random.Random(2), SHAPES[name]))
+    prompt, results = prompt_of(0, 2, cut=cut), []
+    for cost_of_a_call in (0, 10**9):
+        monkeypatch.setattr(llama.Layout, "CALL", cost_of_a_call)
+        summed, _ = loss.answer_loss(model, *loss.begin(model, batch, prompt))
+        gradients = torch.autograd.grad(summed, list(prompt.layers.values()))
+        results.append((summed.detach(), *gradients))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
 def test_recomputing_gives_the_same_gradient(model):
     """And keeps fewer activations for the backward pass."""
     rows = random_rows(random.Random(3), SHAPES["ragged"])
