@@ -47,7 +47,7 @@ class DataError(ValueError):
 
 class Example(NamedTuple):
     id: str
-    kind: str  # "squad", "math", "hendrycks" or "text"
+    kind: str  # decides the scores: F1 of "squad", else exact match; a "text" has no question
     context: str  # "" for arithmetic; the whole text of "text"
     question: str
     answers: tuple[str, ...]  # all that are accepted, the first is trained on; () is unanswerable
@@ -94,7 +94,7 @@ def files_of(kind: str, path: str) -> list[Path]:
             candidates = [p for p in matches if not p.name.startswith(".")]
         files = sorted(p for p in candidates if p.is_file())  # reading a pipe could wait for ever
     except (OSError, ValueError) as e:
-        raise DataError(f"{path}: cannot be looked at ({e}): check the path") from None
+        raise DataError(f"{path}: cannot be read ({e}): check the path") from None
     if not files:
         raise DataError(f"{path}: nothing found, expected {expected}: check the path")
     return files
@@ -343,7 +343,8 @@ class Reader(NamedTuple):
     read_file: Callable[[Path], Iterator[Example]]  # raises DataError for a file of another format
 
 
-# To add a format, write its read_file above and give it a line.
+# To add a format, write its read_file above and give it a line. The kind of its examples decides
+# how answers are scored: see Example.
 READERS = {
     "squad": Reader((".json", ".jsonl"), _read_squad),
     "math": Reader((".txt", ".json", ".jsonl"), _read_math),

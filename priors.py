@@ -37,7 +37,8 @@ class PriorError(ValueError):
 class Prior:
     """What every prior has, beside report() and the three flags:
 
-    fit(reference (N, D), **options) -> prior, a class method; an option has the type of its default
+    fit(reference (N, D), **options) -> prior, a class method. An option has the type of its
+        default: int, float or str. Errors are PriorError.
     sample(n, generator) -> (n, D) fp32
     log_prob(x (n, D)) -> (n,) nats, in x's dtype"""
 
@@ -959,6 +960,7 @@ def _evenly_spaced(N: int, most: int) -> Tensor:
 
 # To add a prior, write its class above and name it here: --prior, --help and most tests take it
 # from this table. The arguments of fit are its options, the docstring's first paragraph its help.
+# torch is imported inside the functions that need it, so that this table is read without it.
 PRIORS = {
     "isotropic": Isotropic,
     "xavier": Xavier,
@@ -1012,7 +1014,7 @@ def _option(name: str, key: str, text: str) -> object:
     type_ = type(known[key])
     try:
         value = type_(text)
-        if not math.isfinite(value):
+        if type_ in (int, float) and not math.isfinite(value):
             raise ValueError
     except ValueError:
         raise PriorError(f"prior {name}: {key}={text!r} is not a finite "

@@ -15,7 +15,7 @@ import signal
 import sys
 
 from lab.commands import COMMANDS, parse
-from lab.console import FIRST, one_line, out_of_memory, say, show
+from lab.console import FIRST, Stopped, one_line, out_of_memory, say, show
 
 # A ValueError of these modules, or of lab, is the user's mistake; any other is a fault of ours.
 ROOT_MODULES = ("data", "llama", "priors", "viz")
@@ -24,6 +24,9 @@ ROOT_MODULES = ("data", "llama", "priors", "viz")
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
+    # Threads that wait for each other sleep. By default they spin, which stalls runs that share the
+    # processor. It counts when torch is loaded, so before any command.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     name, given = parse(arguments, __doc__.splitlines()[0])
     if name != "train" and not FIRST:
         return 0  # only training has work for several processes
@@ -56,7 +59,7 @@ def exit_status(e: Exception) -> int | None:
     module = type(e).__module__
     if isinstance(e, ValueError) and (module in ROOT_MODULES or module.startswith("lab.")):
         return 2
-    if hasattr(e, "status"):  # training that stopped early brings its own
+    if isinstance(e, Stopped):
         return e.status
     return 1 if isinstance(e, OSError) or out_of_memory(e) else None
 
@@ -68,22 +71,22 @@ def report(e: Exception, status: int) -> None:
         text = f"error: {text}"
     say(f"promptprior: {text}")
     if not FIRST and status > 0 and in_a_group():
-        # The others may know nothing of it.
+        # Of an error in one process alone the first one knows nothing.
         show(f"promptprior: process {os.environ['RANK']}: {text}", sys.stderr)
 
 
 def in_a_group() -> bool:
     """Whether torchrun's processes have met. What one says until then, all say."""
-    from lab.processes import world
+    from lab.processes import rank_and_size
 
-    return world()[1] > 1
+    return rank_and_size()[1] > 1
 
 
 def message(e: Exception) -> str:
     """What, where, and the remedy."""
     if isinstance(e, OSError) and e.strerror and e.filename:
         return f"{e.filename}: {e.strerror}: check the path, and who may use it"
-    if out_of_memory(e) and not hasattr(e, "status"):
+    if out_of_memory(e):
         return (f"memory does not suffice ({e or 'no more of it'}): lower --batch-size, "
                 "--max-length or --limit, or use a smaller model")
     return str(e) or type(e).__name__

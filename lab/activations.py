@@ -32,7 +32,8 @@ from lab.console import UserError, progress, show
 from lab.evaluation import open_run
 from lab.files import checksum, free_place, mapped, reading, replacing
 from lab.inputs import LoadedModel, load_model, longest_text, model_files, parse_spec
-from lab.settings import (DataSettings, ModelSettings, PriorSettings, absolute, of, spec_name)
+from lab.settings import (DataSettings, ModelSettings, PriorSettings, absolute, from_flags,
+                          spec_name)
 
 ROLES = ("prompt", "bos", "context", "question", "answer", "text")
 MASSIVE = 10  # a massive row is this many times as long as the median row of its layer
@@ -187,6 +188,7 @@ def collect(loaded: LoadedModel, domains: dict[str, Chosen], layers: list[int], 
 
     past: of a prompt in front of every text. prompt_inputs {layer: (n, D)}: the prompt's own rows,
     if it has any."""
+    # Work out the labels of all rows, which give the number of rows and so the file's size.
     model, prompt_inputs = loaded.model, prompt_inputs or {}
     roles, fields = _row_fields(domains, pool, loaded.vocabulary.bos is not None)
     N, D, dtype = len(roles), model.config.hidden_size, model.embeddings.dtype
@@ -198,6 +200,7 @@ def collect(loaded: LoadedModel, domains: dict[str, Chosen], layers: list[int], 
     about = {**about, "layers": layers, "num_hidden_layers": model.config.num_hidden_layers,
              "pool": pool, "roles": list(ROLES), "domains": list(domains)}
 
+    # The file is laid out first, and every batch then written to its place.
     with replacing(path) as temporary:
         out = mapped(temporary, shapes, {"promptprior": json.dumps(about)})
         for key, values in fields.items():
@@ -358,16 +361,17 @@ def check_about(about: dict) -> None:
 
 
 def command_collect(given: dict) -> None:
-    options = of(CollectOptions, given)
+    options = from_flags(CollectOptions, given)
     past, prompt_inputs = None, {}
     if options.under:
         opened = open_run(options.under, given)
         past, prompt_inputs = under_prompt(opened)
         loaded, max_length = opened.loaded, options.max_length or opened.max_length
     else:
-        loaded = load_model(of(ModelSettings, given).complete())
+        loaded = load_model(from_flags(ModelSettings, given).complete())
         max_length = longest_text(loaded, DataSettings(max_length=options.max_length),
                                   PriorSettings(text=""))
+    # Check all that was asked for before the data is read, which may take long.
     L = loaded.model.config.num_hidden_layers
     layers, roles = chosen_layers(options.layers, L), chosen_roles(options.roles)
     path = free_place(options.out, "--out", options.overwrite, is_collection, "a collection")

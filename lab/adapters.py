@@ -37,7 +37,7 @@ from lab.files import free_place, read_tensors, reading, write_file
 from lab.folder import Run, versions
 from lab.hub import model_folder
 from lab.inputs import check_place, check_same_model, checksums, load_model, longest_text
-from lab.settings import ModelSettings, Settings, flat, of, on_hub, spec_name
+from lab.settings import ModelSettings, Settings, flat, from_flags, on_hub, spec_name
 from lab.train import new_run
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,7 +61,7 @@ def to_peft(model: llama.Llama, prompt: Tensor | llama.Past, base: str,
     revision: the model's name on the hub, or its folder.
 
     Raises UserError for a prompt that not all layers have. PEFT's prefix is in every layer, and
-    there is no key that all queries ignore: what one query x pays nothing to, -x pays most to."""
+    no key has zero weight for every query."""
     c = model.config
     if isinstance(prompt, Tensor):
         numbers = prompt
@@ -307,7 +307,7 @@ def is_table(path: Path) -> bool:
 
 
 def command_export(given: dict) -> None:
-    options = of(ExportOptions, given)
+    options = from_flags(ExportOptions, given)
     if options.to is None and options.csv is None:
         raise UserError("export: give --to DIR for a PEFT adapter, --csv for the log, or both")
     folder = None
@@ -405,7 +405,7 @@ def origin(opened: OpenRun) -> dict:
 
 
 def command_import(given: dict) -> None:
-    options = of(ImportOptions, given)
+    options = from_flags(ImportOptions, given)
     adapter = read(Path(options.adapter))
     settings = settings_for(adapter, given)
     run = new_run(options.out, options.overwrite)
@@ -441,7 +441,7 @@ def settings_for(adapter: Adapter, given: dict) -> Settings:
         flags["method"] = "prefix"
     if adapter.has_bos:
         flags |= {"place": "after-bos", "tokens": len(adapter.numbers) - 1}
-    return Settings.of(flags).complete()
+    return Settings.from_flags(flags).complete()
 
 
 def model_of(adapter: Adapter, given: dict) -> dict[str, str]:

@@ -28,7 +28,7 @@ from lab.console import UserError, say, show, table
 from lab.evaluation import OpenRun, open_run
 from lab.files import write_file
 from lab.inputs import encode, sample_topics, training_and_evaluation
-from lab.settings import of, spec_name
+from lab.settings import from_flags, spec_name
 
 
 class Effect(NamedTuple):
@@ -48,14 +48,16 @@ def measure_attention(model: llama.Llama, past: llama.Past, texts: list[list[int
                       ) -> list[tuple[str, dict[str, float]]]:
     """What a prompt in front of token rows does to attention, at each layer where it has columns.
 
-    mass: the share of attention that goes to the prompt, mean over heads and tokens. content and
-    shift compare how a token divides its attention to content, with the prompt and without it:
-    content is the largest difference of a share, and shift the mean total variation. Both are 0 at
-    the first layer with columns, whose input is the same with and without the prompt. bias: the
-    mean norm of what the prompt's values add to the layer's output, over that of all that attention
-    adds. one: of what the prompt's values add, the share of the sum of squares over all positions
-    that lies in one direction of the layer's output. one_head: the same of a head's output, mean
-    over heads."""
+    mass: the share of attention that goes to the prompt, mean over heads and tokens
+    content: the largest difference, with and without the prompt, between shares of the attention
+        that a token pays to content (shares of content alone sum to 1)
+    shift: the mean total variation between these shares, with and without the prompt
+    bias: the mean norm of the prompt's contribution to attention's output, over that of the output
+    one: the largest squared singular value over the sum of all, of the prompt's contribution to the
+        layer's output at all positions (T, D)
+    one_head: the same of a head's output (T, hd), mean over heads
+
+    content and shift are 0 at the first layer with columns, whose input is the same either way."""
     effects: dict[int, list[Effect]] = {}
     for ids in texts:
         for i, effect in text_effects(model, past, ids).items():
@@ -139,9 +141,7 @@ def _one_direction(x: Tensor) -> Tensor:
 
 
 def command_attention(given: dict) -> None:
-    options = of(AttentionOptions, given)
-    if options.limit < 1:
-        raise UserError(f"--limit {options.limit}: ask for at least one question")
+    options = from_flags(AttentionOptions, given)
     opened = open_run(options.run, given)
     run, settings = opened.run, opened.settings
     if settings.prompt.place != "before":

@@ -46,7 +46,7 @@ class EvalOptions:
                                flag="--data", flag_metavar="DATA")
     eval_limit: int | None = setting(None, "most questions, 0 for all (the run's)", least=0,
                                      flag="--limit", flag_metavar="LIMIT")
-    texts: tuple[str, ...] = setting((), "text prompts to score beside it (the run's)",
+    texts: tuple[str, ...] = setting((), "text prompts to score too (the run's)",
                                      flag="--text", flag_metavar="TEXT")
     max_length: int | None = setting(None, "most tokens of a question's text (the run's)", above=0)
     keep_unanswerable: bool = setting(False, UNANSWERABLE)
@@ -102,7 +102,7 @@ class CompareOptions:
 class InterpolateOptions:
     run_a: str | None = argument("RUN_A", "where t is 0")
     run_b: str | None = argument("RUN_B", "where t is 1")
-    points: int = setting(11, "prompts, the two ends among them")
+    points: int = setting(11, "prompts, the two ends among them", above=1)
     eval_limit: int | None = setting(None, "most questions, 0 for all (theirs)", least=0,
                                      flag="--limit", flag_metavar="LIMIT")
     out: str | None = setting(None, "folder for curve.jsonl (RUN_A-to-RUN_B)")
@@ -112,13 +112,14 @@ class InterpolateOptions:
 @dataclass(frozen=True)
 class AttentionOptions:
     run: str | None = argument("RUN", "a run's folder")
-    limit: int = setting(32, "questions")
+    limit: int = setting(32, "questions", above=0)
     json: bool = setting(False, JSON)
 
 
 @dataclass(frozen=True)
 class FigureOptions:
-    numbers: tuple[int, ...] = argument("N", "figures, 1 to 13 (all)", nargs="*", number=True)
+    numbers: tuple[int, ...] = argument("N", "figures, by their numbers (all)", nargs="*",
+                                        number=True)
     out: str = setting("figures", "folder for the figures and for what they are made from, which "
                        "is kept")
     text_data: str = setting("text", "prose, as the paper's C4: a SPEC")
@@ -166,7 +167,7 @@ class Command(NamedTuple):
     module: str  # of lab; it has a function command_NAME
     help: str
     options: tuple[type, ...]  # dataclasses whose fields are the command's flags
-    stored: tuple[type, ...] = ()  # the same, but what is not given is as a run has it
+    stored: tuple[type, ...] = ()  # the same; the default of each is the value that the run has
     lists_priors: bool = False  # --help ends with the priors
 
 
@@ -218,6 +219,13 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
+    lists_priors = False  # whether --help ends with the priors
+
+    def format_help(self) -> str:
+        if self.lists_priors:
+            self.epilog = prior_help()
+        return super().format_help()
+
     def error(self, message: str):
         say(f"promptprior: error: {one_line(message)}: see `{self.prog} --help`")
         self.exit(2)
@@ -240,8 +248,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name, help=command.help, description=command.help, allow_abbrev=False,
-            argument_default=argparse.SUPPRESS, epilog=prior_help() if command.lists_priors else "",
+            argument_default=argparse.SUPPRESS,
             formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.lists_priors = command.lists_priors
         for kind in command.stored:
             for f in fields(kind):
                 add_field(sub, f, show_default=False)
@@ -253,7 +262,8 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def add_field(sub: argparse.ArgumentParser, f, show_default: bool) -> None:
     """Add the argument or the flags of one field of settings."""
-    about, kind = f.metadata, value_type(f) if "number" not in f.metadata else int
+    about = f.metadata
+    kind = int if about.get("number") else value_type(f)
     help = about["help"].replace("%", "%%")
     if "metavar" in about:
         sub.add_argument(f.name, metavar=about["metavar"], help=help, nargs=about.get("nargs"),
@@ -282,10 +292,11 @@ def prior_help() -> str:
     """Every prior, its options with their defaults, and the first paragraph of its docstring."""
     lines = ["priors and their options:"]
     for name, prior in priors.PRIORS.items():
-        options = [f"{key}={value:g}" for key, value in priors.options(name).items()]
+        options = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+                   for key, value in priors.options(name).items()]
         if prior.sources:
             options.insert(0, "RUN")
         lines.append(f"  {name}:{','.join(options)}" if options else f"  {name}")
-        about = " ".join(prior.__doc__.split("\n\n")[0].split())
+        about = " ".join((prior.__doc__ or "").split("\n\n")[0].split())
         lines.append(textwrap.fill(about, 76, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)

@@ -31,7 +31,7 @@ from lab.evaluation import OpenRun, open_run, score_table
 from lab.hub import model_folder
 from lab.inputs import LoadedModel, check_same_model, load_model
 from lab.populations import Reference, references_of
-from lab.settings import ModelSettings, Settings, flat, of, with_flags
+from lab.settings import ModelSettings, Settings, flat, from_flags, with_flags
 
 MOST = 2000  # rows of a population in measures that compute the distances of all pairs
 FIRST_PROMPT, LAST_PROMPT = "prompts/000000.safetensors", "prompt.safetensors"  # of a run
@@ -129,7 +129,7 @@ def _median_collapse(x: np.ndarray, tokens: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def what_rows_say(rows: Tensor, layer: int, reference: Reference, model: llama.Llama,
+def read_rows(rows: Tensor, layer: int, reference: Reference, model: llama.Llama,
                   vocabulary: data.Vocabulary) -> dict[str, list[str]]:
     """The token that each row (n, W) of a layer stands for, by every way to read it {way: tokens}.
 
@@ -257,7 +257,7 @@ def walks(file: Collection, layer: int, domain: str, embeddings: Tensor | None =
 
 
 def command_compare(given: dict) -> None:
-    options = of(CompareOptions, given)
+    options = from_flags(CompareOptions, given)
     records, models = [], {}
     for path in options.paths:
         if Path(path).is_file():
@@ -291,7 +291,7 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
                                           tokens if i == 0 else None):
             rows.append((f"layer {i} {name}", numbers))
         readings[i] = {
-            name: what_rows_say(vectors[i], i, reference, opened.model, opened.vocabulary)
+            name: read_rows(vectors[i], i, reference, opened.model, opened.vocabulary)
             for name, vectors in (("prior draw", drawn), ("trained", trained))}
 
     # The numbers for --json, and the same as text beneath the scores of training.
@@ -358,7 +358,7 @@ def vocabulary_of(file: Collection, given: dict) -> Tensor | None:
     """The embeddings (V, D) of all ordinary tokens of the model that a collection was made with;
     None, and a remark, if the model is not there."""
     stored = {key: file.about.get(key) for key in ("model", "revision", "dtype")}
-    settings = with_flags(Settings.of(stored), given).model.complete()
+    settings = with_flags(Settings.from_flags(stored), given).model.complete()
     if "model" not in given and not model_folder(settings).is_dir():
         say(f"{settings.model}: no such folder, so the uniform walks at layer 0 are over the "
             f"tokens in {file.path}, not over the vocabulary (--model DIR)")

@@ -6,6 +6,8 @@ file names may hold anything, so every text is cleaned of what a terminal would 
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import re
 import sys
@@ -26,7 +28,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """Work that ended early, and what is left of it is good."""
+    """Work that stopped early; the files that it wrote are whole."""
 
     def __init__(self, message: str, status: int):
         """status: the exit status, or minus the number of the signal that stopped it."""
@@ -42,7 +44,7 @@ CONTROL = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
 
 
 def clean(text: str) -> str:
-    """The text without anything that a terminal obeys."""
+    """The text without terminal control sequences."""
     return CONTROL.sub("", text)
 
 
@@ -67,12 +69,61 @@ def say(text: str) -> None:
         show(text, sys.stderr)
 
 
+SILENCE = 30  # seconds at most between two lines of a stage, where there is no terminal
+
+
 def progress(iterable=None, **options):
-    """A tqdm bar, shown by the first process and only at a terminal."""
+    """The progress of a stage, shown by the first process: a tqdm bar at a terminal. Elsewhere, as
+    in a job's log, it is a line when the stage begins, and one every SILENCE seconds."""
     from tqdm import tqdm
 
     options["desc"] = clean(options.get("desc") or "")
-    return tqdm(iterable, disable=None if FIRST else True, **options)
+    if not FIRST or sys.stderr is None:
+        return tqdm(iterable, disable=True, **options)
+    if sys.stderr.isatty():
+        return tqdm(iterable, **options)
+    # tqdm writes its line ends to a file that nobody reads; the lines are shown by `say`.
+    return _line_progress()(iterable, file=io.StringIO(), mininterval=SILENCE, miniters=1,
+                            **options)
+
+
+@functools.cache
+def _line_progress() -> type:
+    """A tqdm whose displays are whole lines. tqdm is imported when it is needed."""
+    from tqdm import tqdm
+
+    class LineProgress(tqdm):
+        updates = 0
+
+        def update(self, n: float = 1) -> bool | None:
+            shown = super().update(n)
+            self.updates += 1
+            # An early estimate of the time, unless the stage will be over in a moment.
+            if self.updates == 3 and self.format_dict["elapsed"] > 2:
+                self.refresh()
+            return shown
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+            if msg != "":  # with which tqdm clears a bar
+                say(self.line())
+            return True
+
+        def line(self) -> str:
+            """Such as "train: 40 of 200 steps, loss 0.123, 12 s, 48 s left"."""
+            name, unit = self.desc.removesuffix(": "), self.unit.strip()
+            done = self.n - self.initial
+            if not done:
+                return f"{name}: {self.total or ''} {unit}".replace("  ", " ")
+            parts = [f"{self.n} of {self.total} {unit}" if self.total else f"{self.n} {unit}"]
+            if self.postfix:
+                parts.append(self.postfix)
+            elapsed = self.format_dict["elapsed"]
+            parts.append(f"{elapsed:.0f} s")
+            if self.total and self.n < self.total:
+                parts.append(f"{(self.total - self.n) * elapsed / done:.0f} s left")
+            return f"{name}: {', '.join(parts)}"
+
+    return LineProgress
 
 
 def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = SCORES) -> str:
@@ -89,6 +140,12 @@ def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = SCO
         aligned = [f"  {cell:>{max(width, 6)}}" for cell, width in zip(cells, widths[1:])]
         text.append(f"{name:<{widths[0]}}" + "".join(aligned))
     return "\n".join(text)
+
+
+def scores_line(scores: dict[str, float]) -> str:
+    """Such as "loss 0.599, exact match 6.5, F1 17.6"."""
+    return ", ".join(f"{title} {_cell(key, scores)}" for key, title in SCORES.items()
+                     if key in scores and key not in ("precision", "recall", "calibration_error"))
 
 
 def _cell(key: str, numbers: dict[str, float]) -> str:

@@ -25,8 +25,8 @@ from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model,
                         plain_pasts, read_questions, rows_per_layer, sample_topics,
                         training_and_evaluation)
 from lab.loss import answers, begin
-from lab.processes import gather, sum_up, world
-from lab.settings import (DataSettings, ModelSettings, Settings, of, text_name,
+from lab.processes import all_gather, all_reduce_sum, rank_and_size
+from lab.settings import (DataSettings, ModelSettings, Settings, from_flags, text_name,
                           with_flags)
 
 
@@ -85,13 +85,16 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
 
     place: where a Prompt stands; a Past stands before everything. Processes share the batches,
     unless they share the weights and so must all do the same (everywhere)."""
-    if place == "before":  # the same for every batch
+    # What a prompt before the text leaves in the cache is the same for every batch.
+    if place == "before":
         prompts = [p.past(loaded.model) if isinstance(p, llama.Prompt) else p for p in prompts]
-    rank, size = (0, 1) if everywhere else world()
+    # Every process takes its share of the batches.
+    rank, size = (0, 1) if everywhere else rank_and_size()
     indices = range(len(questions.rows))
     batches = [indices[i:i + settings.batch_size] for i in indices[::settings.batch_size]]
     batches = batches[rank::size]
 
+    # Answer the questions, and sum the loss of their right answers.
     total, tokens, answered = 0.0, 0, {}
     with progress(total=sum(map(len, batches)), desc=name, unit=" questions", leave=False) as bar:
         for members in batches:
@@ -103,14 +106,15 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
             answered.update(zip(members, zip(result.ids, result.confidence, result.is_right)))
             bar.update(len(members))
     if size > 1:
-        total, tokens = sum_up(total, tokens, device=str(loaded.device))
-        for part in gather(answered):
+        total, tokens = all_reduce_sum(total, tokens, device=str(loaded.device))
+        for part in all_gather(answered):
             answered.update(part)
     if not math.isfinite(total):
         dtype = str(loaded.model.embeddings.dtype).removeprefix("torch.")
         raise Stopped(f"{name}: its loss is {total}, not finite in {dtype}: lower --lr, or use "
                       "--dtype float32 or bfloat16", 1)
 
+    # Score the answers, in the order of the questions.
     scores, predictions = [], []
     for i, example in enumerate(questions.examples):
         prediction = loaded.vocabulary.first_line(answered[i][0])
@@ -149,7 +153,7 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
 
 
 def command_eval(given: dict) -> None:
-    options = of(EvalOptions, given)
+    options = from_flags(EvalOptions, given)
     opened = open_run(options.run, given)
     settings, loaded = opened.settings, opened.loaded
     if options.spec is None:
@@ -160,6 +164,7 @@ def command_eval(given: dict) -> None:
         evals, name = sample_topics(examples, settings.data.eval_limit), options.spec
     questions = encode(evals, loaded.vocabulary, opened.max_length, name)
 
+    # Score what the prompt is compared with, and then the prompt.
     texts = options.texts or settings.texts
     plain = plain_pasts(loaded, texts, settings.data, opened.max_length)
     rows = []
@@ -194,10 +199,11 @@ def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
 
 
 def command_generate(given: dict) -> None:
-    options = of(GenerateOptions, given)
+    options = from_flags(GenerateOptions, given)
     if (options.beginning is None) == (options.batch is None):
         raise UserError("generate: give a TEXT, or --batch FILE of JSON lines with a text each")
     opened = open_run(options.run, given)
+    # One text is a batch of one line. All are checked before the first is answered.
     lines = [("the text", {"text": options.beginning})]
     if options.batch is not None:
         lines = list(data.json_lines(data.read_text(Path(options.batch)), options.batch))

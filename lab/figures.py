@@ -42,7 +42,7 @@ from lab.files import write_file
 from lab.folder import Run
 from lab.inputs import LoadedModel, check_same_model, load_model, parse_spec
 from lab.sample import judge_prior
-from lab.settings import ModelSettings, absolute, of, prior_name, spec_name
+from lab.settings import ModelSettings, absolute, from_flags, prior_name, spec_name
 from lab.train import command_train, differences
 
 PATHS, STEPS = 3, 12  # trajectories in a picture, and tokens of each
@@ -420,6 +420,7 @@ class Figure(NamedTuple):
     runs: tuple[str, ...] = ()
 
 
+PAPER_FIGURES = 13  # the paper's own; figures with larger numbers are ours
 TOKENS = ("tokens",)
 SQUAD_RUNS = ("fitted-squad", "xavier")
 FIGURES = {
@@ -489,15 +490,15 @@ def run_flags(options: FigureOptions, scale: float) -> dict[str, dict]:
 
 def command_figures(given: dict) -> None:
     """Make what the figures are drawn from, as far as it is not there yet, and draw them."""
-    options = of(FigureOptions, given)
+    options = from_flags(FigureOptions, given)
     numbers = sorted(set(options.numbers or FIGURES))
     unknown = [number for number in numbers if number not in FIGURES]
     if unknown:
-        raise UserError(f"figure {unknown[0]}: the paper has 1 to {max(FIGURES)}")
+        raise UserError(f"figure {unknown[0]}: there are figures 1 to {max(FIGURES)}")
     options = replace(options, text_data=absolute(options.text_data),
                       squad_data=absolute(options.squad_data),
                       math_data=absolute(options.math_data))
-    loaded = load_model(of(ModelSettings, given).complete())
+    loaded = load_model(from_flags(ModelSettings, given).complete())
 
     figures = [FIGURES[number] for number in numbers]
     collections = needed_collections(figures, options, loaded)
@@ -575,8 +576,10 @@ def draw_figures(numbers: list[int], world: World) -> None:
     for number in numbers:
         figure = FIGURES[number]
         drawing = figure.draw(world, *figure.runs)
-        svg = viz.figure(drawing.panels, figure.title, f"Figure {number} of the paper. "
-                         f"{drawing.caption}", table=drawing.numbers)
+        caption = drawing.caption
+        if number <= PAPER_FIGURES:
+            caption = f"Figure {number} of the paper. {caption}"
+        svg = viz.figure(drawing.panels, figure.title, caption, table=drawing.numbers)
         name = f"figure-{number:02d}-{figure.file}.svg"
         write_file(folder / name, svg.encode())
         results[number] = {"file": name, "title": figure.title, "measured": drawing.numbers}

@@ -34,7 +34,7 @@ from lab import posteriors
 from lab.console import UserError
 from lab.files import read_tensors, reading, write_file
 from lab.hub import model_folder
-from lab.processes import world
+from lab.processes import rank_and_size
 from lab.settings import Settings, from_config
 
 CHECKPOINTS = 2  # that are kept: the newest, and one more in case it turns out to be damaged
@@ -61,11 +61,11 @@ class Run:
 
     @property
     def writes(self) -> bool:
-        return world()[0] == 0
+        return rank_and_size()[0] == 0
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is there, or only what a start that was cut short leaves."""
+        """Whether nothing is there, or only leftovers of an interrupted start."""
         if not self.path.exists():
             return True
         return self.path.is_dir() and all(
@@ -112,9 +112,8 @@ class Run:
         """Remove what an earlier run left here, and nothing else."""
         if not self.writes:
             return
-        for pattern in ("metrics.jsonl", "prompt.safetensors", "checkpoint.safetensors",
-                        f"checkpoints/{NUMBERED}", "predictions.jsonl", "trunk*.safetensors",
-                        f"prompts/{NUMBERED}", "figures/*.svg", "report.html"):
+        for pattern in ("metrics.jsonl", "prompt.safetensors", f"checkpoints/{NUMBERED}",
+                        "predictions.jsonl", f"prompts/{NUMBERED}", "figures/*.svg", "report.html"):
             for path in self.path.glob(pattern):
                 path.unlink()
 
@@ -142,6 +141,7 @@ class Run:
         layers.I.particles (K, n, D) too."""
         path, last = self.path / name, "prompt.safetensors"
         if not path.exists():
+            self.config()  # refuses a folder that is no run
             raise UserError(f"{path}: no such file; training has not come that far: train it with "
                             "--resume")
         tensors, _ = read_tensors(path, "prompt rows", RESTORE)
@@ -163,8 +163,8 @@ class Run:
         """The prompts that stand for the run's posterior: its particles, draws of its Gaussian, or
         its one prompt."""
         settings = self.settings()
-        layers = posteriors.particles(self.tensors(name), settings.train.particles, settings.seed)
-        return [llama.Prompt(numbers, settings.prompt.cut) for numbers in layers]
+        members = posteriors.particles(self.tensors(name), settings.train.particles, settings.seed)
+        return [llama.Prompt(layers, settings.prompt.cut) for layers in members]
 
     def start_and_end(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Vectors {layer: (K n, W)} of all prompts that stand for the posterior, as the prior drew
@@ -237,16 +237,16 @@ class Run:
     def load_checkpoint(self) -> tuple[Checkpoint, list[str]]:
         """The newest checkpoint that is whole, and what is wrong with newer ones. Changes nothing:
         see cut_back."""
-        wrong, log = [], self.path / "metrics.jsonl"
+        problems, log = [], self.path / "metrics.jsonl"
         for path in reversed(self.checkpoints()):
             try:
                 checkpoint = read_checkpoint(path)
                 if log.stat().st_size < checkpoint.metrics_bytes:
                     raise UserError(f"{log}: shorter than at {path.name}: its end is lost")
-                return checkpoint, wrong
+                return checkpoint, problems
             except (UserError, OSError) as e:
-                wrong.append(str(e))
-        raise UserError(f"{'; '.join(wrong) or f'{self.path}: no checkpoint'}: train again with "
+                problems.append(str(e))
+        raise UserError(f"{'; '.join(problems) or f'{self.path}: no checkpoint'}: train again with "
                         "--overwrite")
 
     def cut_back(self, checkpoint: Checkpoint) -> None:
@@ -261,8 +261,8 @@ class Run:
 
 def _vectors(prompts: list[llama.Prompt]) -> dict[int, Tensor]:
     """{layer: (K n, W)} of K prompts of n columns."""
-    each = [prompt.vectors() for prompt in prompts]
-    return {i: torch.cat([vectors[i] for vectors in each]) for i in each[0]}
+    by_prompt = [prompt.vectors() for prompt in prompts]
+    return {i: torch.cat([vectors[i] for vectors in by_prompt]) for i in by_prompt[0]}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ UNWANTED = ["*/*", "consolidated*"]  # the same weights again, in another layout
 
 
 def model_folder(settings: ModelSettings) -> Path:
-    """The folder of a model, without asking the hub: that of one that is not in the cache is named
-    as it would be if it were a folder."""
+    """The folder of a model, without asking the hub. For a model of the hub that is not in the
+    cache, this is the path that its name would be as a folder; nothing is there then."""
     if settings.model == "tiny":
         return TINY
     if on_hub(settings.model):
@@ -31,6 +31,7 @@ def model_folder(settings: ModelSettings) -> Path:
 def needed_files(folder: Path) -> list[str]:
     """What a model's folder must have to be loaded: its configuration, tokenizer and weights."""
     weights, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
+    # Weights in several files come with an index. A single file, if there is one, is used first.
     if index.exists() and not (folder / "model.safetensors").exists():
         shards = data.read_json(index, dict).get("weight_map")
         weights = set(map(str, shards.values())) if isinstance(shards, dict) else set()
@@ -89,9 +90,11 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    # The configuration is small, and tells whether the weights are worth fetching.
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json"]))
     if (folder / "config.json").exists():
         llama.read_config(folder / "config.json")
+    # The name of the snapshot's folder is the commit, so that both downloads are of one version.
     folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=WANTED,
                                     ignore_patterns=UNWANTED))
     if not (folder / GENERATION).exists():

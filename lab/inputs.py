@@ -56,6 +56,7 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
         raise UserError(f"--dtype {settings.dtype}: use float32, bfloat16 or float16")
     check_device(settings.device)
 
+    # A model that is divided among devices may be too large for one of them.
     model = llama.load(folder, settings.dtype, "cpu" if shard else settings.device)
     if shard:
         shard_model(model, settings.device)
@@ -108,8 +109,10 @@ def layers_with_rows(prior: PriorSettings, L: int, prompt: PromptSettings | None
         raise UserError(f"--tokens {prior.tokens} --deep-layers {prior.deep_layers}: the model has "
                         f"{L} layers; give 0 to {L} deep layers, and rows at the tokens, at deep "
                         "layers, or both")
-    deep = set(range(L - prior.deep_layers, L))
-    return sorted(deep | {0} if prior.tokens else deep)
+    layers = set(range(L - prior.deep_layers, L))
+    if prior.tokens:
+        layers.add(0)
+    return sorted(layers)
 
 
 def check_place(prompt: PromptSettings, loaded: LoadedModel, model: str) -> None:
@@ -136,7 +139,7 @@ def read_questions(spec: str, split: int, keep_unanswerable: bool) -> list[data.
     kind, path = parse_spec(spec, split)
     if kind == "text":
         raise UserError(f"data {spec!r}: text has no questions and answers to train or evaluate "
-                        "on: use it with --reference, and squad, math or hendrycks here")
+                        "on: use it with --reference, and questions here")
     examples = data.read(kind, path)
     answerable = [e for e in examples if e.answers]
     if keep_unanswerable or len(answerable) == len(examples):
@@ -158,7 +161,9 @@ def sample_topics(examples: list[data.Example], count: int) -> list[data.Example
     """`count` examples (0: all) in the order of the data, always the same ones. Whole topics are
     drawn as far as they fit."""
     order = data.Order(list(map(topic, examples)), 1, seed=0).epoch(0)
-    return [examples[i] for i in sorted(order[:count or None])]
+    if count:
+        order = order[:count]
+    return [examples[i] for i in sorted(order)]
 
 
 def training_and_evaluation(settings: DataSettings
@@ -171,6 +176,8 @@ def training_and_evaluation(settings: DataSettings
         return (sample_topics(examples, settings.train_examples),
                 sample_topics(evals, settings.eval_limit))
 
+    # Draw a tenth of the questions, and hold out all questions of their topics, so that no
+    # evaluated paragraph was trained on.
     count = max(len(examples) // 10, 1)
     held_out = sample_topics(examples, min(count, settings.eval_limit or count))
     topics = set(map(topic, held_out))
@@ -199,7 +206,8 @@ def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length
            name: str) -> Questions:
     """Examples with their token rows, without those that do not fit. Says what was cut."""
     rows = [data.encode(example, vocabulary, max_length)
-            for example in progress(examples, desc=f"{name} tokens", leave=False)]
+            for example in progress(examples, desc=f"{name} tokens",
+                                    unit=" questions", leave=False)]
     cut = [row.cut for row in rows if row and row.cut]
     if cut:
         say(f"{name}: {len(cut)} of {len(rows)} contexts cut at their end to fit {max_length} "
@@ -241,9 +249,8 @@ def model_files(settings: ModelSettings) -> list[Path]:
 
 
 def checksums(settings: Settings) -> dict[str, str]:
-    """The sums of the model, of the file that names the tokens that end its answers, of the
-    training data, the evaluation data, and of what the prior is fitted on if it is none of
-    these."""
+    """SHA-256 of each input: the model, its generation config, the training data, the evaluation
+    data, and the references that are none of these."""
     generation = model_folder(settings.model) / GENERATION
     files = {"model": model_files(settings.model),
              GENERATION: [generation] if generation.is_file() else [],
@@ -259,7 +266,7 @@ def reference_files(prior: PriorSettings) -> list[Path]:
     files = []
     for path in priors.parse(prior.prior)[2]:
         run = Run(Path(path))
-        run.settings(), run.tensors("prompt.safetensors")  # refuses what is no run
+        run.tensors()  # refuses what is no run
         files.append(run.path / "prompt.safetensors")
     for spec in prior.reference:
         if spec.startswith("collection:"):

@@ -17,15 +17,13 @@ from lab.evaluation import OpenRun, evaluate, open_run
 from lab.files import checksum, free_place, write_file
 from lab.inputs import (LoadedModel, Questions, encode, model_files,
                         training_and_evaluation)
-from lab.settings import DataSettings, ModelSettings, of, spec_name
+from lab.settings import DataSettings, ModelSettings, from_flags, spec_name
 
 Tasks = dict[str, tuple[DataSettings, Questions]]
 
 
 def command_interpolate(given: dict) -> None:
-    options = of(InterpolateOptions, given)
-    if options.points < 2:
-        raise UserError(f"--points {options.points}: expected at least 2, the two runs")
+    options = from_flags(InterpolateOptions, given)
     out = options.out or f"{options.run_a.rstrip('/')}-to-{Path(options.run_b).name}"
     folder = free_place(out, "--out")
 

@@ -38,7 +38,7 @@ from lab.inputs import LoadedModel
 from lab.pictures import curves, draw_run, text_picture
 from lab.populations import (Labels, Part, Reference, population, prefix_vectors, references_of,
                              vocabulary_part)
-from lab.settings import ModelSettings, Settings, of
+from lab.settings import ModelSettings, Settings, from_flags
 
 TEMPLATE = Path(__file__).with_name("page.html")
 EMBEDDED = 10_000  # most rows of the vocabulary in a t-SNE
@@ -265,7 +265,7 @@ def trajectories(opened: OpenRun, steps: list[int], maps: dict[int, LayerMap]) -
     run, settings = opened.run, opened.settings
     states = [shown_prompts(run, settings, step) for step in steps]
     by_layer = {}
-    for i in progress(sorted(states[0][0]), desc="layers", leave=False):
+    for i in progress(sorted(states[0][0]), desc="layers", unit=" layers", leave=False):
         at_steps = [torch.cat([vectors[i] for vectors in prompts]) for prompts in states]
         x = torch.stack(at_steps)  # (S, P, W)
         S, P, W = x.shape
@@ -385,7 +385,7 @@ def kind_of(text: str) -> str:
 
 
 def command_plot(given: dict) -> None:
-    options = of(PlotOptions, given)
+    options = from_flags(PlotOptions, given)
     models: dict[ModelSettings, LoadedModel] = {}  # runs of one model share it
     if options.text:
         for path in options.runs:

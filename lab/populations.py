@@ -11,6 +11,7 @@ n prompt rows, N rows of a population, D width, G key/value heads, hd head width
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 import data
 import llama
 import priors
-from lab.activations import ROLES, Collection, is_massive, roles_of, stream
+from lab.activations import BATCH, ROLES, Collection, is_massive, roles_of, stream
 from lab.console import UserError, progress, say
 from lab.evaluation import OpenRun
 from lab.folder import Run
@@ -75,6 +76,7 @@ def references(prior: PriorSettings, settings: DataSettings, loaded: LoadedModel
     """The population of each layer that the prior is fitted on. settings: the data that an
     arithmetic or SQuAD reference may be, its max_length known. method: of the prompt that will be
     drawn. examples: the training data, if they are read already."""
+    # Every part is one --reference, or one run, at all layers.
     name, _, runs = priors.parse(prior.prior)
     is_prefix = False
     if name == "text":
@@ -87,6 +89,7 @@ def references(prior: PriorSettings, settings: DataSettings, loaded: LoadedModel
         parts = [population(spec, prior, settings, loaded, layers, examples)
                  for spec in prior.reference]
 
+    # Gather the parts of each layer.
     D = loaded.model.config.hidden_size
     by_layer = {}
     for i in layers:
@@ -204,13 +207,16 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
         examples = training_and_evaluation(settings)[0]
     rows = reference_rows(examples, loaded.vocabulary, settings.max_length, prior.seed, limit)
 
+    # Label every token but the first of each row, up to the limit.
     has_bos, name = loaded.vocabulary.bos is not None, spec_name(spec)
+    # A text's first token is left out even if it is no BOS: its norm is massive too.
     tokens = [token for row in rows for token in row.ids[1:]][:limit]
     roles = [role for row in rows for role in roles_of(row, has_bos)[1:]][:limit]
     labels = Labels(torch.tensor(tokens), roles, [name] * len(tokens))
     positions = [list(range(1, len(row.ids))) for row in rows]
     by_layer = inputs_of(loaded.model, [row.ids for row in rows], positions, layers)
 
+    # Leave out rows of massive norm, which differ from layer to layer.
     parts = {}
     for i, x in by_layer.items():
         x = x[:limit]
@@ -232,7 +238,8 @@ def inputs_of(model: llama.Llama, rows: list[list[int]], positions: list[list[in
     """The inputs of layers at these positions of token rows, {layer: (N, D)} fp32 on the CPU."""
     parts: dict[int, list[Tensor]] = {i: [] for i in layers}
     batches = stream(model, rows, positions, layers)
-    for batch in progress(batches, total=-(-len(rows) // 16), desc="activations", leave=False):
+    for batch in progress(batches, total=math.ceil(len(rows) / BATCH), desc="activations",
+                          unit=" batches", leave=False):
         for i, x in batch.items():
             parts[i].append(x.float().cpu())
     return {i: torch.cat(x) for i, x in parts.items()}
@@ -285,8 +292,8 @@ def prefix_of(model: llama.Llama, layer: int, rows: Tensor, reference: Reference
     return vectors.view(len(rows), 2, c.num_key_value_heads, c.head_dim)
 
 
-def surroundings(model: llama.Llama, by_layer: dict[int, Reference]) -> dict[int, Reference]:
-    """References of rows -> what a prefix lies among: the keys and values that attention makes of
+def prefix_references(model: llama.Llama, by_layer: dict[int, Reference]) -> dict[int, Reference]:
+    """References of rows -> references of a prefix: the keys and values that attention makes of
     their rows."""
     prefixes = {}
     for i, reference in by_layer.items():
@@ -300,11 +307,11 @@ def surroundings(model: llama.Llama, by_layer: dict[int, Reference]) -> dict[int
 
 
 def references_of(opened: OpenRun) -> dict[int, Reference]:
-    """What the prompts of a run lie among, at each layer that it has."""
+    """The reference population of a run's prompts, at each layer that it has."""
     settings = opened.settings
     by_layer = references(settings.prior, replace(settings.data, max_length=opened.max_length),
                           opened.loaded, [*opened.prompt.layers], settings.prompt.method)
-    return surroundings(opened.model, by_layer) if opened.prompt.is_prefix else by_layer
+    return prefix_references(opened.model, by_layer) if opened.prompt.is_prefix else by_layer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -318,8 +325,8 @@ class Draw(NamedTuple):
 
 
 def draw(settings: PriorSettings, by_layer: dict[int, Reference], prompts: int = 1) -> Draw:
-    """Fit the prior on each layer's reference and draw prompts from it. Says how they stand to the
-    reference."""
+    """Fit the prior on each layer's reference and draw prompts from it. Says how their norms
+    compare with the reference's."""
     name, options, _ = priors.parse(settings.prior)
     prior = priors.PRIORS[name]
     rows, fitted, reports = {}, {}, []

@@ -99,27 +99,29 @@ class Encoded(Point):
         n = len(next(iter(self.layers.values())))
         generator = torch.Generator().manual_seed(seed)
 
-        # Shared, a row's vector is as wide as its key, which is half of a key and a value.
-        self.hidden = max(widths.values()) // (2 if kind == "shared" else 1)
-        self.first = None
+        # With kind shared, a row's vector has the width of its key, half of the prefix's numbers.
+        self.width = max(widths.values()) // (2 if kind == "shared" else 1)
+        self.input_map = None
         if kind == "mlp":
-            weights = torch.randn(self.hidden, self.hidden, generator=generator)
-            self.first = nn.Parameter(weights / self.hidden**0.5)
-        self.common = nn.ParameterDict()
+            weights = torch.randn(self.width, self.width, generator=generator)
+            self.input_map = nn.Parameter(weights / self.width**0.5)
+        self.vectors = nn.ParameterDict()
         for name in ["all"] if kind == "mlp" else widths:
-            vectors = torch.randn(n, self.hidden, generator=generator)
-            self.common[name] = nn.Parameter(vectors)
-        self.last = nn.ParameterDict()
+            vectors = torch.randn(n, self.width, generator=generator)
+            self.vectors[name] = nn.Parameter(vectors)
+        self.output_maps = nn.ParameterDict()
         for i, width in widths.items():
-            self.last[i] = nn.Parameter(torch.zeros(self.hidden, width))
+            self.output_maps[i] = nn.Parameter(torch.zeros(self.width, width))
 
     def numbers(self) -> Layers:
         hidden = {}
-        for name, vectors in self.common.items():
-            hidden[name] = torch.tanh(vectors if self.first is None else vectors @ self.first)
+        for name, vectors in self.vectors.items():
+            mixed = vectors if self.input_map is None else vectors @ self.input_map
+            hidden[name] = torch.tanh(mixed)
         layers = {}
         for i, start in self.layers.items():
-            change = hidden.get(i, hidden.get("all")) @ self.last[i]
+            layer_hidden = hidden["all"] if "all" in hidden else hidden[i]
+            change = layer_hidden @ self.output_maps[i]
             layers[int(i)] = start + self.scales[int(i)] * change.view_as(start)
         return layers
 
@@ -127,7 +129,7 @@ class Encoded(Point):
         # Every number of a row is a sum over the hidden numbers, all of which move: the step that
         # a row makes grows with their number, so the rate falls with it.
         trained = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": trained, "lr": lr or 0.2 / self.hidden, "name": "network"}]
+        return [{"params": trained, "lr": lr or 0.2 / self.width, "name": "network"}]
 
 
 class Particles(Point):

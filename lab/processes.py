@@ -14,7 +14,7 @@ import llama
 from lab.console import UserError
 
 
-def join(device: str, batch_size: int, shard: bool) -> None:
+def init_processes(device: str, batch_size: int, shard: bool) -> None:
     """Meet the other processes, if torchrun started any. Raises UserError for settings that do not
     suit their number."""
     count = int(os.environ.get("WORLD_SIZE", 1))
@@ -22,13 +22,13 @@ def join(device: str, batch_size: int, shard: bool) -> None:
         raise UserError(f"--batch-size {batch_size}: fewer than the {count} processes, which share "
                         "a batch: raise it")
     if count > 1 and "MASTER_ADDR" in os.environ:
-        _meet_for_the_first_time(device)
-    if shard and world()[1] == 1:
+        _init_group(device)
+    if shard and rank_and_size()[1] == 1:
         raise UserError("--shard divides a model among processes: start them by `torchrun "
                         "--nproc-per-node N promptprior.py train ...`, or leave it out")
 
 
-def _meet_for_the_first_time(device: str) -> None:
+def _init_group(device: str) -> None:
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: of several processes each takes its own: use cuda")
     if device == "cuda":
@@ -40,47 +40,48 @@ def _meet_for_the_first_time(device: str) -> None:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
-def world() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """This process's rank, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def meet() -> None:
+def barrier() -> None:
     """No process passes this line before all have come to it."""
-    if world()[1] > 1:
+    if rank_and_size()[1] > 1:
         dist.barrier()
 
 
-def agree(value):
+def broadcast(value):
     """The first process's value, on every process."""
     values = [value]
-    if world()[1] > 1:
+    if rank_and_size()[1] > 1:
         dist.broadcast_object_list(values)
     return values[0]
 
 
-def gather(value) -> list:
+def all_gather(value) -> list:
     """Every process's value, by rank, on every process."""
-    rank, size = world()
+    rank, size = rank_and_size()
     values = [value] * size
     if size > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def sum_up(*numbers: float, device: str) -> list[float]:
+def all_reduce_sum(*numbers: float, device: str) -> list[float]:
     """Each number's sum over the processes."""
-    if world()[1] == 1:
+    if rank_and_size()[1] == 1:
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
 
 
-def sum_gradients(parameters: list[Tensor]) -> None:
-    """Replace each parameter's gradient by its sum over the processes, in one exchange."""
-    if world()[1] == 1:
+def all_reduce_gradients(parameters: list[Tensor]) -> None:
+    """Replace each parameter's gradient by its sum over the processes."""
+    if rank_and_size()[1] == 1:
         return
+    # One exchange of a long vector is faster than one for each parameter.
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     sizes = [p.numel() for p in parameters]
@@ -95,7 +96,7 @@ def shard_model(model: llama.Llama, device: str) -> None:
 
     # A block returns its keys as views. FSDP2 warns that writes to them are lost; there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-    mesh = dist.init_device_mesh(device.split(":")[0], (world()[1],))
+    mesh = dist.init_device_mesh(device.split(":")[0], (rank_and_size()[1],))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     for module in (model.model.embed_tokens, model.model.norm, getattr(model, "lm_head", None)):

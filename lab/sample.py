@@ -26,7 +26,7 @@ from lab.console import say, show, table
 from lab.files import free_place, write_file
 from lab.inputs import layers_with_rows, load_model, longest_text, rows_per_layer
 from lab.populations import Reference, draw, references
-from lab.settings import Settings, of
+from lab.settings import Settings, from_flags
 
 LEAST = 100  # rows that a reference must have for a fifth of it to judge a prior
 
@@ -105,8 +105,8 @@ def _third_neighbour(x: np.ndarray, population: np.ndarray) -> float:
 
 
 def command_sample(given: dict) -> None:
-    options = of(SampleOptions, given)
-    settings = Settings.of(given).complete()
+    options = from_flags(SampleOptions, given)
+    settings = Settings.from_flags(given).complete()
     folder = free_place(options.out, "--out") if options.out else None
 
     # Find the population of every layer that owns rows.

@@ -3,12 +3,12 @@
 A field is a flag. Its default, its range and its help stand beside it, and the command line, the
 checks, config.json and --help are made from the fields:
 
-    asked = Settings.of({"prior": "exclusion", "deep_layers": 3})   # the flags that a user gave
-    settings = asked.complete()                                     # and what follows from them
-    flat(settings)["cut"]                                           # True: as config.json keeps it
+    asked = Settings.from_flags({"prior": "exclusion", "deep_layers": 3})   # what a user gave
+    settings = asked.complete()                                             # what follows from it
+    flat(settings)["cut"]                                                   # True
 
-What loading finds out (the model's commit, the longest text) is not a setting; inputs.py returns
-it. torch is imported where it is used, so that --help answers at once.
+Values that are known only after loading (the model's commit, the longest text) are returned by
+inputs.py. torch is imported where it is used, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def setting(default, help: str, *, above=None, least=None, below=None, choices=(
         "help": help, "above": above, "least": least, "below": below, "choices": choices, **about})
 
 
+# How a field of settings is annotated -> the type of its value. Other annotations are not known.
 VALUE_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": tuple,
                "tuple[int, ...]": tuple}
 
@@ -56,7 +57,7 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def of(cls, given: dict):
+def from_flags(cls, given: dict):
     """An instance of a dataclass of settings, of those given {flag: value} that it has. Raises
     UserError for a value outside of its field's range."""
     values = {f.name: given[f.name] for f in fields(cls) if f.name in given}
@@ -166,9 +167,9 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    data: str = setting("squad", "training data, a SPEC: squad:PATH, math:PATH, hendrycks:PATH or "
-                        "text:PATH, a file, folder or pattern; squad, math and text alone are the "
-                        "bundled ones")
+    data: str = setting("squad", "training data, a SPEC: KIND:PATH with KIND squad, math or "
+                        "another of docs/data.md, PATH a file, folder or pattern; squad, math and text "
+                        "alone are the bundled ones")
     eval_data: str | None = setting(None, "evaluation data, a SPEC (the bundled one's, or a tenth "
                                     "of --data held out)")
     train_examples: int = setting(0, "training questions, drawn at random; 0 for all", least=0)
@@ -213,8 +214,8 @@ class TrainSettings:
     eval_every: int | None = setting(None, "steps between evaluations and checkpoints (a quarter "
                                      "of --steps)", above=0)
     snapshot_every: int | None = setting(
-        None, "steps between snapshots of the rows in prompts/, beside those at evaluations (a "
-        "twentieth of --steps)", above=0)
+        None, "steps between snapshots of the rows in prompts/, in addition to those at "
+        "evaluations (a twentieth of --steps)", above=0)
     recompute: bool = setting(False, "keep no activations inside a layer for the backward pass: "
                               "less memory, a third more work")
     shard: bool = setting(False, "under torchrun, divide the model's weights among the processes "
@@ -244,9 +245,9 @@ class Settings:
     imported: str | None = None  # the name of an adapter, of a prompt that was not trained here
 
     @classmethod
-    def of(cls, given: dict) -> Settings:
+    def from_flags(cls, given: dict) -> Settings:
         """The defaults, and over them the flags that a user gave."""
-        return cls(**{part: of(kind, given) for part, kind in PARTS.items()},
+        return cls(**{part: from_flags(kind, given) for part, kind in PARTS.items()},
                    imported=given.get("imported"))
 
     def complete(self) -> Settings:
@@ -294,7 +295,7 @@ def with_flags(settings: Settings, given: dict) -> Settings:
     values = {**flat(settings), **given}
     if "model" in given and "revision" not in given:
         values["revision"] = None  # a revision is one model's
-    return Settings.of(values)
+    return Settings.from_flags(values)
 
 
 def check_together(settings: Settings) -> None:
@@ -349,7 +350,7 @@ def from_config(config: dict, path: str | Path = "config.json") -> Settings:
         raise UserError(f"{path}: the setting imported is {imported!r:.80}, which no run has: "
                         "restore the file")
     try:
-        return Settings.of(stored)
+        return Settings.from_flags(stored)
     except ValueError as e:
         raise UserError(f"{path}: {e}") from None
 
@@ -377,7 +378,7 @@ def flags_of(config: dict) -> list[str]:
     return config.get("given", [*config["settings"]])
 
 
-def again(config: dict, given: dict) -> dict:
+def flags_like(config: dict, given: dict) -> dict:
     """The flags that begin another run like that of a config.json, with other flags given now.
     Settings that nobody gave and that followed from others are left out, so that they follow from
     the new ones. The device, the dtype and the model's commit stay."""

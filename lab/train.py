@@ -26,17 +26,19 @@ import data
 import llama
 from lab import posteriors
 from lab.commands import TrainOptions
-from lab.console import FIRST, Stopped, UserError, out_of_memory, progress, say, show
+from lab.console import (FIRST, Stopped, UserError, out_of_memory, progress, say, scores_line,
+                         show)
 from lab.evaluation import evaluate, score_table
 from lab.folder import Checkpoint, Run, read_config, versions
 from lab.inputs import (LoadedModel, Questions, check_place, checksums, encode, layers_with_rows,
                         load_model, longest_text, plain_pasts, training_and_evaluation)
 from lab.loss import answer_loss, begin
 from lab.pictures import draw_run
-from lab.populations import Reference, draw, norm_ratio, prefix_of, references, surroundings
-from lab.processes import agree, join, meet, sum_gradients, sum_up, world
-from lab.settings import (Settings, again, flag_name, flags_of, flat, free_name, from_config, of,
-                          spec_name, with_flags)
+from lab.populations import Reference, draw, norm_ratio, prefix_of, references, prefix_references
+from lab.processes import (all_reduce_gradients, all_reduce_sum, barrier, broadcast,
+                           init_processes, rank_and_size)
+from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_name, from_config,
+                          from_flags, spec_name, with_flags)
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
            if hasattr(signal, name)]
@@ -75,9 +77,9 @@ class Training:
         self.parameters = [p for p in posterior.parameters() if p.requires_grad]
         groups = [{**group, "peak": group["lr"]} for group in posterior.groups(settings.train.lr)]
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-        self.done = 0  # steps that were made
-        self.due = True  # whether the evaluation of this step is still to come
-        self.saved: int | None = None  # the step of the newest checkpoint
+        self.step = 0  # steps that were made
+        self.evaluation_due = True  # whether the evaluation of this step is still to come
+        self.saved_step: int | None = None  # the step of the newest checkpoint
         self.skipped = 0  # steps that were left out because a number was not finite
         self.batch: data.Batch | None = None  # the last one, for a message about memory
 
@@ -89,49 +91,52 @@ class Training:
         if checkpoint:
             self._restore(checkpoint)
         steps = self.settings.train.steps
-        with self._failures_explained(), _heeded_signals() as received, progress(
-                total=steps, initial=self.done, desc="train", unit=" steps") as bar:
+        with self._explain_failures(), _collect_signals() as received, progress(
+                total=steps, initial=self.step, desc="train", unit=" steps") as bar:
             if not checkpoint:
                 self._save()
-            while self.due or self.done < steps:
-                if self.due:
+            while self.evaluation_due or self.step < steps:
+                if self.evaluation_due:
                     self._record()
                 else:
-                    self._step(bar)
+                    self._train_step(bar)
                     self._finish_step()
                 self._stop_if_signalled(received)
 
     # ----------------------------------------------------------------------------------------------
     # a step
 
-    def _step(self, bar) -> None:
+    def _train_step(self, bar) -> None:
         """One step of the optimiser, or none if a number is not finite."""
         start, train, device = time.perf_counter(), self.settings.train, self.loaded.device
-        share = schedule(self.done, train.steps, train.warmup)
+        share = schedule(self.step, train.steps, train.warmup)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * share
-        self.batch = self._batch_of(self.done)
-        tokens, examples = sum_up(int((self.batch.labels != data.NO_LABEL).sum()),
+        self.batch = self._batch_of(self.step)
+        tokens, examples = all_reduce_sum(int((self.batch.labels != data.NO_LABEL).sum()),
                                   len(self.batch.tails), device=device)
 
+        # Leave the gradient of the posterior, summed over the processes, in the parameters.
         loss, penalty = self._backward(tokens)
-        sum_gradients(self.parameters)
+        all_reduce_gradients(self.parameters)
         self.posterior.combine_gradients()
-        loss = sum_up(loss, device=device)[0] / tokens
+        loss = all_reduce_sum(loss, device=device)[0] / tokens
         largest = train.clip if self.posterior.clips else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest).item()
 
+        # Step only if all numbers are finite: one that is not would spoil every row for good.
         rate = self.optimiser.param_groups[0]["lr"]
         if math.isfinite(loss + penalty + norm):
             self.optimiser.step()
             seconds = time.perf_counter() - start
-            line = {"step": self.done + 1, "split": "train", "loss": loss, "lr": rate,
+            line = {"step": self.step + 1, "split": "train", "loss": loss, "lr": rate,
                     "grad_norm": norm, "examples_per_second": round(examples / seconds, 2),
                     "seconds": round(seconds, 4)}
             if self.penalty:
                 line["penalty"] = penalty
             self.run.log(line)
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}, {examples / seconds:.1f} questions/s",
+                                refresh=False)
         else:
             self._skip(loss, norm, rate)
         self.optimiser.zero_grad()
@@ -139,7 +144,7 @@ class Training:
 
     def _batch_of(self, step: int) -> data.Batch:
         """This process's share of a step's batch."""
-        indices, (rank, size) = self.order[step], world()
+        indices, (rank, size) = self.order[step], rank_and_size()
         first, end = rank * len(indices) // size, (rank + 1) * len(indices) // size
         return self.questions.batch(indices[first:end], self.settings.data.share,
                                     self.settings.prompt.place, self.loaded.device)
@@ -148,8 +153,8 @@ class Training:
         """Leave every member's gradient in the parameters -> the summed loss of this process's
         answers, and the weighted penalty, both means over the members. tokens: of all processes."""
         model, prompt = self.loaded.model, self.settings.prompt
-        size, weight = world()[1], self.settings.train.prior_weight
-        members = self.posterior.members(self.done)
+        size, weight = rank_and_size()[1], self.settings.train.prior_weight
+        members = self.posterior.members(self.step)
         extra = self.posterior.extra_loss()
         loss, penalty = 0.0, 0.0
         for layers in members:
@@ -170,39 +175,39 @@ class Training:
     def _skip(self, loss: float, norm: float, rate: float) -> None:
         """Leave out a step whose numbers are not finite, or stop if that happened too often."""
         self.skipped += 1
-        ids = [self.questions.examples[i].id for i in self.order[self.done]]
+        ids = [self.questions.examples[i].id for i in self.order[self.step]]
         if self.skipped > self.settings.train.skip_bad_steps:
             listed = ", ".join(ids[:4]) + (" ..." if len(ids) > 4 else "")
             peak = max(group["peak"] for group in self.optimiser.param_groups)
             raise Stopped(
-                f"loss {loss:.4g}, gradient norm {norm:.4g} at step {self.done + 1}, learning rate "
+                f"loss {loss:.4g}, gradient norm {norm:.4g} at step {self.step + 1}, learning rate "
                 f"{rate:.3g}, on {listed}: not finite, stopped before it could spoil the rows: "
                 f"lower --lr (now at most {peak:.3g}), or leave such steps out by "
                 f"--skip-bad-steps; {self._how_to_go_on()}", 1)
-        self.run.log({"step": self.done + 1, "split": "skipped", "lr": rate, "ids": ids})
+        self.run.log({"step": self.step + 1, "split": "skipped", "lr": rate, "ids": ids})
 
     def _finish_step(self) -> None:
         train = self.settings.train
-        self.done += 1
-        self.due = self.done % train.eval_every == 0 or self.done == train.steps
-        if self.due:
+        self.step += 1
+        self.evaluation_due = self.step % train.eval_every == 0 or self.step == train.steps
+        if self.evaluation_due:
             # The evaluation may take longer than the steps since the last one.
             self._save()
-        elif train.snapshot_every and self.done % train.snapshot_every == 0:
-            self._write_prompt(f"prompts/{self.done:06d}.safetensors")
+        elif train.snapshot_every and self.step % train.snapshot_every == 0:
+            self._write_prompt(f"prompts/{self.step:06d}.safetensors")
 
     # ----------------------------------------------------------------------------------------------
     # what is written
 
     def _record(self) -> None:
-        """Score the prompt as it is, and write down the scores and the prompt."""
-        metrics, predictions = self.evaluate(self.done)
-        self.run.log({"step": self.done, "split": "eval", **metrics})
-        self._write_prompt(f"prompts/{self.done:06d}.safetensors")
+        """Score the prompt as it is, and log the scores and the prompt."""
+        metrics, predictions = self.evaluate(self.step)
+        self.run.log({"step": self.step, "split": "eval", **metrics})
+        self._write_prompt(f"prompts/{self.step:06d}.safetensors")
         self._write_prompt("prompt.safetensors")
         lines = [json.dumps(prediction) + "\n" for prediction in predictions]
         self.run.write("predictions.jsonl", "".join(lines).encode())
-        self.due = False
+        self.evaluation_due = False
         self._save()
 
     def _write_prompt(self, name: str) -> None:
@@ -220,12 +225,12 @@ class Training:
             for key, value in self.optimiser.state[p].items():
                 tensors[f"{key}.{name}"] = value
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        self.run.save_checkpoint(self.done, tensors, self.due)
-        self.saved = self.done
+        self.run.save_checkpoint(self.step, tensors, self.evaluation_due)
+        self.saved_step = self.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.done = self.saved = checkpoint.step
-        self.due = checkpoint.due
+        self.step = self.saved_step = checkpoint.step
+        self.evaluation_due = checkpoint.due
         for name, p in self.posterior.named_parameters():
             p.data.copy_(checkpoint.tensors[f"rows.{name}"])
             state = {}
@@ -236,34 +241,34 @@ class Training:
             if state:
                 self.optimiser.state[p] = state
         self.run.cut_back(checkpoint)
-        meet()  # all processes read the same log
+        barrier()  # all processes read the same log
         self.skipped = sum(line["split"] == "skipped" for line in self.run.metrics())
 
     # ----------------------------------------------------------------------------------------------
     # what ends it early
 
     def _how_to_go_on(self) -> str:
-        size = world()[1]
+        size = rank_and_size()[1]
         command = f"torchrun --nproc-per-node {size} promptprior.py " if size > 1 else ""
         command += f"train --out {self.run.path} --resume"
-        if self.saved is None:
+        if self.saved_step is None:
             return f"begin again with: {command}"
-        return f"{self.run.path}/checkpoints holds step {self.saved}; go on with: {command}"
+        return f"{self.run.path}/checkpoints holds step {self.saved_step}; go on with: {command}"
 
     def _stop_if_signalled(self, received: list[int]) -> None:
         # Processes may have received different signals. All stop by the same one.
-        counts = sum_up(*map(received.count, SIGNALS), device=self.loaded.device)
+        counts = all_reduce_sum(*map(received.count, SIGNALS), device=self.loaded.device)
         number = next((s for s, count in zip(SIGNALS, counts) if count), None)
         if number is None:
             return
-        if self.saved != self.done:
+        if self.saved_step != self.step:
             self._save()
         self._write_prompt("prompt.safetensors")
-        raise Stopped(f"stopped by {signal.Signals(number).name} after step {self.done} of "
+        raise Stopped(f"stopped by {signal.Signals(number).name} after step {self.step} of "
                       f"{self.settings.train.steps}, all is saved; {self._how_to_go_on()}", -number)
 
     @contextlib.contextmanager
-    def _failures_explained(self) -> Iterator[None]:
+    def _explain_failures(self) -> Iterator[None]:
         """Turn a disk or a memory that fails into Stopped, with how to go on."""
         try:
             yield
@@ -272,15 +277,15 @@ class Training:
         except Exception as e:
             if not out_of_memory(e):
                 raise
-            where = f"in the evaluation at step {self.done}"
-            if not self.due:
-                where = f"at step {self.done + 1}, in a batch{self._batch_size_said()}"
+            where = f"in the evaluation at step {self.step}"
+            if not self.evaluation_due:
+                where = f"at step {self.step + 1}, in a batch{self._batch_description()}"
             settings = self.settings.data
             raise Stopped(f"out of memory {where}: begin again with a smaller --batch-size (now "
                           f"{settings.batch_size}) or --max-length (now {settings.max_length}), or "
                           f"with --recompute; {self._how_to_go_on()}", 1) from e
 
-    def _batch_size_said(self) -> str:
+    def _batch_description(self) -> str:
         if self.batch is None:
             return ""
         parts = [t for t in (self.batch.shared, self.batch.head, self.batch.tails) if t is not None]
@@ -289,19 +294,19 @@ class Training:
 
 
 @contextlib.contextmanager
-def _heeded_signals() -> Iterator[list[int]]:
+def _collect_signals() -> Iterator[list[int]]:
     """Collect signals that ask to stop, so that the step can finish. A second signal of a kind acts
     at once. Signals that are ignored stay so, as nohup asks."""
     received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    handlers = {number: h for number, h in handlers.items() if h is not signal.SIG_IGN}
+    current = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: h for number, h in current.items() if h is not signal.SIG_IGN}
 
-    def heed(number, frame):
+    def on_signal(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
     for number in handlers:
-        signal.signal(number, heed)
+        signal.signal(number, on_signal)
     try:
         yield received
     finally:
@@ -325,7 +330,7 @@ def keep_freed_memory() -> None:
 
 
 def command_train(given: dict) -> None:
-    options = of(TrainOptions, given)
+    options = from_flags(TrainOptions, given)
     names = {f.name for f in fields(TrainOptions)}
     flags = {name: value for name, value in given.items() if name not in names}
     if options.resume and options.config:
@@ -343,14 +348,14 @@ def command_train(given: dict) -> None:
     config = read_config(Path(options.config)) if options.config else None
     explicit = set(flags) - {"out"}
     if config:
-        flags = again(config, flags)
+        flags = flags_like(config, flags)
         explicit |= set(flags_of(config))
-    settings = Settings.of(flags).complete()
-    join(settings.model.device, settings.data.batch_size, settings.train.shard)
-    out = agree(settings.train.out or free_name(settings))
+    settings = Settings.from_flags(flags).complete()
+    init_processes(settings.model.device, settings.data.batch_size, settings.train.shard)
+    out = broadcast(settings.train.out or free_name(settings))
     settings = replace(settings, train=replace(settings.train, out=out))
     run = new_run(out, options.overwrite, "go on with it by --resume, ")
-    meet()  # nothing is written before all processes have looked
+    barrier()  # nothing is written before all processes have looked
     with locked_together(run):
         train_run(run, settings, config, sorted(explicit))
 
@@ -370,31 +375,32 @@ def resume(run: Run, flags: dict) -> None:
     """Go on with a run from its newest checkpoint."""
     config, stored = run.config(), run.settings()
     fixed = {name: value for name, value in flags.items() if name not in MAY_CHANGE}
-    other = differences(stored, fixed)
-    if other:
+    conflicts = differences(stored, fixed)
+    if conflicts:
         changeable = ", ".join(map(flag_name, MAY_CHANGE))
         raise UserError(f"{run.path}: a run goes on with its own settings, not with "
-                        f"{'; '.join(other)}: leave them out, or start another run; only "
+                        f"{'; '.join(conflicts)}: leave them out, or start another run; only "
                         f"{changeable} may change")
     if stored.imported:
         raise UserError(f"{run.path}: an imported prompt has no training to go on with: start one "
                         f"from it by --prior posterior:{run.path},resample=1")
     changes = {name: value for name, value in flags.items() if name in MAY_CHANGE}
     settings = with_flags(stored, changes)
-    join(settings.model.device, settings.data.batch_size, settings.train.shard)
+    init_processes(settings.model.device, settings.data.batch_size, settings.train.shard)
     processes = config.get("processes", 1)
-    if processes != world()[1]:
-        raise UserError(f"{run.path}: begun by {processes} processes, and sums of {world()[1]} are "
-                        "others in the last digits: start as many by torchrun")
+    if processes != rank_and_size()[1]:
+        raise UserError(f"{run.path}: begun by {processes} processes, and with "
+                        f"{rank_and_size()[1]} sums would round differently: start {processes} by "
+                        "torchrun")
     with locked_together(run):
         train_run(run, settings, config, None)
 
 
 def differences(stored: Settings, given: dict) -> list[str]:
-    """What was asked for otherwise than a run was made, as a user reads it."""
-    values, asked = flat(stored), flat(with_flags(stored, given).complete())
+    """The flags whose values differ from the run's, as a user reads them."""
+    values, requested = flat(stored), flat(with_flags(stored, given).complete())
     return [f"{flag_name(name)} {given[name]} (the run has {values.get(name)})"
-            for name in given if name != "out" and asked.get(name) != values.get(name)]
+            for name in given if name != "out" and requested.get(name) != values.get(name)]
 
 
 @contextlib.contextmanager
@@ -407,7 +413,7 @@ def locked_together(run: Run) -> Iterator[None]:
                 remark = stack.enter_context(run.lock())
         except (ValueError, OSError) as e:
             refused = e
-        refused = agree(refused)
+        refused = broadcast(refused)
         if refused:
             raise refused
         if remark:
@@ -431,8 +437,8 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
               ) -> None:
     """Train a run. Everything is read and checked before the first byte of it is written.
 
-    config: the config.json of the run to go on with, or to do again; None for a new one. explicit:
-    the flags that a user gave for a run that begins; None to go on with one."""
+    config: the config.json of the run that is resumed or repeated, else None. explicit: the flags
+    that the user gave for a run that begins; None when a run is resumed."""
     started = time.time()
     keep_freed_memory()
     checkpoint = checkpoint_of(run, settings) if explicit is None else None
@@ -448,7 +454,7 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     if settings.prompt.method == "prefix":
         start = {i: prefix_of(loaded.model, i, draws[0], by_layer[i])[None]
                  for i, draws in start.items()}
-        by_layer = surroundings(loaded.model, by_layer)
+        by_layer = prefix_references(loaded.model, by_layer)
     answer_tokens = sum(len(row.ids) - row.start for row in inputs.questions.rows)
     posterior = make_posterior(settings, start, by_layer, answer_tokens).to(loaded.device)
     if checkpoint:
@@ -477,7 +483,9 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
         write_config(run, inputs, flags, drawn.reports, posterior)
         plain = plain_pasts(loaded, settings.texts, settings.data, settings.data.max_length)
         for split, (name, pasts) in plain.items():
-            run.log({"split": split, **scores(pasts, name)[0]})
+            metrics, _ = scores(pasts, name)
+            run.log({"split": split, **metrics})
+            say(f"{name}: {scores_line(metrics)}")
 
     training = Training(run, settings, loaded, posterior, inputs.questions,
                         penalty if settings.train.prior_weight else None, evaluate_posterior)
@@ -494,6 +502,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
     loaded = load_model(settings.model, settings.train.shard)
     loaded.model.recompute = settings.train.recompute
     check_place(settings.prompt, loaded, settings.model.model)
+    # Everything that can be wrong with the settings is found before the data is tokenised.
     L = loaded.model.config.num_hidden_layers
     layers = layers_with_rows(settings.prior, L, settings.prompt)
     max_length = longest_text(loaded, settings.data, settings.prior)
@@ -503,6 +512,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
         torch.set_num_threads(config["threads"])  # sums are then added in the same order
         check_unchanged(run, settings, config, sums)
 
+    # The run records the commit and the longest text with its settings.
     settings = replace(settings, model=replace(settings.model, revision=loaded.revision),
                        data=replace(settings.data, max_length=max_length))
     questions = encode(examples, loaded.vocabulary, max_length, "training")
@@ -514,14 +524,11 @@ def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
 
 
 def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, str]) -> None:
-    """Raises UserError if files are not those that the run of config.json began with. Files that
-    other settings name are other ones, of course."""
-    stored = from_config(config)
-    names_the_same = settings.model.model == stored.model.model \
-        and settings.prior.reference == stored.prior.reference \
-        and settings.prior.prior == stored.prior.prior \
-        and settings.data.data == stored.data.data \
-        and settings.data.eval_data == stored.data.eval_data
+    """Raises UserError if files are not those that the run of config.json began with. If the
+    settings name other files than that run's, their checksums may differ."""
+    names = [(s.model.model, s.prior.prior, s.prior.reference, s.data.data, s.data.eval_data)
+             for s in (settings, from_config(config))]
+    names_the_same = names[0] == names[1]
     earlier = config["sha256"]
     changed = [key for key in {**earlier, **sums} if earlier.get(key) != sums.get(key)]
     if changed and names_the_same:
@@ -539,8 +546,8 @@ def checkpoint_of(run: Run, settings: Settings) -> Checkpoint | None:
     if checkpoint.step > settings.train.steps:
         raise UserError(f"{run.path}: it is at step {checkpoint.step} already: give --steps of at "
                         "least that")
-    for what in damaged:
-        say(f"{what}: going on from step {checkpoint.step}")
+    for problem in damaged:
+        say(f"{problem}: going on from step {checkpoint.step}")
     return checkpoint
 
 
@@ -570,7 +577,7 @@ def write_config(run: Run, inputs: Inputs, flags: list[str], reports: list[dict]
     run.write_json("config.json", {
         "settings": flat(inputs.settings), "given": flags, "priors": reports,
         "learning_rates": {group["name"]: group["lr"] for group in groups},
-        "threads": torch.get_num_threads(), "processes": world()[1], "versions": versions(),
+        "threads": torch.get_num_threads(), "processes": rank_and_size()[1], "versions": versions(),
         "sha256": inputs.sums})
 
 
@@ -581,9 +588,9 @@ def record_changes(run: Run, settings: Settings, config: dict, step: int) -> Non
                if name != "out" and values[name] != stored[name]}
     if not changes:
         return
-    told = [f"{flag_name(name)} {value} instead of {stored[name]}"
-            for name, value in changes.items()]
-    say(f"{run.path}: from step {step} on with {', '.join(told)}: not the end that it would have "
+    listed = [f"{flag_name(name)} {value} instead of {stored[name]}"
+              for name, value in changes.items()]
+    say(f"{run.path}: from step {step} on with {', '.join(listed)}: not the end that it would have "
         "come to")
     run.write_json("config.json", {
         **config, "settings": values, "given": sorted({*flags_of(config), *changes}),

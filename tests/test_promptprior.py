@@ -395,7 +395,9 @@ def test_every_command_is_where_the_table_says():
 def test_the_docs_list_the_registry():
     page = (HERE / "docs/priors.md").read_text()
     for name, prior in priors.PRIORS.items():
-        row = next(line for line in page.split("\n") if re.match(rf"\| `{name}[`:]", line))
+        rows = [line for line in page.split("\n") if re.match(rf"\| `{name}[`:]", line)]
+        assert rows, f"docs/priors.md has no row for {name}"
+        row = rows[0]
         assert all(f"{k}={v:g}" in row for k, v in priors.options(name).items())
         assert row.endswith("| yes |") == prior.has_density
 

@@ -11,7 +11,7 @@ from lab.settings import Settings, flat, from_config, with_flags
 
 
 def test_settings_are_values():
-    asked = Settings.of({"prior": "exclusion", "deep_layers": 3})
+    asked = Settings.from_flags({"prior": "exclusion", "deep_layers": 3})
     complete = asked.complete()
     assert asked.prompt.cut is None and complete.prompt.cut is True
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -25,7 +25,7 @@ def test_every_flag_is_a_field():
                             "--no-share", "--lr", "0.5", "--tokens", "3"], "")[1]
     assert given == {"prior": "fitted", "reference": ["squad", "text"], "cut": False,
                      "share": False, "lr": 0.5, "tokens": 3}
-    asked = Settings.of(given)
+    asked = Settings.from_flags(given)
     assert asked.prior.reference == ("squad", "text") and asked.train.lr == 0.5
     assert asked.prompt.cut is False and asked.data.share is False
     names = [f.name for part in settings.PARTS.values() for f in dataclasses.fields(part)]
@@ -40,7 +40,7 @@ def test_every_flag_is_a_field():
     ({"place": "middle"}, "--place middle: use one of before, after-bos, suffix")])
 def test_ranges(flags, message):
     with pytest.raises(UserError) as e:
-        Settings.of(flags)
+        Settings.from_flags(flags)
     assert message in str(e.value)
 
 
@@ -50,7 +50,7 @@ def test_a_config_is_the_settings():
                   {"posterior": "svgd", "prior": "fitted", "prior_weight": 2.0},
                   {"method": "prefix", "place": "after-bos", "prefix_layers": 2},
                   {"imported": "somebody's", "steps": 0}):
-        complete = Settings.of(flags).complete()
+        complete = Settings.from_flags(flags).complete()
         config = {"settings": json.loads(json.dumps(flat(complete)))}
         assert from_config(config) == complete
 
@@ -79,7 +79,7 @@ def test_a_config_that_no_run_has(name, value):
 
 
 def test_another_model_has_another_revision():
-    run = Settings.of({"model": "org/name", "revision": "abc"})
+    run = Settings.from_flags({"model": "org/name", "revision": "abc"})
     assert with_flags(run, {"dtype": "float16"}).model.revision == "abc"
     assert with_flags(run, {"model": "elsewhere"}).model.revision is None
     assert with_flags(run, {"model": "other/name", "revision": "x"}).model.revision == "x"
@@ -89,6 +89,6 @@ def test_names():
     assert settings.prior_name("posterior:/a/b/run,/c/other,resample=1") == \
         "posterior:run,other,resample=1"
     assert settings.spec_name("squad:/a/b/train.json") == "squad:train.json"
-    run = Settings.of({"prior": "exclusion:k=2", "deep_layers": 3, "method": "prompt",
+    run = Settings.from_flags({"prior": "exclusion:k=2", "deep_layers": 3, "method": "prompt",
                        "posterior": "svgd", "seed": 4})
     assert settings.free_name(run) == "runs/squad-exclusion-k-2-deep3-svgd-seed4"

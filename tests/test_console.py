@@ -1,0 +1,63 @@
+"""What the program says while it works."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import promptprior
+from lab import console
+
+HERE = Path(promptprior.__file__).parent
+
+
+def test_a_stage_is_a_line_where_there_is_no_terminal(capsys):
+    """One when it begins, and none within the next 30 seconds but for its end, if that is kept."""
+    with console.progress(total=5, desc="train", unit=" steps") as bar:
+        for _ in range(5):
+            bar.set_postfix_str("loss 0.123", refresh=False)
+            bar.update()
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "train: 5 steps" and last.startswith("train: 5 of 5 steps, loss 0.123, ")
+    assert [*console.progress(range(3), desc="x\x1b[2J", unit=" rows", leave=False)] == [0, 1, 2]
+    assert capsys.readouterr().err == "x: 3 rows\n"
+
+
+def test_a_long_stage_goes_on_speaking(capsys, monkeypatch):
+    monkeypatch.setattr(console, "SILENCE", 0)
+    with console.progress(total=10, initial=4, desc="train", unit=" steps", leave=False) as bar:
+        for _ in range(3):
+            bar.update(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and "s left" in lines[1]
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        f"train: {n} of 10 steps" for n in (6, 8, 10)]
+
+
+def test_only_the_first_process_speaks(capsys, monkeypatch):
+    monkeypatch.setattr(console, "FIRST", False)
+    assert [*console.progress(range(3), desc="x", unit=" rows")] == [0, 1, 2]
+    console.say("a remark")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_scores_in_a_line():
+    scores = {"loss": 0.5987, "exact_match": 6.5, "precision": 1.0, "f1": 17.64,
+              "calibration_error": 3.0}
+    assert console.scores_line(scores) == "loss 0.599, exact match 6.5, F1 17.6"
+
+
+@pytest.mark.parametrize("given", [None, "active"])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given):
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if given:
+        environment["OMP_WAIT_POLICY"] = given
+    code = ("import os, sys, promptprior\n"
+            "promptprior.main(['eval', 'nowhere'])\n"
+            "assert 'torch' in sys.modules\n"
+            "print(os.environ['OMP_WAIT_POLICY'])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=environment, text=True,
+                          capture_output=True, check=True)
+    assert done.stdout.strip() == (given or "passive")
