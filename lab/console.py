@@ -104,7 +104,8 @@ def _line_progress() -> type:
             return shown
 
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-            if msg != "":  # with which tqdm clears a bar
+            # tqdm clears a bar by an empty text. A stage of nothing has nothing to tell.
+            if msg != "" and self.total != 0:
                 say(self.line())
             return True
 
@@ -113,7 +114,7 @@ def _line_progress() -> type:
             name, unit = self.desc.removesuffix(": "), self.unit.strip()
             done = self.n - self.initial
             if not done:
-                return f"{name}: {self.total or ''} {unit}".replace("  ", " ")
+                return f"{name}: {self.total} {unit}" if self.total else name
             parts = [f"{self.n} of {self.total} {unit}" if self.total else f"{self.n} {unit}"]
             if self.postfix:
                 parts.append(self.postfix)

@@ -28,8 +28,9 @@ from lab.console import UserError, out_of_memory
 
 
 @contextlib.contextmanager
-def reading(path: str | Path, expected: str, remedy: str) -> Iterator[None]:
-    """Turn any failure inside into a UserError, "PATH: not EXPECTED (cause): REMEDY". Errors that
+def reading(path: str | Path, expected: str, remedy: str = "") -> Iterator[None]:
+    """Turn any failure inside into a UserError, "PATH: not EXPECTED (cause): REMEDY"; without a
+    remedy if the caller has one. Errors that
     already are one line for the user pass unchanged, and so does a lack of memory."""
     try:
         yield
@@ -38,10 +39,11 @@ def reading(path: str | Path, expected: str, remedy: str) -> Iterator[None]:
     except Exception as e:
         if out_of_memory(e):
             raise
-        raise UserError(f"{path}: not {expected} ({llama.cause(e)}): {remedy}") from None
+        line = f"{path}: not {expected} ({llama.cause(e)})"
+        raise UserError(f"{line}: {remedy}" if remedy else line) from None
 
 
-def read_tensors(path: Path, expected: str, remedy: str) -> tuple[dict[str, Tensor], dict]:
+def read_tensors(path: Path, expected: str, remedy: str = "") -> tuple[dict[str, Tensor], dict]:
     """The tensors and the metadata of a safetensors file. Raises UserError."""
     with reading(path, expected, remedy), safe_open(llama.regular(path), framework="pt") as f:
         # Copies, because a mapped file may be replaced while its tensors are in use.

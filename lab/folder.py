@@ -379,10 +379,10 @@ def _check_prediction(line: dict) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Raises UserError for a file that is damaged or no checkpoint."""
+    """Raises UserError, without a remedy, for a file that is damaged or no checkpoint."""
     expected = "a checkpoint"
-    tensors, about = read_tensors(path, expected, RESTORE)
-    with reading(path, expected, RESTORE):
+    tensors, about = read_tensors(path, expected)
+    with reading(path, expected):
         state = json.loads(about["state"])
         kinds = {key: type(value) for key, value in state.items()}
         if kinds != {"step": int, "metrics_bytes": int, "due": bool}:

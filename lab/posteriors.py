@@ -99,29 +99,30 @@ class Encoded(Point):
         n = len(next(iter(self.layers.values())))
         generator = torch.Generator().manual_seed(seed)
 
-        # With kind shared, a row's vector has the width of its key, half of the prefix's numbers.
+        # Checkpoints have these names of parameters: first and last are the two maps, common the
+        # vectors. With kind shared, a row's vector is as wide as its key, half of its numbers.
         self.width = max(widths.values()) // (2 if kind == "shared" else 1)
-        self.input_map = None
+        self.first = None
         if kind == "mlp":
             weights = torch.randn(self.width, self.width, generator=generator)
-            self.input_map = nn.Parameter(weights / self.width**0.5)
-        self.vectors = nn.ParameterDict()
+            self.first = nn.Parameter(weights / self.width**0.5)
+        self.common = nn.ParameterDict()
         for name in ["all"] if kind == "mlp" else widths:
             vectors = torch.randn(n, self.width, generator=generator)
-            self.vectors[name] = nn.Parameter(vectors)
-        self.output_maps = nn.ParameterDict()
+            self.common[name] = nn.Parameter(vectors)
+        self.last = nn.ParameterDict()
         for i, width in widths.items():
-            self.output_maps[i] = nn.Parameter(torch.zeros(self.width, width))
+            self.last[i] = nn.Parameter(torch.zeros(self.width, width))
 
     def numbers(self) -> Layers:
         hidden = {}
-        for name, vectors in self.vectors.items():
-            mixed = vectors if self.input_map is None else vectors @ self.input_map
+        for name, vectors in self.common.items():
+            mixed = vectors if self.first is None else vectors @ self.first
             hidden[name] = torch.tanh(mixed)
         layers = {}
         for i, start in self.layers.items():
             layer_hidden = hidden["all"] if "all" in hidden else hidden[i]
-            change = layer_hidden @ self.output_maps[i]
+            change = layer_hidden @ self.last[i]
             layers[int(i)] = start + self.scales[int(i)] * change.view_as(start)
         return layers
 

@@ -566,6 +566,10 @@ def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) 
     """Raises UserError for another run's checkpoint."""
     for name, p in posterior.named_parameters():
         rows = checkpoint.tensors.get(f"rows.{name}")
+        if p.dim() == 4 and rows is not None and rows.dim() == 2:
+            raise UserError(f"{path}: a prefix of an early version, which trained its keys after "
+                            "rotation, so it cannot come to the same end: start a run from it by "
+                            f"--prior posterior:{path},resample=1")
         if rows is None or rows.shape != p.shape:
             raise UserError(f"{path}/checkpoints: rows {name!r} are missing or of another shape "
                             f"than {tuple(p.shape)}: this checkpoint is of another run")
@@ -599,11 +603,12 @@ def record_changes(run: Run, settings: Settings, config: dict, step: int) -> Non
 
 def report(run: Run, settings: Settings, by_layer: dict[int, Reference], questions: int) -> None:
     """Show the final scores, and how far the prompt moved from the prior's draw."""
-    name = spec_name(settings.data.eval_data) if settings.data.eval_data else \
-        "the training data, held out"
+    start, end = run.start_and_end()  # first, because it may be refused
+    name = "the training data, held out"
+    if settings.data.eval_data:
+        name = spec_name(settings.data.eval_data)
     show(f"\n{questions} questions of {name}; scores in percent, loss in nats a token\n\n"
          f"{score_table(settings, run.metrics())}\n")
-    start, end = run.start_and_end()
     kind = "keys and values" if settings.prompt.method == "prefix" else "rows"
     for i, reference in by_layer.items():
         moved = (end[i] - start[i]).norm(dim=1).mean()

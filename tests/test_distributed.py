@@ -15,7 +15,7 @@ import promptprior
 
 HERE = Path(promptprior.__file__).parent
 FEW = ["--steps", "5", "--eval-every", "3", "--eval-limit", "20", "--batch-size", "7",
-       "--max-new", "6"]
+       "--max-new", "6", "--train-examples", "60"]
 
 
 SPY = """  # promptprior.py, writing down the places in the data that every batch is made of

@@ -18,7 +18,7 @@ from lab.folder import Run
 from test_data import SHAPES, random_rows
 
 FEW = ["--steps", "4", "--eval-every", "1", "--eval-limit", "6", "--batch-size", "4",
-       "--max-new", "6", "--tokens", "4", "--reference-rows", "300"]
+       "--max-new", "6", "--tokens", "4", "--reference-rows", "300", "--train-examples", "60"]
 
 
 def run(*arguments):
@@ -150,21 +150,21 @@ def test_rows_of_a_network_begin_as_drawn_and_share(kind):
     assert all(torch.equal(made.numbers()[i], start[i][0]) for i in start)
     (made.numbers()[0][2] * torch.randn(16, generator=g)).sum().backward()
     # one row's loss moves what is common: the maps of its layer, and of mlp the vectors' network
-    assert made.output_maps["0"].grad.abs().sum() > 0 and made.output_maps["3"].grad is None
+    assert made.last["0"].grad.abs().sum() > 0 and made.last["3"].grad is None
     with torch.no_grad():
         for p in made.parameters():
             if p.requires_grad:
                 p += 0.1 * torch.randn(p.shape, generator=g)
     change = {i: (made.numbers()[i] - start[i][0]) / scales[i] for i in start}
     if kind == "shared":  # key and value of one row from one vector of half their width
-        hidden = torch.tanh(made.vectors["3"])
+        hidden = torch.tanh(made.common["3"])
         assert hidden.shape == (5, 8)
-        torch.testing.assert_close(change[3][:, :8], hidden @ made.output_maps["3"][:, :8])
-        torch.testing.assert_close(change[3][:, 8:], hidden @ made.output_maps["3"][:, 8:])
+        torch.testing.assert_close(change[3][:, :8], hidden @ made.last["3"][:, :8])
+        torch.testing.assert_close(change[3][:, 8:], hidden @ made.last["3"][:, 8:])
     else:  # all layers from one vector a row
-        hidden = torch.tanh(made.vectors["all"] @ made.input_map)
+        hidden = torch.tanh(made.common["all"] @ made.first)
         for i in start:
-            torch.testing.assert_close(change[i], hidden @ made.output_maps[str(i)])
+            torch.testing.assert_close(change[i], hidden @ made.last[str(i)])
     group, = made.groups()
     assert {id(p) for p in group["params"]} == {id(p) for p in made.parameters() if p.requires_grad}
     # a fifth over the network's width, unless one is asked for

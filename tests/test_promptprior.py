@@ -26,7 +26,7 @@ from lab.train import command_train
 
 HERE = Path(promptprior.__file__).parent
 FEW = ["--steps", "4", "--eval-every", "2", "--eval-limit", "6", "--batch-size", "4",
-       "--max-new", "6"]
+       "--max-new", "6", "--train-examples", "60"]
 
 
 def run(*arguments):

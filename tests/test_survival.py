@@ -27,7 +27,8 @@ from priors import PRIORS
 
 HERE = Path(__file__).resolve().parent.parent
 FEW = ["--data", "math", "--prior", "isotropic", "--tokens", "3", "--batch-size", "2",
-       "--eval-limit", "3", "--max-new", "2", "--steps", "6", "--eval-every", "2"]
+       "--eval-limit", "3", "--max-new", "2", "--steps", "6", "--eval-every", "2",
+       "--train-examples", "40"]
 
 
 def main(*arguments):
