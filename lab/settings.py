@@ -168,8 +168,8 @@ class PromptSettings:
 @dataclass(frozen=True)
 class DataSettings:
     data: str = setting("squad", "training data, a SPEC: KIND:PATH with KIND squad, math or "
-                        "another of docs/data.md, PATH a file, folder or pattern; squad, math and text "
-                        "alone are the bundled ones")
+                        "another of docs/data.md, PATH a file, folder or pattern; squad, math and "
+                        "text alone are the bundled ones")
     eval_data: str | None = setting(None, "evaluation data, a SPEC (the bundled one's, or a tenth "
                                     "of --data held out)")
     train_examples: int = setting(0, "training questions, drawn at random; 0 for all", least=0)
