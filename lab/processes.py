@@ -3,6 +3,7 @@ of one, so the callers need not ask."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 
@@ -38,6 +39,8 @@ def _init_group(device: str) -> None:
                             f"{torch.cuda.device_count()}: lower --nproc-per-node")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    # A group that is still there when Python ends has threads that are, and C++ aborts on them.
+    atexit.register(dist.destroy_process_group)
 
 
 def rank_and_size() -> tuple[int, int]:
