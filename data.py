@@ -18,6 +18,7 @@ import functools
 import gzip
 import io
 import json
+import math
 import os
 import random
 import re
@@ -358,14 +359,18 @@ READERS = {
 
 
 class Vocabulary:
-    """A model folder's tokenizer.json, with exactly one BOS in front of every text. bos and eos
-    are the ids in its config.json; a model without BOS has bos None."""
+    """A model folder's tokenizer.json. A text gets the BOS that the tokenizer itself puts in front,
+    and no second one if it begins with BOS; an EOS behind it is dropped. So its ids are those of
+    transformers' AutoTokenizer, without that EOS.
 
-    def __init__(self, folder: str | Path, bos: int | None, eos: tuple[int, ...] = ()):
+    self.bos is the id in front of every text, or None."""
+
+    def __init__(self, folder: str | Path, eos: tuple[int, ...] = (), bos: int | None = None):
+        """eos: the ids in config.json. bos: what to put in front where the tokenizer has none."""
         from tokenizers import Tokenizer
 
         self.path = Path(folder) / "tokenizer.json"
-        self.bos, self.eos = bos, eos
+        self.eos = eos
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file; a model folder needs its tokenizer.json: "
                             "fetch it")
@@ -374,13 +379,18 @@ class Vocabulary:
             self.tokenizer = Tokenizer.from_str(text)
             self.tokenizer.no_truncation()  # a file may ask for either; both falsify texts
             self.tokenizer.no_padding()
-            added = self.tokenizer.encode("").ids
+            encoding = self.tokenizer.encode(string.printable + "\u00fc\u732b\0")
             # Some broken files load without error and fail when they are used.
-            self.tokenizer.decode(self.tokenizer.encode(string.printable + "\u00fc\u732b\0").ids)
-        if added and added != [bos] and (bos is not None or len(added) > 1):
-            raise DataError(f"{self.path}: puts tokens {added} around a text and config.json says "
-                            f"BOS is {bos}, expected that alone: the two are not of one model; "
-                            "fetch both again")
+            self.tokenizer.decode(encoding.ids)
+        # What the tokenizer adds: _front tokens before every text, _behind tokens after it.
+        is_text = [not added for added in encoding.special_tokens_mask]
+        self._front, self._behind = 0, 0
+        if True in is_text:
+            self._front, self._behind = is_text.index(True), is_text[::-1].index(True)
+        if self._front > 1:
+            raise DataError(f"{self.path}: puts tokens {encoding.ids[:self._front]} in front of a "
+                            "text, expected BOS alone: fetch it again")
+        self.bos = encoding.ids[0] if self._front else bos
 
     @functools.cached_property
     def size(self) -> int:
@@ -408,17 +418,25 @@ class Vocabulary:
         with _tokenizer_errors(self.path):
             return self._with_bos(self.tokenizer.encode(text).ids)
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """encode of every text, on all cores."""
+        with _tokenizer_errors(self.path):
+            return [self._with_bos(e.ids) for e in self.tokenizer.encode_batch(texts)]
+
     def encode_at(self, text: str, place: int) -> tuple[list[int], int]:
         """encode, and the index of the first token that begins at character `place` or after."""
         with _tokenizer_errors(self.path):
             encoding = self.tokenizer.encode(text)
         ids = self._with_bos(encoding.ids)
+        last = len(encoding.ids) - self._behind
         # a token that the tokenizer adds has no characters, so it begins where it ends
         first = next((i for i, (begin, end) in enumerate(encoding.offsets)
-                      if begin >= place and end > begin), len(encoding.ids))
-        return ids, first + len(ids) - len(encoding.ids)
+                      if begin >= place and end > begin), last)
+        return ids, first + len(ids) - last
 
     def _with_bos(self, ids: list[int]) -> list[int]:
+        """ids: what the tokenizer makes of a text."""
+        ids = ids[self._front:len(ids) - self._behind]
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def encode_plain(self, text: str) -> list[int]:
@@ -468,7 +486,7 @@ class Row(NamedTuple):
     """An example as tokens. The answer's first characters may merge with the question's last ones
     into one token, so ids[:start] is what ids and question have in common."""
 
-    ids: list[int]  # BOS, context, question, answer, line break
+    ids: list[int]  # BOS if there is one, context, question, answer, line break
     start: int  # index in ids of the first token that is the answer's
     question: list[int]  # the text without the answer; ids[:start] unless they merge
     context: str  # rows of one context share their beginning
@@ -482,26 +500,35 @@ def question_text(context: str, question: str) -> str:
     return f"{context}\n{asked}" if context else asked
 
 
-def encode(example: Example, vocabulary: Vocabulary, max_length: int) -> Row | None:
+def answer_text(example: Example) -> str:
+    """What follows "Answer:". An unanswerable question's answer is a space, which no tokenizer
+    merges with the colon before it."""
+    return f" {example.answers[0]}\n" if example.answers else " \n"
+
+
+def encode(example: Example, vocabulary: Vocabulary, max_length: int,
+           beginning: str = "") -> Row | None:
     """An example in at most max_length tokens. One that is too long loses words at the context's
-    end; None if question and answer alone are too long. An unanswerable question's answer is a
-    space, which no tokenizer merges with the colon before it. A text is a row without question."""
+    end; None if the rest alone is too long. A text is a row without question; None if it is empty.
+
+    beginning: a text in front of the example's own, which is never cut."""
     context = example.context[:LONGEST_TOKENISED]
     if example.kind == "text":
         all_ids = vocabulary.encode(context)
         ids = all_ids[:max_length]
-        return Row(ids, len(ids), ids, example.context, len(all_ids) - len(ids), len(ids))
+        row = Row(ids, len(ids), ids, example.context, len(all_ids) - len(ids), len(ids))
+        return row if ids else None
 
-    answer = f" {example.answers[0]}\n" if example.answers else " \n"
-    if len(example.question) + len(answer) > LONGEST_TOKENISED:
+    answer = answer_text(example)
+    if not _can_be_tokenised(example):
         return None
 
     # The text is tokenised as a whole, for its parts would merge differently at their ends. So may
     # a shortened context, which is why it takes a loop.
     cut = 0
     while True:
-        question = question_text(context, example.question)
-        ids, body = vocabulary.encode_at(question + answer, len(context))
+        question = beginning + question_text(context, example.question)
+        ids, body = vocabulary.encode_at(question + answer, len(beginning) + len(context))
         excess = len(ids) - max_length
         if excess <= 0:
             break
@@ -513,6 +540,34 @@ def encode(example: Example, vocabulary: Vocabulary, max_length: int) -> Row | N
     question_ids = vocabulary.encode(question)
     start = len(common_beginning([ids, question_ids]))
     return Row(ids, start, question_ids, example.context, cut, body)
+
+
+def surely_fits(example: Example, vocabulary: Vocabulary, max_length: int) -> bool:
+    """Whether question and answer fit max_length by their number of bytes, without tokenising. A
+    token has at least a byte of the text, unless the tokenizer normalises the text first."""
+    if vocabulary.tokenizer.normalizer is not None:
+        return False
+    characters = len(example.question) + len(answer_text(example)) + len(question_text("", ""))
+    return 4 * characters + 8 <= max_length  # UTF-8; BOS, a space that a tokenizer puts in front
+
+
+def sizes(examples: list[Example], vocabulary: Vocabulary) -> Iterator[tuple[float, int]]:
+    """(tokens of question and answer without the context, those of them that are the answer's) of
+    each example that `encode` would tokenise, else (inf, 0)."""
+    for start in range(0, len(examples), 1000):
+        chunk = examples[start:start + 1000]
+        is_short = [_can_be_tokenised(e) for e in chunk]
+        questions = [question_text("", e.question) if short else ""
+                     for e, short in zip(chunk, is_short)]
+        texts = [q + answer_text(e) if q else "" for q, e in zip(questions, chunk)]
+        rows = zip(is_short, vocabulary.encode_batch(questions), vocabulary.encode_batch(texts))
+        for short, question_ids, ids in rows:
+            answer = len(ids) - len(common_beginning([ids, question_ids]))
+            yield (len(ids), answer) if short else (math.inf, 0)
+
+
+def _can_be_tokenised(example: Example) -> bool:
+    return len(example.question) + len(answer_text(example)) <= LONGEST_TOKENISED
 
 
 def _shorten(context: str, excess: int, vocabulary: Vocabulary) -> tuple[str, int]:

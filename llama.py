@@ -549,6 +549,14 @@ class Llama(nn.Module):
             return past or self.empty()
         return self._run(ids, past, tap=tap, output=False)[1]
 
+    def inputs(self, ids: Tensor, past: Past | None, tap: Callable[[int, Tensor], None],
+               last: int) -> None:
+        """Call tap as forward does, up to layer `last`, and compute nothing after it."""
+        if last == self.config.num_hidden_layers:
+            self(ids, past, tap)
+        else:
+            self._run(ids, past, tap=tap, cache=False, last=last)
+
     def logits(self, h: Tensor) -> Tensor:
         """h (..., D) -> (..., V). Pick positions first: (B, T, V) of 128k tokens is gigabytes."""
         tied = self.config.tie_word_embeddings
@@ -664,10 +672,11 @@ class Llama(nn.Module):
     # ---- both
 
     def _run(self, ids: Tensor, past: Past | None, parent: Tensor | None = None, tap=None,
-             weights=None, cache: bool = True, output: bool = True,
-             wanted: Tensor | None = None) -> tuple[Tensor | None, Past | None]:
+             weights=None, cache: bool = True, output: bool = True, wanted: Tensor | None = None,
+             last: int | None = None) -> tuple[Tensor | None, Past | None]:
         """Run the blocks on the N real tokens -> the last block's output (N, D), and the Past if
-        cache. The last block computes only the tokens wanted (B, T), or nothing if not output."""
+        cache. The last block computes only the tokens wanted (B, T), or nothing if not output.
+        With `last` the run ends with the input of that block, which is returned."""
         past, real = past or self.empty(), ids != PAD
         layout, start = self._layout(real, past.real, parent), pick(past.position, parent)
         column = torch.arange(ids.shape[1], device=ids.device)
@@ -681,6 +690,8 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.model.layers):
             if tap:
                 tap(i, x)
+            if i == last:
+                return x, None
             inputs = (x, past.keys[i], past.values[i], layout, cos, sin, cache, outputs[i])
             if weights:
                 x, k, v = layer(*inputs, partial(weights, i))

@@ -13,6 +13,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 
 from lab.commands import COMMANDS, parse
 from lab.console import FIRST, Stopped, one_line, out_of_memory, say, show
@@ -70,9 +71,14 @@ def report(e: Exception, status: int) -> None:
     if status > 0:
         text = f"error: {text}"
     say(f"promptprior: {text}")
-    if not FIRST and status > 0 and in_a_group():
+    if FIRST or status < 0:
+        return
+    if in_a_group():
         # Of an error in one process alone the first one knows nothing.
         show(f"promptprior: process {os.environ['RANK']}: {text}", sys.stderr)
+    else:
+        # The first process says the same, unless torchrun ends it because this one is faster.
+        time.sleep(10)
 
 
 def in_a_group() -> bool:

@@ -53,7 +53,7 @@ def main() -> None:
     p.add_argument("--priors", nargs="+", default=PRIORS)
     a = p.parse_args()
     found, starts, ends = {}, [], []
-    tokens = llama.load(TINY, "float32").embeddings[data.Vocabulary(TINY, 0, (1,)).ordinary]
+    tokens = llama.load(TINY, "float32").embeddings[data.Vocabulary(TINY, (1,)).ordinary]
     size = tokens.norm(dim=1).mean().item()
     with tempfile.TemporaryDirectory() as folder:
         for prior in a.priors:

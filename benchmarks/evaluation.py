@@ -34,7 +34,7 @@ def ours(model: llama.Llama, prompt: llama.Prompt, rows: list[data.Row], stop: s
     with torch.no_grad():
         past = model.extend(batch.shared, prompt.past(model))
     result = answers(model, [past], batch, max_new, stop)
-    return result.loss / result.tokens, result.ids
+    return sum(result.loss) / sum(result.tokens), result.ids
 
 
 def their_loss(model, rows: list[data.Row]):

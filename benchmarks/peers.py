@@ -87,7 +87,7 @@ def questions(a: argparse.Namespace, count: int) -> list[list[data.Row]]:
         if ":" in a.data:
             folder = made
             bpe(examples).save(f"{made}/tokenizer.json")
-        vocabulary = data.Vocabulary(folder, bos=1 if ":" in a.data else 0)
+        vocabulary = data.Vocabulary(folder, bos=1)
     rows = [r for e in examples if (r := data.encode(e, vocabulary, 1024))]
     order = data.Order([r.context for r in rows], a.batch_size, a.seed)
     return [[rows[i] for i in order[step]] for step in range(count)]

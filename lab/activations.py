@@ -61,7 +61,8 @@ def stream(model: llama.Llama, rows: list[list[int]], positions: list[list[int]]
                 x = x.index_select(0, index)
                 activations[i] = _means(x, owner, len(batch)) if mean else x
 
-        model(llama.pad(batch).to(model.embeddings.device), past, keep)
+        ids = llama.pad(batch).to(model.embeddings.device)
+        model.inputs(ids, past, keep, last=max(layers))
         yield activations
 
 
@@ -370,7 +371,7 @@ def command_collect(given: dict) -> None:
     else:
         loaded = load_model(from_flags(ModelSettings, given).complete())
         max_length = longest_text(loaded, DataSettings(max_length=options.max_length),
-                                  PriorSettings(text=""))
+                                  PriorSettings())
     # Check all that was asked for before the data is read, which may take long.
     L = loaded.model.config.num_hidden_layers
     layers, roles = chosen_layers(options.layers, L), chosen_roles(options.roles)

@@ -160,12 +160,12 @@ def command_attention(given: dict) -> None:
     if settings.train.posterior != "point":
         mean = f" The mean prompt of the {settings.train.posterior} posterior."
     figure = run.path / "figures/attention.svg"
-    caption = describe(opened, len(questions.rows), rows[0][1]["content"]) + mean
+    caption = describe(opened, len(questions), rows[0][1]["content"]) + mean
     write_file(figure, pictures.attention(rows, caption).encode())
     if options.json:
         show(json.dumps({"run": str(run.path), "attention": dict(rows)}))
     else:
-        show(f"{run.path}, {len(questions.rows)} questions.{mean}\n\n{table(rows, TITLES)}")
+        show(f"{run.path}, {len(questions)} questions.{mean}\n\n{table(rows, TITLES)}")
     say(str(figure))
 
 

@@ -27,6 +27,12 @@ def argument(metavar: str, help: str, **about):
     return setting(None, help, metavar=metavar, **about)
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    step: str | None = setting(None, "the prompt of this step, or best: that of the lowest "
+                               "evaluation loss (the last)")
+
+
 UNANSWERABLE = "keep unanswerable questions; their answer is empty"
 JSON = "print JSON"
 
@@ -46,8 +52,10 @@ class EvalOptions:
                                flag="--data", flag_metavar="DATA")
     eval_limit: int | None = setting(None, "most questions, 0 for all (the run's)", least=0,
                                      flag="--limit", flag_metavar="LIMIT")
-    texts: tuple[str, ...] = setting((), "text prompts to score too (the run's)",
-                                     flag="--text", flag_metavar="TEXT")
+    text: tuple[str, ...] = setting((), "text prompts to score too (the run's)")
+    text_file: tuple[str, ...] = setting((), "the same, a file each", flag_metavar="FILE")
+    separator: str | None = setting(None, "what stands between a text prompt and the text (the "
+                                    "run's)")
     max_length: int | None = setting(None, "most tokens of a question's text (the run's)", above=0)
     keep_unanswerable: bool = setting(False, UNANSWERABLE)
     json: bool = setting(False, JSON)
@@ -139,7 +147,8 @@ class PlotOptions:
     runs: tuple[str, ...] = argument("RUN", "runs' folders", nargs="+")
     out: str | None = setting(None, "where the page goes (report.html in the first RUN's folder)",
                               flag_metavar="FILE")
-    text: bool = setting(False, "print each layer's plane in characters, and write nothing")
+    in_characters: bool = setting(False, "print each layer's plane in characters, and write "
+                                  "nothing", flag="--text")
 
 
 @dataclass(frozen=True)
@@ -178,35 +187,35 @@ COMMANDS = {
         lists_priors=True),
     "eval": Command(
         "evaluation", "Score a run's prompt beside no prompt and a text prompt.",
-        (EvalOptions,), (ModelSettings,)),
+        (EvalOptions, StepOptions), (ModelSettings,)),
     "generate": Command(
         "evaluation", "Continue a text under a run's prompt, to the end of the line.",
-        (GenerateOptions,), (ModelSettings,)),
+        (GenerateOptions, StepOptions), (ModelSettings,)),
     "sample": Command(
         "sample", "Draw rows from a prior, report on them and picture them.",
         (ModelSettings, PriorSettings, DataSettings, SampleOptions), lists_priors=True),
     "collect": Command(
         "activations", "Keep activations of data at chosen layers, with the role of every row, in "
-        "one safetensors file.", (ModelSettings, CollectOptions)),
+        "one safetensors file.", (ModelSettings, CollectOptions, StepOptions)),
     "compare": Command(
         "compare", "Measure the geometry of runs (where rows started and ended, and what they "
         "say), or of collections (are domains apart, are texts local).",
-        (CompareOptions,), (ModelSettings,)),
+        (CompareOptions, StepOptions), (ModelSettings,)),
     "interpolate": Command(
         "interpolate", "Score the prompts on the straight line between two runs' prompts, on the "
-        "tasks of both.", (InterpolateOptions,), (ModelSettings,)),
+        "tasks of both.", (InterpolateOptions, StepOptions), (ModelSettings,)),
     "attention": Command(
         "attention", "Measure what a run's prompt does to attention: the share it takes, what it "
-        "changes among content, the directions it adds.", (AttentionOptions,), (ModelSettings,)),
+        "changes among content, the directions it adds.", (AttentionOptions, StepOptions), (ModelSettings,)),
     "figures": Command(
         "figures", "Draw the paper's figures, and measure what each shows.",
         (ModelSettings, FigureOptions)),
     "plot": Command(
         "page", "Draw runs: a page to explore, report.html, and for every layer the reference, the "
-        "prior's draw and the trained rows.", (PlotOptions,), (ModelSettings,)),
+        "prior's draw and the trained rows.", (PlotOptions, StepOptions), (ModelSettings,)),
     "export": Command(
         "adapters", "Write a run's prompt as an adapter that PEFT loads, or its log as a table.",
-        (ExportOptions,), (ModelSettings,)),
+        (ExportOptions, StepOptions), (ModelSettings,)),
     "import": Command(
         "adapters", "Make a run's folder of a prompt that PEFT trained, or of rows in numpy's "
         "format, for eval, generate, compare, plot and --prior posterior:RUN.",

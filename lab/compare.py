@@ -28,13 +28,13 @@ from lab.activations import Collection
 from lab.commands import CompareOptions
 from lab.console import say, show, table
 from lab.evaluation import OpenRun, open_run, score_table
+from lab.folder import FIRST
 from lab.hub import model_folder
 from lab.inputs import LoadedModel, check_same_model, load_model
 from lab.populations import Reference, references_of
 from lab.settings import ModelSettings, Settings, flat, from_flags, with_flags
 
 MOST = 2000  # rows of a population in measures that compute the distances of all pairs
-FIRST_PROMPT, LAST_PROMPT = "prompts/000000.safetensors", "prompt.safetensors"  # of a run
 
 # Headings of the columns, in their order: key -> heading.
 TITLES = {
@@ -278,7 +278,7 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
     opened = open_run(path, given, models)
     run, settings = opened.run, opened.settings
     start, end = run.start_and_end()
-    drawn, trained = prompt_to_read(opened, FIRST_PROMPT), prompt_to_read(opened, LAST_PROMPT)
+    drawn, trained = prompt_to_read(opened, FIRST), prompt_to_read(opened, run.shown)
     tokens = None
     if not opened.prompt.is_prefix:
         tokens = opened.model.embeddings[opened.vocabulary.ordinary].float().cpu()
@@ -302,6 +302,8 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
               "measures": dict(rows), "tokens": readings}
     title = (f"{run.path}: prior {settings.prior_name}, {settings.train.posterior} posterior, "
              f"seed {settings.seed}")
+    if opened.step is not None:
+        title += f"; its prompt at step {opened.step}"
     lines = [title, score_table(settings, metrics), "", table(rows, TITLES),
              *reading_lines(readings, settings.train.posterior)]
     return record, "\n".join(lines)

@@ -152,10 +152,9 @@ def scores_line(scores: dict[str, float]) -> str:
 def _cell(key: str, numbers: dict[str, float]) -> str:
     if key not in numbers:
         return ""
-    if key == "loss":
-        return f"{numbers[key]:.3f}"
     if key in SCORES:
-        return f"{numbers[key]:.1f}"
+        digits, error = 3 if key == "loss" else 1, numbers.get(f"{key}_se")
+        return f"{numbers[key]:.{digits}f}" + (f" ({error:.{digits}f})" if error is not None else "")
     return f"{numbers[key]:#.3g}".rstrip(".")
 
 

@@ -20,12 +20,12 @@ import llama
 from lab import geometry
 from lab.commands import EvalOptions, GenerateOptions
 from lab.console import SCORES, Stopped, UserError, progress, show, table
-from lab.folder import Run
+from lab.folder import Run, best_evaluation
 from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
-                        plain_pasts, read_questions, rows_per_layer, sample_topics,
+                        plain_prompts, read_questions, rows_per_layer, sample_topics, topic,
                         training_and_evaluation)
 from lab.loss import answers, begin
-from lab.processes import all_gather, all_reduce_sum, rank_and_size
+from lab.processes import all_gather, rank_and_size
 from lab.settings import (DataSettings, ModelSettings, Settings, from_flags, text_name,
                           with_flags)
 
@@ -35,6 +35,7 @@ class OpenRun(NamedTuple):
     settings: Settings  # the run's, and over them the flags that were given now
     loaded: LoadedModel
     prompt: llama.Prompt  # of a posterior its mean; on the model's device
+    step: int | None = None  # of the prompt, if another than the last was asked for
 
     @property
     def model(self) -> llama.Llama:
@@ -50,18 +51,23 @@ class OpenRun(NamedTuple):
 
 
 # Flags of other commands that replace a run's settings, besides the model's.
-REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable")
+REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable", "text", "text_file",
+            "separator")
 
 
 def open_run(path: str | Path, given: dict,
              models: dict[ModelSettings, LoadedModel] | None = None) -> OpenRun:
-    """A run with its model and prompt. Flags of the model and of evaluation in `given` replace the
-    run's settings. models: those that are loaded already; runs of one model share it. Raises
+    """A run with its model and prompt, the last or that of given["step"]. Flags of the model and of
+    evaluation in `given` replace the run's settings. models: those that are loaded already; runs of one model share it. Raises
     UserError or ModelError if the prompt does not fit the model."""
     run, models = Run(Path(path)), {} if models is None else models
     names = {*vars(ModelSettings()), *REPLACED}
     settings = with_flags(run.settings(), {name: given[name] for name in names & given.keys()})
-    settings = replace(settings, model=settings.model.complete())
+    if "text_file" in given and "text" not in given:
+        settings = replace(settings, prior=replace(settings.prior, text=()))
+    settings = replace(settings, model=settings.model.complete(),
+                       prior=settings.prior.with_files_read())
+    step = run.show_step(given["step"]) if "step" in given else None
     prompt = run.prompt()
     if settings.model not in models:
         models[settings.model] = load_model(settings.model)
@@ -69,7 +75,7 @@ def open_run(path: str | Path, given: dict,
     check_place(settings.prompt, loaded, settings.model.model)
     prompt = prompt.to(loaded.device)
     prompt.past(loaded.model)  # refuses rows that do not fit
-    return OpenRun(run, settings, loaded, prompt)
+    return OpenRun(run, settings, loaded, prompt, step)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -80,8 +86,9 @@ def open_run(path: str | Path, given: dict,
 def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], questions: Questions,
              place: str, settings: DataSettings, name: str,
              everywhere: bool = False) -> tuple[dict[str, float], list[dict]]:
-    """Loss (nats a token), scores (percent) of greedy answers, the calibration error of their first
-    tokens (percent), and the predictions. Of several prompts token probabilities are averaged.
+    """Loss (nats a token), scores (percent) of greedy answers, the standard error of each as "f1_se"
+    and so on, the calibration error of first tokens (percent), and the predictions. Of several
+    prompts token probabilities are averaged.
 
     place: where a Prompt stands; a Past stands before everything. Processes share the batches,
     unless they share the weights and so must all do the same (everywhere)."""
@@ -90,51 +97,66 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
         prompts = [p.past(loaded.model) if isinstance(p, llama.Prompt) else p for p in prompts]
     # Every process takes its share of the batches.
     rank, size = (0, 1) if everywhere else rank_and_size()
-    indices = range(len(questions.rows))
+    indices = range(len(questions))
     batches = [indices[i:i + settings.batch_size] for i in indices[::settings.batch_size]]
     batches = batches[rank::size]
 
-    # Answer the questions, and sum the loss of their right answers.
-    total, tokens, answered = 0.0, 0, {}
+    answered: dict[int, tuple] = {}  # by question
     with progress(total=sum(map(len, batches)), desc=name, unit=" questions", leave=False) as bar:
         for members in batches:
             batch = questions.batch(members, settings.share, place, loaded.device)
             started = [begin(loaded.model, batch, prompt, place) for prompt in prompts]
             result = answers(loaded.model, [past for past, _ in started], started[0][1],
                              settings.max_new, loaded.vocabulary.stop)
-            total, tokens = total + result.loss.item(), tokens + result.tokens
-            answered.update(zip(members, zip(result.ids, result.confidence, result.is_right)))
+            answered.update(zip(members, zip(*result)))
             bar.update(len(members))
     if size > 1:
-        total, tokens = all_reduce_sum(total, tokens, device=str(loaded.device))
         for part in all_gather(answered):
             answered.update(part)
-    if not math.isfinite(total):
+    losses, tokens, ids, confidence, is_right = zip(*(answered[i] for i in indices))
+    if not math.isfinite(sum(losses)):
         dtype = str(loaded.model.embeddings.dtype).removeprefix("torch.")
-        raise Stopped(f"{name}: its loss is {total}, not finite in {dtype}: lower --lr, or use "
-                      "--dtype float32 or bfloat16", 1)
+        raise Stopped(f"{name}: its loss is {sum(losses)}, not finite in {dtype}: lower --lr, or "
+                      "use --dtype float32 or bfloat16", 1)
 
     # Score the answers, in the order of the questions.
     scores, predictions = [], []
-    for i, example in enumerate(questions.examples):
-        prediction = loaded.vocabulary.first_line(answered[i][0])
+    for example, answer in zip(questions.examples, ids):
+        prediction = loaded.vocabulary.first_line(answer)
         score = data.score(example, prediction)
         scores.append(score)
         predictions.append({
             "id": example.id, "question": example.question, "prediction": prediction,
             "answers": list(example.answers),
             **{key: round(100 * value, 2) for key, value in score.items()}})
-    confidence = np.array([answered[i][1] for i in indices])
-    is_right = np.array([answered[i][2] for i in indices])
-    return {"loss": total / tokens, **data.mean_scores(scores),
-            "calibration_error": geometry.calibration_error(confidence, is_right)}, predictions
+    metrics = {"loss": sum(losses) / sum(tokens), **data.mean_scores(scores),
+               **standard_errors(questions, losses, tokens, scores),
+               "calibration_error": geometry.calibration_error(np.array(confidence),
+                                                               np.array(is_right))}
+    return metrics, predictions
+
+
+def standard_errors(questions: Questions, losses: list[float], tokens: list[int],
+                    scores: list[dict[str, float]]) -> dict[str, float]:
+    """{"loss_se": ...} in the units of the means; {} if the questions share one context. Questions
+    of one context are no independent sample, so contexts are what was sampled."""
+    _, context = np.unique([topic(e) for e in questions.examples], return_inverse=True)
+    if context.max() == 0:
+        return {}
+    errors = {"loss_se": geometry.ratio_error(np.array(losses), np.array(tokens), context)}
+    ones = np.ones(len(scores))
+    for key in scores[0]:
+        values = np.array([score[key] for score in scores])
+        errors[f"{key}_se"] = 100 * geometry.ratio_error(values, ones, context)
+    return errors
 
 
 def score_table(settings: Settings, metrics: list[dict]) -> str:
-    """The scores that a run logged: without a prompt, of text prompts, of the prior's draw and at
-    the last evaluation."""
-    names = {"baseline": "no prompt", "text": text_name(settings.prior.text)}
-    rows = [(names[line["split"]], line) for line in metrics if line["split"] in names]
+    """The scores that a run logged: without a prompt, of text prompts, of the prior's draw, at the
+    last evaluation, and at the best one if that was another."""
+    rows = [("no prompt", line) for line in metrics if line["split"] == "baseline"]
+    text_lines = [line for line in metrics if line["split"] == "text"]
+    rows += [(text_name(text), line) for text, line in zip(settings.prior.text, text_lines)]
     evals = [line for line in metrics if line["split"] == "eval"]
     if not evals and settings.imported:
         return "imported: `eval` scores it"
@@ -143,11 +165,14 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
                         "--out RUN --resume")
     prior, last = f"{settings.prior_name} prior", evals[-1]
     rows.append((f"{prior}, untrained", evals[0]))
-    if last["step"]:
-        together = ""
-        if settings.train.posterior == "svgd":
-            together = f", {settings.train.particles} particles together"
-        rows.append((f"{prior}, {last['step']} steps{together}", last))
+    together = ""
+    if settings.train.posterior == "svgd":
+        together = f", {settings.train.particles} particles together"
+    best = best_evaluation(evals, [line["step"] for line in evals])
+    for line in [last] if best in (evals[0], last) else [best, last]:
+        mark = " (lowest loss)" if line is best and line is not last else ""
+        if line["step"]:
+            rows.append((f"{prior}, {line['step']} steps{together}{mark}", line))
     titles = {key: title for key, title in SCORES.items() if key != "calibration_error"}
     return table(rows, titles)
 
@@ -165,18 +190,20 @@ def command_eval(given: dict) -> None:
     questions = encode(evals, loaded.vocabulary, opened.max_length, name)
 
     # Score what the prompt is compared with, and then the prompt.
-    texts = options.texts or settings.texts
-    plain = plain_pasts(loaded, texts, settings.data, opened.max_length)
+    plain = plain_prompts(loaded, settings.prior, questions)
+    asked = [(p.name, [p.past], p.questions) for p in plain]
+    asked += [(label, prompts, questions) for label, prompts in trained_prompts(opened)]
     rows = []
-    for label, prompts in [*plain.values(), *trained_prompts(opened)]:
-        scores, _ = evaluate(loaded, prompts, questions, settings.prompt.place, settings.data,
-                             label)
+    for label, prompts, asked_questions in asked:
+        scores, _ = evaluate(loaded, prompts, asked_questions, settings.prompt.place,
+                             settings.data, label)
         rows.append((label, scores))
+    questions.say_cut()
     if options.json:
         show(json.dumps({"run": str(opened.run.path), "data": name,
-                         "questions": len(questions.rows), "scores": dict(rows)}))
+                         "questions": len(questions), "scores": dict(rows)}))
     else:
-        show(f"{opened.run.path} on {len(questions.rows)} questions of {name}; scores in percent, "
+        show(f"{opened.run.path} on {len(questions)} questions of {name}; scores in percent, "
              f"loss in nats a token\n\n{table(rows)}")
 
 
@@ -184,6 +211,8 @@ def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
     """A run's prompt; of a posterior its mean, each of its prompts, and all of them together."""
     settings = opened.settings
     kind = "prompt" if settings.imported else "prior, trained"
+    if opened.step is not None:
+        kind = f"prior, {opened.step} steps"
     name = f"{settings.prior_name} {kind}"
     if settings.train.posterior == "point":
         return [(name, [opened.prompt])]

@@ -39,6 +39,7 @@ from lab.settings import Settings, from_config
 
 CHECKPOINTS = 2  # that are kept: the newest, and one more in case it turns out to be damaged
 LOCK = "run.lock"
+FIRST, LAST = "prompts/000000.safetensors", "prompt.safetensors"  # the prior's draw; the newest
 NUMBERED = "??????.safetensors"  # a file that is named by its step
 RESTORE = "restore the file"
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what a killed writer leaves
@@ -54,10 +55,13 @@ class Checkpoint(NamedTuple):
 
 
 class Run:
-    """A run's folder. Of several processes only the first writes."""
+    """A run's folder. Of several processes only the first writes.
+
+    self.shown names the file whose prompt commands are about: the last one, or after `show_step`
+    that of an earlier step."""
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path, self.shown = Path(path), LAST
 
     @property
     def writes(self) -> bool:
@@ -135,11 +139,30 @@ class Run:
                             "it, or train again with --overwrite")
         return steps
 
-    def tensors(self, name: str = "prompt.safetensors") -> dict[str, Tensor]:
-        """What prompt.safetensors or prompts/NNNNNN.safetensors holds: layers.I (n, D), or of a
-        prefix (n, 2, G, hd), keys before rotation; of a posterior layers.I.sd or
-        layers.I.particles (K, n, D) too."""
-        path, last = self.path / name, "prompt.safetensors"
+    def show_step(self, step: str) -> int:
+        """Make the prompt of this step the one that is shown -> the step. best: that of the lowest
+        evaluation loss."""
+        steps = self.snapshots()
+        if step == "best":
+            best = best_evaluation(self.metrics(), steps)
+            if best is None:
+                raise UserError(f"{self.path}: --step best: none of its prompts was evaluated: give "
+                                "a number, or leave it out")
+            number = best["step"]
+        elif not step.isdecimal() or int(step) not in steps:
+            raise UserError(f"{self.path}: --step {step}: no prompt of that step: give best, or one "
+                            f"of {', '.join(map(str, steps))}")
+        else:
+            number = int(step)
+        self.shown = f"prompts/{number:06d}.safetensors"
+        return number
+
+    def tensors(self, name: str | None = None) -> dict[str, Tensor]:
+        """What prompt.safetensors or prompts/NNNNNN.safetensors holds (None: what is shown):
+        layers.I (n, D), or of a prefix (n, 2, G, hd), keys before rotation; of a posterior
+        layers.I.sd or layers.I.particles (K, n, D) too."""
+        name = name or self.shown
+        path = self.path / name
         if not path.exists():
             self.config()  # refuses a folder that is no run
             raise UserError(f"{path}: no such file; training has not come that far: train it with "
@@ -149,17 +172,17 @@ class Run:
         if any(key.endswith(".keys") for key in tensors):
             tensors = from_rotated(tensors, self.settings())
         # A snapshot of another run, in this one's place, would be silently wrong.
-        if name != last and (self.path / last).exists():
-            if shapes_of(tensors) != shapes_of(self.tensors(last)):
-                raise UserError(f"{path}: rows of other layers or shapes than {last} has, so the "
+        if name != LAST and (self.path / LAST).exists():
+            if shapes_of(tensors) != shapes_of(self.tensors(LAST)):
+                raise UserError(f"{path}: rows of other layers or shapes than {LAST} has, so the "
                                 "two are not of one run: restore the file")
         return tensors
 
-    def prompt(self, name: str = "prompt.safetensors") -> llama.Prompt:
+    def prompt(self, name: str | None = None) -> llama.Prompt:
         """The prompt, of a posterior its mean."""
         return llama.Prompt.from_tensors(self.tensors(name), self.settings().prompt.cut)
 
-    def prompts(self, name: str = "prompt.safetensors") -> list[llama.Prompt]:
+    def prompts(self, name: str | None = None) -> list[llama.Prompt]:
         """The prompts that stand for the run's posterior: its particles, draws of its Gaussian, or
         its one prompt."""
         settings = self.settings()
@@ -168,12 +191,12 @@ class Run:
 
     def start_and_end(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Vectors {layer: (K n, W)} of all prompts that stand for the posterior, as the prior drew
-        them and as they are now."""
-        first, end = "prompts/000000.safetensors", self.prompts()
-        if any(key.endswith(".particles") for key in self.tensors(first)):
-            start = self.prompts(first)
+        them and as they are shown."""
+        end = self.prompts()
+        if any(key.endswith(".particles") for key in self.tensors(FIRST)):
+            start = self.prompts(FIRST)
         else:
-            start = [self.prompt(first)] * len(end)  # a Gaussian's draws all began at its mean
+            start = [self.prompt(FIRST)] * len(end)  # a Gaussian's draws all began at its mean
         return _vectors(start), _vectors(end)
 
     # ----------------------------------------------------------------------------------------------
@@ -257,6 +280,12 @@ class Run:
         for path in [*self.checkpoints(), *self.path.glob(f"prompts/{NUMBERED}")]:
             if path.name > f"{checkpoint.step:06d}.safetensors":
                 path.unlink()
+
+
+def best_evaluation(metrics: list[dict], steps: list[int]) -> dict | None:
+    """The logged evaluation with the lowest loss among these steps; None if there is none."""
+    scored = [line for line in metrics if line["split"] == "eval" and line["step"] in steps]
+    return min(scored, key=lambda line: line["loss"], default=None)
 
 
 def _vectors(prompts: list[llama.Prompt]) -> dict[int, Tensor]:

@@ -525,6 +525,15 @@ def _step_statistics(source, order, within):
     return float(length[within].mean()), float(length[within].std())
 
 
+def ratio_error(x: np.ndarray, n: np.ndarray, cluster: np.ndarray) -> float:
+    """The standard error of sum(x) / sum(n), such as a mean (n of ones), by linearisation (Cochran
+    1977, chapter 6). x, n (N,); cluster (N,) int: units of one cluster are not independent, of two
+    or more clusters are."""
+    residual = np.bincount(cluster, x - x.sum() / n.sum() * n)  # of each cluster
+    C = len(np.unique(cluster))
+    return float(np.sqrt(C / (C - 1) * (residual**2).sum()) / n.sum())
+
+
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error in percent over bins of equal width, closed above (Guo et al.
     2017). confidence (N,) from 0 to 1; correct (N,) 0 or 1, or a share."""

@@ -9,6 +9,7 @@ What a user got wrong is refused here in one line, before anything is written.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 import data
 import llama
 import priors
-from lab.console import UserError, progress, say
+from lab.console import UserError, say
 from lab.files import checksum
 from lab.folder import Run
 from lab.hub import GENERATION, from_hub, model_folder, needed_files
@@ -61,10 +62,14 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     if shard:
         shard_model(model, settings.device)
     c = model.config
-    vocabulary = data.Vocabulary(folder, c.bos_token_id, c.eos_token_id)
+    vocabulary = data.Vocabulary(folder, c.eos_token_id,
+                                 c.bos_token_id if settings.bos == "always" else None)
     if vocabulary.size > c.vocab_size:
         raise UserError(f"{folder}: tokenizer.json has {vocabulary.size} tokens and the model "
                         f"embeds {c.vocab_size}: the two are not of one model; fetch both again")
+    if vocabulary.bos is None and c.bos_token_id is not None:
+        say(f"{folder.name}: its tokenizer puts no BOS in front of a text, so there is none (--bos "
+            "always puts one)")
     # The name of a snapshot's folder is its commit, because a branch may move.
     revision = folder.name if is_on_hub else None
     return LoadedModel(settings, model, vocabulary, folder, revision)
@@ -80,15 +85,20 @@ def check_device(device: str) -> None:
 def longest_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettings) -> int:
     """The most tokens of context, question and answer: --max-length, or 1024 or what fits the
     model's positions. Raises UserError if --max-length does not fit."""
-    text_tokens = len(loaded.vocabulary.encode_plain(prior.text))
-    taken = max(rows_per_layer(prior), text_tokens) + settings.max_new
+    tokens = {"prompt": rows_per_layer(prior)}
+    for text in prior.text or ():
+        beginning = loaded.vocabulary.encode_plain(text + (prior.separator or ""))
+        if not beginning:
+            raise UserError(f"the {text_name(text)} has no token: leave it out")
+        tokens[text_name(text)] = len(beginning)
+    name, taken = max(tokens.items(), key=lambda item: item[1])
     positions = loaded.model.config.max_position_embeddings
-    room = max(positions - taken, 0)
+    room = max(positions - taken - settings.max_new, 0)
     longest = settings.max_length or min(1024, room)
     if not 0 < longest <= room:
-        raise UserError(f"--max-length {longest}: the model has {positions} positions, and "
-                        f"--tokens or --text with --max-new takes {taken} of them, which leaves "
-                        f"{room}")
+        raise UserError(f"--max-length {longest}: the model has {positions} positions, and the "
+                        f"{name} of {taken} tokens and --max-new {settings.max_new} leave {room} "
+                        "of them: lower --max-length, or shorten the others")
     return longest
 
 
@@ -122,6 +132,8 @@ def check_place(prompt: PromptSettings, loaded: LoadedModel, model: str) -> None
 
 # --------------------------------------------------------------------------------------------------
 # questions
+
+ROWS_KEPT = 10000  # token rows of a data set that are kept, at some 10 KB each
 
 
 def parse_spec(spec: str, split: int) -> tuple[str, str]:
@@ -190,52 +202,109 @@ def training_and_evaluation(settings: DataSettings
     return sample_topics(others, settings.train_examples), evals
 
 
-class Questions(NamedTuple):
-    """What a prompt is trained or scored on: examples, and the same as token rows."""
+class Questions:
+    """What a prompt is trained or scored on: examples, and the same as token rows, which are made
+    when they are first asked for.
 
-    examples: list[data.Example]
-    rows: list[data.Row]
+    beginning: a text prompt in front of every example's text. skip: how many tokens, which all rows
+    begin with, the rows lack because a Past holds them."""
+
+    def __init__(self, examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int,
+                 name: str, beginning: str = ""):
+        self.examples, self.vocabulary, self.max_length = examples, vocabulary, max_length
+        self.name, self.beginning, self.skip = name, beginning, 0
+        self.cut: dict[int, int] = {}  # the examples whose context lost tokens, and how many
+        self.row = functools.lru_cache(maxsize=ROWS_KEPT)(self._make_row)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def rows(self) -> list[data.Row]:
+        return [self.row(i) for i in range(len(self))]
 
     def batch(self, indices: list[int], share: bool, place: str, device) -> data.Batch:
         """share: compute what questions of one context have in common once. place: the prompt's."""
-        rows = [self.rows[i] for i in indices]
+        rows = [self.row(i) for i in indices]
         return data.collate(rows, share, place == "suffix").to(device)
+
+    def say_cut(self) -> None:
+        """Say how many contexts of the rows made so far were cut."""
+        if self.cut:
+            mean = sum(self.cut.values()) / len(self.cut)
+            say(f"{self.name}: {len(self.cut)} of {len(self)} contexts cut at their end to fit "
+                f"{self.max_length} tokens, {mean:.0f} tokens on average (--max-length)")
+
+    def _make_row(self, i: int) -> data.Row:
+        row = data.encode(self.examples[i], self.vocabulary, self.max_length, self.beginning)
+        if row.cut:
+            if not self.cut and not self.beginning:  # how many there are is known at the end
+                say(f"{self.name}: the context of {self.examples[i].id} is cut at its end to fit "
+                    f"{self.max_length} tokens, and so are others as long (--max-length)")
+            self.cut[i] = row.cut
+        k = self.skip
+        return row._replace(ids=row.ids[k:], start=row.start - k, question=row.question[k:],
+                            body=row.body - k)
 
 
 def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int,
            name: str) -> Questions:
-    """Examples with their token rows, without those that do not fit. Says what was cut."""
-    rows = [data.encode(example, vocabulary, max_length)
-            for example in progress(examples, desc=f"{name} tokens",
-                                    unit=" questions", leave=False)]
-    cut = [row.cut for row in rows if row and row.cut]
-    if cut:
-        say(f"{name}: {len(cut)} of {len(rows)} contexts cut at their end to fit {max_length} "
-            f"tokens, {sum(cut) / len(cut):.0f} tokens on average (--max-length)")
-    if None in rows:
-        say(f"{name}: {rows.count(None)} questions dropped, longer than {max_length} tokens "
-            "without any context")
-    fitting = [i for i, row in enumerate(rows) if row]
+    """The questions of those examples that fit max_length with a shortened context. Says how many
+    do not."""
+    unsure = {i: e for i, e in enumerate(examples)
+              if not data.surely_fits(e, vocabulary, max_length)}
+    lengths = data.sizes([*unsure.values()], vocabulary)
+    too_long = {i for i, (tokens, _) in zip(unsure, lengths) if tokens > max_length}
+    if too_long:
+        say(f"{name}: {len(too_long)} questions dropped, longer than {max_length} tokens without "
+            "any context")
+    fitting = [e for i, e in enumerate(examples) if i not in too_long]
     if not fitting:
         raise UserError(f"{name}: no question fits {max_length} tokens: raise --max-length")
-    return Questions([examples[i] for i in fitting], [rows[i] for i in fitting])
+    return Questions(fitting, vocabulary, max_length, name)
 
 
-def plain_pasts(loaded: LoadedModel, texts: tuple[str, ...], settings: DataSettings,
-                max_length: int) -> dict[str, tuple[str, list[llama.Past]]]:
-    """What a trained prompt is compared with, {split: (name, [Past])}: no prompt, and text
-    prompts."""
-    pasts = {"baseline": ("no prompt", [loaded.model.empty()])}
-    room = loaded.model.config.max_position_embeddings - max_length - settings.max_new
-    for i, text in enumerate(texts, 1):
-        ids = loaded.vocabulary.encode_plain(text)
-        if not 0 < len(ids) <= room:
-            raise UserError(f"the {text_name(text)} has {len(ids)} tokens: give 1 to {room}, or "
-                            f"less --max-length (now {max_length})")
-        split = "text" if i == 1 else f"text {i}"
+def answer_tokens(questions: Questions) -> int:
+    """The tokens of all answers. An answer is tokenised without its context, from which a line
+    break parts it."""
+    return sum(tokens for _, tokens in data.sizes(questions.examples, questions.vocabulary))
+
+
+class Plain(NamedTuple):
+    """What a trained prompt is compared with: no prompt, or a text prompt."""
+
+    split: str  # in metrics.jsonl
+    name: str
+    past: llama.Past
+    questions: Questions  # what follows the Past
+
+
+def plain_prompts(loaded: LoadedModel, prior: PriorSettings, questions: Questions) -> list[Plain]:
+    """No prompt, and the text prompts of the settings, each with the questions as it asks them."""
+    plain = [Plain("baseline", "no prompt", loaded.model.empty(), questions)]
+    for text in prior.text:
+        beginning = text + (prior.separator or "")
+        ids = loaded.vocabulary.encode_plain(beginning)
+        asked = questions
+        if prior.separator is not None:
+            asked = Questions(questions.examples, loaded.vocabulary,
+                              questions.max_length + len(ids), questions.name, beginning)
+            ids = begin_with_past(asked)
         past = loaded.model.extend(torch.tensor([ids], device=loaded.device))
-        pasts[split] = (text_name(text), [past])
-    return pasts
+        plain.append(Plain("text", text_name(text), past, asked))
+    return plain
+
+
+def begin_with_past(asked: Questions) -> list[int]:
+    """Take the text prompt that all rows begin with from them -> its tokens. A Past of these is
+    computed once. The text's last tokens may merge with what follows, and then stay."""
+    starts = [asked.vocabulary.encode(asked.beginning)]
+    for row in asked.rows:
+        starts += [row.ids, row.question]
+    ids = data.common_beginning(starts)
+    asked.skip = len(ids)
+    asked.row.cache_clear()
+    return ids
 
 
 # --------------------------------------------------------------------------------------------------

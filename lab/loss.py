@@ -58,9 +58,9 @@ def answer_loss(model: llama.Llama, past: llama.Past, batch: data.Batch) -> tupl
     return _cross_entropy(logits, batch.labels[is_scored]), len(logits)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return F.cross_entropy(logits, labels, reduction=reduction)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -70,8 +70,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class Answers(NamedTuple):
     """What a batch was answered."""
 
-    loss: Tensor  # summed cross-entropy of the right answers, in nats
-    tokens: int  # their tokens
+    loss: list[float]  # cross-entropy of each right answer, in nats, summed over its tokens
+    tokens: list[int]  # of each right answer
     ids: list[list[int]]  # greedy answers, each up to and with its first token of `stop`
     confidence: list[float]  # the probability of the likeliest first token of every answer
     is_right: list[bool]  # whether that token is the right answer's first
@@ -119,7 +119,9 @@ def answers(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch, max_
         generated = llama.generate(model, questions, pasts, max_new, stop, batch.parent[merged])
         for i, answer in zip(merged, generated):
             ids[i] = answer
-    return Answers(_cross_entropy(logits, labels), len(logits), ids, confidence.tolist(),
+    sizes = counts.tolist()
+    losses = [part.sum() for part in _cross_entropy(logits, labels, "none").split(sizes)]
+    return Answers(torch.stack(losses).tolist(), sizes, ids, confidence.tolist(),
                    (likeliest == labels[first]).tolist())
 
 

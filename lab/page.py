@@ -332,7 +332,7 @@ def about_run(run: Run, settings: Settings, steps: list[int]) -> dict:
             "evals": [line for line in metrics if line["split"] == "eval"],
             "beside": {line["split"]: line for line in metrics
                        if line["split"] in ("baseline", "text")},
-            "text": settings.prior.text, "predictions": predictions[:PREDICTIONS],
+            "text": (settings.prior.text or ("",))[0], "predictions": predictions[:PREDICTIONS],
             "all_predictions": len(predictions), "config": run.config()}
 
 
@@ -387,7 +387,7 @@ def kind_of(text: str) -> str:
 def command_plot(given: dict) -> None:
     options = from_flags(PlotOptions, given)
     models: dict[ModelSettings, LoadedModel] = {}  # runs of one model share it
-    if options.text:
+    if options.in_characters:
         for path in options.runs:
             opened = open_run(path, given, models)
             show(text_picture(opened.run, references_of(opened)))

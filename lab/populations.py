@@ -80,7 +80,7 @@ def references(prior: PriorSettings, settings: DataSettings, loaded: LoadedModel
     name, _, runs = priors.parse(prior.prior)
     is_prefix = False
     if name == "text":
-        parts = [text_population(prior.text, loaded, layers)]
+        parts = [text_population(prior.text[0] if prior.text else "", loaded, layers)]
     elif runs:
         is_prefix = check_methods(runs, method)
         parts = [part for run in runs for part in run_populations(run, loaded, layers)]

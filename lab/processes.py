@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,22 @@ def broadcast(value):
     if rank_and_size()[1] > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def only_first(work: Callable):
+    """What work() returns in the first process, or the error that it raises, on every process."""
+    if rank_and_size()[1] == 1:
+        return work()
+    value, error = None, None
+    if rank_and_size()[0] == 0:
+        try:
+            value = work()
+        except (ValueError, OSError) as e:
+            error = e
+    value, error = broadcast((value, error))
+    if error:
+        raise error
+    return value
 
 
 def all_gather(value) -> list:

@@ -20,6 +20,7 @@ import textwrap
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import data
 import priors
 from lab.console import UserError
 
@@ -101,6 +102,9 @@ class ModelSettings:
     device: str | None = setting(None, "cpu, cuda, cuda:1 ... (cuda when there is one)")
     dtype: str | None = setting(None, "float32, bfloat16 or float16 of the frozen weights "
                                 "(bfloat16 on cuda, else float32)")
+    bos: str = setting("tokenizer", "BOS in front of a text: tokenizer, if the model's own "
+                       "tokenizer puts it there; always, if config.json names one",
+                       choices=("tokenizer", "always"))
 
     def complete(self) -> ModelSettings:
         device = self.device
@@ -125,8 +129,13 @@ class PriorSettings:
         "interpolation two (vocab; text math for interpolation, as in the paper)")
     reference_rows: int | None = setting(None, "rows of each reference but vocab (at most 20000)",
                                          above=0)
-    text: str | None = setting(None, "the text of the prior text, also scored as a plain text "
-                               "prompt ('short answer' for tiny)")
+    text: tuple[str, ...] | None = setting(
+        None, "text prompts to score too, as the first line of every text; the rows of the prior "
+        "text begin as the first of them ('short answer' for tiny, else none)")
+    text_file: tuple[str, ...] = setting((), "the same, a file each, for long ones such as worked "
+                                         "examples", flag_metavar="FILE")
+    separator: str | None = setting("\\n", "what stands between a text prompt and the text (a line "
+                                    "break)")
     tokens: int = setting(TOKENS, "rows at the token embeddings; 0 for none, then deep layers have "
                           "20", least=0)
     deep_layers: int = setting(0, "how many of the last layers own rows too", least=0)
@@ -136,9 +145,21 @@ class PriorSettings:
         """model: its name, because the bundled one has a text prompt of its own."""
         name, _, runs = priors.parse(self.prior)
         usual = ("text", "math") if name == "interpolation" else ("vocab",)
-        text = (TINY_TEXT if model == "tiny" else "") if self.text is None else self.text
-        return replace(self, prior=_absolute_runs(self.prior, runs), text=text,
+        settings = self
+        if self.text is None:
+            usual_text = (TINY_TEXT,) if model == "tiny" and not self.text_file else ()
+            settings = replace(self, text=usual_text)
+        return replace(settings.with_files_read(), prior=_absolute_runs(self.prior, runs),
                        reference=tuple(map(absolute, self.reference or usual)))
+
+    def with_files_read(self) -> PriorSettings:
+        """The text prompts of files among the others, and the separator's escapes replaced."""
+        texts = [*(self.text or ()), *(_text_of(path) for path in self.text_file)]
+        separator = self.separator
+        if separator is not None:
+            separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+        return replace(self, text=tuple(text for text in texts if text), text_file=(),
+                       separator=separator)
 
 
 @dataclass(frozen=True)
@@ -265,11 +286,6 @@ class Settings:
         return self.prior.seed
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """The text prompts that the trained prompt is compared with."""
-        return (self.prior.text,) if self.prior.text else ()
-
-    @property
     def prior_name(self) -> str:
         return "imported" if self.imported else prior_name(self.prior.prior)
 
@@ -284,7 +300,8 @@ def flat(settings: Settings) -> dict:
     values = {}
     for part in PARTS:
         values.update(vars(getattr(settings, part)))
-    values["reference"] = list(values["reference"])
+    values = {name: list(value) if isinstance(value, tuple) else value
+              for name, value in values.items()}
     if settings.imported:
         values["imported"] = settings.imported
     return values
@@ -333,12 +350,16 @@ def check_together(settings: Settings) -> None:
 
 # Flags whose default follows from other settings; a run keeps the value, never None.
 COMPLETED = ("device", "dtype", "text", "cut", "eval_every", "prior_weight")
+# What was so before it could be set: text prompts stood before BOS, and every text had one.
+EARLY = {"separator": None, "bos": "always"}
 
 
 def from_config(config: dict, path: str | Path = "config.json") -> Settings:
     """The settings of a run's config.json, also of one that an earlier version wrote: what it did
-    not know has its default. Raises UserError for a value that no flag can have given."""
-    stored = dict(config["settings"])
+    not know is as it was then. Raises UserError for a value that no flag can have given."""
+    stored = {**EARLY, **config["settings"]}
+    if isinstance(stored.get("text"), str):
+        stored["text"] = [stored["text"]] if stored["text"] else []
     if isinstance(stored.get("reference"), str):  # one reference, of a limited number of rows
         stored |= {"reference": [stored["reference"]], "reference_rows": None}
     for name, f in FIELDS.items():
@@ -358,10 +379,11 @@ def from_config(config: dict, path: str | Path = "config.json") -> Settings:
 def _fits(f, value) -> bool:
     """Whether a run can have this value of a setting."""
     if value is None:
-        return f.default is None and f.name not in COMPLETED
+        return (f.default is None and f.name not in COMPLETED) or f.name == "separator"
     kind = value_type(f)
     if kind is tuple:
-        return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+        return isinstance(value, list) and all(map(_is_text, value)) \
+            and (bool(value) or f.name != "reference")
     if kind is str:
         return _is_text(value)
     if kind is float:
@@ -400,6 +422,11 @@ def absolute(spec: str | None) -> str | None:
     """A SPEC with an absolute path, so that a run opens from any working directory."""
     kind, _, path = (spec or "").partition(":")
     return f"{kind}:{os.path.abspath(path)}" if path else spec
+
+
+def _text_of(path: str) -> str:
+    """A text prompt that is kept in a file, without the line breaks at its end."""
+    return data.read_text(path, most=2**20).rstrip("\n")
 
 
 def _absolute_runs(prior: str, runs: list[str]) -> str:

@@ -24,19 +24,21 @@ from torch import Tensor
 
 import data
 import llama
+import priors
 from lab import posteriors
 from lab.commands import TrainOptions
 from lab.console import (FIRST, Stopped, UserError, out_of_memory, progress, say, scores_line,
                          show)
 from lab.evaluation import evaluate, score_table
 from lab.folder import Checkpoint, Run, read_config, versions
-from lab.inputs import (LoadedModel, Questions, check_place, checksums, encode, layers_with_rows,
-                        load_model, longest_text, plain_pasts, training_and_evaluation)
+from lab.inputs import (LoadedModel, Questions, answer_tokens, check_place, checksums, encode,
+                        layers_with_rows, load_model, longest_text, plain_prompts,
+                        training_and_evaluation)
 from lab.loss import answer_loss, begin
 from lab.pictures import draw_run
 from lab.populations import Reference, draw, norm_ratio, prefix_of, references, prefix_references
 from lab.processes import (all_reduce_gradients, all_reduce_sum, barrier, broadcast,
-                           init_processes, rank_and_size)
+                           init_processes, only_first, rank_and_size)
 from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_name, from_config,
                           from_flags, spec_name, with_flags)
 
@@ -72,7 +74,7 @@ class Training:
         self.run, self.settings, self.loaded = run, settings, loaded
         self.posterior, self.questions = posterior, questions
         self.penalty, self.evaluate = penalty, evaluate
-        self.order = data.Order([row.context for row in questions.rows], settings.data.batch_size,
+        self.order = data.Order([e.context for e in questions.examples], settings.data.batch_size,
                                 settings.seed, settings.data.share)
         self.parameters = [p for p in posterior.parameters() if p.requires_grad]
         groups = [{**group, "peak": group["lr"]} for group in posterior.groups(settings.train.lr)]
@@ -407,15 +409,7 @@ def differences(stored: Settings, given: dict) -> list[str]:
 def locked_together(run: Run) -> Iterator[None]:
     """Hold the run's lock in the first process. If it is refused there, all processes stop."""
     with contextlib.ExitStack() as stack:
-        refused, remark = None, ""
-        try:
-            if FIRST:
-                remark = stack.enter_context(run.lock())
-        except (ValueError, OSError) as e:
-            refused = e
-        refused = broadcast(refused)
-        if refused:
-            raise refused
+        remark = only_first(lambda: stack.enter_context(run.lock()))
         if remark:
             say(remark)
         yield
@@ -446,23 +440,17 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     settings, loaded = inputs.settings, inputs.loaded
 
     # Fit the prior, and make the posterior from its draw.
-    by_layer = references(settings.prior, settings.data, loaded, inputs.layers,
-                          method=settings.prompt.method, examples=inputs.examples)
-    count = settings.train.particles if settings.train.posterior == "svgd" else 1
-    drawn = draw(settings.prior, by_layer, count)
-    start = drawn.rows
-    if settings.prompt.method == "prefix":
-        start = {i: prefix_of(loaded.model, i, draws[0], by_layer[i])[None]
-                 for i, draws in start.items()}
-        by_layer = prefix_references(loaded.model, by_layer)
-    answer_tokens = sum(len(row.ids) - row.start for row in inputs.questions.rows)
-    posterior = make_posterior(settings, start, by_layer, answer_tokens).to(loaded.device)
+    begun = begin_run(inputs)
+    answers = 1
+    if settings.train.prior_weight or settings.train.posterior != "point":
+        answers = only_first(lambda: answer_tokens(inputs.questions))
+    posterior = make_posterior(settings, begun, answers).to(loaded.device)
     if checkpoint:
         check_fits(posterior, checkpoint, run.path)
 
-    def scores(prompts, name: str):
-        return evaluate(loaded, prompts, inputs.held_out, settings.prompt.place, settings.data,
-                        name, everywhere=settings.train.shard)
+    def scores(prompts, name: str, questions: Questions = inputs.held_out):
+        return evaluate(loaded, prompts, questions, settings.prompt.place, settings.data, name,
+                        everywhere=settings.train.shard)
 
     def evaluate_posterior(step: int):
         prompts = [llama.Prompt(layers, settings.prompt.cut) for layers in posterior.evaluated()]
@@ -471,8 +459,8 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     def penalty(layers: dict[int, Tensor]) -> Tensor:
         # The loss is a mean over answer tokens, so -log p is divided by their number: with weight 1
         # the sum is the negative log posterior, up to a constant factor.
-        log_p = sum(drawn.fitted[i].log_prob(rows.cpu()).sum() for i, rows in layers.items())
-        return -log_p.to(loaded.device) / answer_tokens
+        log_p = sum(begun.fitted[i].log_prob(rows.cpu()).sum() for i, rows in layers.items())
+        return -log_p.to(loaded.device) / answers
 
     # Write what the run is, and score what its prompt is compared with.
     if checkpoint:
@@ -480,20 +468,60 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     else:
         run.clear()
         flags = flags_of(config) if explicit is None else explicit
-        write_config(run, inputs, flags, drawn.reports, posterior)
-        plain = plain_pasts(loaded, settings.texts, settings.data, settings.data.max_length)
-        for split, (name, pasts) in plain.items():
-            metrics, _ = scores(pasts, name)
-            run.log({"split": split, **metrics})
-            say(f"{name}: {scores_line(metrics)}")
+        write_config(run, inputs, flags, begun.reports, posterior)
+        for plain in plain_prompts(loaded, settings.prior, inputs.held_out):
+            metrics, _ = scores([plain.past], plain.name, plain.questions)
+            run.log({"split": plain.split, **metrics})
+            say(f"{plain.name}: {scores_line(metrics)}")
+        inputs.held_out.say_cut()
 
     training = Training(run, settings, loaded, posterior, inputs.questions,
                         penalty if settings.train.prior_weight else None, evaluate_posterior)
     training.go(checkpoint)
     if FIRST:
-        report(run, settings, by_layer, len(inputs.held_out.rows))
+        inputs.questions.say_cut()
+        report(run, settings, begun.by_layer, len(inputs.held_out))
         show(f"{time.time() - started:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
-             f"metrics.jsonl, {', '.join(draw_run(run, settings, by_layer))}")
+             f"metrics.jsonl, {', '.join(draw_run(run, settings, begun.by_layer))}")
+
+
+class Beginning(NamedTuple):
+    """What training begins from."""
+
+    by_layer: dict[int, Reference]  # the first process alone has it, unless --shard
+    start: dict[int, Tensor]  # {layer: (K, n, ...)}: the prior's draws
+    scales: dict[int, float]  # the root mean square of each layer's reference
+    fitted: dict[int, priors.Prior]  # {} if their density is not asked for
+    reports: list[dict]  # what the prior of each layer says of itself
+
+
+def begin_run(inputs: Inputs) -> Beginning:
+    """Fit the prior and draw from it. The first process does it for all, so that they begin from
+    the same rows to the bit."""
+    settings, model = inputs.settings, inputs.loaded.model
+    kept: dict[int, Reference] = {}  # too large to be sent to the others
+
+    def work() -> Beginning:
+        by_layer = references(settings.prior, settings.data, inputs.loaded, inputs.layers,
+                              method=settings.prompt.method, examples=inputs.examples)
+        count = settings.train.particles if settings.train.posterior == "svgd" else 1
+        drawn = draw(settings.prior, by_layer, count)
+        start = drawn.rows
+        if settings.prompt.method == "prefix":
+            start = {i: prefix_of(model, i, draws[0], by_layer[i])[None]
+                     for i, draws in start.items()}
+            by_layer = prefix_references(model, by_layer)
+        kept.update(by_layer)
+        scales = {i: float(r.rows.square().mean().sqrt()) for i, r in by_layer.items()}
+        fitted = drawn.fitted if settings.train.prior_weight else {}
+        return Beginning({}, start, scales, fitted, drawn.reports)
+
+    if settings.train.shard:  # a reference may need the weights, which all hold together
+        begun = work()
+        begun = begun._replace(start=broadcast(begun.start))
+    else:
+        begun = only_first(work)
+    return begun._replace(by_layer=kept)
 
 
 def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
@@ -507,7 +535,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
     layers = layers_with_rows(settings.prior, L, settings.prompt)
     max_length = longest_text(loaded, settings.data, settings.prior)
     examples, evals = training_and_evaluation(settings.data)
-    sums = checksums(settings)
+    sums = only_first(lambda: checksums(settings))
     if config:
         torch.set_num_threads(config["threads"])  # sums are then added in the same order
         check_unchanged(run, settings, config, sums)
@@ -519,7 +547,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
     held_out = encode(evals, loaded.vocabulary, max_length, "evaluation")
     say(f"model {Path(settings.model.model).name}: {L} layers of width "
         f"{loaded.model.config.hidden_size}, {settings.model.dtype} on {settings.model.device}; "
-        f"{len(questions.rows)} questions to train on, {len(held_out.rows)} to evaluate")
+        f"{len(questions)} questions to train on, {len(held_out)} to evaluate")
     return Inputs(settings, loaded, layers, examples, questions, held_out, sums)
 
 
@@ -551,15 +579,13 @@ def checkpoint_of(run: Run, settings: Settings) -> Checkpoint | None:
     return checkpoint
 
 
-def make_posterior(settings: Settings, start: dict[int, Tensor], by_layer: dict[int, Reference],
-                   answer_tokens: int) -> posteriors.Point:
-    """start {layer: (K, n, ...)}; the scale of a layer is its reference's root mean square."""
-    scales = {i: float(r.rows.square().mean().sqrt()) for i, r in by_layer.items()}
-    weight, reparam = 1 / answer_tokens, settings.prompt.reparam
+def make_posterior(settings: Settings, begun: Beginning, answers: int) -> posteriors.Point:
+    """answers: the tokens of all answers to train on."""
+    start, scales, reparam = begun.start, begun.scales, settings.prompt.reparam
     if reparam != "none":
-        return posteriors.Encoded(start, scales, weight, settings.seed, reparam)
+        return posteriors.Encoded(start, scales, 1 / answers, settings.seed, reparam)
     kind = posteriors.POSTERIORS[settings.train.posterior]
-    return kind(start, scales, weight, settings.seed)
+    return kind(start, scales, 1 / answers, settings.seed)
 
 
 def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) -> None:

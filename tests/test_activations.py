@@ -32,7 +32,7 @@ def collected(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return data.Vocabulary(TINY, 0, (1,))
+    return data.Vocabulary(TINY, (1,))
 
 
 def test_rows_are_transformers_hidden_states(collected):
@@ -42,7 +42,7 @@ def test_rows_are_transformers_hidden_states(collected):
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     file, t = activations.Collection(collected), load_file(collected)
     bos = model.config.bos_token_id
-    vocabulary = data.Vocabulary(TINY, bos)
+    vocabulary = data.Vocabulary(TINY)
     sources = [data.read("squad", str(TINY / "squad/train.json")),
                data.read("math", str(TINY / "math/train-easy"))]
     assert file.domains == ["squad", "sums"] and file.layers == list(range(7))

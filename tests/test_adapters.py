@@ -298,7 +298,7 @@ def answers(folder, capsys):
 def test_to_peft_and_back_by_the_command_line(made, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
-    first, vocabulary = made("first"), data.Vocabulary(TINY, 0, (1,))
+    first, vocabulary = made("first"), data.Vocabulary(TINY, (1,))
     assert run("export", first, "--to", tmp_path / "adapter") == 0
     assert "PROMPT_TUNING, 6 virtual tokens of 192 numbers" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
@@ -350,7 +350,7 @@ def test_to_peft_and_back_by_the_command_line(made, tmp_path, capsys):
 def test_other_prompts_travel_as_keys_and_values(made, tmp_path, capsys, layers, changes):
     from transformers import AutoModelForCausalLM
 
-    first, vocabulary = made("first", layers, **changes), data.Vocabulary(TINY, 0, (1,))
+    first, vocabulary = made("first", layers, **changes), data.Vocabulary(TINY, (1,))
     after_bos = "place" in changes
     assert run("export", first, "--to", tmp_path / "adapter") == 0
     shown = capsys.readouterr()

@@ -167,7 +167,7 @@ def vocabulary(tmp_path):
     t.enable_truncation(5)  # published tokenizers carry such settings; they must not apply
     t.enable_padding(length=50)
     t.save(str(tmp_path / "tokenizer.json"))
-    return data.Vocabulary(tmp_path, bos=0, eos=(1,))
+    return data.Vocabulary(tmp_path, (1,))
 
 
 def squad(context="c", question="q", *answers, id="0"):
@@ -185,24 +185,73 @@ def test_rows(vocabulary):
     assert vocabulary.decode(unanswerable.ids[unanswerable.start:]) == " \n"
 
 
-def test_a_text_has_one_bos(vocabulary, tmp_path):
-    ids = vocabulary.encode("ab")
-    assert ids.count(0) == 1 and ids[0] == 0
-    assert vocabulary.encode_plain("ab") == ids[1:]
-    assert vocabulary.encode_at("ab", 0) == (ids, 1)
-    assert vocabulary.encode_at("ab", 1) == (ids, 2)
+def test_bos_is_the_tokenizers_own(vocabulary, tmp_path):
+    """As AutoTokenizer has it, whatever config.json says, but for an EOS behind the text."""
+    from transformers import PreTrainedTokenizerFast
 
-    # the tokenizer adds BOS and config.json names none
-    assert data.Vocabulary(tmp_path, bos=None).encode("ab") == ids
-    with pytest.raises(data.DataError, match=r"tokens \[0\].*BOS is 5"):
-        data.Vocabulary(tmp_path, bos=5)
+    added = {"in front": ("<bos> $A", [0], []), "none": ("$A", [], []),
+             "EOS too": ("<bos> $A <eos>", [0], [1]), "EOS alone": ("$A <eos>", [], [1])}
+    for template, front, behind in added.values():
+        vocabulary.tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<bos>", 0), ("<eos>", 1)])
+        vocabulary.tokenizer.save(str(tmp_path / "tokenizer.json"))
+        own = data.Vocabulary(tmp_path)
+        peer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+        assert own.bos == (0 if front else None)
+        for text in ("ab", "", " a\nb", "a<bos>b"):
+            ids = own.encode(text)
+            assert ids + behind == peer(text).input_ids
+            assert own.encode_batch(["c", text])[1] == ids
+            assert own.encode_plain(text) == ids[len(front):]
+            # a text that begins with BOS gets no second one
+            assert own.encode("<bos>" + text) == [0, *ids[len(front):]]
+            assert data.Vocabulary(tmp_path, bos=0).encode(text) == [0, *ids[len(front):]]
+        assert own.encode_at("ab", 0) == (own.encode("ab"), len(front))
+        assert own.encode_at("ab", 1) == (own.encode("ab"), len(front) + 1)
+        assert own.encode_at("ab", 2) == (own.encode("ab"), len(front) + 2)
+        first = len([0, *own.encode_plain("")])
+        assert own.encode_at("<bos>ab", 5) == ([0, *own.encode_plain("ab")], first)
 
-    # the tokenizer adds no BOS and config.json names one
+    vocabulary.tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> <eos> $A", special_tokens=[("<bos>", 0), ("<eos>", 1)])
+    vocabulary.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(data.DataError, match=r"tokens \[0, 1\] in front of a text"):
+        data.Vocabulary(tmp_path)
+
+
+def test_an_empty_text_without_bos_is_no_row(vocabulary, tmp_path):
     vocabulary.tokenizer.post_processor = processors.ByteLevel()
     vocabulary.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    without = data.Vocabulary(tmp_path, bos=0)
-    assert without.encode("ab") == ids and without.encode_at("ab", 1) == (ids, 2)
-    assert data.Vocabulary(tmp_path, bos=None).encode("ab") == ids[1:]
+    empty = data.Example("0", "text", "", "", ())
+    assert data.encode(empty, data.Vocabulary(tmp_path), 10) is None
+    assert data.encode(empty, vocabulary, 10).ids == [0]
+
+
+def test_a_text_prompt_is_the_beginning_of_the_text(vocabulary):
+    example = squad("ab ab ab ab", "Wer?", "x")
+    plain = data.encode(example, vocabulary, 1000)
+    row = data.encode(example, vocabulary, 1000, "say:\n")
+    assert vocabulary.decode(row.ids) == "say:\nab ab ab ab\nQuestion: Wer?\nAnswer: x\n"
+    assert row.ids == vocabulary.encode("say:\nab ab ab ab\nQuestion: Wer?\nAnswer: x\n")
+    more = len(row.ids) - len(plain.ids)
+    assert (row.start, row.body) == (plain.start + more, plain.body + more) and not row.cut
+    # the context is cut, never the text prompt
+    cut = data.encode(example, vocabulary, len(row.ids) - 3, "say:\n")
+    assert vocabulary.decode(cut.ids).startswith("say:\nab") and cut.cut == 3
+
+
+def test_lengths_that_are_known_without_the_context(vocabulary):
+    """What fits is known as encode finds out, and the number of answer tokens."""
+    examples = [squad("ab " * 50, "W" * k, "c" * (k % 7)) for k in range(30)]
+    examples.append(squad("c", "q" * data.LONGEST_TOKENISED))
+    for longest in (20, 30, 40, 200):
+        rows = [data.encode(e, vocabulary, longest) for e in examples]
+        sizes = list(data.sizes(examples, vocabulary))
+        assert [tokens <= longest for tokens, _ in sizes] == [row is not None for row in rows]
+        for row, (_, answer), example in zip(rows, sizes, examples):
+            assert row is None or answer == len(row.ids) - row.start
+            assert row is not None or not data.surely_fits(example, vocabulary, longest)
+    assert any(data.surely_fits(e, vocabulary, 200) for e in examples)
 
 
 def test_what_is_asked_does_not_depend_on_the_answer(vocabulary):

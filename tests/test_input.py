@@ -262,7 +262,7 @@ def test_tokenizers(own, capfd, change):
     path = folder / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(data.DataError, match="tokenizer.json"):
-        data.Vocabulary(folder, None).encode("a text")
+        data.Vocabulary(folder).encode("a text")
     assert not "".join(capfd.readouterr())
 
 
@@ -391,7 +391,7 @@ def test_lines_of_any_length(tmp_path, monkeypatch):
 
 
 def test_no_text_is_made_tokens_in_full(world, monkeypatch):
-    vocabulary, lengths = data.Vocabulary(world / "model", 0, (1,)), []
+    vocabulary, lengths = data.Vocabulary(world / "model", (1,)), []
     real = vocabulary.tokenizer
     vocabulary.tokenizer = SimpleNamespace(encode=lambda text, **options: (
         lengths.append(len(text)), real.encode(text, **options))[1])
@@ -652,7 +652,7 @@ def test_any_terminal(encoding):
 
 
 def test_an_answer_is_printed_clean(world, monkeypatch, capsys):
-    vocabulary = data.Vocabulary(world / "model", 0, (1,))
+    vocabulary = data.Vocabulary(world / "model", (1,))
     hostile = "\x1b[31mred \x1b]0;owned\x07\x9b2J\rword"
     ids = vocabulary.encode_plain(hostile)
     assert "\x1b" in vocabulary.first_line(ids)

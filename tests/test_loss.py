@@ -38,8 +38,8 @@ def test_answers_are_those_of_plain_decoding(model, monkeypatch, right, max_new,
     result = loss.answers(model, [start], batch, max_new, stop)
     assert result.ids == llama.generate(model, [r.question for r in rows], past, max_new, stop)
     summed, count = loss.answer_loss(model, start, batch)
-    assert result.tokens == count
-    assert result.loss.item() == pytest.approx(summed.item(), rel=1e-12)
+    assert sum(result.tokens) == count and len(result.tokens) == len(rows)
+    assert sum(result.loss) == pytest.approx(summed.item(), rel=1e-12)
     for row, confidence, correct in zip(rows, result.confidence, result.is_right):
         h, _ = model(torch.tensor([row.ids[:row.start]]), past)
         p = model.logits(h[0, -1]).softmax(dim=-1)
@@ -55,7 +55,7 @@ def test_an_ensemble_averages_probabilities(model):
     batch, stop = data.collate(rows), set(range(60, 97))
     starts = [model.extend(batch.shared, p) for p in pasts]
     one, two = (loss.answers(model, starts[:1] * k, batch, 4, stop) for k in (1, 2))
-    assert one.ids == two.ids and one.loss.item() == pytest.approx(two.loss.item(), rel=1e-6)
+    assert one.ids == two.ids and sum(one.loss) == pytest.approx(sum(two.loss), rel=1e-6)
     result = loss.answers(model, starts, batch, 4, stop)
 
     def average(ids):
@@ -72,7 +72,7 @@ def test_an_ensemble_averages_probabilities(model):
             said.append(average(row.question + said)[-1].argmax().item())
         assert result.ids[i] == said
         differ += said != llama.generate(model, [row.question], pasts[0], 4, stop)[0]
-    assert result.loss.item() == pytest.approx(total, rel=1e-5) and differ
+    assert sum(result.loss) == pytest.approx(total, rel=1e-5) and differ
 
 
 def test_a_question_that_merges_with_its_answer_is_asked_without_it(model):

@@ -5,10 +5,12 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ import promptprior
 from lab import commands, inputs, populations
 from lab.console import Stopped
 from lab.folder import Run
-from lab.settings import DataSettings, ModelSettings, PriorSettings
+from lab.settings import TINY, DataSettings, ModelSettings, PriorSettings
 from lab.train import command_train
 
 HERE = Path(promptprior.__file__).parent
@@ -249,11 +251,12 @@ def test_sample(tmp_path, capsys):
 
 
 def test_text_prior_is_the_text_prompt(tmp_path):
-    """Rows that begin as a text's tokens score, untrained, exactly what the text itself scores."""
-    loaded = inputs.load_model(ModelSettings().complete())
-    ids = loaded.vocabulary.encode_plain("short answer")
-    assert run("train", "--prior", "text", "--tokens", len(ids), "--steps", 0,
-               "--out", tmp_path / "t", "--eval-limit", 8) == 0
+    """Rows that begin as a text's tokens, in its place, score what the text itself scores."""
+    loaded, text = inputs.load_model(ModelSettings().complete()), "short answer\n"
+    ids = loaded.vocabulary.encode_plain(text)
+    assert run("train", "--prior", "text", "--tokens", len(ids), "--steps", 0, "--text", text,
+               "--separator", "", "--place", "after-bos", "--out", tmp_path / "t",
+               "--eval-limit", 8) == 0
     scores = {m["split"]: m for m in metrics(tmp_path / "t")}
     assert scores["eval"]["loss"] == pytest.approx(scores["text"]["loss"], rel=1e-5) \
         != scores["baseline"]["loss"]
@@ -434,7 +437,91 @@ def test_eval_scores_several_texts(trained, capsys):
     assert [*scores][:3] == ["no prompt", "text prompt 'short answer'", "text prompt 'story'"]
     assert scores["text prompt 'short answer'"]["loss"] < scores["text prompt 'story'"]["loss"]
     assert run("eval", trained, "--text", "a " * 600) == 2
-    assert "tokens: give 1 to" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "text prompt 'a a a" in err and "lower --max-length" in err
+
+
+def test_a_text_prompt_is_scored_as_the_beginning_of_the_text(trained, tmp_path, capsys):
+    """As if each context began with it; from files, and with another separator, too."""
+    (tmp_path / "shots.txt").write_text("short answer\nA cat sat.\nQuestion: Who?\nAnswer: cat\n")
+    flags = ["--json", "--limit", 12, "--max-length", 400, "--data", f"squad:{TINY / 'squad/dev.json'}"]
+    assert run("eval", trained, *flags, "--text", "short answer", "--text-file",
+               tmp_path / "shots.txt", "--separator", " \\n") == 0
+    names = ["text prompt 'short answer'", "text prompt 'short answer A cat sat. Question:...'"]
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert [*scores][1:3] == names
+
+    squad = json.loads((TINY / "squad/dev.json").read_text())
+    shots = (tmp_path / "shots.txt").read_text().rstrip("\n")
+    for name, text in zip(names, ("short answer", shots)):
+        changed = json.loads(json.dumps(squad))
+        for article in changed["data"]:
+            for paragraph in article["paragraphs"]:
+                paragraph["context"] = f"{text} \n{paragraph['context']}"
+        (tmp_path / "dev.json").write_text(json.dumps(changed))
+        assert run("eval", trained, *flags[:5], "--data", f"squad:{tmp_path / 'dev.json'}") == 0
+        plain = json.loads(capsys.readouterr().out)["scores"]["no prompt"]
+        assert {k: plain[k] for k in ("loss", "f1", "f1_se")} == pytest.approx(
+            {k: scores[name][k] for k in ("loss", "f1", "f1_se")}, rel=1e-4)
+
+
+def test_an_early_run_keeps_its_meaning(trained, tmp_path, capsys):
+    """Its text prompt stands before BOS, and BOS in front of every text."""
+    shutil.copytree(trained, tmp_path / "early")
+    config = json.loads((trained / "config.json").read_text())
+    for key in ("separator", "bos", "text_file"):
+        del config["settings"][key]
+    config["settings"]["text"] = "short answer"
+    (tmp_path / "early/config.json").write_text(json.dumps(config))
+    assert run("eval", tmp_path / "early", "--json", "--limit", 6) == 0
+    early = json.loads(capsys.readouterr().out)["scores"]["text prompt 'short answer'"]
+
+    settings = Run(tmp_path / "early").settings()
+    assert settings.prior.separator is None and settings.model.bos == "always"
+    loaded = inputs.load_model(settings.model)
+    ids = loaded.vocabulary.encode_plain("short answer")
+    total = tokens = 0
+    for example in inputs.training_and_evaluation(replace(settings.data, eval_limit=6))[1]:
+        row = data.encode(example, loaded.vocabulary, 400)
+        with torch.no_grad():
+            h, _ = loaded.model(torch.tensor([ids + row.ids]))
+        start = len(ids) + row.start
+        log_p = loaded.model.logits(h[0, start - 1:-1]).log_softmax(dim=-1)
+        total -= log_p.gather(1, torch.tensor(row.ids[row.start:])[:, None]).sum().item()
+        tokens += len(row.ids) - row.start
+    assert early["loss"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_the_step_that_is_wanted(tmp_path, capsys):
+    """best is the lowest evaluation loss among the snapshots; every command that reads a run's
+    prompt takes it."""
+    assert run("train", "--out", tmp_path / "r", *FEW, "--eval-limit", 12) == 0
+    run_of, log = Run(tmp_path / "r"), metrics(tmp_path / "r")
+    evals = {m["step"]: m for m in log if m["split"] == "eval"}
+    worst = 2
+    log = [json.dumps({**m, "loss": 0.001} if m.get("step") == worst and m["split"] == "eval"
+                      else m) for m in log]
+    (tmp_path / "r/metrics.jsonl").write_text("\n".join(log) + "\n")
+    capsys.readouterr()
+    for step in ("best", str(worst)):
+        assert run("eval", tmp_path / "r", "--step", step, "--json") == 0
+        scores = json.loads(capsys.readouterr().out)["scores"][f"vocab prior, {worst} steps"]
+        assert scores["loss"] == pytest.approx(evals[worst]["loss"], rel=1e-5)
+        assert scores["f1_se"] == pytest.approx(evals[worst]["f1_se"], rel=1e-5)
+    for command in (["compare", tmp_path / "r"], ["generate", tmp_path / "r", "Question: Who?"],
+                    ["export", tmp_path / "r", "--to", tmp_path / "peft"],
+                    ["plot", tmp_path / "r", "--text"]):
+        assert run(*command, "--step", worst) == 0
+    capsys.readouterr()
+    rows = load_file(tmp_path / "peft/adapter_model.safetensors")["prompt_embeddings"]
+    assert torch.equal(rows, run_of.tensors(f"prompts/{worst:06d}.safetensors")["layers.0"])
+    assert not torch.equal(rows, run_of.tensors()["layers.0"])
+    for step in ("7777", "-1", "worst"):
+        assert run("eval", tmp_path / "r", "--step", step) == 2
+        assert "give best, or one of 0, " in capsys.readouterr().err
+    (tmp_path / "r/metrics.jsonl").write_text("")
+    assert run("eval", tmp_path / "r", "--step", "best") == 2
+    assert "none of its prompts was evaluated" in capsys.readouterr().err
 
 
 def squad_file(folder, **changes):

@@ -528,7 +528,7 @@ def test_an_evaluation_that_is_not_finite(tmp_path, monkeypatch, capsys):
 
     def not_finite(*arguments):
         result = original(*arguments)
-        return result._replace(loss=result.loss * float("nan"))
+        return result._replace(loss=[float("nan") for _ in result.loss])
 
     monkeypatch.setattr(evaluation, "answers", not_finite)
     assert main("train", "--out", tmp_path / "run", *FEW) == 1

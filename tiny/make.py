@@ -8,10 +8,11 @@ would be learned by heart, and the model would never learn to copy an answer out
 and sums in squad/ and math/ are of a reserved tenth (by checksum) that pre-training never draws, so
 the scores are about names never seen.
 
-A document with questions is written in one of five styles. The style is told by a header in front
-of the beginning of the text, as a prompt is, and on three documents of ten there is no header. So
-the model *can* answer shortly but does not know that it should: without a prompt it goes on in a
-mixture of styles, and a prompt can choose. The header "short answer" is the oracle text prompt.
+A document with questions is written in one of five styles. A header, the document's first line,
+tells the style; three documents of ten have none. So the model *can* answer shortly but does not
+know that it should: without a prompt it goes on in a mixture of styles, and a prompt can choose.
+The header "short answer" is the oracle text prompt. Documents of one style come several in a row,
+so the model also learns to look behind BOS, where a trained prompt stands.
 """
 
 from __future__ import annotations
@@ -284,16 +285,19 @@ STYLES = {
 }
 
 
-def document(r: random.Random) -> tuple[str, str]:
-    """(header or "", text)"""
+KIN = 0.5  # how often a document has the style of the one before it
+
+
+def document(r: random.Random, style: str | None = None) -> tuple[str, str | None]:
+    """A text, and its style unless it is prose. style: which it is to have, told by no header."""
     w, kind = Namer(r, held_out=False), r.random()
     if kind < 0.08:
-        return "", prose(w)
-    shares = [share for share, _ in STYLES.values()]
-    if r.random() < 0.7:
+        return prose(w), style
+    header = ""
+    if style is None and r.random() < 0.7:
         header = style = r.choices(list(STYLES), (4, 1, 1, 1, 1))[0]
-    else:
-        header, style = "", r.choices(list(STYLES), shares)[0]
+    elif style is None:
+        style = r.choices(list(STYLES), [share for share, _ in STYLES.values()])[0]
     say = STYLES[style][1]
     if kind < 0.5:
         text, questions = passage(w)
@@ -304,10 +308,11 @@ def document(r: random.Random) -> tuple[str, str]:
         for _ in range(r.randint(4, 9)):
             q, a = arithmetic(r)
             rows.append((q, a, f"The result is {a}."))
-    lines = [text] if text else []
+    lines = [header] if header else []
+    lines += [text] if text else []
     for question, answer, sentence in rows:
         lines += [f"Question: {question}", f"Answer:{say(r, answer, sentence)}"]
-    return header, "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n", style
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,7 +377,7 @@ def train_tokenizer() -> Tokenizer:
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     t.decoder = decoders.ByteLevel()
-    texts = ("\n".join(document(r)) for _ in range(4000))
+    texts = (document(r)[0] for _ in range(4000))
     t.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=CONFIG.vocab_size, special_tokens=[BOS, EOS], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -383,30 +388,28 @@ def train_tokenizer() -> Tokenizer:
 
 
 def rows(tokenizer: Tokenizer, seed: int, B: int, T: int):
-    """Endless (B, T) batches. Every row starts with a document, as a prompted text does:
-    [header] BOS text EOS."""
+    """Endless (B, T) batches of documents, BOS text EOS. Every row starts with a document."""
     r = random.Random(seed)
     while True:
         batch = []
         for _ in range(B):
-            row = []
+            row, style = [], None
             while len(row) < T:
-                header, text = document(r)
-                row += (tokenizer.encode(header, add_special_tokens=False).ids
-                        + tokenizer.encode(text).ids)
-                row += CONFIG.eos_token_id
+                text, style = document(r, style if r.random() < KIN else None)
+                row += [*tokenizer.encode(text).ids, *CONFIG.eos_token_id]
             batch.append(row[:T])
         yield torch.tensor(batch)
 
 
 def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float,
-             log_every: int = 50) -> llama.Llama:
+             device: str = "cpu", log_every: int = 50) -> llama.Llama:
     torch.manual_seed(0)
     torch.nn.Embedding(CONFIG.vocab_size, CONFIG.hidden_size)  # draws, as when tiny was made
     model = llama.Llama(CONFIG)
     for name, p in model.named_parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
+    model.to(device)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     optimisers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.1,
@@ -419,7 +422,8 @@ def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float,
         for o in optimisers:
             for group in o.param_groups:
                 group["lr"] = lr * share
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        ids = ids.to(device)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             h, _ = model(ids[:, :-1])
             logits = model.logits(h).flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten())
@@ -439,7 +443,7 @@ def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float,
 def save_model(model: llama.Llama, out: Path) -> None:
     c = model.config
     write(out / "model.safetensors", save({
-        k: v.detach().bfloat16() for k, v in model.state_dict().items()}, {"format": "pt"}))
+        k: v.detach().cpu().bfloat16() for k, v in model.state_dict().items()}, {"format": "pt"}))
     write(out / "config.json", json.dumps({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
         "hidden_act": "silu", **vars(c), "eos_token_id": c.eos_token_id[0]},
@@ -453,19 +457,20 @@ def main() -> None:
     keep_freed_memory()
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
-    p.add_argument("--steps", type=int, default=4000)
+    p.add_argument("--steps", type=int, default=3000)
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--length", type=int, default=256)
     p.add_argument("--lr", type=float, default=4e-3)
     p.add_argument("--threads", type=int, default=2,
                    help="another number gives slightly other weights")
+    p.add_argument("--device", default="cpu", help="the same for another device")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     start = time.time()
     write_data(a.out)
     tokenizer = train_tokenizer()
     write(a.out / "tokenizer.json", (tokenizer.to_str(pretty=True) + "\n").encode())
-    save_model(pretrain(tokenizer, a.steps, a.batch, a.length, a.lr), a.out)
+    save_model(pretrain(tokenizer, a.steps, a.batch, a.length, a.lr, a.device), a.out)
     print(f"{a.out}: {a.steps} steps of {a.batch} x {a.length} tokens, "
           f"{(time.time() - start) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
