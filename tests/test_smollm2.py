@@ -1,0 +1,144 @@
+"""SmolLM2-135M, a real model: tokens, logits, greedy text, loss and gradient are those of
+transformers and PEFT.
+
+The folder is made once, in a cache. Where its package cannot be had, these tests are skipped."""
+
+import fcntl
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import llama
+import promptprior
+from lab.loss import answer_loss, begin
+
+ROOT = Path(promptprior.__file__).parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "promptprior"
+
+
+@pytest.fixture(scope="module")
+def folder():
+    made = Path(os.environ.get("PROMPTPRIOR_SMOLLM2", CACHE / "smollm2"))
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with open(made.parent / "smollm2.lock", "w") as lock:  # of tests that run side by side one makes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            done = subprocess.run([sys.executable, ROOT / "benchmarks/smollm2.py", made],
+                                  capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(done.stderr.strip())
+    return made
+
+
+@pytest.fixture(scope="module")
+def vocabulary(folder):
+    return data.Vocabulary(folder, (2,))
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return llama.load(folder, "float32")
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def varied_texts(count: int) -> list[str]:
+    """As people's texts are: prose, code, digits, emoji, other scripts, long ones, odd spaces."""
+    rng = random.Random(0)
+    prose, code = (ROOT / "README.md").read_text(), (ROOT / "llama.py").read_text()
+    scripts = [(0x20, 0x7f), (0xa0, 0x17f), (0x370, 0x3ff), (0x400, 0x4ff), (0x5d0, 0x5ea),
+               (0x620, 0x64a), (0x905, 0x939), (0x3041, 0x3096), (0x4e00, 0x9fff),
+               (0xac00, 0xd7a3), (0x1f300, 0x1f64f), (0x2190, 0x22ff)]
+    makers = [
+        lambda: prose[(i := rng.randrange(len(prose) - 900)):i + rng.randrange(1, 900)],
+        lambda: code[(i := rng.randrange(len(code) - 900)):i + rng.randrange(1, 900)],
+        lambda: " ".join(str(rng.randrange(10**rng.randrange(1, 12))) for _ in range(20)),
+        lambda: "".join(chr(rng.randint(*rng.choice(scripts))) for _ in range(60)),
+        lambda: rng.choice(("👩‍👩‍👧‍👦", "🇩🇪", "e\u0301", "\u200b", "\u00a0", "\r\n", "\t\t", "  \n ")) * rng.randrange(1, 40),
+        lambda: prose[rng.randrange(500):] * rng.randrange(1, 4)]
+    texts = [makers[i % len(makers)]() for i in range(count)]
+    return ["", " ", "\n", "<|im_start|>user\nHi<|im_end|>", *texts][:count]
+
+
+def test_tokens_are_auto_tokenizers(folder, vocabulary):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = varied_texts(200)
+    assert len(set(texts)) > 150 and max(map(len, texts)) > 20000
+    expected = [tokenizer(text).input_ids for text in texts]
+    assert vocabulary.bos is None
+    assert [vocabulary.encode(text) for text in texts] == vocabulary.encode_batch(texts) == expected
+
+
+def token_ids(vocabulary, count: int) -> list[int]:
+    return vocabulary.encode((ROOT / "README.md").read_text() * 2)[:count]
+
+
+@torch.no_grad()
+def test_logits_of_a_long_text(vocabulary, ours, theirs):
+    ids = torch.tensor([token_ids(vocabulary, 1500)])
+    assert ids.shape == (1, 1500)
+    expected = theirs(ids).logits[0]
+    actual = ours.logits(ours(ids)[0][0])
+    assert (actual - expected).norm() / expected.norm() < 1e-4
+    # of single logits too, relative to the spread of a token's logits
+    spread = expected.std(dim=-1, keepdim=True)
+    assert ((actual - expected).abs() / spread).max() < 1e-3
+
+
+@torch.no_grad()
+def test_greedy_text(vocabulary, ours, theirs):
+    beginnings = ["The capital of France is", "def fibonacci(n):\n", "Question: What is 2 + 2?\nAnswer:"]
+    rows = [vocabulary.encode(text) for text in beginnings]
+    answers = llama.generate(ours, rows, None, max_new=12)
+    for row, answer in zip(rows, answers):
+        expected = theirs.generate(torch.tensor([row]), max_new_tokens=12, do_sample=False,
+                                   eos_token_id=None, pad_token_id=2)
+        assert answer == expected[0, len(row):].tolist()
+
+
+def test_loss_and_gradient_are_pefts(vocabulary, ours, theirs):
+    """Of a batch of unequal questions, two of them on one paragraph."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    paragraph = " ".join((ROOT / "README.md").read_text().split()[:120])
+    questions = [(paragraph, "Which package is it?", "promptprior"),
+                 (paragraph, "What is tuned, and of which model?", "the prompt of a frozen LLaMA"),
+                 ("A short text.", "Is it?", "yes"), ("", "What is 17 - 4?", "13")]
+    examples = [data.Example(str(i), "squad", context, question, (answer,))
+                for i, (context, question, answer) in enumerate(questions)]
+    rows = [data.encode(example, vocabulary, 512) for example in examples]
+    assert len({len(row.ids) for row in rows}) == 4
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
+    peft = get_peft_model(theirs, config)
+    start = ours.embeddings[1000:1020].clone()
+    weight = peft.prompt_encoder["default"].embedding.weight
+    weight.data.copy_(start)
+    T = max(len(row.ids) for row in rows)
+    ids, mask = torch.zeros(4, T, dtype=torch.int64), torch.zeros(4, T, dtype=torch.int64)
+    labels = torch.full((4, T), -100)
+    for i, row in enumerate(rows):
+        ids[i, :len(row.ids)], mask[i, :len(row.ids)] = torch.tensor(row.ids), 1
+        labels[i, row.start:len(row.ids)] = torch.tensor(row.ids[row.start:])
+    expected = peft(input_ids=ids, attention_mask=mask, labels=labels).loss
+    expected.backward()
+
+    prompt = start.requires_grad_()
+    past, batch = begin(ours, data.collate(rows), llama.Prompt({0: prompt}))
+    summed, tokens = answer_loss(ours, past, batch)
+    (summed / tokens).backward()
+    assert (summed / tokens).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert (prompt.grad - weight.grad).norm() < 1e-4 * weight.grad.norm()
