@@ -50,10 +50,9 @@ from lab.files import read_tensors, reading, write_file  # noqa: E402
 from lab.folder import Run  # noqa: E402
 from lab.inputs import parse_spec  # noqa: E402
 from lab.loss import answer_loss, begin  # noqa: E402
-from lab.populations import draw, references  # noqa: E402
 from lab.settings import Settings, flat, spec_name  # noqa: E402
-from lab.train import (Inputs, Training, checkpoint_of, keep_freed_memory,  # noqa: E402
-                       make_posterior, read_inputs, schedule)
+from lab.train import (Inputs, Training, begin_run, checkpoint_of,  # noqa: E402
+                       keep_freed_memory, make_posterior, read_inputs, schedule)
 from promptprior import exit_status, message  # noqa: E402
 
 METHODS = OURS, PEFT = "promptprior", "PEFT"
@@ -199,9 +198,9 @@ def measure_seed(out: Path, inputs: Inputs, base, peft_steps: int, there: set[tu
     seed, run = settings.seed, Run(out / f"seed-{settings.seed}")
     if {(seed, OURS, settings.train.steps), (seed, PEFT, peft_steps)} <= there:
         return
-    by_layer = references(settings.prior, settings.data, loaded, inputs.layers)
-    start = draw(settings.prior, by_layer).rows  # {0: (1, n, D)}
-    posterior = make_posterior(settings, start, by_layer, 1)
+    begun = begin_run(inputs)
+    start = begun.start  # {0: (1, n, D)}
+    posterior = make_posterior(settings, begun, 1)
 
     def score(method: str, step: int, seconds: float, rows: Tensor):
         """Evaluate a prompt, and write its point if it is not there yet."""

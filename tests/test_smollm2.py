@@ -26,7 +26,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prompt
 def folder():
     made = Path(os.environ.get("PROMPTPRIOR_SMOLLM2", CACHE / "smollm2"))
     made.parent.mkdir(parents=True, exist_ok=True)
-    with open(made.parent / "smollm2.lock", "w") as lock:  # of tests that run side by side one makes
+    with open(made.parent / "smollm2.lock", "w") as lock:  # tests may run side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
             done = subprocess.run([sys.executable, ROOT / "benchmarks/smollm2.py", made],
@@ -60,12 +60,13 @@ def varied_texts(count: int) -> list[str]:
     scripts = [(0x20, 0x7f), (0xa0, 0x17f), (0x370, 0x3ff), (0x400, 0x4ff), (0x5d0, 0x5ea),
                (0x620, 0x64a), (0x905, 0x939), (0x3041, 0x3096), (0x4e00, 0x9fff),
                (0xac00, 0xd7a3), (0x1f300, 0x1f64f), (0x2190, 0x22ff)]
+    odd = ("👩‍👩‍👧‍👦", "🇩🇪", "e\u0301", "\u200b", "\u00a0", "\r\n", "\t\t", "  \n ")
     makers = [
         lambda: prose[(i := rng.randrange(len(prose) - 900)):i + rng.randrange(1, 900)],
         lambda: code[(i := rng.randrange(len(code) - 900)):i + rng.randrange(1, 900)],
         lambda: " ".join(str(rng.randrange(10**rng.randrange(1, 12))) for _ in range(20)),
         lambda: "".join(chr(rng.randint(*rng.choice(scripts))) for _ in range(60)),
-        lambda: rng.choice(("👩‍👩‍👧‍👦", "🇩🇪", "e\u0301", "\u200b", "\u00a0", "\r\n", "\t\t", "  \n ")) * rng.randrange(1, 40),
+        lambda: rng.choice(odd) * rng.randrange(1, 40),
         lambda: prose[rng.randrange(500):] * rng.randrange(1, 4)]
     texts = [makers[i % len(makers)]() for i in range(count)]
     return ["", " ", "\n", "<|im_start|>user\nHi<|im_end|>", *texts][:count]
@@ -100,7 +101,8 @@ def test_logits_of_a_long_text(vocabulary, ours, theirs):
 
 @torch.no_grad()
 def test_greedy_text(vocabulary, ours, theirs):
-    beginnings = ["The capital of France is", "def fibonacci(n):\n", "Question: What is 2 + 2?\nAnswer:"]
+    beginnings = ["The capital of France is", "def fibonacci(n):\n",
+                  "Question: What is 2 + 2?\nAnswer:"]
     rows = [vocabulary.encode(text) for text in beginnings]
     answers = llama.generate(ours, rows, None, max_new=12)
     for row, answer in zip(rows, answers):
