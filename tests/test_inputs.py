@@ -1,0 +1,109 @@
+"""What a command works with: questions whose tokens are made when they are needed."""
+
+import json
+
+import pytest
+import torch
+
+import data
+import llama
+import promptprior
+from lab import inputs
+from lab.populations import references
+from lab.settings import TINY, DataSettings, ModelSettings, PriorSettings
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return inputs.load_model(ModelSettings(device="cpu").complete())
+
+
+def examples_of(count: int) -> list[data.Example]:
+    """Five questions a paragraph."""
+    return [data.Example(str(i), "squad", f"Paragraph {i // 5} says that Bolu was born in Tarn. " * 3,
+                         f"Where was Bolu born, number {i}?", (f"Tarn {i % 7}",))
+            for i in range(count)]
+
+
+def test_tokens_are_made_when_a_batch_needs_them(loaded, monkeypatch):
+    made, encode = [], data.encode
+    monkeypatch.setattr(data, "encode", lambda example, *rest: made.append(example.id)
+                        or encode(example, *rest))
+    questions = inputs.encode(examples_of(5000), loaded.vocabulary, 400, "training")
+    assert len(questions) == 5000 and not made
+    batch = questions.batch([7, 8, 400], True, "before", "cpu")
+    assert made == ["7", "8", "400"] and len(batch.tails) == 3
+    questions.batch([8, 400, 7], True, "before", "cpu")
+    assert made == ["7", "8", "400"]  # once
+
+
+def test_what_does_not_fit_is_known_before(loaded, capsys):
+    """The same examples are dropped and cut as if all were tokenised at once."""
+    examples = examples_of(40) + [data.Example("long", "squad", "c", "why " * 90, ("x",))]
+    rows = [data.encode(e, loaded.vocabulary, 100) for e in examples]
+    questions = inputs.encode(examples, loaded.vocabulary, 100, "training")
+    assert questions.examples == [e for e, row in zip(examples, rows) if row] != examples
+    assert "training: 1 questions dropped, longer than 100 tokens" in capsys.readouterr().err
+    assert questions.rows == [row for row in rows if row]
+    err = capsys.readouterr().err
+    assert err.count("is cut at its end to fit 100 tokens") == 1
+    questions.say_cut()
+    cut = [row.cut for row in rows if row and row.cut]
+    assert f"{len(cut)} of 40 contexts cut at their end" in capsys.readouterr().err
+    assert inputs.answer_tokens(questions) == sum(len(r.ids) - r.start for r in rows if r)
+
+
+def test_a_text_prompt_is_run_once(loaded):
+    """The Past holds what all texts begin with, and the rows the rest; together they are whole."""
+    examples = examples_of(12)
+    questions = inputs.Questions(examples, loaded.vocabulary, 400, "evaluation")
+    prior = PriorSettings(text=("say it shortly:", "a\nb")).complete("tiny")
+    plain = inputs.plain_prompts(loaded, prior, questions)
+    assert [p.split for p in plain] == ["baseline", "text", "text"]
+    assert plain[0].past.position.item() == 0 and plain[0].questions is questions
+    for p, text in zip(plain[1:], prior.text):
+        n = p.past.position.item()
+        assert n == p.questions.skip >= len(loaded.vocabulary.encode(text))
+        for i, example in enumerate(examples):
+            whole = loaded.vocabulary.encode(f"{text}\n" + data.question_text(
+                example.context, example.question) + data.answer_text(example))
+            row = p.questions.row(i)
+            assert row.ids == whole[n:]
+            assert loaded.vocabulary.decode(row.ids[row.start:]) == data.answer_text(example)
+
+
+def test_bos_is_said_to_be_missing(tmp_path, capsys):
+    for path in TINY.glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
+    settings = ModelSettings(model=str(tmp_path), device="cpu").complete()
+    assert inputs.load_model(settings).vocabulary.bos is None
+    assert "puts no BOS in front of a text" in capsys.readouterr().err
+    always = ModelSettings(model=str(tmp_path), device="cpu", bos="always").complete()
+    assert inputs.load_model(always).vocabulary.encode("a")[0] == 0
+    assert not capsys.readouterr().err
+    # A run on it works without BOS, and its prompt can stand at the beginning or before the answer.
+    for place in ("before", "suffix"):
+        assert promptprior.main([
+            "train", "--model", str(tmp_path), "--data", "squad", "--steps", "1", "--eval-limit",
+            "4", "--train-examples", "20", "--place", place, "--text", "short answer", "--out",
+            str(tmp_path / place)]) == 0
+
+
+def test_token_embeddings_of_texts_are_looked_up(loaded, monkeypatch):
+    """Without running the model; and of a layer, none that comes after it."""
+    ran, forward = [], llama.Block.forward
+
+    def counted(self, *arguments, **more):
+        ran.append(self)
+        return forward(self, *arguments, **more)
+
+    monkeypatch.setattr(llama.Block, "forward", counted)
+    prior = PriorSettings(reference=("squad",), reference_rows=200)
+    of_data = DataSettings(data="math", max_length=100)
+    at_0 = references(prior, of_data, loaded, [0])
+    assert not ran
+    both = references(prior, of_data, loaded, [0, 2])
+    assert len(set(ran)) == 2
+    assert torch.equal(at_0[0].rows, both[0].rows) and len(at_0[0].rows) == 200
