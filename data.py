@@ -363,7 +363,7 @@ class Vocabulary:
     and no second one if it begins with BOS; an EOS behind it is dropped. So its ids are those of
     transformers' AutoTokenizer, without that EOS.
 
-    self.bos is the id in front of every text, or None."""
+    self.bos is the id in front of every text, or None; adds_bos: the tokenizer puts it there."""
 
     def __init__(self, folder: str | Path, eos: tuple[int, ...] = (), bos: int | None = None):
         """eos: the ids in config.json. bos: what to put in front where the tokenizer has none."""
@@ -390,7 +390,8 @@ class Vocabulary:
         if self._front > 1:
             raise DataError(f"{self.path}: puts tokens {encoding.ids[:self._front]} in front of a "
                             "text, expected BOS alone: fetch it again")
-        self.bos = encoding.ids[0] if self._front else bos
+        self.adds_bos = self._front > 0
+        self.bos = encoding.ids[0] if self.adds_bos else bos
 
     @functools.cached_property
     def size(self) -> int:

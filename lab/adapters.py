@@ -372,11 +372,23 @@ def export_adapter(opened: OpenRun, folder: Path) -> None:
 
     if settings.train.posterior != "point":
         say(f"{run.path}: the mean prompt of its {settings.train.posterior} posterior")
-    if settings.prompt.place == "after-bos":
-        say("BOS is one of the adapter's virtual tokens: give PEFT texts without it")
+    say(f"give PEFT {texts_for_peft(opened)}")
     n, width = adapter.numbers.shape
     show(f"{folder}: {adapter.kind}, {n} virtual tokens of {width} numbers; read back, its logits "
          f"differ by at most {change:.2g} from the run's")
+
+
+def texts_for_peft(opened: OpenRun) -> str:
+    """How texts must be tokenised for an exported prompt."""
+    vocabulary = opened.vocabulary
+    if opened.settings.prompt.place == "after-bos":
+        return ("texts without BOS, which is one of the adapter's virtual tokens: AutoTokenizer "
+                "with add_special_tokens=False")
+    if vocabulary.bos is not None and not vocabulary.adds_bos:
+        return (f"texts with BOS, token {vocabulary.bos}, in front (--bos always), as AutoTokenizer "
+                "puts none there")
+    return ("texts as AutoTokenizer makes them, "
+            + ("with BOS in front" if vocabulary.adds_bos else "without BOS"))
 
 
 def past_for_peft(opened: OpenRun) -> llama.Past:
@@ -394,7 +406,7 @@ def past_for_peft(opened: OpenRun) -> llama.Past:
 def origin(opened: OpenRun) -> dict:
     """What promptprior.json says of the run that an adapter is of."""
     values, run = flat(opened.settings), opened.run
-    names = ("method", "place", "tokens", "deep_layers", "cut", "posterior", "seed", "dtype")
+    names = ("method", "place", "tokens", "deep_layers", "cut", "posterior", "seed", "dtype", "bos")
     return {"run": run.path.resolve().name, "layers": [*opened.prompt.layers],
             "sha256": run.config()["sha256"]["model"], **{key: values[key] for key in names},
             "prior": opened.settings.prior_name, "data": spec_name(values["data"])}
@@ -439,6 +451,8 @@ def settings_for(adapter: Adapter, given: dict) -> Settings:
              "imported": adapter.path.resolve().name}
     if adapter.kind in PREFIX:
         flags["method"] = "prefix"
+    if "bos" in adapter.about:
+        flags["bos"] = adapter.about["bos"]
     if adapter.has_bos:
         flags |= {"place": "after-bos", "tokens": len(adapter.numbers) - 1}
     return Settings.from_flags(flags).complete()

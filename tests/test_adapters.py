@@ -300,7 +300,11 @@ def test_to_peft_and_back_by_the_command_line(made, tmp_path, capsys):
 
     first, vocabulary = made("first"), data.Vocabulary(TINY, (1,))
     assert run("export", first, "--to", tmp_path / "adapter") == 0
-    assert "PROMPT_TUNING, 6 virtual tokens of 192 numbers" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "PROMPT_TUNING, 6 virtual tokens of 192 numbers" in printed.out
+    assert "give PEFT texts as AutoTokenizer makes them, with BOS in front" in printed.err
+    about = json.loads((tmp_path / "adapter/promptprior.json").read_text())
+    assert about["bos"] == "tokenizer"
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "promptprior.json"}
     base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
@@ -355,7 +359,7 @@ def test_other_prompts_travel_as_keys_and_values(made, tmp_path, capsys, layers,
     assert run("export", first, "--to", tmp_path / "adapter") == 0
     shown = capsys.readouterr()
     assert f"PREFIX_TUNING, {6 + after_bos} virtual tokens of 768" in shown.out
-    assert ("without it" in shown.err) == after_bos
+    assert ("give PEFT texts without BOS" in shown.err) == after_bos
     answer = answers(first, capsys)
     base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     peft = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()

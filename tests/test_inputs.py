@@ -20,7 +20,8 @@ def loaded():
 
 def examples_of(count: int) -> list[data.Example]:
     """Five questions a paragraph."""
-    return [data.Example(str(i), "squad", f"Paragraph {i // 5} says that Bolu was born in Tarn. " * 3,
+    context = "Paragraph {} says that Bolu was born in Tarn. " * 3
+    return [data.Example(str(i), "squad", context.replace("{}", str(i // 5)),
                          f"Where was Bolu born, number {i}?", (f"Tarn {i % 7}",))
             for i in range(count)]
 
