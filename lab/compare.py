@@ -302,8 +302,8 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
               "measures": dict(rows), "tokens": readings}
     title = (f"{run.path}: prior {settings.prior_name}, {settings.train.posterior} posterior, "
              f"seed {settings.seed}")
-    if opened.step is not None:
-        title += f"; its prompt at step {opened.step}"
+    if run.step is not None:
+        title += f"; its prompt at step {run.step}"
     lines = [title, score_table(settings, metrics), "", table(rows, TITLES),
              *reading_lines(readings, settings.train.posterior)]
     return record, "\n".join(lines)

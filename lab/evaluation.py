@@ -35,7 +35,6 @@ class OpenRun(NamedTuple):
     settings: Settings  # the run's, and over them the flags that were given now
     loaded: LoadedModel
     prompt: llama.Prompt  # of a posterior its mean; on the model's device
-    step: int | None = None  # of the prompt, if another than the last was asked for
 
     @property
     def model(self) -> llama.Llama:
@@ -67,7 +66,8 @@ def open_run(path: str | Path, given: dict,
         settings = replace(settings, prior=replace(settings.prior, text=()))
     settings = replace(settings, model=settings.model.complete(),
                        prior=settings.prior.with_files_read())
-    step = run.show_step(given["step"]) if "step" in given else None
+    if "step" in given:
+        run.show_step(given["step"])
     prompt = run.prompt()
     if settings.model not in models:
         models[settings.model] = load_model(settings.model)
@@ -75,7 +75,7 @@ def open_run(path: str | Path, given: dict,
     check_place(settings.prompt, loaded, settings.model.model)
     prompt = prompt.to(loaded.device)
     prompt.past(loaded.model)  # refuses rows that do not fit
-    return OpenRun(run, settings, loaded, prompt, step)
+    return OpenRun(run, settings, loaded, prompt)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,8 +211,8 @@ def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
     """A run's prompt; of a posterior its mean, each of its prompts, and all of them together."""
     settings = opened.settings
     kind = "prompt" if settings.imported else "prior, trained"
-    if opened.step is not None:
-        kind = f"prior, {opened.step} steps"
+    if opened.run.step is not None:
+        kind = f"prior, {opened.run.step} steps"
     name = f"{settings.prior_name} {kind}"
     if settings.train.posterior == "point":
         return [(name, [opened.prompt])]

@@ -57,11 +57,11 @@ class Checkpoint(NamedTuple):
 class Run:
     """A run's folder. Of several processes only the first writes.
 
-    self.shown names the file whose prompt commands are about: the last one, or after `show_step`
-    that of an earlier step."""
+    self.step is the step whose prompt commands are about; None is the last. show_step sets it."""
 
     def __init__(self, path: Path):
-        self.path, self.shown = Path(path), LAST
+        self.path = Path(path)
+        self.step: int | None = None
 
     @property
     def writes(self) -> bool:
@@ -139,23 +139,26 @@ class Run:
                             "it, or train again with --overwrite")
         return steps
 
-    def show_step(self, step: str) -> int:
-        """Make the prompt of this step the one that is shown -> the step. best: that of the lowest
-        evaluation loss."""
+    @property
+    def shown(self) -> str:
+        """The file of the prompt that commands are about."""
+        return LAST if self.step is None else f"prompts/{self.step:06d}.safetensors"
+
+    def show_step(self, step: str) -> None:
+        """Make commands be about the prompt of this step. best: that of the lowest evaluation
+        loss."""
         steps = self.snapshots()
         if step == "best":
             best = best_evaluation(self.metrics(), steps)
             if best is None:
                 raise UserError(f"{self.path}: --step best: none of its prompts was evaluated: give "
                                 "a number, or leave it out")
-            number = best["step"]
+            self.step = best["step"]
         elif not step.isdecimal() or int(step) not in steps:
             raise UserError(f"{self.path}: --step {step}: no prompt of that step: give best, or one "
                             f"of {', '.join(map(str, steps))}")
         else:
-            number = int(step)
-        self.shown = f"prompts/{number:06d}.safetensors"
-        return number
+            self.step = int(step)
 
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """What prompt.safetensors or prompts/NNNNNN.safetensors holds (None: what is shown):

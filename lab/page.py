@@ -252,7 +252,7 @@ def shown_prompts(run: Run, settings: Settings, step: int) -> list[dict[int, Ten
 def shown_steps(run: Run, settings: Settings) -> list[int]:
     """The steps of at most SNAPSHOTS of a run's snapshots, the first and the last among them, and
     of fewer if each has very many rows."""
-    steps = run.snapshots()
+    steps = [step for step in run.snapshots() if run.step is None or step <= run.step]
     prompts = shown_prompts(run, settings, steps[0])
     rows = sum(len(vectors) for prompt in prompts for vectors in prompt.values())
     count = min(len(steps), SNAPSHOTS, max(STATES // rows, 2))
@@ -330,7 +330,8 @@ def about_run(run: Run, settings: Settings, steps: list[int]) -> dict:
             "posterior": settings.train.posterior, "steps": steps,
             "particles": min(particles, PARTICLES), "all_particles": particles, "curve": curve,
             "evals": [line for line in metrics if line["split"] == "eval"],
-            "beside": {line["split"]: line for line in metrics
+            # of several text prompts the first, which comes last here
+            "beside": {line["split"]: line for line in reversed(metrics)
                        if line["split"] in ("baseline", "text")},
             "text": (settings.prior.text or ("",))[0], "predictions": predictions[:PREDICTIONS],
             "all_predictions": len(predictions), "config": run.config()}

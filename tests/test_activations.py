@@ -41,7 +41,6 @@ def test_rows_are_transformers_hidden_states(collected):
 
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     file, t = activations.Collection(collected), load_file(collected)
-    bos = model.config.bos_token_id
     vocabulary = data.Vocabulary(TINY)
     sources = [data.read("squad", str(TINY / "squad/train.json")),
                data.read("math", str(TINY / "math/train-easy"))]

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 import data
 import priors
 import promptprior
-from lab import commands, inputs, populations
+from lab import commands, inputs, page, populations
 from lab.console import Stopped
+from lab.evaluation import open_run
 from lab.folder import Run
 from lab.settings import TINY, DataSettings, ModelSettings, PriorSettings
 from lab.train import command_train
@@ -517,6 +518,8 @@ def test_the_step_that_is_wanted(tmp_path, capsys):
     rows = load_file(tmp_path / "peft/adapter_model.safetensors")["prompt_embeddings"]
     assert torch.equal(rows, run_of.tensors(f"prompts/{worst:06d}.safetensors")["layers.0"])
     assert not torch.equal(rows, run_of.tensors()["layers.0"])
+    opened = open_run(tmp_path / "r", {"step": str(worst)})
+    assert page.shown_steps(opened.run, opened.settings) == [0, 1, 2]
     for step in ("7777", "-1", "worst"):
         assert run("eval", tmp_path / "r", "--step", step) == 2
         assert "give best, or one of 0, " in capsys.readouterr().err
