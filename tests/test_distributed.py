@@ -22,13 +22,16 @@ SPY = """  # promptprior.py, writing down the places in the data that every batc
 import os, sys
 sys.path.insert(0, os.getcwd())
 import promptprior
-from lab import inputs
-batch = inputs.Questions.batch
+from lab import inputs, train
+batch, references = inputs.Questions.batch, train.references
 def spy(self, indices, *more):
     with open(os.path.join(sys.argv[-1], "batches" + os.environ.get("RANK", "")), "a") as f:
         f.write(f"{len(self.examples)} {list(indices)}\\n")
     return batch(self, indices, *more)
-inputs.Questions.batch = spy
+def fits(*arguments, **more):
+    open(os.path.join(sys.argv[-1], "fits" + os.environ.get("RANK", "")), "w").close()
+    return references(*arguments, **more)
+inputs.Questions.batch, train.references = spy, fits
 sys.exit(promptprior.main(sys.argv[1:-1]))
 """
 
@@ -60,6 +63,9 @@ def test_two_processes_train_as_one(tmp_path, arguments):
     out, err = two.communicate(timeout=300)
     assert two.returncode == 0, err
     done = [(tmp_path / f"batches{rank}").read_text().splitlines() for rank in (0, 1)]
+    # One fits the prior for both, unless a reference needs weights that are shared.
+    assert (tmp_path / "fits0").exists()
+    assert (tmp_path / "fits1").exists() == ("--shard" in arguments)
     size = 7
     evals = [[x for x in d if x.startswith("20 ")] for d in done]  # 20 questions are evaluated
     for first, second in zip(*([x for x in d if x not in e] for d, e in zip(done, evals))):
