@@ -359,11 +359,12 @@ READERS = {
 
 
 class Vocabulary:
-    """A model folder's tokenizer.json. A text gets the BOS that the tokenizer itself puts in front,
-    and no second one if it begins with BOS; an EOS behind it is dropped. So its ids are those of
-    transformers' AutoTokenizer, without that EOS.
+    """A model folder's tokenizer.json. The ids of a text are those of transformers' AutoTokenizer,
+    except that an EOS at the end is dropped, and that a text which begins with BOS gets no second
+    one.
 
-    self.bos is the id in front of every text, or None; adds_bos: the tokenizer puts it there."""
+    self.bos is the id in front of every text, or None. adds_bos, adds_eos: whether the
+    tokenizer puts one in front of a text, or behind it."""
 
     def __init__(self, folder: str | Path, eos: tuple[int, ...] = (), bos: int | None = None):
         """eos: the ids in config.json. bos: what to put in front where the tokenizer has none."""
@@ -390,7 +391,7 @@ class Vocabulary:
         if self._front > 1:
             raise DataError(f"{self.path}: puts tokens {encoding.ids[:self._front]} in front of a "
                             "text, expected BOS alone: fetch it again")
-        self.adds_bos = self._front > 0
+        self.adds_bos, self.adds_eos = self._front > 0, self._behind > 0
         self.bos = encoding.ids[0] if self.adds_bos else bos
 
     @functools.cached_property
@@ -512,7 +513,7 @@ def encode(example: Example, vocabulary: Vocabulary, max_length: int,
     """An example in at most max_length tokens. One that is too long loses words at the context's
     end; None if the rest alone is too long. A text is a row without question; None if it is empty.
 
-    beginning: a text in front of the example's own, which is never cut."""
+    beginning: a text in front of the example's own, which does not count."""
     context = example.context[:LONGEST_TOKENISED]
     if example.kind == "text":
         all_ids = vocabulary.encode(context)
@@ -528,8 +529,8 @@ def encode(example: Example, vocabulary: Vocabulary, max_length: int,
     # a shortened context, which is why it takes a loop.
     cut = 0
     while True:
-        question = beginning + question_text(context, example.question)
-        ids, body = vocabulary.encode_at(question + answer, len(beginning) + len(context))
+        question = question_text(context, example.question)
+        ids, body = vocabulary.encode_at(question + answer, len(context))
         excess = len(ids) - max_length
         if excess <= 0:
             break
@@ -538,6 +539,9 @@ def encode(example: Example, vocabulary: Vocabulary, max_length: int,
         context, dropped = _shorten(context, excess, vocabulary)
         cut += dropped
 
+    if beginning:
+        question = beginning + question
+        ids, body = vocabulary.encode_at(question + answer, len(beginning) + len(context))
     question_ids = vocabulary.encode(question)
     start = len(common_beginning([ids, question_ids]))
     return Row(ids, start, question_ids, example.context, cut, body)
@@ -549,7 +553,8 @@ def surely_fits(example: Example, vocabulary: Vocabulary, max_length: int) -> bo
     if vocabulary.tokenizer.normalizer is not None:
         return False
     characters = len(example.question) + len(answer_text(example)) + len(question_text("", ""))
-    return 4 * characters + 8 <= max_length  # UTF-8; BOS, a space that a tokenizer puts in front
+    # A character has at most 4 bytes; 8 are for BOS and for a space that a tokenizer puts in front.
+    return 4 * characters + 8 <= max_length
 
 
 def sizes(examples: list[Example], vocabulary: Vocabulary) -> Iterator[tuple[float, int]]:

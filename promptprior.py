@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 
-from lab.commands import COMMANDS, parse
+from lab.commands import COMMANDS, parse, with_files_read
 from lab.console import FIRST, Stopped, one_line, out_of_memory, say, show
 
 # A ValueError of these modules, or of lab, is the user's mistake; any other is a fault of ours.
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0  # only training has work for several processes
     try:
         module = importlib.import_module(f"lab.{COMMANDS[name].module}")
-        getattr(module, f"command_{name}")(given)
+        getattr(module, f"command_{name}")(with_files_read(given))
         return 0
     except BrokenPipeError:  # as in `| head`
         # Python would complain at its end that it cannot write the rest.
@@ -77,8 +77,9 @@ def report(e: Exception, status: int) -> None:
         # Of an error in one process alone the first one knows nothing.
         show(f"promptprior: process {os.environ['RANK']}: {text}", sys.stderr)
     else:
-        # The first process says the same, unless torchrun ends it because this one is faster.
+        # If the first process has the same error, it says so, and then torchrun ends this one.
         time.sleep(10)
+        show(f"promptprior: process {os.environ['RANK']}: {text}", sys.stderr)
 
 
 def in_a_group() -> bool:

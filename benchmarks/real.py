@@ -75,19 +75,6 @@ class Point(NamedTuple):
 # PEFT
 
 
-def whole_rows(batch: data.Batch) -> list[data.Row]:
-    """A batch's questions, each with its paragraph, as PEFT's users give them."""
-    rows = []
-    for beginning, tail, label in zip(batch.shared[batch.parent].tolist(), batch.tails.tolist(),
-                                      batch.labels.tolist()):
-        answer = [token for token in label if token != data.NO_LABEL]
-        read = [token for token in beginning + tail if token != data.PAD]
-        ids = [*read, answer[-1]]  # the last token is a label alone, so a batch leaves it out
-        start = len(ids) - len(answer)
-        rows.append(data.Row(ids, start, ids[:start], "", 0))
-    return rows
-
-
 class PeftTraining:
     """PEFT's prompt tuning in a plain loop, with the batches and learning rates of ours."""
 
@@ -110,8 +97,8 @@ class PeftTraining:
         """The loss of a step's batch in nats a token; its gradient is left in the rows."""
         from training import theirs
 
-        batch = self.ours.questions.batch(self.ours.order[step], False, "before", "cpu")
-        return theirs(self.model, whole_rows(batch), "cpu").item()
+        rows = [self.ours.questions.row(i) for i in self.ours.order[step]]
+        return theirs(self.model, rows, "cpu").item()
 
     def go_to(self, step: int) -> None:
         """Train until so many steps are made, and write the checkpoint."""

@@ -363,9 +363,13 @@ def check_about(about: dict) -> None:
 
 def command_collect(given: dict) -> None:
     options = from_flags(CollectOptions, given)
-    past, prompt_inputs = None, {}
+    past, prompt_inputs, step = None, {}, None
+    if "step" in given and not options.under:
+        raise UserError(f"--step {given['step']} is for --under RUN: give that too, or leave it "
+                        "out")
     if options.under:
         opened = open_run(options.under, given)
+        step = opened.run.step
         past, prompt_inputs = under_prompt(opened)
         loaded, max_length = opened.loaded, options.max_length or opened.max_length
     else:
@@ -390,7 +394,7 @@ def command_collect(given: dict) -> None:
         "model": settings.model, "revision": loaded.revision, "dtype": settings.dtype,
         "sha256": checksum(model_files(settings)),
         "data": [absolute(named_spec(spec)[1]) for spec in options.specs],
-        "under": os.path.abspath(options.under) if options.under else None,
+        "under": os.path.abspath(options.under) if options.under else None, "step": step,
         "examples": options.examples, "limit": options.limit, "seed": options.seed},
         past, prompt_inputs)
     report(Collection(path), domains)

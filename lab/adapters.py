@@ -314,6 +314,8 @@ def command_export(given: dict) -> None:
     if options.to is not None:
         folder = free_place(options.to, "--to", options.overwrite, is_ours,
                             "an adapter that export made", is_folder=True)
+    if "step" in given and options.to is None:
+        raise UserError(f"--step {given['step']} is for --to DIR: give that too, or leave it out")
     if options.csv is not None:
         export_log(Run(Path(options.run)), options)
     if folder:
@@ -385,10 +387,11 @@ def texts_for_peft(opened: OpenRun) -> str:
         return ("texts without BOS, which is one of the adapter's virtual tokens: AutoTokenizer "
                 "with add_special_tokens=False")
     if vocabulary.bos is not None and not vocabulary.adds_bos:
-        return (f"texts with BOS, token {vocabulary.bos}, in front (--bos always), as AutoTokenizer "
-                "puts none there")
-    return ("texts as AutoTokenizer makes them, "
-            + ("with BOS in front" if vocabulary.adds_bos else "without BOS"))
+        return (f"texts with BOS, token {vocabulary.bos}, in front (--bos always), because "
+                "AutoTokenizer puts none there")
+    bos = "with BOS in front" if vocabulary.adds_bos else "without BOS"
+    eos = ", and drop the EOS that it adds" if vocabulary.adds_eos else ""
+    return f"texts as AutoTokenizer makes them, {bos}{eos}"
 
 
 def past_for_peft(opened: OpenRun) -> llama.Past:
@@ -407,7 +410,7 @@ def origin(opened: OpenRun) -> dict:
     """What promptprior.json says of the run that an adapter is of."""
     values, run = flat(opened.settings), opened.run
     names = ("method", "place", "tokens", "deep_layers", "cut", "posterior", "seed", "dtype", "bos")
-    return {"run": run.path.resolve().name, "layers": [*opened.prompt.layers],
+    return {"run": run.path.resolve().name, "step": run.step, "layers": [*opened.prompt.layers],
             "sha256": run.config()["sha256"]["model"], **{key: values[key] for key in names},
             "prior": opened.settings.prior_name, "data": spec_name(values["data"])}
 
@@ -451,8 +454,8 @@ def settings_for(adapter: Adapter, given: dict) -> Settings:
              "imported": adapter.path.resolve().name}
     if adapter.kind in PREFIX:
         flags["method"] = "prefix"
-    if "bos" in adapter.about:
-        flags["bos"] = adapter.about["bos"]
+    if adapter.about:  # of an export; early ones put BOS in front of every text
+        flags.setdefault("bos", adapter.about.get("bos", "always"))
     if adapter.has_bos:
         flags |= {"place": "after-bos", "tokens": len(adapter.numbers) - 1}
     return Settings.from_flags(flags).complete()

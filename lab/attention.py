@@ -153,7 +153,8 @@ def command_attention(given: dict) -> None:
     # Questions are run without their answers.
     with torch.no_grad():
         past = opened.prompt.past(opened.model)
-        rows = measure_attention(opened.model, past, [row.question for row in questions.rows])
+        asked = [questions.row(i).question for i in range(len(questions))]
+        rows = measure_attention(opened.model, past, asked)
 
     # A posterior of several prompts has no Past of its own, only its mean has.
     mean = ""
@@ -163,16 +164,16 @@ def command_attention(given: dict) -> None:
     caption = describe(opened, len(questions), rows[0][1]["content"]) + mean
     write_file(figure, pictures.attention(rows, caption).encode())
     if options.json:
-        show(json.dumps({"run": str(run.path), "attention": dict(rows)}))
+        show(json.dumps({"run": str(run.path), "step": run.step, "attention": dict(rows)}))
     else:
-        show(f"{run.path}, {len(questions)} questions.{mean}\n\n{table(rows, TITLES)}")
+        show(f"{run.title}, {len(questions)} questions.{mean}\n\n{table(rows, TITLES)}")
     say(str(figure))
 
 
 def describe(opened: OpenRun, questions: int, content: float) -> str:
     """The caption of the figure. content: of the first layer where the prompt has columns."""
     settings = opened.settings
-    return (f"{opened.run.path.name}: {settings.prompt.method}, prior {settings.prior_name}, seed "
+    return (f"{opened.run.title}: {settings.prompt.method}, prior {settings.prior_name}, seed "
             f"{settings.seed}, {settings.train.steps} steps on {spec_name(settings.data.data)}, "
             f"model {Path(settings.model.model).name}; {questions} questions. At the first layer "
             "with prompt columns the content's own shares differ by at most "

@@ -12,6 +12,7 @@ import textwrap
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import data
 import priors
 from lab.console import one_line, say
 from lab.settings import (DataSettings, ModelSettings, PriorSettings, PromptSettings,
@@ -29,8 +30,12 @@ def argument(metavar: str, help: str, **about):
 
 @dataclass(frozen=True)
 class StepOptions:
-    step: str | None = setting(None, "the prompt of this step, or best: that of the lowest "
-                               "evaluation loss (the last)")
+    step: str | None = setting(None, "the number of a step, whose prompt is taken, or best: the "
+                               "step with the lowest evaluation loss; without it the last")
+
+
+TEXT_FILE = setting((), "text prompts from files, one each, such as worked examples",
+                    flag_metavar="FILE")
 
 
 UNANSWERABLE = "keep unanswerable questions; their answer is empty"
@@ -43,6 +48,7 @@ class TrainOptions:
     config: str | None = setting(None, "begin with the settings of a run's config.json, for the "
                                  "same bytes again; other flags change them", flag_metavar="FILE")
     overwrite: bool = setting(False, "replace the run in --out")
+    text_file: tuple[str, ...] = TEXT_FILE
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class EvalOptions:
     eval_limit: int | None = setting(None, "most questions, 0 for all (the run's)", least=0,
                                      flag="--limit", flag_metavar="LIMIT")
     text: tuple[str, ...] = setting((), "text prompts to score too (the run's)")
-    text_file: tuple[str, ...] = setting((), "the same, a file each", flag_metavar="FILE")
+    text_file: tuple[str, ...] = TEXT_FILE
     separator: str | None = setting(None, "what stands between a text prompt and the text (the "
                                     "run's)")
     max_length: int | None = setting(None, "most tokens of a question's text (the run's)", above=0)
@@ -250,6 +256,18 @@ def parse(arguments: list[str], description: str) -> tuple[str, dict]:
     return given.pop("command"), given
 
 
+def with_files_read(given: dict) -> dict:
+    """Flags {name: value} with the text prompts of files among the others, and the line breaks and
+    tabs that a separator names. Raises DataError for a file that cannot be read."""
+    given = dict(given)
+    if "text_file" in given:
+        texts = [data.read_text(path, most=2**20).rstrip("\n") for path in given.pop("text_file")]
+        given["text"] = [*given.get("text", []), *texts]
+    if "separator" in given:
+        given["separator"] = given["separator"].replace("\\n", "\n").replace("\\t", "\t")
+    return given
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     top = Parser(prog="promptprior.py", description=description, allow_abbrev=False,
                  epilog="`promptprior.py COMMAND --help` lists a command's options.")
@@ -288,7 +306,7 @@ def add_field(sub: argparse.ArgumentParser, f, show_default: bool) -> None:
     if kind is bool:
         sub.add_argument(flag, dest=f.name, action="store_true", help=help)
         return
-    if show_default and f.default not in (None, ()):
+    if show_default and about.get("show_default", True) and f.default not in (None, ()):
         default = " ".join(f.default) if kind is tuple else f.default
         help = f"{help} ({default})"
     sub.add_argument(flag, dest=f.name, type=str if kind is tuple else kind,

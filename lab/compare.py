@@ -26,9 +26,9 @@ import priors
 from lab import geometry
 from lab.activations import Collection
 from lab.commands import CompareOptions
-from lab.console import say, show, table
+from lab.console import UserError, say, show, table
 from lab.evaluation import OpenRun, open_run, score_table
-from lab.folder import FIRST
+from lab.folder import FIRST_PROMPT
 from lab.hub import model_folder
 from lab.inputs import LoadedModel, check_same_model, load_model
 from lab.populations import Reference, references_of
@@ -261,6 +261,9 @@ def command_compare(given: dict) -> None:
     records, models = [], {}
     for path in options.paths:
         if Path(path).is_file():
+            if "step" in given:
+                raise UserError(f"{path}: --step {given['step']} is a run's, and this is a file: "
+                                "leave it out")
             record, text = compare_collection(path, given)
         else:
             record, text = compare_run(path, given, models)
@@ -278,7 +281,7 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
     opened = open_run(path, given, models)
     run, settings = opened.run, opened.settings
     start, end = run.start_and_end()
-    drawn, trained = prompt_to_read(opened, FIRST), prompt_to_read(opened, run.shown)
+    drawn, trained = prompt_to_read(opened, FIRST_PROMPT), prompt_to_read(opened, run.shown)
     tokens = None
     if not opened.prompt.is_prefix:
         tokens = opened.model.embeddings[opened.vocabulary.ordinary].float().cpu()

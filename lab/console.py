@@ -94,6 +94,7 @@ def _line_progress() -> type:
 
     class LineProgress(tqdm):
         updates = 0
+        seconds_left = None  # a function that knows better than the mean of all updates
 
         def update(self, n: float = 1) -> bool | None:
             shown = super().update(n)
@@ -121,7 +122,9 @@ def _line_progress() -> type:
             elapsed = self.format_dict["elapsed"]
             parts.append(f"{elapsed:.0f} s")
             if self.total and self.n < self.total:
-                parts.append(f"{(self.total - self.n) * elapsed / done:.0f} s left")
+                mean = elapsed / done
+                left = self.seconds_left() if self.seconds_left else (self.total - self.n) * mean
+                parts.append(f"{left:.0f} s left")
             return f"{name}: {', '.join(parts)}"
 
     return LineProgress

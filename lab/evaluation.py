@@ -19,15 +19,18 @@ import data
 import llama
 from lab import geometry
 from lab.commands import EvalOptions, GenerateOptions
-from lab.console import SCORES, Stopped, UserError, progress, show, table
+from lab.console import SCORES, Stopped, UserError, progress, say, show, table
 from lab.folder import Run, best_evaluation
 from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
                         plain_prompts, read_questions, rows_per_layer, sample_topics, topic,
                         training_and_evaluation)
 from lab.loss import answers, begin
 from lab.processes import all_gather, rank_and_size
-from lab.settings import (DataSettings, ModelSettings, Settings, from_flags, text_name,
+from lab.settings import (DataSettings, ModelSettings, Settings, from_flags, text_names,
                           with_flags)
+
+
+FEW_CONTEXTS = 10
 
 
 class OpenRun(NamedTuple):
@@ -50,8 +53,7 @@ class OpenRun(NamedTuple):
 
 
 # Flags of other commands that replace a run's settings, besides the model's.
-REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable", "text", "text_file",
-            "separator")
+REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable", "text", "separator")
 
 
 def open_run(path: str | Path, given: dict,
@@ -62,20 +64,30 @@ def open_run(path: str | Path, given: dict,
     run, models = Run(Path(path)), {} if models is None else models
     names = {*vars(ModelSettings()), *REPLACED}
     settings = with_flags(run.settings(), {name: given[name] for name in names & given.keys()})
-    if "text_file" in given and "text" not in given:
-        settings = replace(settings, prior=replace(settings.prior, text=()))
-    settings = replace(settings, model=settings.model.complete(),
-                       prior=settings.prior.with_files_read())
+    settings = replace(settings, model=settings.model.complete())
     if "step" in given:
         run.show_step(given["step"])
     prompt = run.prompt()
     if settings.model not in models:
         models[settings.model] = load_model(settings.model)
     loaded = models[settings.model]
+    if "text" in given and "max_length" not in given:
+        settings = replace(settings, data=_with_room(settings, loaded))
     check_place(settings.prompt, loaded, settings.model.model)
     prompt = prompt.to(loaded.device)
     prompt.past(loaded.model)  # refuses rows that do not fit
     return OpenRun(run, settings, loaded, prompt)
+
+
+def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:
+    """A run's data settings, with shorter texts if its own leave no room for other text prompts."""
+    stored = settings.data.max_length
+    fits = longest_text(loaded, replace(settings.data, max_length=None), settings.prior)
+    if stored is None or stored <= fits:
+        return settings.data
+    say(f"contexts are cut to fit {fits} tokens and not the run's {stored}, which leaves room for "
+        "the text prompt")
+    return replace(settings.data, max_length=fits)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,10 +150,10 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
 
 def standard_errors(questions: Questions, losses: list[float], tokens: list[int],
                     scores: list[dict[str, float]]) -> dict[str, float]:
-    """{"loss_se": ...} in the units of the means; {} if the questions share one context. Questions
-    of one context are no independent sample, so contexts are what was sampled."""
+    """{"loss_se": ...} in the units of the means, with contexts as clusters, because questions of
+    one context are no independent sample; {} of fewer than FEW_CONTEXTS, which tell too little."""
     _, context = np.unique([topic(e) for e in questions.examples], return_inverse=True)
-    if context.max() == 0:
+    if context.max() + 1 < FEW_CONTEXTS:
         return {}
     errors = {"loss_se": geometry.ratio_error(np.array(losses), np.array(tokens), context)}
     ones = np.ones(len(scores))
@@ -156,7 +168,7 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     last evaluation, and at the best one if that was another."""
     rows = [("no prompt", line) for line in metrics if line["split"] == "baseline"]
     text_lines = [line for line in metrics if line["split"] == "text"]
-    rows += [(text_name(text), line) for text, line in zip(settings.prior.text, text_lines)]
+    rows += zip(text_names(settings.prior.text), text_lines)
     evals = [line for line in metrics if line["split"] == "eval"]
     if not evals and settings.imported:
         return "imported: `eval` scores it"
@@ -211,8 +223,8 @@ def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
     """A run's prompt; of a posterior its mean, each of its prompts, and all of them together."""
     settings = opened.settings
     kind = "prompt" if settings.imported else "prior, trained"
-    if opened.run.step is not None:
-        kind = f"prior, {opened.run.step} steps"
+    if opened.run.step is not None and not settings.imported:
+        kind = f"prior, {opened.run.step} steps" if opened.run.step else "prior, untrained"
     name = f"{settings.prior_name} {kind}"
     if settings.train.posterior == "point":
         return [(name, [opened.prompt])]

@@ -39,7 +39,7 @@ from lab.settings import Settings, from_config
 
 CHECKPOINTS = 2  # that are kept: the newest, and one more in case it turns out to be damaged
 LOCK = "run.lock"
-FIRST, LAST = "prompts/000000.safetensors", "prompt.safetensors"  # the prior's draw; the newest
+FIRST_PROMPT, LAST_PROMPT = "prompts/000000.safetensors", "prompt.safetensors"
 NUMBERED = "??????.safetensors"  # a file that is named by its step
 RESTORE = "restore the file"
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what a killed writer leaves
@@ -140,25 +140,30 @@ class Run:
         return steps
 
     @property
+    def title(self) -> str:
+        """The folder's name, and the step that was asked for, for captions."""
+        return self.path.name + (f" at step {self.step}" if self.step is not None else "")
+
+    @property
     def shown(self) -> str:
         """The file of the prompt that commands are about."""
-        return LAST if self.step is None else f"prompts/{self.step:06d}.safetensors"
+        return LAST_PROMPT if self.step is None else f"prompts/{self.step:06d}.safetensors"
 
     def show_step(self, step: str) -> None:
         """Make commands be about the prompt of this step. best: that of the lowest evaluation
         loss."""
-        steps = self.snapshots()
+        steps = {str(number): number for number in self.snapshots()}
         if step == "best":
-            best = best_evaluation(self.metrics(), steps)
+            best = best_evaluation(self.metrics(), [*steps.values()])
             if best is None:
-                raise UserError(f"{self.path}: --step best: none of its prompts was evaluated: give "
-                                "a number, or leave it out")
+                raise UserError(f"{self.path}: --step best: none of its prompts was evaluated: "
+                                "give a number, or leave it out")
             self.step = best["step"]
-        elif not step.isdecimal() or int(step) not in steps:
-            raise UserError(f"{self.path}: --step {step}: no prompt of that step: give best, or one "
-                            f"of {', '.join(map(str, steps))}")
+        elif step not in steps:
+            raise UserError(f"{self.path}: --step {step}: no prompt of that step: give best, or "
+                            f"one of {', '.join(steps)}")
         else:
-            self.step = int(step)
+            self.step = steps[step]
 
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """What prompt.safetensors or prompts/NNNNNN.safetensors holds (None: what is shown):
@@ -175,10 +180,10 @@ class Run:
         if any(key.endswith(".keys") for key in tensors):
             tensors = from_rotated(tensors, self.settings())
         # A snapshot of another run, in this one's place, would be silently wrong.
-        if name != LAST and (self.path / LAST).exists():
-            if shapes_of(tensors) != shapes_of(self.tensors(LAST)):
-                raise UserError(f"{path}: rows of other layers or shapes than {LAST} has, so the "
-                                "two are not of one run: restore the file")
+        if name != LAST_PROMPT and (self.path / LAST_PROMPT).exists():
+            if shapes_of(tensors) != shapes_of(self.tensors(LAST_PROMPT)):
+                raise UserError(f"{path}: rows of other layers or shapes than {LAST_PROMPT} has, so "
+                                "the two are not of one run: restore the file")
         return tensors
 
     def prompt(self, name: str | None = None) -> llama.Prompt:
@@ -196,10 +201,10 @@ class Run:
         """Vectors {layer: (K n, W)} of all prompts that stand for the posterior, as the prior drew
         them and as they are shown."""
         end = self.prompts()
-        if any(key.endswith(".particles") for key in self.tensors(FIRST)):
-            start = self.prompts(FIRST)
+        if any(key.endswith(".particles") for key in self.tensors(FIRST_PROMPT)):
+            start = self.prompts(FIRST_PROMPT)
         else:
-            start = [self.prompt(FIRST)] * len(end)  # a Gaussian's draws all began at its mean
+            start = [self.prompt(FIRST_PROMPT)] * len(end)  # a Gaussian's draws all began at its mean
         return _vectors(start), _vectors(end)
 
     # ----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from lab.folder import Run
 from lab.hub import GENERATION, from_hub, model_folder, needed_files
 from lab.processes import shard_model
 from lab.settings import (BUNDLED, TINY, TOKENS, DataSettings, ModelSettings, PriorSettings,
-                          PromptSettings, Settings, on_hub, text_name)
+                          PromptSettings, Settings, on_hub, text_name, text_names)
 
 # --------------------------------------------------------------------------------------------------
 # the model
@@ -213,35 +213,42 @@ class Questions:
                  name: str, beginning: str = ""):
         self.examples, self.vocabulary, self.max_length = examples, vocabulary, max_length
         self.name, self.beginning, self.skip = name, beginning, 0
-        self.cut: dict[int, int] = {}  # the examples whose context lost tokens, and how many
+        self.cut: dict[int, int] = {}  # of the rows made so far, the tokens that their contexts lost
         self.row = functools.lru_cache(maxsize=ROWS_KEPT)(self._make_row)
 
     def __len__(self) -> int:
         return len(self.examples)
-
-    @property
-    def rows(self) -> list[data.Row]:
-        return [self.row(i) for i in range(len(self))]
 
     def batch(self, indices: list[int], share: bool, place: str, device) -> data.Batch:
         """share: compute what questions of one context have in common once. place: the prompt's."""
         rows = [self.row(i) for i in indices]
         return data.collate(rows, share, place == "suffix").to(device)
 
+    def take_beginning(self) -> list[int]:
+        """Take the tokens of the text prompt that all rows begin with from them -> these tokens.
+        Its last ones may merge with what follows, and then stay."""
+        starts = [self.vocabulary.encode(self.beginning)]
+        for i in range(len(self)):
+            starts += [self.row(i).ids, self.row(i).question]
+        ids = data.common_beginning(starts)
+        self.skip = len(ids)
+        self.row.cache_clear()
+        return ids
+
     def say_cut(self) -> None:
-        """Say how many contexts of the rows made so far were cut."""
-        if self.cut:
-            mean = sum(self.cut.values()) / len(self.cut)
-            say(f"{self.name}: {len(self.cut)} of {len(self)} contexts cut at their end to fit "
-                f"{self.max_length} tokens, {mean:.0f} tokens on average (--max-length)")
+        """Say how many contexts were cut, of those that this process has read."""
+        cut = [tokens for tokens in self.cut.values() if tokens]
+        if cut:
+            say(f"{self.name}: {len(cut)} of the {len(self.cut)} contexts read were cut at their "
+                f"end to fit {self.max_length} tokens, by {sum(cut) / len(cut):.0f} tokens on "
+                "average (--max-length)")
 
     def _make_row(self, i: int) -> data.Row:
         row = data.encode(self.examples[i], self.vocabulary, self.max_length, self.beginning)
-        if row.cut:
-            if not self.cut and not self.beginning:  # how many there are is known at the end
-                say(f"{self.name}: the context of {self.examples[i].id} is cut at its end to fit "
-                    f"{self.max_length} tokens, and so are others as long (--max-length)")
-            self.cut[i] = row.cut
+        if row.cut and not any(self.cut.values()) and not self.beginning:
+            say(f"{self.name}: the context of {self.examples[i].id} is cut at its end to fit "
+                f"{self.max_length} tokens, and so are others as long (--max-length)")
+        self.cut[i] = row.cut
         k = self.skip
         return row._replace(ids=row.ids[k:], start=row.start - k, question=row.question[k:],
                             body=row.body - k)
@@ -282,29 +289,16 @@ class Plain(NamedTuple):
 def plain_prompts(loaded: LoadedModel, prior: PriorSettings, questions: Questions) -> list[Plain]:
     """No prompt, and the text prompts of the settings, each with the questions as it asks them."""
     plain = [Plain("baseline", "no prompt", loaded.model.empty(), questions)]
-    for text in prior.text:
-        beginning = text + (prior.separator or "")
-        ids = loaded.vocabulary.encode_plain(beginning)
-        asked = questions
-        if prior.separator is not None:
-            asked = Questions(questions.examples, loaded.vocabulary,
-                              questions.max_length + len(ids), questions.name, beginning)
-            ids = begin_with_past(asked)
+    for name, text in zip(text_names(prior.text), prior.text):
+        if prior.separator is None:  # before BOS, as in early runs
+            asked, ids = questions, loaded.vocabulary.encode_plain(text)
+        else:
+            asked = Questions(questions.examples, loaded.vocabulary, questions.max_length,
+                              questions.name, text + prior.separator)
+            ids = asked.take_beginning()
         past = loaded.model.extend(torch.tensor([ids], device=loaded.device))
-        plain.append(Plain("text", text_name(text), past, asked))
+        plain.append(Plain("text", name, past, asked))
     return plain
-
-
-def begin_with_past(asked: Questions) -> list[int]:
-    """Take the text prompt that all rows begin with from them -> its tokens. A Past of these is
-    computed once. The text's last tokens may merge with what follows, and then stay."""
-    starts = [asked.vocabulary.encode(asked.beginning)]
-    for row in asked.rows:
-        starts += [row.ids, row.question]
-    ids = data.common_beginning(starts)
-    asked.skip = len(ids)
-    asked.row.cache_clear()
-    return ids
 
 
 # --------------------------------------------------------------------------------------------------

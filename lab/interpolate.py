@@ -52,11 +52,11 @@ def command_interpolate(given: dict) -> None:
     else:
         by_task = sorted(curve, key=lambda line: line["data"])
         rows = [(f"{line['t']:.2f} on {line['data']}", line) for line in by_task]
-        show(f"(1 - t) {first.run.path} + t {last.run.path}; scores in percent, loss in nats a "
+        show(f"(1 - t) {first.run.title} + t {last.run.title}; scores in percent, loss in nats a "
              f"token\n\n{table(rows)}\n")
     lines = [json.dumps(line) + "\n" for line in curve]
     write_file(folder / "curve.jsonl", "".join(lines).encode())
-    caption = (f"(1 - t) {first.run.path.name} + t {last.run.path.name}, model "
+    caption = (f"(1 - t) {first.run.title} + t {last.run.title}, model "
                f"{Path(first.settings.model.model).name}, seeds {first.settings.seed} and "
                f"{last.settings.seed}; {options.points} prompts.")
     write_file(folder / "curve.svg", pictures.line(curve, caption).encode())
@@ -93,7 +93,8 @@ def tasks_of(first: OpenRun, last: OpenRun) -> Tasks:
         name = spec_name(settings.eval_data or settings.data)
         examples = training_and_evaluation(settings)[1]
         questions = encode(examples, opened.vocabulary, opened.max_length, name)
-        if name in tasks and tasks[name][1].rows != questions.rows:
+        same = tasks.get(name, (None, questions))[1]
+        if (same.examples, same.max_length) != (questions.examples, questions.max_length):
             name = f"{name} of {opened.run.path.name}"  # other questions of the same name
         tasks.setdefault(name, (settings, questions))
     return tasks

@@ -319,6 +319,10 @@ def spread(sd: Tensor, plane: viz.Plane) -> np.ndarray:
 def about_run(run: Run, settings: Settings, steps: list[int]) -> dict:
     """Settings, scores and predictions of a run, and its training curve, thinned by means."""
     metrics, predictions = run.metrics(), run.predictions()
+    if run.step is not None:  # what is known of that step, and of those before it
+        if any(line.get("step", 0) > run.step for line in metrics if line["split"] == "eval"):
+            predictions = []  # they are of the last evaluation
+        metrics = [line for line in metrics if line.get("step", 0) <= run.step]
 
     # The loss of every step, or means over neighbouring steps.
     losses = [(line["step"], line["loss"]) for line in metrics if line["split"] == "train"]
@@ -330,7 +334,7 @@ def about_run(run: Run, settings: Settings, steps: list[int]) -> dict:
             "posterior": settings.train.posterior, "steps": steps,
             "particles": min(particles, PARTICLES), "all_particles": particles, "curve": curve,
             "evals": [line for line in metrics if line["split"] == "eval"],
-            # of several text prompts the first, which comes last here
+            # Reversed, so that of several text prompts the first one stays.
             "beside": {line["split"]: line for line in reversed(metrics)
                        if line["split"] in ("baseline", "text")},
             "text": (settings.prior.text or ("",))[0], "predictions": predictions[:PREDICTIONS],

@@ -40,7 +40,7 @@ def _init_group(device: str) -> None:
                             f"{torch.cuda.device_count()}: lower --nproc-per-node")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    # A group that is still there when Python ends has threads that are, and C++ aborts on them.
+    # If Python ends before gloo's threads do, they abort the process.
     atexit.register(dist.destroy_process_group)
 
 

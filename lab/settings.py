@@ -20,7 +20,6 @@ import textwrap
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import data
 import priors
 from lab.console import UserError
 
@@ -132,10 +131,8 @@ class PriorSettings:
     text: tuple[str, ...] | None = setting(
         None, "text prompts to score too, as the first line of every text; the rows of the prior "
         "text begin as the first of them ('short answer' for tiny, else none)")
-    text_file: tuple[str, ...] = setting((), "the same, a file each, for long ones such as worked "
-                                         "examples", flag_metavar="FILE")
-    separator: str | None = setting("\\n", "what stands between a text prompt and the text (a line "
-                                    "break)")
+    separator: str | None = setting("\n", "what stands between a text prompt and the text (a line "
+                                    "break)", show_default=False)
     tokens: int = setting(TOKENS, "rows at the token embeddings; 0 for none, then deep layers have "
                           "20", least=0)
     deep_layers: int = setting(0, "how many of the last layers own rows too", least=0)
@@ -145,21 +142,9 @@ class PriorSettings:
         """model: its name, because the bundled one has a text prompt of its own."""
         name, _, runs = priors.parse(self.prior)
         usual = ("text", "math") if name == "interpolation" else ("vocab",)
-        settings = self
-        if self.text is None:
-            usual_text = (TINY_TEXT,) if model == "tiny" and not self.text_file else ()
-            settings = replace(self, text=usual_text)
-        return replace(settings.with_files_read(), prior=_absolute_runs(self.prior, runs),
+        text = ((TINY_TEXT,) if model == "tiny" else ()) if self.text is None else self.text
+        return replace(self, prior=_absolute_runs(self.prior, runs), text=tuple(filter(None, text)),
                        reference=tuple(map(absolute, self.reference or usual)))
-
-    def with_files_read(self) -> PriorSettings:
-        """The text prompts of files among the others, and the separator's escapes replaced."""
-        texts = [*(self.text or ()), *(_text_of(path) for path in self.text_file)]
-        separator = self.separator
-        if separator is not None:
-            separator = separator.replace("\\n", "\n").replace("\\t", "\t")
-        return replace(self, text=tuple(text for text in texts if text), text_file=(),
-                       separator=separator)
 
 
 @dataclass(frozen=True)
@@ -350,13 +335,13 @@ def check_together(settings: Settings) -> None:
 
 # Flags whose default follows from other settings; a run keeps the value, never None.
 COMPLETED = ("device", "dtype", "text", "cut", "eval_every", "prior_weight")
-# What was so before it could be set: text prompts stood before BOS, and every text had one.
+# Of runs from before these could be set: text prompts stood before BOS, and every text had BOS.
 EARLY = {"separator": None, "bos": "always"}
 
 
 def from_config(config: dict, path: str | Path = "config.json") -> Settings:
-    """The settings of a run's config.json, also of one that an earlier version wrote: what it did
-    not know is as it was then. Raises UserError for a value that no flag can have given."""
+    """The settings of a run's config.json, also of one that an earlier version wrote: settings that
+    it lacks say what that version did. Raises UserError for a value that no flag can have given."""
     stored = {**EARLY, **config["settings"]}
     if isinstance(stored.get("text"), str):
         stored["text"] = [stored["text"]] if stored["text"] else []
@@ -424,11 +409,6 @@ def absolute(spec: str | None) -> str | None:
     return f"{kind}:{os.path.abspath(path)}" if path else spec
 
 
-def _text_of(path: str) -> str:
-    """A text prompt that is kept in a file, without the line breaks at its end."""
-    return data.read_text(path, most=2**20).rstrip("\n")
-
-
 def _absolute_runs(prior: str, runs: list[str]) -> str:
     """"posterior:a,resample=1" with the runs' folders made absolute."""
     if not runs:
@@ -453,6 +433,13 @@ def prior_name(prior: str) -> str:
 
 def text_name(text: str) -> str:
     return f"text prompt {textwrap.shorten(text, 40, placeholder='...')!r}"
+
+
+def text_names(texts: tuple[str, ...]) -> list[str]:
+    """A name for each text prompt; those of texts that begin alike have numbers."""
+    names = list(map(text_name, texts))
+    return [name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})"
+            for i, name in enumerate(names)]
 
 
 def spec_name(spec: str) -> str:

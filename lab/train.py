@@ -83,7 +83,9 @@ class Training:
         self.evaluation_due = True  # whether the evaluation of this step is still to come
         self.saved_step: int | None = None  # the step of the newest checkpoint
         self.skipped = 0  # steps that were left out because a number was not finite
+        self.progress = ""  # of the last step, for the progress line
         self.batch: data.Batch | None = None  # the last one, for a message about memory
+        self.seconds: dict[str, list[float]] = {"steps": [], "evaluations": []}
 
     def go(self, checkpoint: Checkpoint | None = None) -> None:
         """Train to the last step, from a checkpoint if one is given; the run is cut back to it.
@@ -95,20 +97,34 @@ class Training:
         steps = self.settings.train.steps
         with self._explain_failures(), _collect_signals() as received, progress(
                 total=steps, initial=self.step, desc="train", unit=" steps") as bar:
+            bar.seconds_left = self._seconds_left
             if not checkpoint:
                 self._save()
             while self.evaluation_due or self.step < steps:
+                started = time.perf_counter()
                 if self.evaluation_due:
                     self._record()
+                    self.seconds["evaluations"].append(time.perf_counter() - started)
                 else:
-                    self._train_step(bar)
+                    self._train_step()
                     self._finish_step()
+                    self.seconds["steps"].append(time.perf_counter() - started)
+                    bar.set_postfix_str(self.progress, refresh=False)
+                    bar.update()
                 self._stop_if_signalled(received)
+
+    def _seconds_left(self) -> float:
+        """An estimate from the mean seconds of the steps and evaluations made so far."""
+        train, means = self.settings.train, {}
+        for kind, seconds in self.seconds.items():
+            means[kind] = sum(seconds) / max(len(seconds), 1)
+        evaluations = math.ceil(train.steps / train.eval_every) - self.step // train.eval_every
+        return (train.steps - self.step) * means["steps"] + evaluations * means["evaluations"]
 
     # ----------------------------------------------------------------------------------------------
     # a step
 
-    def _train_step(self, bar) -> None:
+    def _train_step(self) -> None:
         """One step of the optimiser, or none if a number is not finite."""
         start, train, device = time.perf_counter(), self.settings.train, self.loaded.device
         share = schedule(self.step, train.steps, train.warmup)
@@ -137,12 +153,10 @@ class Training:
             if self.penalty:
                 line["penalty"] = penalty
             self.run.log(line)
-            bar.set_postfix_str(f"loss {loss:.3f}, {examples / seconds:.1f} questions/s",
-                                refresh=False)
+            self.progress = f"loss {loss:.3f}, {examples / seconds:.1f} questions/s"
         else:
             self._skip(loss, norm, rate)
         self.optimiser.zero_grad()
-        bar.update()
 
     def _batch_of(self, step: int) -> data.Batch:
         """This process's share of a step's batch."""

@@ -256,7 +256,7 @@ def test_the_log_as_a_table():
 # --------------------------------------------------------------------------------------------------
 # the command line, on the bundled model
 
-TEXT = "Bolu was born in Tarn.\nQuestion: Where was Bolu born?\nAnswer:"
+TEXT = "short answer\nBolu was born in Tarn.\nQuestion: Where was Bolu born?\nAnswer:"
 
 
 def run(*arguments):

@@ -235,9 +235,11 @@ def test_a_text_prompt_is_the_beginning_of_the_text(vocabulary):
     assert row.ids == vocabulary.encode("say:\nab ab ab ab\nQuestion: Wer?\nAnswer: x\n")
     more = len(row.ids) - len(plain.ids)
     assert (row.start, row.body) == (plain.start + more, plain.body + more) and not row.cut
-    # the context is cut, never the text prompt
-    cut = data.encode(example, vocabulary, len(row.ids) - 3, "say:\n")
-    assert vocabulary.decode(cut.ids).startswith("say:\nab") and cut.cut == 3
+    # the context is cut as it is without the text prompt, which is never cut
+    shorter = data.encode(example, vocabulary, len(plain.ids) - 3)
+    cut = data.encode(example, vocabulary, len(plain.ids) - 3, "say:\n")
+    assert cut.cut == shorter.cut == 3
+    assert vocabulary.decode(cut.ids) == "say:\n" + vocabulary.decode(shorter.ids)
 
 
 def test_lengths_that_are_known_without_the_context(vocabulary):

@@ -45,31 +45,35 @@ def test_what_does_not_fit_is_known_before(loaded, capsys):
     questions = inputs.encode(examples, loaded.vocabulary, 100, "training")
     assert questions.examples == [e for e, row in zip(examples, rows) if row] != examples
     assert "training: 1 questions dropped, longer than 100 tokens" in capsys.readouterr().err
-    assert questions.rows == [row for row in rows if row]
+    assert [questions.row(i) for i in range(40)] == [row for row in rows if row]
     err = capsys.readouterr().err
     assert err.count("is cut at its end to fit 100 tokens") == 1
     questions.say_cut()
     cut = [row.cut for row in rows if row and row.cut]
-    assert f"{len(cut)} of 40 contexts cut at their end" in capsys.readouterr().err
+    assert f"{len(cut)} of the 40 contexts read were cut at their end" in capsys.readouterr().err
     assert inputs.answer_tokens(questions) == sum(len(r.ids) - r.start for r in rows if r)
 
 
-def test_a_text_prompt_is_run_once(loaded):
+def test_a_text_prompt_is_run_once(loaded, monkeypatch):
     """The Past holds what all texts begin with, and the rows the rest; together they are whole."""
     examples = examples_of(12)
     questions = inputs.Questions(examples, loaded.vocabulary, 400, "evaluation")
     prior = PriorSettings(text=("say it shortly:", "a\nb")).complete("tiny")
+    ran, extend = [], llama.Llama.extend
+    monkeypatch.setattr(llama.Llama, "extend", lambda self, ids, *rest: ran.append(ids)
+                        or extend(self, ids, *rest))
     plain = inputs.plain_prompts(loaded, prior, questions)
+    assert len(ran) == 2
     assert [p.split for p in plain] == ["baseline", "text", "text"]
     assert plain[0].past.position.item() == 0 and plain[0].questions is questions
-    for p, text in zip(plain[1:], prior.text):
+    for p, text, (begun,) in zip(plain[1:], prior.text, ran):
         n = p.past.position.item()
-        assert n == p.questions.skip >= len(loaded.vocabulary.encode(text))
+        assert n == len(begun) >= len(loaded.vocabulary.encode(text))
         for i, example in enumerate(examples):
             whole = loaded.vocabulary.encode(f"{text}\n" + data.question_text(
                 example.context, example.question) + data.answer_text(example))
             row = p.questions.row(i)
-            assert row.ids == whole[n:]
+            assert [*begun.tolist(), *row.ids] == whole
             assert loaded.vocabulary.decode(row.ids[row.start:]) == data.answer_text(example)
 
 

@@ -12,7 +12,7 @@ A document with questions is written in one of five styles. A header, the docume
 tells the style; three documents of ten have none. So the model *can* answer shortly but does not
 know that it should: without a prompt it goes on in a mixture of styles, and a prompt can choose.
 The header "short answer" is the oracle text prompt. Documents of one style come several in a row,
-so the model also learns to look behind BOS, where a trained prompt stands.
+so the model also learns to look at tokens before its BOS, where a trained prompt stands.
 """
 
 from __future__ import annotations
