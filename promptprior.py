@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     # Threads that wait for each other sleep. By default they spin, which stalls runs that share the
     # processor. It counts when torch is loaded, so before any command.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # numpy's OpenBLAS can only spin, and a decomposition waits at every column: at width 576 it took
+    # 4 s beside another busy process with two threads, and 0.04 s with one.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     name, given = parse(arguments, __doc__.splitlines()[0])
     if name != "train" and not FIRST:
         return 0  # only training has work for several processes

@@ -20,8 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
-import llama
 import priors
 from lab import geometry
 from lab.activations import Collection
@@ -77,10 +75,11 @@ def measure(keys: str, call: Callable, *arguments) -> dict[str, float]:
 
 
 def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.Fitted,
-                 tokens: Tensor | None = None) -> list[tuple[str, dict[str, float]]]:
+                 tokens: Tensor | None = None, spacing: float | None = None
+                 ) -> list[tuple[str, dict[str, float]]]:
     """Where a layer's prior draw (n, D) and trained rows (n, D) lie in its reference (N, D).
     fitted: the reference's Gaussian. tokens (V, D): the vocabulary; None: the distinct rows of the
-    reference take its place.
+    reference take its place. spacing: the tokens', if it is known already.
 
     moved: mean distance from the draw. distance: mean distance to 1000 random rows of the
     reference; the table's first row has that of rows of the reference itself (paper 4.2). radius:
@@ -96,17 +95,20 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
                 **measure("effective_rank", geometry.effective_rank, population)}
     rows = [("reference", ordinary)]
 
-    # The prior's draw and the trained rows, each against the reference.
+    # The prior's draw and the trained rows, each against the reference. Tokens are searched for
+    # both at once, because the spacing of a large vocabulary takes seconds.
+    collapse = measure("draw trained", _median_collapses, start, end, vocabulary, spacing)
+    reference_norm = reference.norm(dim=1).mean()
     for name, vectors in (("prior draw", start), ("trained", end)):
         radius = fitted.whiten(vectors).norm(dim=1).mean().item()
-        norm_ratio = vectors.norm(dim=1).mean() / reference.norm(dim=1).mean()
+        norm_ratio = vectors.norm(dim=1).mean() / reference_norm
         x = vectors.numpy()
         rows.append((name, {
             "moved": geometry.displacement(start.numpy(), x).mean(),
             "distance": _mean_distance(x, nearby),
             "norm_ratio": float(norm_ratio),
             "radius": radius, "radius_z": (radius - chi_mean) / chi_deviation,
-            **measure("collapse", _median_collapse, x, vocabulary),
+            **({"collapse": collapse[name.split()[-1]]} if collapse else {}),
             **measure("effective_rank", geometry.effective_rank, x),
             **measure("frechet", geometry.frechet, x, population),
             **measure("mmd mmd_p", geometry.mmd, x, population)}))
@@ -124,30 +126,32 @@ def _mean_distance(x: np.ndarray, others: np.ndarray) -> float:
     return float(np.mean([np.linalg.norm(others - row, axis=1).mean() for row in x]))
 
 
-def _median_collapse(x: np.ndarray, tokens: np.ndarray) -> float:
-    return np.median(geometry.collapse_index(x, tokens))
+def _median_collapses(start: Tensor, end: Tensor, tokens: np.ndarray, spacing: float | None
+                      ) -> np.ndarray:
+    index = geometry.collapse_index(torch.cat([start, end]).numpy(), tokens, spacing)
+    return np.median(index.reshape(2, -1), axis=1)
 
 
 @torch.no_grad()
-def read_rows(rows: Tensor, layer: int, reference: Reference, model: llama.Llama,
-                  vocabulary: data.Vocabulary) -> dict[str, list[str]]:
+def read_rows(rows: Tensor, layer: int, reference: Reference, loaded: LoadedModel,
+              tokens: Tensor | None) -> dict[str, list[str]]:
     """The token that each row (n, W) of a layer stands for, by every way to read it {way: tokens}.
 
-    At the embeddings it is the nearest token by cosine and by L2 distance. At a deeper layer it is
-    the likeliest token after the final norm and the head (the logit lens, nostalgebraist 2020). Of
-    keys and values it is the token of the nearest row of the reference; there is none if the
-    reference is made of other runs' prompts."""
+    At the embeddings it is the nearest of the ordinary tokens (V, D) by cosine and by L2 distance.
+    At a deeper layer it is the likeliest token after the final norm and the head (the logit lens,
+    nostalgebraist 2020). Of keys and values it is the token of the nearest row of the reference;
+    there is none if the reference is made of other runs' prompts."""
+    model, vocabulary = loaded.model, loaded.vocabulary
     if reference.is_prefix:
         ids = {}
         if reference.labels:
-            tokens = torch.cat([part.token for part in reference.labels])
-            ids = _nearest_tokens(rows, reference.rows, tokens)
+            row_tokens = torch.cat([part.token for part in reference.labels])
+            ids = _nearest_tokens(rows, reference.rows, row_tokens)
     elif layer > 0:
         h = rows.to(model.embeddings)
         ids = {"logit lens": model.logits(model.model.norm(h)).argmax(dim=-1).tolist()}
     else:
-        tokens = torch.tensor(vocabulary.ordinary)
-        ids = _nearest_tokens(rows, model.embeddings[tokens].float().cpu(), tokens)
+        ids = _nearest_tokens(rows, tokens, torch.tensor(vocabulary.ordinary))
 
     texts = {}
     for way, row_ids in ids.items():
@@ -258,15 +262,15 @@ def walks(file: Collection, layer: int, domain: str, embeddings: Tensor | None =
 
 def command_compare(given: dict) -> None:
     options = from_flags(CompareOptions, given)
-    records, models = [], {}
+    records, models, spacings = [], {}, {}  # runs and collections of one model share it
     for path in options.paths:
         if Path(path).is_file():
             if "step" in given:
                 raise UserError(f"{path}: --step {given['step']} is a run's, and this is a file: "
                                 "leave it out")
-            record, text = compare_collection(path, given)
+            record, text = compare_collection(path, given, models)
         else:
-            record, text = compare_run(path, given, models)
+            record, text = compare_run(path, given, models, spacings)
         records.append(record)
         if not options.json:
             show(text + "\n")
@@ -274,28 +278,33 @@ def command_compare(given: dict) -> None:
         show(json.dumps(records))
 
 
-def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
-                ) -> tuple[dict, str]:
+def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel],
+                spacings: dict[ModelSettings, dict[str, float]]) -> tuple[dict, str]:
     """A run's scores, and where its rows started and ended in each layer's reference: what --json
-    prints, and the text. models: see open_run."""
+    prints, and the text. models: see open_run. spacings: of the tokens of models, as measure gives
+    it; both grow by what this run needs."""
     opened = open_run(path, given, models)
     run, settings = opened.run, opened.settings
     start, end = run.start_and_end()
     drawn, trained = prompt_to_read(opened, FIRST_PROMPT), prompt_to_read(opened, run.shown)
-    tokens = None
-    if not opened.prompt.is_prefix:
+    tokens, at_tokens = None, {}
+    if 0 in start and not opened.prompt.is_prefix:
         tokens = opened.model.embeddings[opened.vocabulary.ordinary].float().cpu()
+        if settings.model not in spacings:
+            spacings[settings.model] = measure("spacing", geometry.spacing, tokens.numpy())
+        at_tokens = {"tokens": tokens, **spacings[settings.model]}
 
     # Measure each layer's rows, and read what they say.
     rows, readings = [], {}
     for i, reference in references_of(opened).items():
         for name, numbers in measure_rows(start[i], end[i], reference.rows,
                                           priors.Fitted.fit(reference.rows),
-                                          tokens if i == 0 else None):
+                                          **(at_tokens if i == 0 else {})):
             rows.append((f"layer {i} {name}", numbers))
-        readings[i] = {
-            name: read_rows(vectors[i], i, reference, opened.model, opened.vocabulary)
-            for name, vectors in (("prior draw", drawn), ("trained", trained))}
+        read = read_rows(torch.cat([drawn[i], trained[i]]), i, reference, opened.loaded, tokens)
+        n = len(drawn[i])
+        readings[i] = {"prior draw": {way: texts[:n] for way, texts in read.items()},
+                       "trained": {way: texts[n:] for way, texts in read.items()}}
 
     # The numbers for --json, and the same as text beneath the scores of training.
     metrics = run.metrics()
@@ -336,11 +345,12 @@ def reading_lines(readings: dict[int, dict[str, dict[str, list[str]]]], posterio
     return ["", f"the token of each row{whose}:", *lines]
 
 
-def compare_collection(path: str, given: dict) -> tuple[dict, str]:
+def compare_collection(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
+                       ) -> tuple[dict, str]:
     """A collection's domains at each layer, whether they are apart and whether their texts are
-    local: what --json prints, and the text."""
+    local: what --json prints, and the text. models: see open_run."""
     file = Collection(Path(path))
-    embeddings = vocabulary_of(file, given) if 0 in file.layers else None
+    embeddings = vocabulary_of(file, given, models) if 0 in file.layers else None
 
     pairs, steps = [], []
     for i in file.layers:
@@ -359,7 +369,8 @@ def compare_collection(path: str, given: dict) -> tuple[dict, str]:
     return record, "\n".join(lines)
 
 
-def vocabulary_of(file: Collection, given: dict) -> Tensor | None:
+def vocabulary_of(file: Collection, given: dict, models: dict[ModelSettings, LoadedModel]
+                  ) -> Tensor | None:
     """The embeddings (V, D) of all ordinary tokens of the model that a collection was made with;
     None, and a remark, if the model is not there."""
     stored = {key: file.about.get(key) for key in ("model", "revision", "dtype")}
@@ -368,6 +379,8 @@ def vocabulary_of(file: Collection, given: dict) -> Tensor | None:
         say(f"{settings.model}: no such folder, so the uniform walks at layer 0 are over the "
             f"tokens in {file.path}, not over the vocabulary (--model DIR)")
         return None
-    loaded = load_model(settings)
+    if settings not in models:
+        models[settings] = load_model(settings)
+    loaded = models[settings]
     check_same_model(settings, file.about["sha256"], file.path)
     return loaded.model.embeddings[loaded.vocabulary.ordinary].float().cpu()

@@ -17,11 +17,14 @@ Exploring Embedding Priors in Prompt-Tuning (arXiv 2412.18582).
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 BLOCK = 2048  # rows of a population that are converted to float64 at a time
 GROUP = 64  # columns whose maximum is compared first, where the k largest are selected
+THREADS = min(os.cpu_count() or 1, 8)  # each holds a block's scores
 
 
 class GeometryError(ValueError):
@@ -55,9 +58,11 @@ def nearest(rows: np.ndarray, population: np.ndarray, k: int = 1, metric: str = 
     rows = _points(rows, "rows", width=population.shape[1])
     index = np.empty((len(rows), k), np.int64)
     value = np.empty((len(rows), k))
-    for first in range(0, len(rows), BLOCK):
-        block = slice(first, first + BLOCK)
+
+    def search(block: slice) -> None:
         index[block], value[block] = _nearest(rows[block], population, k, metric)
+
+    _in_threads(search, len(rows), BLOCK)
     return index, value
 
 
@@ -92,30 +97,33 @@ def _candidates(rows, population, k, metric):
     # A dot product of D terms errs by at most D 2^-24 |a| |b|, a squared length by D 2^-24 |a|^2
     relative_error = np.float32(2 * (D + 16) * 2.0**-24)
 
+    # The score is |a|^2 + |b|^2 - 2 a.b = |a - b|^2 for l2, and -2 a.b for unit vectors. Its error
+    # is a share of |a|^2 + |b|^2, which `low` subtracts at once
     a, a_square = _for_scores(rows, origin, metric)
+    a *= -2
+    weight = -relative_error if metric == "cosine" else 1 - relative_error
+
     smallest_highs = np.full((len(rows), k), np.inf, np.float32)
+    limit = smallest_highs[:, -1].copy()
     i_parts, j_parts, low_parts = [], [], []
     for first in range(0, len(population), BLOCK):
         b, b_square = _for_scores(population[first:first + BLOCK], origin, metric)
+        low = a @ b.T
+        low += weight * b_square
+        low += (weight * a_square)[:, None]
 
-        # The score is |a|^2 + |b|^2 - 2 a.b = |a - b|^2 for l2, and -2 a.b for unit vectors
-        size = a_square[:, None] + b_square
-        score = a @ b.T
-        score *= -2
-        if metric == "l2":
-            score += size
-        error = relative_error * size
-        low = score - error
-        high = score + error
-
-        # Lower the limits by this block, and keep the members that they do not rule out
-        highs = np.concatenate([smallest_highs, high], axis=1)
-        smallest_highs = np.partition(highs, k - 1, axis=1)[:, :k]
-        limit = smallest_highs[:, -1]
-        i, j = np.nonzero(low <= limit[:, None])
-        i_parts.append(i)
+        # Only the rows with a member that the limits do not rule out need another look, which
+        # after the first blocks are few. Their limits are lowered, and such members kept
+        i = np.flatnonzero(low.min(1) <= limit)
+        low = low[i]
+        high = low + 2 * relative_error * (a_square[i, None] + b_square)
+        highs = np.concatenate([smallest_highs[i], high], axis=1)
+        smallest_highs[i] = np.partition(highs, k - 1, axis=1)[:, :k]
+        limit[i] = smallest_highs[i, -1]
+        row, j = np.nonzero(low <= limit[i, None])
+        i_parts.append(i[row])
         j_parts.append(first + j)
-        low_parts.append(low[i, j])
+        low_parts.append(low[row, j])
 
     # Later blocks have lowered the limits, which rules out more members of the earlier blocks
     i, j, low = (np.concatenate(parts) for parts in (i_parts, j_parts, low_parts))
@@ -159,15 +167,19 @@ def similar(rows: np.ndarray, population: np.ndarray, k: int, members: np.ndarra
 
     index = np.empty((len(rows), k), np.int64)
     cosine = np.empty((len(rows), k), np.float32)
-    scores = np.empty((256, len(unit)), np.float32)  # allocated once, since allocating is slow
-    for first in range(0, len(rows), 256):
-        last = min(first + 256, len(rows))
-        directions = _unit(rows[first:last].astype(np.float64)).astype(np.float32)
-        score = np.matmul(directions, unit.T, out=scores[:last - first])
-        score[:, N:] = -np.inf
-        if members is not None:
-            score[np.arange(last - first), members[first:last]] = -np.inf
-        index[first:last], cosine[first:last] = _largest(score, k)
+
+    def search(part: slice) -> None:
+        scores = np.empty((256, len(unit)), np.float32)  # allocated once, since allocating is slow
+        for first in range(part.start, part.stop, 256):
+            block = slice(first, min(first + 256, part.stop))
+            directions = _unit(rows[block].astype(np.float64)).astype(np.float32)
+            score = np.matmul(directions, unit.T, out=scores[:len(directions)])
+            score[:, N:] = -np.inf
+            if members is not None:
+                score[np.arange(len(score)), members[block]] = -np.inf
+            index[block], cosine[block] = _largest(score, k)
+
+    _in_threads(search, len(rows), len(rows))
     return index, cosine
 
 
@@ -202,14 +214,22 @@ def neighbour_distance(x: np.ndarray, k: int = 1, sample: int = 2000, seed: int 
     return distance[:, k]
 
 
-def collapse_index(rows: np.ndarray, population: np.ndarray) -> np.ndarray:
-    """The distance of every row (n, D) to its nearest token, in units of the tokens' spacing: (n,).
-    The spacing is the median distance of a token to its nearest other token, over a sample of 2000
-    of the population (N, D). A row below 1 has collapsed onto a token."""
-    typical = np.median(neighbour_distance(population))
+def spacing(population: np.ndarray) -> float:
+    """The median distance of a member of the population (N, D) to its nearest other member, over a
+    sample of 2000. Takes 2000 N distances."""
+    typical = float(np.median(neighbour_distance(population)))
     if not typical > 0:
         raise GeometryError("over half of the population are duplicates, so it has no spacing: "
                             "give each member once")
+    return typical
+
+
+def collapse_index(rows: np.ndarray, population: np.ndarray, typical: float | None = None
+                   ) -> np.ndarray:
+    """The distance of every row (n, D) to its nearest token, in units of the tokens' spacing: (n,).
+    A row below 1 has collapsed onto a token. population (N, D): the tokens. typical: their spacing,
+    if it is known already."""
+    typical = typical or spacing(population)
     _, distance = nearest(rows, population)
     return distance[:, 0] / typical
 
@@ -248,7 +268,7 @@ def effective_rank(x: np.ndarray, share: float = 0.95) -> int:
     x = _points(x, "x", 2)
     if not 0 < share <= 1:
         raise GeometryError(f"share is {share}, expected more than 0 and at most 1")
-    variance = np.linalg.svd(_factor(x), compute_uv=False) ** 2
+    variance = _variances(x)
     cumulative = np.cumsum(variance)
     total = cumulative[-1]
     if total == 0:
@@ -289,6 +309,16 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
     between_means = np.square(_mean(x) - _mean(y)).sum()
     distance = between_means + np.square(a).sum() + np.square(b).sum() - 2 * root_trace
     return max(0.0, float(distance))
+
+
+def _variances(x):
+    """The variances (min(N, D),) of x (N, D) along its principal components, falling."""
+    if len(x) <= x.shape[1]:
+        centred = np.concatenate(list(_centred(x)))
+        squares = centred @ centred.T / len(x)
+    else:
+        _, squares = gaussian(x)
+    return np.linalg.eigvalsh(squares)[::-1].clip(0)
 
 
 def _factor(x):
@@ -569,10 +599,19 @@ def _points(x, name, least=1, width=None):
         raise GeometryError(f"{name} has width {x.shape[1]}, expected {width}: "
                             "give rows of one space")
     # A comparison with nan is false, so nan is refused with the large values
-    if not all((np.abs(block) < 1e15).all() for block in _blocks(x)):
+    if not (-1e15 < float(x.min(initial=0)) and float(x.max(initial=0)) < 1e15):
         raise GeometryError(f"{name} has values that are not finite or beyond 1e15: leave those "
                             "rows out")
     return x
+
+
+def _in_threads(call, count, most):
+    """call(slice) for all of so many rows, at most `most` at a time, on every core: numpy holds no
+    lock while it computes."""
+    size = max(min(most, math.ceil(count / THREADS)), 128)
+    parts = [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(call, parts))  # raises what a call raised
 
 
 def _blocks(x):

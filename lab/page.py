@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
@@ -49,7 +50,7 @@ SNAPSHOTS = 24  # most of a run's
 STATES = 30_000  # most prompt rows of a run, over all layers and snapshots
 PARTICLES = 8  # most of a run's
 NEAR = 5  # neighbours that are named
-WORK = 1e12  # most multiplications for the neighbours of a map's rows
+WORK = 3e11  # most multiplications for the neighbours of a map's rows
 PREDICTIONS = 2000  # most of a run's
 CURVE = 500  # most points of a training curve
 LONGEST = 200  # characters of a token
@@ -70,8 +71,10 @@ def gather(runs: Iterable[tuple[OpenRun, dict[int, Reference]]]) -> dict:
 
         # Maps of layers that no earlier run has; then this run's rows on all of its maps.
         missing = [i for i in by_layer if i not in maps]
-        for i, part in backgrounds(opened, by_layer, missing).items():
-            maps[i] = layer_map(i, part, by_layer[i].is_prefix, len(missing))
+        parts = backgrounds(opened, by_layer, missing, tokens)
+        with ThreadPoolExecutor(geometry.THREADS) as pool:  # t-SNE takes one core
+            made = pool.map(lambda i: layer_map(i, parts[i], by_layer[i], len(missing)), parts)
+            maps |= zip(parts, made)
         records.append({**about_run(opened.run, opened.settings, steps),
                         "layers": trajectories(opened, steps, maps)})
     return {"title": ", ".join(run["name"] for run in records), "tokens": tokens, "runs": records,
@@ -115,10 +118,11 @@ class LayerMap(NamedTuple):
     is_prefix: bool
 
 
-def backgrounds(opened: OpenRun, by_layer: dict[int, Reference], layers: list[int]
-                ) -> dict[int, Part]:
+def backgrounds(opened: OpenRun, by_layer: dict[int, Reference], layers: list[int],
+                texts: list[str]) -> dict[int, Part]:
     """The rows of each layer's map: the vocabulary, or the reference. Where that is made of few
-    rows, or of runs, whose rows are no tokens, it is the activations of the training data."""
+    rows, or of runs, whose rows are no tokens, it is the activations of the training data. texts:
+    of all tokens."""
     replaced = [i for i in layers
                 if i > 0 and (by_layer[i].labels is None or len(by_layer[i].rows) < FEW)]
     parts = {}
@@ -127,7 +131,7 @@ def backgrounds(opened: OpenRun, by_layer: dict[int, Reference], layers: list[in
         settings = replace(opened.settings.data, max_length=opened.max_length)
         parts = population("vocab", opened.settings.prior, settings, opened.loaded, replaced)
     if 0 in layers:
-        parts[0] = vocabulary_with_domains(opened.loaded, by_layer[0].labels)
+        parts[0] = vocabulary_with_domains(opened.loaded, by_layer[0], texts)
 
     # References as they are; of a prefix, what attention makes of those inputs.
     for i in layers:
@@ -141,23 +145,25 @@ def backgrounds(opened: OpenRun, by_layer: dict[int, Reference], layers: list[in
     return parts
 
 
-def vocabulary_with_domains(loaded: LoadedModel, labels: list[Labels] | None) -> Part:
+def vocabulary_with_domains(loaded: LoadedModel, reference: Reference, texts: list[str]) -> Part:
     """The vocabulary. A token's role is what it is in a text, its domain the data of the reference
-    that use it. labels: of the reference, None if its rows are no tokens."""
+    that use it. texts: of all tokens."""
     # Which data use a token.
     domains_of = defaultdict(set)
-    for part in labels or []:
+    for part in reference.labels or []:
         for token, domain in zip(part.token.tolist(), part.domain):
             domains_of[token].add(domain)
 
-    part = vocabulary_part(loaded)
+    rows = reference.rows
+    if reference.name != "vocabulary":
+        rows = vocabulary_part(loaded).rows
     kinds, domains = [], []
-    for token in part.labels.token.tolist():
-        kinds.append(kind_of(text_of(loaded.vocabulary, token)))
+    for token in loaded.vocabulary.ordinary:
+        kinds.append(kind_of(texts[token]))
         used_by = " and ".join(sorted(domains_of[token])) or UNUSED
-        domains.append(used_by if labels else "vocabulary")
-    return Part(part.rows, "token embeddings of the vocabulary",
-                Labels(part.labels.token, kinds, domains))
+        domains.append(used_by if reference.labels else "vocabulary")
+    return Part(rows, "token embeddings of the vocabulary",
+                Labels(torch.tensor(loaded.vocabulary.ordinary), kinds, domains))
 
 
 def join_labels(parts: list[Labels]) -> Labels:
@@ -166,12 +172,13 @@ def join_labels(parts: list[Labels]) -> Labels:
                   [domain for part in parts for domain in part.domain])
 
 
-def layer_map(i: int, part: Part, is_prefix: bool, layers: int) -> LayerMap:
+def layer_map(i: int, part: Part, reference: Reference, layers: int) -> LayerMap:
     """Coordinates and neighbours of a layer's rows (N, W), of a sample if they are many. layers:
     how many maps share the room on the page."""
     rows, labels = part.rows, part.labels
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))
-    plane = viz.pca(rows.numpy())
+    # A large vocabulary's plane takes seconds, and the run's picture may have it already.
+    plane = reference.plane if rows is reference.rows else viz.pca(rows.numpy())
     mean_norm = rows.norm(dim=1).mean().item()
     if i > 0:  # a sample is enough of activations; of the vocabulary every token is shown
         index = order[:min(DEEP, ALL_DEEP // layers)].sort().values
@@ -187,14 +194,14 @@ def layer_map(i: int, part: Part, is_prefix: bool, layers: int) -> LayerMap:
     roles, role = categories(labels.role)
     domains, domain = categories(labels.domain)
     content = {
-        "layer": i, "columns": is_prefix, "name": part.name, "rows": len(part.rows),
+        "layer": i, "columns": reference.is_prefix, "name": part.name, "rows": len(part.rows),
         "width": x.shape[1], "token": labels.token.numpy(), "roles": roles, "role": role,
         "domains": domains, "domain": domain, "pca": viz.project(plane, x),
         "explained": plane.explained.tolist(), "norm": np.linalg.norm(x, axis=1) / mean_norm,
         "asked": asked, "near": near, "cosine": cosine}
     if len(sample) >= 12 and np.ptp(x[sample], axis=0).max() > 0:
         content["tsne"] = tsne_content(x, sample)
-    return LayerMap(content, x, plane, mean_norm, sample, is_prefix)
+    return LayerMap(content, x, plane, mean_norm, sample, reference.is_prefix)
 
 
 def tsne_content(x: np.ndarray, sample: np.ndarray) -> dict:

@@ -66,7 +66,7 @@ def layer_figure(i: int, reference: Reference, series: list[tuple[str, Tensor]],
     reference. The first set is hollow; arrows lead from its rows to those of the second."""
     points = [rows.numpy() for _, rows in series]
     population = reference.rows.numpy()
-    plane = _plane(population, points)
+    plane = _plane(reference, points)
     projected = [viz.project(plane, rows) for rows in points]
 
     # The population, arrows, and the rows on top.
@@ -85,12 +85,13 @@ def layer_figure(i: int, reference: Reference, series: list[tuple[str, Tensor]],
     return viz.figure([viz.Panel(marks, viz.axis_names(plane))], title, caption, table=table)
 
 
-def _plane(population: np.ndarray, points: list[np.ndarray]) -> viz.Plane:
-    """The principal plane of a population (N, W), or of everything if the population is a text
-    prompt of one or two tokens, which span no plane."""
-    if len(population) > 2:
-        return viz.pca(population)
-    return viz.pca(np.concatenate([population, *points]))
+def _plane(reference: Reference, points: list[np.ndarray]) -> viz.Plane:
+    """The principal plane of a reference, or of everything if it is a text prompt of one or two
+    tokens, which span no plane."""
+    rows = reference.rows
+    if len(rows) > 2:
+        return reference.plane
+    return viz.pca(np.concatenate([rows.numpy(), *points]))
 
 
 def text_picture(run: Run, by_layer: dict[int, Reference]) -> str:
@@ -101,7 +102,7 @@ def text_picture(run: Run, by_layer: dict[int, Reference]) -> str:
     blocks = []
     for i, reference in by_layer.items():
         population = reference.rows.numpy()
-        plane = _plane(population, [start[i].numpy(), end[i].numpy()])
+        plane = _plane(reference, [start[i].numpy(), end[i].numpy()])
         series = [("o", viz.project(plane, start[i].numpy())),
                   ("#", viz.project(plane, end[i].numpy()))]
         blocks.append(f"{run.path}, layer {i}: . {reference.name} ({len(population)} rows), "

@@ -11,8 +11,9 @@ n prompt rows, N rows of a population, D width, G key/value heads, hd head width
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 import data
 import llama
 import priors
+import viz
 from lab.activations import BATCH, ROLES, Collection, is_massive, roles_of, stream
 from lab.console import UserError, progress, say
 from lab.evaluation import OpenRun
@@ -45,7 +47,8 @@ class Labels(NamedTuple):
                       [self.domain[i] for i in chosen])
 
 
-class Reference(NamedTuple):
+@dataclass(frozen=True)
+class Reference:
     """The population that a layer's prior is fitted on, or that a prompt lies among."""
 
     parts: list[Tensor]  # (N, W) fp32 each, one for every --reference or every run
@@ -56,6 +59,11 @@ class Reference(NamedTuple):
     @property
     def rows(self) -> Tensor:
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+    @functools.cached_property
+    def plane(self) -> viz.Plane:
+        """The principal plane of the rows, of which there are at least two."""
+        return viz.pca(self.rows.numpy())
 
 
 class Part(NamedTuple):
