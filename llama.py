@@ -551,7 +551,8 @@ class Llama(nn.Module):
 
     def inputs(self, ids: Tensor, past: Past | None, tap: Callable[[int, Tensor], None],
                last: int) -> None:
-        """Call tap as forward does, up to layer `last`, and compute nothing after it."""
+        """Run ids (B, T) as forward does, but only to call tap(i, x) with the inputs x (N, D) of
+        layers 0 to `last` at the N real tokens; `last` L is after the final norm."""
         if last == self.config.num_hidden_layers:
             self(ids, past, tap)
         else:

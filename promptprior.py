@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 
-from lab.commands import COMMANDS, parse, with_files_read
+from lab.commands import COMMANDS, parse, resolved
 from lab.console import FIRST, Stopped, one_line, out_of_memory, say, show
 
 # A ValueError of these modules, or of lab, is the user's mistake; any other is a fault of ours.
@@ -28,15 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     # Threads that wait for each other sleep. By default they spin, which stalls runs that share the
     # processor. It counts when torch is loaded, so before any command.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # numpy's OpenBLAS can only spin, and a decomposition waits at every column: at width 576 it took
-    # 4 s beside another busy process with two threads, and 0.04 s with one.
+    # numpy's OpenBLAS can only spin, and its decompositions wait at every column.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     name, given = parse(arguments, __doc__.splitlines()[0])
     if name != "train" and not FIRST:
         return 0  # only training has work for several processes
     try:
         module = importlib.import_module(f"lab.{COMMANDS[name].module}")
-        getattr(module, f"command_{name}")(with_files_read(given))
+        getattr(module, f"command_{name}")(resolved(given))
         return 0
     except BrokenPipeError:  # as in `| head`
         # Python would complain at its end that it cannot write the rest.
@@ -76,13 +75,11 @@ def report(e: Exception, status: int) -> None:
     say(f"promptprior: {text}")
     if FIRST or status < 0:
         return
-    if in_a_group():
-        # Of an error in one process alone the first one knows nothing.
-        show(f"promptprior: process {os.environ['RANK']}: {text}", sys.stderr)
-    else:
+    if not in_a_group():
         # If the first process has the same error, it says so, and then torchrun ends this one.
         time.sleep(10)
-        show(f"promptprior: process {os.environ['RANK']}: {text}", sys.stderr)
+    # Of an error in one process alone the first one knows nothing.
+    show(f"promptprior: process {os.environ['RANK']}: {text}", sys.stderr)
 
 
 def in_a_group() -> bool:

@@ -409,7 +409,8 @@ def past_for_peft(opened: OpenRun) -> llama.Past:
 def origin(opened: OpenRun) -> dict:
     """What promptprior.json says of the run that an adapter is of."""
     values, run = flat(opened.settings), opened.run
-    names = ("method", "place", "tokens", "deep_layers", "cut", "posterior", "seed", "dtype", "bos")
+    names = ("method", "place", "tokens", "deep_layers", "cut", "posterior", "seed", "dtype",
+             "bos")
     return {"run": run.path.resolve().name, "step": run.step, "layers": [*opened.prompt.layers],
             "sha256": run.config()["sha256"]["model"], **{key: values[key] for key in names},
             "prior": opened.settings.prior_name, "data": spec_name(values["data"])}
@@ -455,7 +456,7 @@ def settings_for(adapter: Adapter, given: dict) -> Settings:
     if adapter.kind in PREFIX:
         flags["method"] = "prefix"
     if adapter.about:  # of an export; early ones put BOS in front of every text
-        flags.setdefault("bos", adapter.about.get("bos", "always"))
+        flags.setdefault("bos", adapter.about.get("bos") or "always")
     if adapter.has_bos:
         flags |= {"place": "after-bos", "tokens": len(adapter.numbers) - 1}
     return Settings.from_flags(flags).complete()

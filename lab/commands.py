@@ -212,7 +212,8 @@ COMMANDS = {
         "tasks of both.", (InterpolateOptions, StepOptions), (ModelSettings,)),
     "attention": Command(
         "attention", "Measure what a run's prompt does to attention: the share it takes, what it "
-        "changes among content, the directions it adds.", (AttentionOptions, StepOptions), (ModelSettings,)),
+        "changes among content, the directions it adds.", (AttentionOptions, StepOptions),
+        (ModelSettings,)),
     "figures": Command(
         "figures", "Draw the paper's figures, and measure what each shows.",
         (ModelSettings, FigureOptions)),
@@ -256,13 +257,16 @@ def parse(arguments: list[str], description: str) -> tuple[str, dict]:
     return given.pop("command"), given
 
 
-def with_files_read(given: dict) -> dict:
-    """Flags {name: value} with the text prompts of files among the others, and the line breaks and
-    tabs that a separator names. Raises DataError for a file that cannot be read."""
+def resolved(given: dict) -> dict:
+    """Flags {name: value} with the text prompts of files among the others, without empty ones, and
+    with the line breaks and tabs that a separator names. Raises DataError for a file that cannot be
+    read."""
     given = dict(given)
     if "text_file" in given:
         texts = [data.read_text(path, most=2**20).rstrip("\n") for path in given.pop("text_file")]
         given["text"] = [*given.get("text", []), *texts]
+    if "text" in given:
+        given["text"] = [text for text in given["text"] if text]
     if "separator" in given:
         given["separator"] = given["separator"].replace("\\n", "\n").replace("\\t", "\t")
     return given

@@ -99,7 +99,7 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
     # both at once, because the spacing of a large vocabulary takes seconds.
     collapse = measure("draw trained", _median_collapses, start, end, vocabulary, spacing)
     reference_norm = reference.norm(dim=1).mean()
-    for name, vectors in (("prior draw", start), ("trained", end)):
+    for key, name, vectors in (("draw", "prior draw", start), ("trained", "trained", end)):
         radius = fitted.whiten(vectors).norm(dim=1).mean().item()
         norm_ratio = vectors.norm(dim=1).mean() / reference_norm
         x = vectors.numpy()
@@ -108,7 +108,7 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
             "distance": _mean_distance(x, nearby),
             "norm_ratio": float(norm_ratio),
             "radius": radius, "radius_z": (radius - chi_mean) / chi_deviation,
-            **({"collapse": collapse[name.split()[-1]]} if collapse else {}),
+            **({"collapse": collapse[key]} if collapse else {}),
             **measure("effective_rank", geometry.effective_rank, x),
             **measure("frechet", geometry.frechet, x, population),
             **measure("mmd mmd_p", geometry.mmd, x, population)}))

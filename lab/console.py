@@ -157,7 +157,8 @@ def _cell(key: str, numbers: dict[str, float]) -> str:
         return ""
     if key in SCORES:
         digits, error = 3 if key == "loss" else 1, numbers.get(f"{key}_se")
-        return f"{numbers[key]:.{digits}f}" + (f" ({error:.{digits}f})" if error is not None else "")
+        brackets = "" if error is None else f" ({error:.{digits}f})"
+        return f"{numbers[key]:.{digits}f}{brackets}"
     return f"{numbers[key]:#.3g}".rstrip(".")
 
 

@@ -22,15 +22,14 @@ from lab.commands import EvalOptions, GenerateOptions
 from lab.console import SCORES, Stopped, UserError, progress, say, show, table
 from lab.folder import Run, best_evaluation
 from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
-                        plain_prompts, read_questions, rows_per_layer, sample_topics, topic,
-                        training_and_evaluation)
+                        plain_prompts, read_questions, room_for_text, rows_per_layer, sample_topics,
+                        topic, training_and_evaluation)
 from lab.loss import answers, begin
 from lab.processes import all_gather, rank_and_size
 from lab.settings import (DataSettings, ModelSettings, Settings, from_flags, text_names,
                           with_flags)
 
-
-FEW_CONTEXTS = 10
+FEW_CONTEXTS = 10  # fewer clusters than these give no standard error worth printing
 
 
 class OpenRun(NamedTuple):
@@ -59,8 +58,8 @@ REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable", "text", 
 def open_run(path: str | Path, given: dict,
              models: dict[ModelSettings, LoadedModel] | None = None) -> OpenRun:
     """A run with its model and prompt, the last or that of given["step"]. Flags of the model and of
-    evaluation in `given` replace the run's settings. models: those that are loaded already; runs of one model share it. Raises
-    UserError or ModelError if the prompt does not fit the model."""
+    evaluation in `given` replace the run's settings. models: those that are loaded already; runs of
+    one model share it. Raises UserError or ModelError if the prompt does not fit the model."""
     run, models = Run(Path(path)), {} if models is None else models
     names = {*vars(ModelSettings()), *REPLACED}
     settings = with_flags(run.settings(), {name: given[name] for name in names & given.keys()})
@@ -81,13 +80,13 @@ def open_run(path: str | Path, given: dict,
 
 def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:
     """A run's data settings, with shorter texts if its own leave no room for other text prompts."""
-    stored = settings.data.max_length
-    fits = longest_text(loaded, replace(settings.data, max_length=None), settings.prior)
-    if stored is None or stored <= fits:
+    stored, (room, _, _) = settings.data.max_length, room_for_text(loaded, settings.data,
+                                                                   settings.prior)
+    if stored is None or stored <= room or not room:
         return settings.data
-    say(f"contexts are cut to fit {fits} tokens and not the run's {stored}, which leaves room for "
+    say(f"contexts are cut to fit {room} tokens and not the run's {stored}, which leaves room for "
         "the text prompt")
-    return replace(settings.data, max_length=fits)
+    return replace(settings.data, max_length=room)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,8 +97,8 @@ def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:
 def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], questions: Questions,
              place: str, settings: DataSettings, name: str,
              everywhere: bool = False) -> tuple[dict[str, float], list[dict]]:
-    """Loss (nats a token), scores (percent) of greedy answers, the standard error of each as "f1_se"
-    and so on, the calibration error of first tokens (percent), and the predictions. Of several
+    """Loss (nats a token), scores (percent) of greedy answers, the standard error of each ("f1_se"
+    and so on), the calibration error of first tokens (percent), and the predictions. Of several
     prompts token probabilities are averaged.
 
     place: where a Prompt stands; a Past stands before everything. Processes share the batches,
@@ -263,8 +262,8 @@ def _asked(opened: OpenRun, where: str, line: dict) -> data.Row:
     if not isinstance(text, str):
         raise UserError(f'{where}: no text in it: expected {{"text": "..."}}')
     ids = opened.vocabulary.encode(text)
-    if settings.prompt.place == "after-bos" and len(ids) < 2:
-        raise UserError(f"{where}: an empty text has nothing after BOS: give one with words")
+    if len(ids) < (2 if settings.prompt.place == "after-bos" else 1):
+        raise UserError(f"{where}: an empty text has nothing to go on from: give one with words")
     room = (opened.model.config.max_position_embeddings - rows_per_layer(settings.prior)
             - settings.data.max_new)
     if len(ids) > room:

@@ -182,8 +182,8 @@ class Run:
         # A snapshot of another run, in this one's place, would be silently wrong.
         if name != LAST_PROMPT and (self.path / LAST_PROMPT).exists():
             if shapes_of(tensors) != shapes_of(self.tensors(LAST_PROMPT)):
-                raise UserError(f"{path}: rows of other layers or shapes than {LAST_PROMPT} has, so "
-                                "the two are not of one run: restore the file")
+                raise UserError(f"{path}: rows of other layers or shapes than {LAST_PROMPT} has, "
+                                "so the two are not of one run: restore the file")
         return tensors
 
     def prompt(self, name: str | None = None) -> llama.Prompt:
@@ -204,7 +204,8 @@ class Run:
         if any(key.endswith(".particles") for key in self.tensors(FIRST_PROMPT)):
             start = self.prompts(FIRST_PROMPT)
         else:
-            start = [self.prompt(FIRST_PROMPT)] * len(end)  # a Gaussian's draws all began at its mean
+            # A Gaussian's draws all began at its mean.
+            start = [self.prompt(FIRST_PROMPT)] * len(end)
         return _vectors(start), _vectors(end)
 
     # ----------------------------------------------------------------------------------------------

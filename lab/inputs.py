@@ -85,6 +85,20 @@ def check_device(device: str) -> None:
 def longest_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettings) -> int:
     """The most tokens of context, question and answer: --max-length, or 1024 or what fits the
     model's positions. Raises UserError if --max-length does not fit."""
+    room, name, taken = room_for_text(loaded, settings, prior)
+    longest = settings.max_length or min(1024, room)
+    if not 0 < longest <= room:
+        raise UserError(f"--max-length {longest}: the model has "
+                        f"{loaded.model.config.max_position_embeddings} positions, and the {name} "
+                        f"of {taken} tokens and --max-new {settings.max_new} leave {room} of them: "
+                        "lower --max-length, or shorten the others")
+    return longest
+
+
+def room_for_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettings
+                  ) -> tuple[int, str, int]:
+    """The positions that the longest prompt and the answer leave, and that prompt's name and
+    tokens. Raises UserError for a text prompt without a token."""
     tokens = {"prompt": rows_per_layer(prior)}
     for text in prior.text or ():
         beginning = loaded.vocabulary.encode_plain(text + (prior.separator or ""))
@@ -93,13 +107,7 @@ def longest_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettin
         tokens[text_name(text)] = len(beginning)
     name, taken = max(tokens.items(), key=lambda item: item[1])
     positions = loaded.model.config.max_position_embeddings
-    room = max(positions - taken - settings.max_new, 0)
-    longest = settings.max_length or min(1024, room)
-    if not 0 < longest <= room:
-        raise UserError(f"--max-length {longest}: the model has {positions} positions, and the "
-                        f"{name} of {taken} tokens and --max-new {settings.max_new} leave {room} "
-                        "of them: lower --max-length, or shorten the others")
-    return longest
+    return max(positions - taken - settings.max_new, 0), name, taken
 
 
 def rows_per_layer(prior: PriorSettings) -> int:
@@ -213,7 +221,7 @@ class Questions:
                  name: str, beginning: str = ""):
         self.examples, self.vocabulary, self.max_length = examples, vocabulary, max_length
         self.name, self.beginning, self.skip = name, beginning, 0
-        self.cut: dict[int, int] = {}  # of the rows made so far, the tokens that their contexts lost
+        self.cut: dict[int, int] = {}  # tokens that contexts lost, of the rows made so far
         self.row = functools.lru_cache(maxsize=ROWS_KEPT)(self._make_row)
 
     def __len__(self) -> int:

@@ -39,7 +39,7 @@ from lab.inputs import LoadedModel
 from lab.pictures import curves, draw_run, text_picture
 from lab.populations import (Labels, Part, Reference, population, prefix_vectors, references_of,
                              vocabulary_part)
-from lab.settings import ModelSettings, Settings, from_flags
+from lab.settings import ModelSettings, Settings, from_flags, spec_name
 
 TEMPLATE = Path(__file__).with_name("page.html")
 EMBEDDED = 10_000  # most rows of the vocabulary in a t-SNE
@@ -338,6 +338,7 @@ def about_run(run: Run, settings: Settings, steps: list[int]) -> dict:
              for part in np.array_split(table, min(CURVE, max(len(table), 1))) if len(part)]
     particles = settings.train.particles if settings.train.posterior == "svgd" else 1
     return {"name": run.path.resolve().name, "prior": settings.prior_name,
+            "data": spec_name(settings.data.data),
             "posterior": settings.train.posterior, "steps": steps,
             "particles": min(particles, PARTICLES), "all_particles": particles, "curve": curve,
             "evals": [line for line in metrics if line["split"] == "eval"],

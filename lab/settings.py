@@ -143,7 +143,7 @@ class PriorSettings:
         name, _, runs = priors.parse(self.prior)
         usual = ("text", "math") if name == "interpolation" else ("vocab",)
         text = ((TINY_TEXT,) if model == "tiny" else ()) if self.text is None else self.text
-        return replace(self, prior=_absolute_runs(self.prior, runs), text=tuple(filter(None, text)),
+        return replace(self, prior=_absolute_runs(self.prior, runs), text=text,
                        reference=tuple(map(absolute, self.reference or usual)))
 
 
@@ -364,7 +364,7 @@ def from_config(config: dict, path: str | Path = "config.json") -> Settings:
 def _fits(f, value) -> bool:
     """Whether a run can have this value of a setting."""
     if value is None:
-        return (f.default is None and f.name not in COMPLETED) or f.name == "separator"
+        return (f.default is None and f.name not in COMPLETED) or EARLY.get(f.name, "") is None
     kind = value_type(f)
     if kind is tuple:
         return isinstance(value, list) and all(map(_is_text, value)) \

@@ -94,6 +94,8 @@ def test_bos_is_said_to_be_missing(tmp_path, capsys):
             "train", "--model", str(tmp_path), "--data", "squad", "--steps", "1", "--eval-limit",
             "4", "--train-examples", "20", "--place", place, "--text", "short answer", "--out",
             str(tmp_path / place)]) == 0
+    assert promptprior.main(["generate", str(tmp_path / "before"), ""]) == 2
+    assert "nothing to go on from" in capsys.readouterr().err
 
 
 def test_token_embeddings_of_texts_are_looked_up(loaded, monkeypatch):

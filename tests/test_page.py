@@ -30,6 +30,7 @@ from lab.console import UserError
 from lab.evaluation import open_run
 from lab.folder import Run
 from lab.populations import references_of
+from lab.settings import with_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = page.TEMPLATE.read_text()
@@ -64,7 +65,8 @@ def some_data(layers=(0, 3), runs=2, B=60, rows=4, steps=(0, 2, 5, 9)):
                        **({"spread": np.ones((S, rows, 3)) * [.2, .05, .1]} if k else {})}
               for i in layers}
         evals = [{"step": s, "split": "eval", "loss": 1 / (s + 1), "f1": 10. * s} for s in steps]
-        return {"name": f"run {k} <b>", "prior": "vocab", "posterior": "gaussian" if k else "point",
+        return {"name": f"run {k} <b>", "prior": "vocab", "data": "squad:train.json",
+                "posterior": "gaussian" if k else "point",
                 "steps": list(steps), "particles": 1, "all_particles": 1, "evals": evals,
                 "curve": [[s, .9 / s] for s in range(1, 10)], "text": HOSTILE[1],
                 "beside": {"baseline": {"loss": 2., "f1": 5.}, "text": {"loss": .5, "f1": 80.}},
@@ -269,6 +271,13 @@ def test_gather_shows_runs_as_they_are(runs):
     assert a["predictions"] and a["beside"].keys() == {"baseline", "text"} and len(a["curve"]) == 2
     html = viz.page(TEMPLATE, data)
     assert unpack(html)["runs"][1]["name"] == "b" and str(runs) not in html
+
+
+def test_a_page_names_data_without_its_folders(runs):
+    run = Run(runs / "a")
+    asked = with_flags(run.settings(), {"data": "squad:/home/me/train.json"})
+    assert page.about_run(run, asked, [0])["data"] == "squad:train.json"
+    assert "seen(run.data, 60)" in TEMPLATE and "settings.data" not in TEMPLATE
 
 
 def test_very_many_rows_are_shown_at_fewer_steps(runs, monkeypatch):

@@ -446,7 +446,8 @@ def test_eval_scores_several_texts(trained, capsys):
 def test_a_text_prompt_is_scored_as_the_beginning_of_the_text(trained, tmp_path, capsys):
     """As if each context began with it; from files, and with another separator, too."""
     (tmp_path / "shots.txt").write_text("short answer\nA cat sat.\nQuestion: Who?\nAnswer: cat\n")
-    flags = ["--json", "--limit", 60, "--max-length", 400, "--data", f"squad:{TINY / 'squad/dev.json'}"]
+    flags = ["--json", "--limit", 60, "--max-length", 400, "--data",
+             f"squad:{TINY / 'squad/dev.json'}"]
     assert run("eval", trained, *flags, "--text", "short answer", "--text-file",
                tmp_path / "shots.txt", "--separator", " \\n") == 0
     names = ["text prompt 'short answer'", "text prompt 'short answer A cat sat. Question:...'"]
@@ -522,6 +523,19 @@ def test_a_text_prompt_that_is_longer_than_the_runs(trained, capsys):
     assert "contexts are cut to fit" in capsys.readouterr().err
     assert run("eval", trained, "--text", "word " * 40, "--max-length", 486) == 2
     assert "lower --max-length" in capsys.readouterr().err
+    # An empty text is none.
+    assert run("eval", trained, "--limit", 4, "--json", "--text", "") == 0
+    assert [*json.loads(capsys.readouterr().out)["scores"]][1].startswith("exclusion prior")
+
+
+def test_a_text_prompt_leaves_a_longer_max_length_alone(hf, tmp_path, capsys):
+    """A run with more than the usual 1024 tokens, on a model that has room for them."""
+    _, folder = hf(vocab_size=512, num_hidden_layers=1, max_position_embeddings=4096)
+    shutil.copy(TINY / "tokenizer.json", folder)
+    assert run("train", "--model", folder, "--out", tmp_path / "r", *FEW, "--max-length", 2000,
+               "--steps", 0) == 0
+    opened = open_run(tmp_path / "r", {"text": ["a few words"]})
+    assert opened.max_length == 2000 and "contexts are cut" not in capsys.readouterr().err
 
 
 def test_the_step_that_is_wanted(tmp_path, capsys):

@@ -463,7 +463,7 @@ def main() -> None:
     p.add_argument("--lr", type=float, default=4e-3)
     p.add_argument("--threads", type=int, default=2,
                    help="another number gives slightly other weights")
-    p.add_argument("--device", default="cpu", help="the same for another device")
+    p.add_argument("--device", default="cpu", help="another gives slightly other weights too")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     start = time.time()
