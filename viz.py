@@ -818,6 +818,8 @@ class Panel(NamedTuple):
 
 
 WIDTH, LEGEND = 720, 190  # pixels; 178 mm, a double column
+LEGEND_LINES = textwrap.TextWrapper(22)  # characters
+LEGEND_LINES.wordsep_re = re.compile(r"(\s+)|(?<=[:/_-])(?=\S)")  # files' names break there too
 MARGIN = 20  # left and right of everything
 STYLE = """text{font-family:Helvetica,Arial,sans-serif;fill:#222;font-size:13px}
 .paper,.halo{fill:#fff}.frame,.tick{stroke:#888;fill:none}.grid{stroke:#888;stroke-opacity:.15}
@@ -906,7 +908,7 @@ def _draw_legend(entries, x, y):
     where the next would be."""
     lines = []
     for name, mark in entries.items():
-        wrapped = textwrap.wrap(_clean(name), 22) or [""]
+        wrapped = LEGEND_LINES.wrap(_clean(name)) or [""]
         lines.append(mark.key(x, y))
         for i, text in enumerate(wrapped):
             lines.append(f'<text class="small" x="{x + 15}" y="{y + 4 + 14 * i}">'

@@ -146,6 +146,11 @@ def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = SCO
     return "\n".join(text)
 
 
+def file_list(names: list[str], most: int = 4) -> str:
+    """Names of files with commas between; of more than `most`, which are numbered, the ends."""
+    return ", ".join(names) if len(names) <= most else f"{names[0]} to {names[-1]}"
+
+
 def scores_line(scores: dict[str, float]) -> str:
     """Such as "loss 0.599, exact match 6.5, F1 17.6"."""
     return ", ".join(f"{title} {_cell(key, scores)}" for key, title in SCORES.items()

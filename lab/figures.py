@@ -113,6 +113,16 @@ def tsne_map(x: np.ndarray, seed: int) -> viz.Embedding:
         return viz.tsne(x, seed=seed, progress=update)
 
 
+def map_frame(points: np.ndarray) -> np.ndarray:
+    """The corners (2, 2) of a frame for a t-SNE map (N, 2). Points that drifted far away, at most
+    four of a thousand, lie outside: they would make the map small, and their distance means
+    nothing."""
+    low, high = np.quantile(points, (0.001, 0.999), axis=0)
+    room = 0.1 * (high - low)
+    return np.stack([np.maximum(points.min(axis=0), low - room),
+                     np.minimum(points.max(axis=0), high + room)])
+
+
 def tsne_numbers(embedding: viz.Embedding) -> str:
     return f"t-SNE, perplexity {embedding.perplexity:.0f}, KL {embedding.kl:.3f}"
 
@@ -162,11 +172,14 @@ def sentences_over_vocabulary(world: World) -> Drawing:
         points.append(embedding.points[index])
     marks = [viz.Cloud(f"vocabulary, {len(ids)} tokens", embedding.points),
              *trajectory_marks(world, paths, points, "sentences")]
-    panel = viz.Panel(marks, ("t-SNE, distances mean nothing", ""), ticks=False)
+    corners = map_frame(embedding.points)
+    is_outside = (embedding.points < corners[0]) | (embedding.points > corners[1])
+    panel = viz.Panel(marks, ("t-SNE, distances mean nothing", ""), ticks=False, frame=corners)
 
     numbers = compare.walks(world.tokens, 0, "text", torch.from_numpy(vocabulary))
     return Drawing([panel], numbers, (
-        f"Sentences over all token embeddings ({tsne_numbers(embedding)}); below, the steps from "
+        f"Sentences over all token embeddings ({tsne_numbers(embedding)}; tokens that drifted off "
+        f"the map: {is_outside.any(axis=1).sum()}); below, the steps from "
         "token to token beside those of random walks over the same tokens (matched) and over all "
         f"types (uniform). {provenance(world)}"))
 

@@ -22,7 +22,7 @@ import priors
 from lab import geometry, pictures
 from lab.commands import SampleOptions
 from lab.compare import TITLES, sample
-from lab.console import say, show, table
+from lab.console import file_list, say, show, table
 from lab.files import free_place, write_file
 from lab.inputs import layers_with_rows, load_model, longest_text, rows_per_layer
 from lab.populations import Reference, draw, references
@@ -128,7 +128,7 @@ def command_sample(given: dict) -> None:
     if folder:
         names = write_draw(folder, settings, {i: rows[0] for i, rows in drawn.rows.items()},
                            by_layer)
-        say(f"{folder}: {', '.join(names)}")
+        say(f"{folder}: rows.safetensors, {file_list(names)}")
     else:
         say("nothing written (--out DIR keeps the rows and a figure for every layer)")
     if options.json:
@@ -148,13 +148,13 @@ def judge_reference(settings: Settings, reference: Reference
 
 def write_draw(folder: Path, settings: Settings, rows: dict[int, Tensor],
                by_layer: dict[int, Reference]) -> list[str]:
-    """Write a draw {layer: (n, D)}, and a figure of it in each layer's reference -> the files'
+    """Write a draw {layer: (n, D)}, and a figure of it in each layer's reference -> the figures'
     names."""
     asked = {**vars(settings.model), **vars(settings.prior), **vars(settings.data)}
     content = save(llama.Prompt(rows).tensors(), {"settings": json.dumps(asked)})
-    names = ["rows.safetensors"]
-    write_file(folder / names[0], content)
+    write_file(folder / "rows.safetensors", content)
 
+    names = []
     for i, reference in by_layer.items():
         caption = (f"{len(rows[i])} draws of the prior {settings.prior_name}, seed "
                    f"{settings.seed}, model {Path(settings.model.model).name}; on "

@@ -27,8 +27,8 @@ import llama
 import priors
 from lab import posteriors
 from lab.commands import TrainOptions
-from lab.console import (FIRST, Stopped, UserError, out_of_memory, progress, say, scores_line,
-                         show)
+from lab.console import (FIRST, Stopped, UserError, file_list, out_of_memory, progress, say,
+                         scores_line, show)
 from lab.evaluation import evaluate, score_table
 from lab.folder import Checkpoint, Run, read_config, versions
 from lab.inputs import (LoadedModel, Questions, answer_tokens, check_place, checksums, encode,
@@ -496,7 +496,7 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
         inputs.questions.say_cut()
         report(run, settings, begun.by_layer, len(inputs.held_out))
         show(f"{time.time() - started:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
-             f"metrics.jsonl, {', '.join(draw_run(run, settings, begun.by_layer))}")
+             f"metrics.jsonl, {file_list(draw_run(run, settings, begun.by_layer))}")
 
 
 class Beginning(NamedTuple):

@@ -49,6 +49,12 @@ def test_scores_in_a_line():
     assert console.scores_line(scores) == "loss 0.599, exact match 6.5, F1 17.6"
 
 
+def test_of_many_files_the_ends_are_named():
+    names = [f"layer-{i:02d}.svg" for i in range(30)]
+    assert console.file_list(names[:2]) == "layer-00.svg, layer-01.svg"
+    assert console.file_list(names) == "layer-00.svg to layer-29.svg"
+
+
 @pytest.mark.parametrize("given", [None, "active"])
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(given):
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}

@@ -146,3 +146,12 @@ def test_curves_of_seeds_have_a_band(folder, tmp_path):
                     if p.get("fill-opacity") == ".18"])
 
     assert bands(alone) == 0 and bands(together) == 3
+
+
+def test_a_point_that_drifted_away_does_not_make_a_map_small():
+    points = np.random.default_rng(0).uniform(size=(2000, 2))
+    corners = figures.map_frame(points)
+    np.testing.assert_array_equal(corners, [points.min(axis=0), points.max(axis=0)])
+    points[7], points[8] = (0.5, 40), (-40, 0.5)
+    low, high = figures.map_frame(points)
+    assert (low > -0.2).all() and (low < 0.01).all() and (high < 1.2).all() and (high > 0.99).all()

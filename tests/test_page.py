@@ -74,7 +74,8 @@ def some_data(layers=(0, 3), runs=2, B=60, rows=4, steps=(0, 2, 5, 9)):
                                  "answers": ["there"], "exact_match": 100. * (q % 2)}
                                 for q in range(6)],
                 "all_predictions": 6, "layers": at,
-                "config": {"settings": {"data": "squad", "seed": k, "lr": float("nan")}}}
+                "config": {"settings": {"data": "squad", "seed": k, "lr": float("nan")},
+                           "priors": [{"layer": i, "norm_ratio": 1.5} for i in layers]}}
 
     tokens = HOSTILE + [f" word{i}" for i in range(B - len(HOSTILE))]
     return {"title": HOSTILE[0], "tokens": tokens, "maps": [map_of(i) for i in layers],
@@ -632,6 +633,14 @@ def test_tables(screen):
     assert screen.js("return document.querySelectorAll('#predicted tbody tr').length") == 3
     screen.js(tab, 3)
     assert screen.js("return document.querySelector('.differs').textContent") == "seed01"
+
+
+def test_the_configuration_has_a_row_for_each_layers_prior(screen):
+    screen.js("document.querySelectorAll('[role=tab]')[3].click()")
+    rows = screen.js("return [...document.querySelectorAll('#config tr')].map(r => r.innerText)")
+    named = [row.split("\t") for row in rows if row.startswith("priors")]
+    assert [row[:2] for row in named] == [["priors.0", "layer 0, norm_ratio 1.5"],
+                                          ["priors.1", "layer 3, norm_ratio 1.5"]]
 
 
 def test_csv_and_picture(screen):

@@ -102,6 +102,17 @@ def test_figure_parses_and_its_legend_covers_nothing():
     assert index.max() == 15
 
 
+@pytest.mark.parametrize("name, lines", [
+    ("layer 28 inputs of squad:train-v1.1-4330.jsonl",
+     ["layer 28 inputs of", "squad:train-v1.1-", "4330.jsonl"]),
+    ("text:c4/realnewslike_0001.txt", ["text:c4/realnewslike_", "0001.txt"]),
+    ("vocabulary of math:algebra_linear", ["vocabulary of math:", "algebra_linear"])])
+def test_a_legend_breaks_names_of_files_where_their_parts_end(name, lines):
+    cloud = np.random.default_rng(0).normal(size=(50, 2))
+    legend = [t.text for t in texts(viz.figure([viz.Panel([viz.Cloud(name, cloud)])]), "small")]
+    assert legend[-len(lines):] == lines
+
+
 def test_marks_stand_where_their_numbers_say():
     x = np.array([0.0, 1.0, 2.0])
     panel = viz.Panel([viz.Curve("a", x, x**2, x**2 - 1, x**2 + 1, dots=True)], equal=False,
