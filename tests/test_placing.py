@@ -1,9 +1,11 @@
 """Prompts inside the text, prefixes, and rows that a network makes."""
 
 import dataclasses
+import importlib
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,9 @@ FEW = ["--steps", "4", "--eval-every", "1", "--eval-limit", "6", "--batch-size",
        "--max-new", "6", "--tokens", "4", "--reference-rows", "300", "--train-examples", "60"]
 
 
+TINY = Path(settings.TINY)
+
+
 def run(*arguments):
     return promptprior.main([str(a) for a in arguments])
 
@@ -28,6 +33,16 @@ def run(*arguments):
 @pytest.fixture
 def model(hf):
     return llama.load(hf()[1], torch.float64)
+
+
+def test_the_distance_of_a_suffix_alone_destroys_the_bundled_models_sums(monkeypatch):
+    """Twenty rows between question and answer need not say anything for that: docs/prefixes.md."""
+    monkeypatch.syspath_prepend(TINY.parent / "benchmarks")
+    suffix = importlib.import_module("suffix")
+    examples = data.read("math", str(TINY / "math/interpolate"))[:16]
+    near, few, far = suffix.losses(llama.load(TINY), data.Vocabulary(TINY), examples, [0, 5, 20],
+                                   "short answer")
+    assert near < few < 0.3 and far > 3
 
 
 TOKENS = torch.tensor([7, 11, 13])
