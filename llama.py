@@ -20,11 +20,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +58,7 @@ class Config:
     head_dim: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
+    rope_scaling: dict | None = None  # such as {"rope_type": "linear", "factor": 2.0}
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -87,8 +89,11 @@ FIELDS = {
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings"),
 }
 
 
@@ -108,6 +113,9 @@ def read_config(path: Path) -> Config:
     rope = _read_rope(path, c)
     if rope.get("rope_theta") is not None:
         c["rope_theta"] = rope["rope_theta"]
+    # longer texts change the frequencies of longrope, also those of their first tokens
+    if rope["rope_type"] == "longrope":
+        c["max_position_embeddings"] = int(rope["original_max_position_embeddings"])
     values = {"rope_scaling": None if rope["rope_type"] == "default" else rope}
 
     # a field that is absent or null takes its default, which for two of them follows from others
@@ -128,6 +136,8 @@ def read_config(path: Path) -> Config:
     values["eos_token_id"] = _read_eos(path, c)
 
     head_dim, kv_heads = values["head_dim"], values["num_key_value_heads"]
+    if rope["rope_type"] == "longrope":
+        _check_short_factor(path, rope.get("short_factor"), head_dim // 2)
     if heads % kv_heads or head_dim % 2:
         raise ModelError(f"{path}: {heads} heads of width {head_dim} over {kv_heads} key/value "
                          "heads: the heads must divide evenly and their width be even: repair the "
@@ -136,21 +146,65 @@ def read_config(path: Path) -> Config:
 
 
 def _read_rope(path: Path, c: dict) -> dict:
-    """The rope settings of config.json, checked, with their "rope_type"."""
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"{path}: the rope settings are {rope!r:.80}, not an object: repair the "
-                         "file")
-    rope_type = str(rope.get("rope_type", rope.get("type", "default")))  # "type": the old spelling
+    """The rope settings of config.json, checked, with their "rope_type"; what they leave out is
+    filled in as transformers does."""
+    rope = _rope_settings(path, c)
+    rope_type = rope["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise ModelError(f"{path}: rope type {rope_type!r:.80} is not known, only "
                          f"{', '.join(ROPE_TYPES)}: choose another model")
+    if any(settings.get("partial_rotary_factor") not in (None, 1) for settings in (c, rope)):
+        raise ModelError(f"{path}: partial_rotary_factor is not 1, and a LLaMA rotates whole "
+                         "heads: choose another model")
+
+    longest = c.get("max_position_embeddings") or FIELDS["max_position_embeddings"][0]
+    if rope_type in ("llama3", "yarn", "longrope"):
+        original = (c.get("original_max_position_embeddings")
+                    or rope.get("original_max_position_embeddings") or longest)
+        _check(path, "original_max_position_embeddings", original, float, 1, 1e9)
+        _check(path, "max_position_embeddings", longest, float, 1, 1e9)
+        rope["original_max_position_embeddings"] = original
+    if rope_type in ("yarn", "longrope"):
+        defaults = {"factor": longest / original, "beta_fast": 32, "beta_slow": 1}
+        rope |= {key: value for key, value in defaults.items() if rope.get(key) is None}
+
     for key in ROPE_TYPES[rope_type]:
         _check(path, f"{key!r} of rope type {rope_type!r}", rope.get(key), float, 1e-6, 1e9)
+    for key in ("attention_factor", "mscale", "mscale_all_dim"):
+        if rope.get(key) is not None:
+            _check(path, f"{key!r} of the rope settings", rope[key], float, 1e-6, 1e9)
     if rope_type == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
         raise ModelError(f"{path}: llama3 rope needs low_freq_factor below high_freq_factor: "
                          "repair the file")
-    return {**rope, "rope_type": rope_type}
+    return rope
+
+
+def _check_short_factor(path: Path, short, length: int) -> None:
+    if not isinstance(short, list) or len(short) != length:
+        raise ModelError(f"{path}: 'short_factor' of rope type 'longrope' is {short!r:.80}, "
+                         f"expected a list of {length} numbers: repair the file")
+    for value in short:
+        _check(path, "a number of 'short_factor'", value, float, 1e-6, 1e9)
+
+
+def _rope_settings(path: Path, c: dict) -> dict:
+    """config.json's rope_parameters, or rope_scaling, its older name. Files that were edited by
+    hand have both."""
+    spellings = []
+    for field in ("rope_parameters", "rope_scaling"):
+        rope = c.get(field) or {}
+        if not isinstance(rope, dict):
+            raise ModelError(f"{path}: the rope settings are {rope!r:.80}, not an object: repair "
+                             "the file")
+        if rope:
+            rope = {key: value for key, value in rope.items() if value is not None}
+            old_type = str(rope.pop("type", "default"))
+            spellings.append({"rope_theta": c.get("rope_theta"), "rope_type": old_type} | rope)
+    if len(spellings) == 2 and spellings[0] != spellings[1]:
+        raise ModelError(f"{path}: rope_parameters and rope_scaling say different things, and "
+                         "transformers believes rope_scaling: delete the one that is not the "
+                         "model's")
+    return spellings[0] if spellings else {"rope_type": "default"}
 
 
 def _read_eos(path: Path, c: dict) -> tuple[int, ...]:
@@ -188,10 +242,10 @@ def _read_json(path: Path) -> dict:
             raise OSError("larger than 256 MiB")
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; expected a Hugging Face model folder with "
-                         "config.json, tokenizer.json and safetensors weights") from None
+        raise ModelError(f"{path}: no such file: {other_kind(path.parent)}") from None
     except (OSError, ValueError, RecursionError) as e:
-        raise ModelError(f"{path}: cannot be read as JSON ({e}): fetch it again") from None
+        raise ModelError(f"{path}: " + (not_the_file(path) or f"cannot be read as JSON ({e}): fetch "
+                                        "it again")) from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds {type(value).__name__}, expected a JSON object: "
                          "fetch it again")
@@ -210,21 +264,57 @@ def regular(path: Path) -> Path:
 # rotary positions
 
 
-def rope_frequencies(c: Config) -> Tensor:
-    """(hd / 2,) fp32 angles per position. llama3 scaling as in Llama 3.1: long wavelengths are
-    stretched by `factor`, short ones kept, those between blended."""
-    f = 1.0 / c.rope_theta ** (
-        torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim)
+def rope_frequencies(c: Config) -> tuple[Tensor, float]:
+    """(hd / 2,) fp32 angles per position, and the number by which cos and sin are multiplied, for
+    texts of at most max_position_embeddings tokens. Up to there dynamic scaling changes nothing.
+
+    Linear scaling (kaiokendev 2023); llama3 (Llama 3.1): long wavelengths are stretched by
+    `factor`, short ones kept, those between blended; YaRN (arXiv 2309.00071); LongRoPE (arXiv
+    2402.13753), whose short text it is."""
+    exponents = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
+    f = 1.0 / c.rope_theta ** exponents
     scaling = c.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":
-        return f / scaling["factor"]
+        return f / scaling["factor"], 1.0
     if scaling["rope_type"] == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         trained_length = scaling["original_max_position_embeddings"]
         wavelength = 2 * math.pi / f
         blend = ((trained_length / wavelength - low) / (high - low)).clamp(0, 1)
-        return (1 - blend) * f / scaling["factor"] + blend * f
-    return f
+        return (1 - blend) * f / scaling["factor"] + blend * f, 1.0
+    if scaling["rope_type"] == "yarn":
+        return _yarn(c, scaling, f)
+    if scaling["rope_type"] == "longrope":
+        short = torch.tensor(scaling["short_factor"], dtype=torch.float32)
+        growth = math.log(scaling["factor"]) / math.log(scaling["original_max_position_embeddings"])
+        default = math.sqrt(1 + growth) if scaling["factor"] > 1 else 1.0
+        return f / short, scaling.get("attention_factor", default)
+    return f, 1.0
+
+
+def _yarn(c: Config, scaling: dict, f: Tensor) -> tuple[Tensor, float]:
+    """`rope_frequencies` of YaRN: dimensions that turn fewer than beta_slow times within the
+    original length are stretched, those that turn more than beta_fast times are kept."""
+    def dimension(turns: float) -> float:
+        """The pair of dimensions that turns this many times within the original length."""
+        wavelength = scaling["original_max_position_embeddings"] / (2 * math.pi * turns)
+        return c.head_dim * math.log(wavelength) / (2 * math.log(c.rope_theta))
+
+    first, last = dimension(scaling["beta_fast"]), dimension(scaling["beta_slow"])
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, c.head_dim - 1)
+    span = last - first if last != first else 0.001
+    stretched = ((torch.arange(len(f)) - first) / span).clamp(0, 1)
+
+    def growth(mscale: float) -> float:
+        return 0.1 * mscale * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
+
+    default = growth(1)
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        default = growth(scaling["mscale"]) / growth(scaling["mscale_all_dim"])
+    return (stretched * f / scaling["factor"] + (1 - stretched) * f,
+            scaling.get("attention_factor", default))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -651,7 +741,8 @@ class Llama(nn.Module):
         in fp32 or fp64."""
         position = torch.arange(first, first + len(keys), device=keys.device)
         cos, sin = self._cos_sin(position, torch.float32)
-        return rotate(keys, cos, -sin)
+        _, factor = rope_frequencies(self.config)  # of cos and of sin
+        return rotate(keys, cos, -sin) / factor**2
 
     def _common_length(self, layers: dict[int, Tensor], shape: tuple[int, ...]) -> int | None:
         """n, if every tensor is (n, *shape) and belongs to a layer of this model; else None."""
@@ -716,9 +807,9 @@ class Llama(nn.Module):
 
     def _cos_sin(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position (...) -> cos, sin (..., 1, hd / 2), computed in fp32 as transformers does."""
-        frequencies = rope_frequencies(self.config).to(position.device)
-        angle = position[..., None, None].float() * frequencies
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        frequencies, factor = rope_frequencies(self.config)
+        angle = position[..., None, None].float() * frequencies.to(position.device)
+        return (factor * angle.cos()).to(dtype), (factor * angle.sin()).to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -839,39 +930,63 @@ def pad(rows: list[list[int]], value: int = PAD) -> Tensor:
 # loading
 
 
-def load(folder: str | Path, dtype: str | torch.dtype | None = None, device: str = "cpu") -> Llama:
-    """A frozen model from a Hugging Face folder: config.json and model.safetensors, or
-    shards with their index.
+def load(folder: str | Path, dtype: str | torch.dtype | None = None, device: str = "cpu",
+         report: Callable[[str], object] = warnings.warn) -> Llama:
+    """A frozen model from a Hugging Face folder: config.json and model.safetensors, or shards.
 
     dtype None keeps the file's. Weights are mapped from the file and converted one tensor at
-    a time, so no second copy of them is made. Raises ModelError for anything missing, damaged,
-    misshapen or left over."""
+    a time, so no second copy of them is made. report is given a line for each thing in which the
+    folder is not as usual. Raises ModelError for anything missing, damaged, misshapen or
+    quantised."""
     folder = Path(folder)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = read_config(folder / "config.json")
+    stored = _stored(folder)
+    _refuse_quantised(folder, stored)
+    weights = _named(folder, stored, report)
+    config = _with_head(folder, config, weights, report)
     with torch.device("meta"):
         model = Llama(config)
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    weights = {}
-    for path, names in _shards(folder).items():
-        weights.update(_read_weights(path, names, shapes, config, dtype, device))
-    missing = sorted(shapes.keys() - weights.keys())
-    if missing:
-        raise ModelError(f"{folder}: the weights lack {len(missing)} tensors that config.json asks "
-                         f"for, first {missing[0]!r}: fetch the whole folder again")
-    model.load_state_dict(weights, assign=True)
+    _check_shapes(folder, {name: tuple(t.shape) for name, t in model.state_dict().items()}, weights)
+
+    tensors = {}
+    for path in sorted({w.path for w in weights.values()}):
+        with _open(path) as file:
+            for name, w in weights.items():
+                if w.path == path:
+                    tensors[name] = _finite(w, file.get_tensor(w.name).to(device, dtype))
+    model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False)
 
 
-def _shards(folder: Path) -> dict[Path, list[str] | None]:
-    """{file: names of the tensors in it}; None stands for all tensors of the file."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists() or (folder / "model.safetensors").exists():
-        return {folder / "model.safetensors": None}
+class Stored(NamedTuple):
+    """A tensor of a weights file, as the file's header describes it."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it, such as BF16
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold a folder's weights, whether they are there or not: a single
+    file, else those of the index, else all model-00001-of-00002.safetensors."""
+    single, index = "model.safetensors", folder / "model.safetensors.index.json"
+    shards = [re.fullmatch(r"model-(\d{5})-of-(\d{5})\.safetensors", p.name)
+              for p in sorted(folder.glob("model-*-of-*.safetensors"))]
+    counts = {match[2] for match in shards if match}
+    if (folder / single).exists() or not index.exists() and not counts:
+        return [single]
+    if not index.exists():
+        if len(counts) > 1:
+            raise ModelError(f"{folder}: holds shards of {len(counts)} saves (of "
+                             f"{', '.join(sorted(counts))} files): delete those that are not meant")
+        count = counts.pop()
+        return [f"model-{i:05d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
+
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: no weight_map of tensor names to files: fetch it again")
-    shards: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
         # a path from the index could reach any file of this machine, so only plain file names are
         # accepted; symbolic links are followed, because the hub's cache consists of them
@@ -879,54 +994,210 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
             raise ModelError(f"{index}: {name!r:.80} is said to be in {file!r:.80}, which is not "
                              "a file name in this folder: do not use this folder unless you "
                              "trust its maker")
-        shards.setdefault(folder / file, []).append(name)
-    return shards
+    return sorted(set(weight_map.values()))
 
 
-def _read_weights(path: Path, names: list[str] | None, shapes: dict[str, tuple], config: Config,
-                  dtype: torch.dtype | None, device: str) -> dict[str, Tensor]:
-    """The tensors of one file (names None: all of them), checked and converted."""
-    weights = {}
+def _stored(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder, by their names."""
+    files = weight_files(folder)
+    if not any((folder / name).exists() for name in files):
+        others = [p.name for p in folder.glob("*.safetensors") if "adapter" not in p.name]
+        raise ModelError(f"{folder / files[0]}: no such file: " + (
+            f"the weights are in {others[0]}: rename it to model.safetensors" if len(others) == 1
+            else other_kind(folder)))
+    stored: dict[str, Stored] = {}
+    for file_name in files:
+        path = folder / file_name
+        with _open(path) as file:
+            for name in file.keys():
+                if name in stored:
+                    raise ModelError(f"{path}: tensor {name!r} is in {stored[name].path.name} "
+                                     "too: delete the file that is not of this model")
+                piece = file.get_slice(name)
+                stored[name] = Stored(path, name, tuple(piece.get_shape()), piece.get_dtype())
+    return stored
+
+
+@contextmanager
+def _open(path: Path) -> Iterator:
+    """The safetensors file at path, with errors that say what it is instead."""
     try:
         with safe_open(regular(path), framework="pt") as file:
-            for name in file.keys() if names is None else names:
-                # a tied model may carry a copy of its embeddings, and old ones their frequencies
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue
-                if name.endswith("rotary_emb.inv_freq"):
-                    continue
-                weights[name] = _read_weight(path, file, name, shapes, dtype, device)
+            yield file
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file, though the folder's index or layout asks for "
                          "it: fetch it again") from None
     except (SafetensorError, OSError) as e:
-        raise ModelError(f"{path}: not a readable safetensors file ({cause(e)}): "
-                         "fetch it again") from None
-    return weights
+        raise ModelError(f"{path}: " + (not_the_file(path) or f"not a readable safetensors file "
+                                        f"({cause(e)}): fetch it again")) from None
 
 
-def _read_weight(path: Path, file, name: str, shapes: dict[str, tuple], dtype: torch.dtype | None,
-                 device: str) -> Tensor:
-    if name not in shapes:
-        raise ModelError(f"{path}: tensor {name!r} has no place in the model that "
-                         "config.json describes (quantised, or another "
-                         "architecture?): choose another folder")
-    shape = tuple(file.get_slice(name).get_shape())
-    if shape != shapes[name]:
-        raise ModelError(f"{path}: tensor {name!r} has shape {shape}, config.json "
+# The types of weights that are numbers themselves. Everything else is a code for numbers.
+FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+def _refuse_quantised(folder: Path, stored: dict[str, Stored]) -> None:
+    codes = [t for t in stored.values() if t.dtype not in FLOATS and not _is_buffer(t.name)]
+    if not codes:
+        return
+    c = _read_json(folder / "config.json")
+    about = c.get("quantization_config") or c.get("quantization") or {}
+    if not isinstance(about, dict):
+        about = {}
+    method = about.get("quant_method") or ("mlx" if "group_size" in about else "a quantiser")
+    raise ModelError(f"{codes[0].path}: quantised by {method!s:.40} ({len(codes)} of {len(stored)} "
+                     f"tensors, first {codes[0].name!r:.80}, {codes[0].dtype}): give the folder it "
+                     "was made from; or dequantise it with the tool that made it, for bitsandbytes "
+                     f"`AutoModelForCausalLM.from_pretrained({str(folder)!r}).dequantize()"
+                     ".save_pretrained('NEW')`, and give NEW")
+
+
+def _is_buffer(name: str) -> bool:
+    """Old files hold the frequencies of the positions, which follow from config.json."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+PARTS = ("model", "layers", "embed_tokens", "norm", "lm_head")  # what a name in a LLaMA begins with
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+")  # left by trainers
+
+
+def _named(folder: Path, stored: dict[str, Stored], report) -> dict[str, Stored]:
+    """The tensors under the names that they have in a LLaMA. What stands beside the decoder, such
+    as a reward model's head, is left out."""
+    named, left_out = {}, []
+    for name, tensor in stored.items():
+        plain = WRAPPERS.sub("", name)
+        if _is_buffer(plain):
+            continue
+        if ".lora_" in plain:
+            raise ModelError(f"{tensor.path}: tensor {name!r:.120} is a LoRA that is not merged: "
+                             "merge it with PEFT's merge_and_unload(), save the model, and give "
+                             "that folder")
+        first = plain.split(".")[0]
+        if first not in PARTS:
+            left_out.append(name)
+            continue
+        if first not in ("model", "lm_head"):
+            plain = f"model.{plain}"
+        if plain in named:
+            raise ModelError(f"{tensor.path}: tensor {name!r:.120} is there twice, as "
+                             f"{named[plain].name!r:.120} too: delete the one that is not meant")
+        named[plain] = tensor
+    if left_out:
+        report(f"{folder}: {len(left_out)} tensors beside the decoder are left out, such as "
+               f"{left_out[0]!r:.120}")
+    return named
+
+
+def _with_head(folder: Path, config: Config, weights: dict[str, Stored], report) -> Config:
+    """config with the head that the weights have. A tied model's file may hold its matrix under
+    either name, or a copy; merged and fine-tuned models have another head and still say tied."""
+    head, embeddings = weights.get(HEAD), weights.get(EMBEDDINGS)
+    if not config.tie_word_embeddings or not head:
+        return config
+    if not embeddings:
+        weights[EMBEDDINGS] = weights.pop(HEAD)
+        return config
+    with _open(head.path) as one, _open(embeddings.path) as other:
+        if torch.equal(one.get_tensor(head.name), other.get_tensor(embeddings.name)):
+            del weights[HEAD]
+            return config
+    report(f"{folder}: config.json says that head and embeddings are tied, but the file's "
+           f"{HEAD} is another matrix: it is used, as transformers does")
+    return replace(config, tie_word_embeddings=False)
+
+
+def _check_shapes(folder: Path, shapes: dict[str, tuple], weights: dict[str, Stored]) -> None:
+    """Raise ModelError unless weights are those of a model with these tensors and shapes."""
+    for name, w in weights.items():
+        if name not in shapes:
+            raise ModelError(f"{w.path}: tensor {w.name!r:.120} has no place in the model that "
+                             "config.json describes: the two are not of one model, or it is no "
+                             "plain LLaMA; choose another folder")
+        if w.shape == shapes[name]:
+            continue
+        if name in (HEAD, EMBEDDINGS) and w.shape[1:] == shapes[name][1:]:
+            raise ModelError(f"{w.path}: tensor {w.name!r} has {w.shape[0]} rows, config.json a "
+                             f"vocab_size of {shapes[name][0]}: if the tokenizer has "
+                             f"{w.shape[0]} tokens, write \"vocab_size\": {w.shape[0]} there")
+        raise ModelError(f"{w.path}: tensor {w.name!r:.120} has shape {w.shape}, config.json "
                          f"asks for {shapes[name]}: the two are not of one model; "
                          "fetch both again")
-    stored = file.get_tensor(name)
-    if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ModelError(f"{path}: tensor {name!r} is {stored.dtype}, expected "
-                         "floating point: choose a folder that is not quantised")
-    weight = stored.to(device, dtype)
+    missing = sorted(shapes.keys() - weights.keys())
+    if missing == [HEAD]:
+        raise ModelError(f"{folder}: the weights lack {HEAD!r}: if head and embeddings are one "
+                         "matrix, write \"tie_word_embeddings\": true in config.json; else fetch "
+                         "the whole folder again")
+    if missing:
+        raise ModelError(f"{folder}: the weights lack {len(missing)} tensors that config.json asks "
+                         f"for, first {missing[0]!r}{_home(folder, missing[0])}: fetch the whole "
+                         "folder again")
+
+
+def _home(folder: Path, name: str) -> str:
+    """Which file an index says that a tensor is in."""
+    index = folder / "model.safetensors.index.json"
+    file = _read_json(index)["weight_map"].get(name) if index.exists() else None
+    return f", which {index.name} says is in {file}" if file else ""
+
+
+def _finite(stored: Stored, weight: Tensor) -> Tensor:
     # torch.isfinite would allocate another tensor of this size
     if not all(map(math.isfinite, torch.stack(weight.aminmax()).tolist())):
-        raise ModelError(f"{path}: tensor {name!r} holds numbers that are not "
+        raise ModelError(f"{stored.path}: tensor {stored.name!r} holds numbers that are not "
                          f"finite in {weight.dtype}: fetch it again, or use "
                          "--dtype bfloat16")
     return weight
+
+
+# --------------------------------------------------------------------------------------------------
+# what a folder or a file is instead
+
+
+# the line that makes a folder in Hugging Face's layout
+SAVE = "`python -c \"from transformers import AutoModelForCausalLM as A; " \
+       "A.from_pretrained({}).save_pretrained('NEW')\"`"
+
+# files that tell a folder's kind -> what it is, and what to do. {file} is the first such file.
+KINDS = {
+    "snapshots/*/config.json": "this is a model's root in the hub's cache: give {file.parent}",
+    "adapter_config.json": "this is an adapter, not a model: give --model the model that "
+                           "{file} names as base_model_name_or_path",
+    "consolidated.*.pth": "this is Meta's own layout: fetch the model in Hugging Face's layout "
+                          "(`hf download NAME --exclude 'original/*'`); or convert it with "
+                          "convert_llama_weights_to_hf.py of transformers 4",
+    "*.gguf": "{file.name} is GGUF, which is quantised: give the folder it was made from; or run "
+              + SAVE.format("'{folder}', gguf_file='{file.name}'")
+              + ", copy tokenizer.json there, and give NEW",
+    "pytorch_model*.bin": "the weights are pickled, and a pickle may run code: if you trust it, "
+                          "run " + SAVE.format("'{folder}'") + ", copy tokenizer.json there, and "
+                          "give NEW",
+}
+
+
+def other_kind(folder: Path) -> str:
+    """What a folder without config.json or weights is, and what helps: the end of an error."""
+    for pattern, text in KINDS.items():
+        files = sorted(folder.glob(pattern))
+        if files:
+            return text.format(file=files[0], folder=folder)
+    return ("expected a Hugging Face model folder with config.json, tokenizer.json and "
+            "safetensors weights")
+
+
+def not_the_file(path: Path) -> str | None:
+    """What a file is that something else was saved as, and what helps: the end of an error."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(100).lstrip().lower()
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "this is a git-lfs pointer, not the file: run `git lfs pull` in its folder"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "this is a web page, not the file: fetch it again by the page's download link"
+    return None
 
 
 def cause(e: Exception) -> str:
@@ -936,5 +1207,5 @@ def cause(e: Exception) -> str:
     if "incomplete" in text.lower():
         return "it is cut short"
     if "header" in text.lower():
-        return "its header is damaged, or this is a git-lfs pointer or a web page"
+        return "its header is damaged"
     return text.splitlines()[0] if text else type(e).__name__

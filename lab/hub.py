@@ -30,12 +30,7 @@ def model_folder(settings: ModelSettings) -> Path:
 
 def needed_files(folder: Path) -> list[str]:
     """What a model's folder must have to be loaded: its configuration, tokenizer and weights."""
-    weights, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
-    # Weights in several files come with an index. A single file, if there is one, is used first.
-    if index.exists() and not (folder / "model.safetensors").exists():
-        shards = data.read_json(index, dict).get("weight_map")
-        weights = set(map(str, shards.values())) if isinstance(shards, dict) else set()
-    return sorted({"config.json", "tokenizer.json", *weights})
+    return sorted({"config.json", "tokenizer.json", *llama.weight_files(folder)})
 
 
 def missing_files(folder: Path) -> list[str]:

@@ -58,7 +58,7 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     check_device(settings.device)
 
     # A model that is divided among devices may be too large for one of them.
-    model = llama.load(folder, settings.dtype, "cpu" if shard else settings.device)
+    model = llama.load(folder, settings.dtype, "cpu" if shard else settings.device, say)
     if shard:
         shard_model(model, settings.device)
     c = model.config

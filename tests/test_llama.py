@@ -1,6 +1,8 @@
 """llama.py against transformers, against PEFT, and against the literal recipe of the paper."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -18,6 +20,15 @@ VARIANTS = {
     "llama 3.2: grouped, tied, llama3 rope": dict(rope_parameters=LLAMA3),
     "one key head": dict(num_key_value_heads=1),
     "linear rope": dict(rope_parameters=dict(rope_type="linear", rope_theta=1000.0, factor=4.0)),
+    "dynamic rope": dict(rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=2.0)),
+    "yarn": dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=500.0, factor=8.0, original_max_position_embeddings=32)),
+    "yarn with all that it may say": dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=500.0, factor=8.0, original_max_position_embeddings=32,
+        beta_fast=8, beta_slow=2, mscale=0.7, mscale_all_dim=1.3, truncate=False)),
+    "longrope": dict(rope_parameters=dict(
+        rope_type="longrope", rope_theta=500.0, short_factor=[1.0, 1.1, 1.5, 2.0, 3.0],
+        long_factor=[9.0] * 5, original_max_position_embeddings=64)),
     "attention and mlp bias": dict(attention_bias=True, mlp_bias=True),
     "default head_dim": dict(head_dim=None, rms_norm_eps=1e-5),
 }
@@ -63,7 +74,7 @@ def test_transformers_4_spelling_and_redundant_head(hf, token_ids):
     config["rope_scaling"] = {**rope, "type": rope.pop("rope_type")}
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = torch.zeros(97, 48)  # a tied model's copy is not read
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(5)
     save_file(weights, folder / "model.safetensors")
     ours, ids = llama.load(folder), token_ids(1, 50)
@@ -71,11 +82,52 @@ def test_transformers_4_spelling_and_redundant_head(hf, token_ids):
         torch.testing.assert_close(ours.logits(ours(ids)[0]), theirs(ids).logits, atol=1e-4, rtol=0)
 
 
-def test_shards(hf, token_ids):
+def other_head(weights):
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).clone()
+
+
+def head_alone(weights):
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+
+
+def wrapped(weights):
+    for name in [*weights]:
+        weights["_orig_mod.module." + name] = weights.pop(name)
+
+
+def without_model(weights):
+    for name in [*weights]:
+        weights[name.removeprefix("model.")] = weights.pop(name)
+
+
+def heads_of_trainers(weights):
+    weights["v_head.summary.weight"], weights["score.weight"] = torch.ones(1, 48), torch.ones(2, 48)
+
+
+@pytest.mark.parametrize("change, said", [
+    (other_head, "lm_head.weight is another matrix"), (head_alone, None), (wrapped, None),
+    (without_model, None), (heads_of_trainers, "2 tensors beside the decoder")])
+def test_weights_as_people_have_them(hf, token_ids, change, said):
+    """transformers 5.23 reads the first two as we do, and knows no wrapped names."""
+    theirs, folder = hf()
+    edit_weights(folder, change)
+    if change in (other_head, head_alone):
+        theirs = type(theirs).from_pretrained(folder)
+    lines, ids = [], token_ids(1, 50)
+    ours = llama.load(folder, report=lines.append)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)[0]), theirs(ids).logits, atol=1e-4, rtol=0)
+    assert len(lines) == (said is not None) and all(said in line for line in lines)
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_shards(hf, token_ids, has_index):
     theirs, folder = hf()
     (folder / "model.safetensors").unlink()
     theirs.save_pretrained(folder, max_shard_size="50KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
+    if not has_index:
+        (folder / "model.safetensors.index.json").unlink()
     ours, ids = llama.load(folder), token_ids(1, 9)
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ours(ids)[0]), theirs(ids).logits, atol=1e-4, rtol=0)
@@ -521,7 +573,13 @@ SPOILT = {
     "other architecture": (lambda f: edit_config(f, model_type="gpt2"), "'gpt2'.*'llama'"),
     "other activation": (lambda f: edit_config(f, hidden_act="gelu"), "'gelu'"),
     "unknown rope": (lambda f: edit_config(
-        f, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "'yarn'"),
+        f, rope_parameters={"rope_type": "su", "factor": 2.0}), "'su'"),
+    "two ropes": (lambda f: edit_config(
+        f, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        rope_scaling={"rope_type": "linear", "factor": 2.0}), "delete the one"),
+    "part of the head": (lambda f: edit_config(f, partial_rotary_factor=0.5), "partial_rotary"),
+    "longrope of another width": (lambda f: edit_config(
+        f, rope_parameters={"rope_type": "longrope", "short_factor": [1.0]}), "a list of 5"),
     "incomplete rope": (lambda f: edit_config(
         f, rope_parameters={"rope_type": "linear"}), "'factor'"),
     "heads do not divide": (lambda f: edit_config(f, num_key_value_heads=4), "divide"),
@@ -534,7 +592,9 @@ SPOILT = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "cut short": (cut_short, "cut short"),
     "a web page": (lambda f: (f / "model.safetensors").write_text("<html>" * 99),
-                   "git-lfs pointer or a web page"),
+                   "a web page, not the file"),
+    "a pointer": (lambda f: (f / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "git lfs pull"),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""),
                    "not a readable safetensors file"),
     "tensor missing": (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")),
@@ -543,8 +603,15 @@ SPOILT = {
         {"model.norm.weight": torch.ones(7)})), r"\(7,\).*\(48,\)"),
     "left over": (lambda f: edit_weights(f, lambda w: w.update({"model.extra": torch.ones(7)})),
                   "'model.extra' has no place"),
-    "quantised": (lambda f: edit_weights(f, lambda w: w.update(
-        {"model.norm.weight": torch.ones(48, dtype=torch.int8)})), "int8"),
+    "more rows": (lambda f: edit_weights(f, lambda w: w.update(
+        {"model.embed_tokens.weight": torch.ones(104, 48)})), '"vocab_size": 104'),
+    "no head": (lambda f: edit_config(f, tie_word_embeddings=False),
+                '"tie_word_embeddings": true'),
+    "LoRA": (lambda f: edit_weights(f, lambda w: w.update(
+        {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 48)})),
+        "merge_and_unload"),
+    "twice": (lambda f: edit_weights(f, lambda w: w.update({"norm.weight": torch.ones(48)})),
+              "there twice"),
     "shard outside": (lambda f: to_index(f, "../model.safetensors"),
                       "not a file name in this folder"),
     "shard absolute": (lambda f: to_index(f, "/etc/passwd"), "not a file name in this folder"),
@@ -564,6 +631,61 @@ def test_spoilt_folder(hf, name):
     with pytest.raises(llama.ModelError, match=message) as e:
         llama.load(folder)
     assert "\n" not in str(e.value)
+
+
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize("config, name, dtype, method", [
+    ({"quantization_config": BNB}, "mlp.up_proj.weight", torch.uint8, "bitsandbytes"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "mlp.up_proj.qweight", torch.int32, "gptq"),
+    ({"quantization": {"group_size": 64, "bits": 4}}, "mlp.up_proj.weight", torch.uint32, "mlx"),
+    ({}, "mlp.up_proj.weight", torch.float8_e4m3fn, "F8_E4M3")])
+def test_quantised_folders_are_named_as_such(hf, config, name, dtype, method):
+    _, folder = hf()
+    edit_config(folder, **config)
+    edit_weights(folder, lambda w: w.update(
+        {f"model.layers.0.{name}": torch.zeros(7, 5).to(dtype)}))
+    with pytest.raises(llama.ModelError, match=f"quantised by.*{method}.*dequantise it"):
+        llama.load(folder)
+
+
+def test_a_quantisers_settings_beside_plain_weights_are_no_matter(hf):
+    _, folder = hf()
+    edit_config(folder, quantization_config=BNB)
+    assert llama.load(folder)
+
+
+def test_other_kinds_of_folders_and_what_helps(hf, tmp_path, monkeypatch):
+    """What a message says to do makes the model load."""
+    theirs, folder = hf()
+
+    def told(path):
+        with pytest.raises(llama.ModelError) as e:
+            llama.load(path)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    cache = tmp_path / "models--org--name"
+    shutil.copytree(folder, cache / "snapshots/0123abc")
+    assert llama.load(re.search(r"give (\S+)$", told(cache))[1])
+
+    pickled = tmp_path / "pickled"
+    shutil.copytree(folder, pickled)
+    torch.save(theirs.state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").rename(pickled / "weights.safetensors")
+    assert "weights.safetensors: rename it to model.safetensors" in told(pickled)
+    (pickled / "weights.safetensors").unlink()
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r'`python -c "(.*)"`', told(pickled))[1])
+    torch.testing.assert_close(llama.load("NEW").embeddings, llama.load(folder).embeddings)
+
+    for name, text in [("consolidated.00.pth", "hf download"), ("q4.gguf", "gguf_file='q4.gguf'"),
+                       ("adapter_config.json", "base_model_name_or_path")]:
+        other = tmp_path / name.replace(".", "-")
+        other.mkdir()
+        (other / name).write_bytes(b"{}")
+        assert text in told(other)
 
 
 @pytest.mark.parametrize("rows", [{}, {4: (3, 48)}, {0: (3, 47)}, {0: (3, 48), 1: (2, 48)}])
