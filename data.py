@@ -364,17 +364,19 @@ class Vocabulary:
     one.
 
     self.bos is the id in front of every text, or None. adds_bos, adds_eos: whether the
-    tokenizer puts one in front of a text, or behind it."""
+    tokenizer puts one in front of a text, or behind it. unembedded: its tokens that the model does
+    not embed, {id: token}; a text with one is refused."""
 
-    def __init__(self, folder: str | Path, eos: tuple[int, ...] = (), bos: int | None = None):
-        """eos: the ids in config.json. bos: what to put in front where the tokenizer has none."""
+    def __init__(self, folder: str | Path, eos: tuple[int, ...] = (), bos: int | None = None,
+                 embedded: int | None = None):
+        """eos: the ids in config.json. bos: what to put in front where the tokenizer has none.
+        embedded: how many ids the model embeds."""
         from tokenizers import Tokenizer
 
         self.path = Path(folder) / "tokenizer.json"
         self.eos = eos
         if not self.path.is_file():
-            raise DataError(f"{self.path}: no such file; a model folder needs its tokenizer.json: "
-                            "fetch it")
+            raise DataError(f"{self.path}: no such file: {_without_tokenizer(self.path.parent)}")
         text = read_text(self.path)
         with _silent_stderr(), _tokenizer_errors(self.path):
             self.tokenizer = Tokenizer.from_str(text)
@@ -394,36 +396,61 @@ class Vocabulary:
         self.adds_bos, self.adds_eos = self._front > 0, self._behind > 0
         self.bos = encoding.ids[0] if self.adds_bos else bos
 
+        tokens = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.ids = sorted(tokens.values())
+        limit = self.ids[-1] + 1 if embedded is None else embedded
+        self.unembedded = {i: token for token, i in tokens.items() if i >= limit}
+        self._check_embedded(limit)
+
+    def _check_embedded(self, limit: int) -> None:
+        """Raise DataError if ids from limit on are needed: for every text, or for ordinary ones."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        if any(i not in added for i in self.unembedded):
+            raise DataError(f"{self.path}: has {len(self.ids)} tokens, ids up to {self.ids[-1]}, "
+                            f"and the model embeds {limit}: the two are not of one model; fetch "
+                            "both again")
+        if self.adds_bos and self.bos >= limit:
+            raise DataError(f"{self.path}: its post_processor puts token {self.bos} in front of "
+                            f"every text, and the model embeds {limit}: write the id there that "
+                            "added_tokens gives to the same token, or fetch the tokenizer.json of "
+                            "this model")
+
     @functools.cached_property
     def size(self) -> int:
-        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return self.ids[-1] + 1
 
     @functools.cached_property
     def special(self) -> set[int]:
         """Ids that no text contains: BOS, EOS, reserved places."""
-        return {i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
+        reserved = {i for i in self.ids if RESERVED.fullmatch(self.tokenizer.id_to_token(i))}
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        return reserved | {i for i, token in added if token.special}
 
     @functools.cached_property
     def ordinary(self) -> list[int]:
-        """All ids that are not special."""
-        return sorted(set(range(self.size)) - self.special)
+        """The ids of all tokens that are embedded and not special. Ids that no token has, such as
+        those that fill a matrix up to a multiple of 64, are none of them."""
+        return sorted(set(self.ids) - self.special - self.unembedded.keys())
 
     @functools.cached_property
     def stop(self) -> set[int]:
         """Ids that end an answer: EOS, and every token with a line break, which byte-level
         tokenizers write as Ċ and sentencepiece's as <0x0A>."""
-        pieces = [self.tokenizer.id_to_token(i) or "" for i in range(self.size)]
-        return {*self.eos, *(i for i, piece in enumerate(pieces)
-                             if "Ċ" in piece or "\n" in piece or piece == "<0x0A>")}
+        likely = [i for i in self.ids if re.search("Ċ|\n|<0x0A>", self.tokenizer.id_to_token(i))]
+        # a sentencepiece vocabulary may have the letter Ċ, which is no line break there
+        return {*self.eos, *(i for i in likely if "\n" in self.tokenizer.decode(
+            [i], skip_special_tokens=False))}
 
     def encode(self, text: str) -> list[int]:
         with _tokenizer_errors(self.path):
-            return self._with_bos(self.tokenizer.encode(text).ids)
+            ids = self.tokenizer.encode(text).ids
+        return self._with_bos(ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """encode of every text, on all cores."""
         with _tokenizer_errors(self.path):
-            return [self._with_bos(e.ids) for e in self.tokenizer.encode_batch(texts)]
+            encodings = self.tokenizer.encode_batch(texts)
+        return [self._with_bos(encoding.ids) for encoding in encodings]
 
     def encode_at(self, text: str, place: int) -> tuple[list[int], int]:
         """encode, and the index of the first token that begins at character `place` or after."""
@@ -439,12 +466,22 @@ class Vocabulary:
     def _with_bos(self, ids: list[int]) -> list[int]:
         """ids: what the tokenizer makes of a text."""
         ids = ids[self._front:len(ids) - self._behind]
+        if self.unembedded:
+            self._refuse_unembedded(ids)
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def _refuse_unembedded(self, ids: list[int]) -> None:
+        for i in ids:
+            if i in self.unembedded:
+                raise DataError(f"{self.path}: a text has the token {self.unembedded[i]!r}, number "
+                                f"{i}, which the model does not embed: take it out of the text")
 
     def encode_plain(self, text: str) -> list[int]:
         """Without BOS, as for a text that stands where prompt rows do."""
         with _tokenizer_errors(self.path):
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        self._refuse_unembedded(ids)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         with _tokenizer_errors(self.path):
@@ -453,6 +490,22 @@ class Vocabulary:
     def first_line(self, ids: list[int]) -> str:
         """The text of a generated answer up to its line break."""
         return self.decode(ids).split("\n")[0].strip()
+
+
+# A place in the vocabulary that is kept for later use, though the file does not call it special.
+RESERVED = re.compile(r"[<\[]\|?(reserved|unused|dummy|placeholder|pad|extra_id)[\w ]*\|?[>\]]",
+                      re.I)
+
+
+def _without_tokenizer(folder: Path) -> str:
+    """What helps a folder without tokenizer.json: the end of an error."""
+    others = [name for name in ("tokenizer.model", "vocab.json", "spiece.model")
+              if (folder / name).exists()]
+    if not others:
+        return "a model folder needs its tokenizer.json: fetch it"
+    return (f"the folder has {others[0]}, from which `python -c \"from transformers import "
+            f"AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')\"` "
+            "makes it (pip install transformers sentencepiece)")
 
 
 @contextlib.contextmanager

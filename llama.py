@@ -286,8 +286,9 @@ def rope_frequencies(c: Config) -> tuple[Tensor, float]:
         return _yarn(c, scaling, f)
     if scaling["rope_type"] == "longrope":
         short = torch.tensor(scaling["short_factor"], dtype=torch.float32)
-        growth = math.log(scaling["factor"]) / math.log(scaling["original_max_position_embeddings"])
-        default = math.sqrt(1 + growth) if scaling["factor"] > 1 else 1.0
+        trained_length = scaling["original_max_position_embeddings"]
+        growth = math.log(max(scaling["factor"], 1)) / math.log(trained_length)
+        default = math.sqrt(1 + growth)
         return f / short, scaling.get("attention_factor", default)
     return f, 1.0
 

@@ -92,13 +92,13 @@ def is_massive(rows: Tensor) -> Tensor:
     return norms > MASSIVE * norms.median()
 
 
-def roles_of(row: data.Row, has_bos: bool) -> list[str]:
-    """The role of each of a row's tokens."""
+def roles_of(row: data.Row, bos: int | None) -> list[str]:
+    """The role of each of a row's tokens. A text may hold the BOS (its id, or None) itself, too."""
     is_text = row.body == row.start == len(row.ids)  # no question and no answer
     roles = ["text" if is_text else "context"] * row.body
     roles += ["question"] * (row.start - row.body)
     roles += ["answer"] * (len(row.ids) - row.start)
-    return ["bos", *roles[1:]] if has_bos else roles
+    return ["bos" if token == bos else role for token, role in zip(row.ids, roles)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def choose(examples: list[tuple[int, data.Example]], vocabulary: data.Vocabulary
         if previous and pool == "token" and row.context and previous.context == row.context:
             common = len(data.common_beginning([previous.ids, row.ids]))
         previous = row
-        positions = _wanted(row, roles, pool, common, vocabulary.bos is not None)
+        positions = _wanted(row, roles, pool, common, vocabulary.bos)
         if positions:
             chosen.rows.append(row)
             chosen.examples.append(i)
@@ -151,9 +151,9 @@ def choose(examples: list[tuple[int, data.Example]], vocabulary: data.Vocabulary
 
 
 def _wanted(row: data.Row, roles: tuple[str, ...], pool: str, first: int,
-            has_bos: bool) -> list[int]:
+            bos: int | None) -> list[int]:
     """The positions of a row, from `first` on, whose activations are wanted."""
-    token_roles = roles_of(row, has_bos)
+    token_roles = roles_of(row, bos)
     positions = [p for p in range(first, len(row.ids)) if token_roles[p] in roles]
     if pool != "token":
         positions = [p for p in positions if token_roles[p] != "bos"]
@@ -191,7 +191,7 @@ def collect(loaded: LoadedModel, domains: dict[str, Chosen], layers: list[int], 
     if it has any."""
     # Work out the labels of all rows, which give the number of rows and so the file's size.
     model, prompt_inputs = loaded.model, prompt_inputs or {}
-    roles, fields = _row_fields(domains, pool, loaded.vocabulary.bos is not None)
+    roles, fields = _row_fields(domains, pool, loaded.vocabulary.bos)
     N, D, dtype = len(roles), model.config.hidden_size, model.embeddings.dtype
     prompt_layers = [i for i in layers if i in prompt_inputs]
     shapes = {f"layers.{i}": ((N, D), dtype) for i in layers}
@@ -215,14 +215,14 @@ def collect(loaded: LoadedModel, domains: dict[str, Chosen], layers: list[int], 
         del out
 
 
-def _row_fields(domains: dict[str, Chosen], pool: str, has_bos: bool
+def _row_fields(domains: dict[str, Chosen], pool: str, bos: int | None
                 ) -> tuple[list[str], dict[str, list[int]]]:
     """The role of every row, and the numbers of FIELDS."""
     roles: list[str] = []
     fields: dict[str, list[int]] = {key: [] for key in FIELDS}
     for d, chosen in enumerate(domains.values()):
         for row, example, positions in zip(*chosen):
-            token_roles = roles_of(row, has_bos)
+            token_roles = roles_of(row, bos)
             if pool == "mean":  # of one role if all its tokens are, at the last one's position
                 names = {token_roles[p] for p in positions}
                 roles.append(names.pop() if len(names) == 1 else "text")

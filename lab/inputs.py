@@ -63,10 +63,12 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
         shard_model(model, settings.device)
     c = model.config
     vocabulary = data.Vocabulary(folder, c.eos_token_id,
-                                 c.bos_token_id if settings.bos == "always" else None)
-    if vocabulary.size > c.vocab_size:
-        raise UserError(f"{folder}: tokenizer.json has {vocabulary.size} tokens and the model "
-                        f"embeds {c.vocab_size}: the two are not of one model; fetch both again")
+                                 c.bos_token_id if settings.bos == "always" else None,
+                                 c.vocab_size)
+    if vocabulary.unembedded:
+        say(f"{folder.name}: its tokenizer has {len(vocabulary.unembedded)} tokens that the model "
+            f"does not embed, such as {next(iter(vocabulary.unembedded.values()))!r}; a text with "
+            "one is refused")
     if vocabulary.bos is None and c.bos_token_id is not None:
         say(f"{folder.name}: its tokenizer puts no BOS in front of a text, so there is none (--bos "
             "always puts one)")

@@ -215,13 +215,17 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
         examples = training_and_evaluation(settings)[0]
     rows = reference_rows(examples, loaded.vocabulary, settings.max_length, prior.seed, limit)
 
-    # Label every token but the first of each row, up to the limit.
-    has_bos, name = loaded.vocabulary.bos is not None, spec_name(spec)
-    # A text's first token is left out even if it is no BOS: its norm is massive too.
-    tokens = [token for row in rows for token in row.ids[1:]][:limit]
-    roles = [role for row in rows for role in roles_of(row, has_bos)[1:]][:limit]
+    # Label every token but BOS and the first of each row, whose norm is massive even if it is no
+    # BOS, up to the limit.
+    bos, name = loaded.vocabulary.bos, spec_name(spec)
+    positions = [[p for p in range(1, len(row.ids)) if row.ids[p] != bos] for row in rows]
+    tokens, roles = [], []
+    for row, wanted in zip(rows, positions):
+        token_roles = roles_of(row, bos)
+        tokens += [row.ids[p] for p in wanted]
+        roles += [token_roles[p] for p in wanted]
+    tokens, roles = tokens[:limit], roles[:limit]
     labels = Labels(torch.tensor(tokens), roles, [name] * len(tokens))
-    positions = [list(range(1, len(row.ids))) for row in rows]
     by_layer = inputs_of(loaded.model, [row.ids for row in rows], positions, layers)
 
     # Leave out rows of massive norm, which differ from layer to layer.

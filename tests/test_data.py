@@ -219,6 +219,63 @@ def test_bos_is_the_tokenizers_own(vocabulary, tmp_path):
         data.Vocabulary(tmp_path)
 
 
+def test_only_tokens_that_exist_are_ordinary(vocabulary, tmp_path):
+    """No hole between ids and no reserved place."""
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    last = max(ids.values())
+    ids[max(ids, key=ids.get)] = last + 9
+    ids["<|reserved_3|>"] = last + 10
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert data.Vocabulary(tmp_path).ordinary == [*range(2, last), last + 9]
+
+
+def test_tokens_beyond_the_embeddings_matter_only_in_a_text_that_has_them(vocabulary, tmp_path):
+    N = vocabulary.size
+    vocabulary.tokenizer.add_special_tokens(["[PAD]"])
+    vocabulary.tokenizer.add_tokens(["<image>"])
+    vocabulary.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    whole, cut = data.Vocabulary(tmp_path), data.Vocabulary(tmp_path, embedded=N)
+    assert whole.ordinary == [*range(2, N), N + 1] and not whole.unembedded
+    assert cut.ordinary == [*range(2, N)] and cut.unembedded == {N: "[PAD]", N + 1: "<image>"}
+    assert cut.encode("ab") == whole.encode("ab")
+    for refused in (cut.encode, cut.encode_plain, lambda text: cut.encode_batch(["a", text])):
+        with pytest.raises(data.DataError, match="the token '<image>', number"):
+            refused("a<image>b")
+    with pytest.raises(data.DataError, match="the two are not of one model"):
+        data.Vocabulary(tmp_path, embedded=N - 1)
+
+
+def test_a_bos_of_another_vocabulary(vocabulary, tmp_path):
+    """What the message says to write makes the file load."""
+    path = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    special = tokenizer["post_processor"]["special_tokens"]["<bos>"]
+    special["ids"] = [128000]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(data.DataError, match="puts token 128000 in front of every text"):
+        data.Vocabulary(tmp_path)
+    special["ids"] = [next(t["id"] for t in tokenizer["added_tokens"] if t["content"] == "<bos>")]
+    path.write_text(json.dumps(tokenizer))
+    assert data.Vocabulary(tmp_path).encode("a") == vocabulary.encode("a")
+
+
+def test_the_letter_that_byte_level_tokenizers_write_for_a_line_break(tmp_path):
+    """In a sentencepiece vocabulary it is a letter, and an answer goes on after it."""
+    pieces = ["<unk>", "<0x0A>", "Ċ", "\n\n", "a"]
+    t = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>",
+                             byte_fallback=True))
+    t.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    t.save(str(tmp_path / "tokenizer.json"))
+    assert data.Vocabulary(tmp_path, (4,)).stop == {1, 3, 4}
+
+
+def test_a_folder_with_another_tokenizer_file(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(data.DataError, match="has tokenizer.model, from which `python -c .* makes it"):
+        data.Vocabulary(tmp_path)
+
+
 def test_an_empty_text_without_bos_is_no_row(vocabulary, tmp_path):
     vocabulary.tokenizer.post_processor = processors.ByteLevel()
     vocabulary.tokenizer.save(str(tmp_path / "tokenizer.json"))
