@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import csv
 import functools
 import gzip
 import io
@@ -52,6 +53,7 @@ class Example(NamedTuple):
     context: str  # "" for arithmetic; the whole text of "text"
     question: str
     answers: tuple[str, ...]  # all that are accepted, the first is trained on; () is unanswerable
+    rationale: str = ""  # the worked solution, where the data have one
 
 
 # --------------------------------------------------------------------------------------------------
@@ -77,14 +79,28 @@ def stream(kind: str, path: str) -> Iterator[Example]:
 
 def files_of(kind: str, path: str) -> list[Path]:
     """The files that a path stands for, sorted: the file itself, those in a folder (at any depth)
-    whose names end as the kind's do, or those that a glob matches."""
-    root = Path(path)
+    whose names are as the kind's are, or those that a glob matches."""
+    return _chosen_files(kind, path)[0]
+
+
+def left_out(kind: str, path: str) -> list[Path]:
+    """The files in a folder that end as the kind's do, and are not read because others there have
+    the names that the kind's files have, such as a readme beside DeepMind's modules."""
+    return _chosen_files(kind, path)[1]
+
+
+def _chosen_files(kind: str, path: str) -> tuple[list[Path], list[Path]]:
+    root, names = Path(path), None
     expected = "a file, a folder, or a pattern that matches files"
     try:
         if root.is_dir():
-            suffixes = READERS[kind].suffixes
+            _, suffixes, names = READERS[kind]
             expected = f"a file ending in {' or '.join(suffixes)} below it"
-            candidates = [p for p in root.rglob("*") if p.name.endswith(suffixes)]
+            below = list(root.rglob("*"))
+            candidates = [p for p in below if p.name.endswith(suffixes)]
+            if any(p.suffix == ".arrow" for p in below):
+                raise DataError(f"{path}: a folder of Arrow files: " + _export(
+                    f"from datasets import load_from_disk as l; l('{path}').to_json", path))
         elif root.exists():
             candidates = [root]
         else:
@@ -98,7 +114,40 @@ def files_of(kind: str, path: str) -> list[Path]:
         raise DataError(f"{path}: cannot be read ({e}): check the path") from None
     if not files:
         raise DataError(f"{path}: nothing found, expected {expected}: check the path")
-    return files
+    named = [p for p in files if names and p.match(names)]
+    return named or files, [p for p in files if named and p not in named]
+
+
+def _export(command: str, path: str | Path) -> str:
+    """The remedy for a table that a Python library reads: its conversion to JSON lines."""
+    target = Path(path).with_suffix(".jsonl")
+    ending = "" if command.endswith("to_json") else ", orient='records', lines=True"
+    return f"convert it by `python -c \"{command}('{target}'{ending})\"` and give {target}"
+
+
+# How a file that is no text begins -> what it is, and what helps.
+SIGNATURES = {
+    b"PAR1": lambda path: "a Parquet file: " + _export(
+        f"import pandas; pandas.read_parquet('{path}').to_json", path),
+    b"ARROW1": lambda path: "an Arrow file: " + _export(
+        f"import pandas; pandas.read_feather('{path}').to_json", path),
+    b"\xff\xff\xff\xff": lambda path: "an Arrow stream: " + _export(
+        f"from datasets import Dataset; Dataset.from_file('{path}').to_json", path),
+    b"PK\3\4": lambda path: "a zip archive: unpack it, and give the file or folder",
+    b"\x1f\x8b": lambda path: "packed by gzip: unpack it by `gunzip`, and give the file",
+    b"version https://git-lfs": lambda path: "a git-lfs pointer, not the data: run `git lfs pull` "
+                                             "in its folder",
+    b"<!doctype html": lambda path: "a web page, not the data: fetch it by the page's download "
+                                    "link",
+    b"<html": lambda path: "a web page, not the data: fetch it by the page's download link",
+}
+
+
+def _refuse_other_kinds(path: Path, start: bytes) -> None:
+    """Raise DataError if a file that begins with `start` is a known kind that is no text."""
+    for signature, explain in SIGNATURES.items():
+        if start.lstrip()[:len(signature)].lower() == signature.lower():
+            raise DataError(f"{path}: {explain(path)}")
 
 
 def read_text(path: str | Path, most: int = LARGEST) -> str:
@@ -113,7 +162,9 @@ def read_text(path: str | Path, most: int = LARGEST) -> str:
         if size > most:
             raise DataError(f"{path}: {size} bytes, and no more than {most} are read at once: "
                             "check the file, or divide it")
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        _refuse_other_kinds(path, content[:100])
+        text = content.decode("utf-8-sig")
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror}): check the path") from None
     except UnicodeDecodeError as e:
@@ -165,7 +216,8 @@ def json_lines(text: str, path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def _records(text: str, path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a JSON array, of JSON lines, or of one object of columns."""
+    """(where, record) of a JSON array, also as {"data": [...]}, of JSON lines, or of one object of
+    columns."""
     stripped = text.strip()
     first_line, line_end, _ = stripped.partition("\n")
     if line_end and first_line.rstrip().endswith("}") and not first_line.startswith("["):
@@ -173,7 +225,10 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, dict]]:
         return
     table = parse_json(text, str(path)) if stripped else []
     records = table if isinstance(table, list) else [table]
-    if isinstance(table, dict) and table and all(isinstance(v, list) for v in table.values()):
+    inner = table.get("data") if isinstance(table, dict) else None
+    if isinstance(inner, list) and all(isinstance(item, dict) for item in inner):
+        records = inner
+    elif isinstance(table, dict) and table and all(isinstance(v, list) for v in table.values()):
         if len(set(map(len, table.values()))) > 1:
             raise DataError(f"{path}: its columns differ in length: fetch the file again")
         records = [dict(zip(table, values)) for values in zip(*table.values())]
@@ -199,32 +254,80 @@ def _field(record: dict, key: str, type_: type, where: str):
 
 
 def _read_squad(path: Path) -> Iterator[Example]:
-    """SQuAD v1.1 and v2.0 (nested), or the flattened export with one record a question."""
+    """SQuAD v1.1 and v2.0, and the shapes in which people have their questions: articles or
+    paragraphs alone, one record a question, with answers of any form that `_answers` knows; as
+    JSON, JSON lines or columns, or as a table (.csv, .tsv)."""
     text = read_text(path)
-    if not (text.lstrip().startswith("{") and '"paragraphs"' in text):
-        for where, record in _records(text, path):
-            answers = _field(record, "answers", dict, where)
-            context = _field(record, "context", str, where)
-            yield _squad_example(record, context, _field(answers, "text", list, where), where)
+    if path.suffix in (".csv", ".tsv"):
+        records = _table(text, path)
+    else:
+        records = _records(text, path)
+    for where, record in records:
+        yield from _questions(record, where)
+
+
+def _questions(item: dict, where: str, context: str | None = None) -> Iterator[Example]:
+    """The questions of an article, a paragraph, or a record of one question."""
+    if isinstance(item, dict) and "paragraphs" in item:
+        for number, paragraph in enumerate(_field(item, "paragraphs", list, where)):
+            yield from _questions(paragraph, f"{where} paragraph {number}")
         return
-    articles = _field(parse_json(text, str(path)), "data", list, str(path))
-    for a, article in enumerate(articles):
-        for p, paragraph in enumerate(_field(article, "paragraphs", list, f"{path} article {a}")):
-            where = f"{path} article {a} paragraph {p}"
-            context = _field(paragraph, "context", str, where)
-            for question in _field(paragraph, "qas", list, where):
-                golds = _field(question, "answers", list, where)
-                answers = [_field(gold, "text", str, where) for gold in golds]
-                if question.get("is_impossible"):
-                    answers = []
-                yield _squad_example(question, context, answers, where)
+    if isinstance(item, dict) and "qas" in item:
+        context = _field(item, "context", str, where)
+        for question in _field(item, "qas", list, where):
+            yield from _questions(question, where, context)
+        return
+    answers = _answers(item, where)
+    if context is None:
+        context = _field(item, "context", str, where)
+    question = _field(item, "question", str, where)
+    yield Example(str(item.get("id", where)), "squad", context, question, answers)
 
 
-def _squad_example(record: dict, context: str, answers: list, where: str) -> Example:
-    if not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"{where}: an answer is not a text: check that the file is SQuAD")
-    question = _field(record, "question", str, where)
-    return Example(str(record.get("id", where)), "squad", context, question, tuple(answers))
+def _answers(record: dict, where: str) -> tuple[str, ...]:
+    """All accepted answers: {"text": [...]}, [{"text": ...}, ...], [...], or a single text; under
+    "answers", or "answer" where a record has no "answers"."""
+    if not isinstance(record, dict) or not {"answers", "answer"} & record.keys():
+        _field(record, "answers", dict, where)  # raises
+    answers = record.get("answers", record.get("answer"))
+    if isinstance(answers, dict):
+        answers = answers.get("text")
+    if isinstance(answers, str):
+        answers = [answers]
+    texts = [answer.get("text") if isinstance(answer, dict) else answer
+             for answer in answers] if isinstance(answers, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where}: 'answers' are {answers!r:.80}, expected texts, as a list, as "
+                        "{'text': [...]} or as [{'text': ...}]: check that the file is of this "
+                        "kind")
+    return () if record.get("is_impossible") is True else tuple(texts)
+
+
+def _table(text: str, path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, record) of a table whose first line names its columns. Answers that were written as
+    Python or JSON values are read as these."""
+    csv.field_size_limit(LONGEST)
+    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",")
+    try:
+        for record in reader:
+            where = f"{path} line {reader.line_num}"
+            if None in record or None in record.values():
+                raise DataError(f"{where}: not as many fields as the first line names: repair it")
+            for key in ("answers", "answer"):
+                if record.get(key, "").startswith(("[", "{")):
+                    record[key] = _literal(record[key], where)
+            yield where, record
+    except csv.Error as e:
+        raise DataError(f"{path} line {reader.line_num}: not a table ({e}): repair it") from None
+
+
+def _literal(text: str, where: str):
+    """The value of a list or dict that was printed into a table."""
+    if len(text) <= 2**16:  # Python's parser is not made for hostile texts
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(text)
+    raise DataError(f"{where}: the answers {text!r:.80} are no Python or JSON value: export the "
+                    "table as JSON lines")
 
 
 def _read_math(path: Path) -> Iterator[Example]:
@@ -237,7 +340,7 @@ def _read_math(path: Path) -> Iterator[Example]:
             answer = _unbyte(_field(record, "answer", str, where))
             yield Example(f"{name}-{i}", "math", "", question, (answer,))
         return
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+    lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
     if len(lines) % 2:
         raise DataError(f"{path}: {len(lines)} lines, expected a question and an answer in turn, "
                         f"so an even number; line {len(lines)} has no answer: repair the file")
@@ -260,12 +363,25 @@ def _unbyte(text: str) -> str:
 def _read_hendrycks(path: Path) -> Iterator[Example]:
     """Hendrycks MATH: one problem a file, or records; the solution's last \\boxed is the answer."""
     for i, (where, record) in enumerate(_records(read_text(path), path)):
-        answer = last_boxed(_field(record, "solution", str, where))
+        solution = _field(record, "solution", str, where)
+        answer = last_boxed(solution)
         if answer is None:
             raise DataError(f"{where}: no \\boxed answer in the solution: "
                             "check that the file is Hendrycks MATH")
         name = f"{path.parent.name}/{path.stem}" + (f"-{i}" if i else "")
-        yield Example(name, "hendrycks", "", _field(record, "problem", str, where), (answer,))
+        problem = _field(record, "problem", str, where)
+        yield Example(name, "hendrycks", "", problem, (answer,), solution)
+
+
+def _read_gsm8k(path: Path) -> Iterator[Example]:
+    """GSM8K: the number after #### is the answer, what stands before it the rationale."""
+    for i, (where, record) in enumerate(_records(read_text(path), path)):
+        rationale, mark, answer = _field(record, "answer", str, where).rpartition("####")
+        if not mark or not answer.strip():
+            raise DataError(f"{where}: no #### before the answer: check that the file is GSM8K")
+        number = answer.strip().replace(",", "")
+        question = _field(record, "question", str, where)
+        yield Example(f"{path.stem}-{i}", "gsm8k", "", question, (number,), rationale.strip())
 
 
 def last_boxed(solution: str) -> str | None:
@@ -321,6 +437,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         packed_size = path.stat().st_size
         with open_file(path, "rb") as file:
+            _refuse_other_kinds(path, file.peek(100)[:100])
             text = io.TextIOWrapper(file, encoding="utf-8-sig")
             while line := text.readline(LONGEST + 1):
                 number += 1
@@ -340,17 +457,19 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 class Reader(NamedTuple):
-    suffixes: tuple[str, ...]  # endings of the files that are looked for in a folder
     read_file: Callable[[Path], Iterator[Example]]  # raises DataError for a file of another format
+    suffixes: tuple[str, ...]  # endings of the files that are looked for in a folder
+    names: str | None = None  # if a file there has such a name, only those that have it are read
 
 
 # To add a format, write its read_file above and give it a line. The kind of its examples decides
 # how answers are scored: see Example.
 READERS = {
-    "squad": Reader((".json", ".jsonl"), _read_squad),
-    "math": Reader((".txt", ".json", ".jsonl"), _read_math),
-    "hendrycks": Reader((".json", ".jsonl"), _read_hendrycks),
-    "text": Reader((".json", ".jsonl", ".json.gz", ".jsonl.gz", ".txt", ".txt.gz"), _read_texts),
+    "squad": Reader(_read_squad, (".json", ".jsonl", ".csv", ".tsv")),
+    "math": Reader(_read_math, (".txt", ".json", ".jsonl"), "*__*"),
+    "hendrycks": Reader(_read_hendrycks, (".json", ".jsonl")),
+    "gsm8k": Reader(_read_gsm8k, (".json", ".jsonl")),
+    "text": Reader(_read_texts, (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".txt", ".txt.gz")),
 }
 
 
@@ -557,8 +676,13 @@ def question_text(context: str, question: str) -> str:
 
 def answer_text(example: Example) -> str:
     """What follows "Answer:". An unanswerable question's answer is a space, which no tokenizer
-    merges with the colon before it."""
-    return f" {example.answers[0]}\n" if example.answers else " \n"
+    merges with the colon before it. A line break ends an answer, so that inside it becomes a
+    space."""
+    return " " + one_line(example.answers[0] if example.answers else "") + "\n"
+
+
+def one_line(answer: str) -> str:
+    return " ".join(line.strip() for line in answer.split("\n")) if "\n" in answer else answer
 
 
 def encode(example: Example, vocabulary: Vocabulary, max_length: int,
@@ -633,7 +757,8 @@ def _shorten(context: str, excess: int, vocabulary: Vocabulary) -> tuple[str, in
     """The context without its last `excess` tokens, and how many tokens that dropped."""
     offsets = vocabulary.tokenizer.encode(context, add_special_tokens=False).offsets
     keep = max(len(offsets) - excess, 0)
-    shorter = context[:offsets[keep][0]].rstrip()
+    # Characters that make no token are dropped one by one.
+    shorter = context[:offsets[keep][0]].rstrip() if keep < len(offsets) else context
     if shorter == context:
         # The tokens of one character, such as an emoji, share its offsets: drop the character.
         shorter = context[:-1]
@@ -747,7 +872,7 @@ def _padded(lists: list[list[int]], value: int) -> Tensor:
 def score(example: Example, prediction: str | None) -> dict[str, float]:
     """Scores of a prediction, 0 to 1, the best over all accepted answers; None, a missing one, has
     0. Kind "squad" has those of evaluate-v2.0.py, others have accuracy and accuracy_value."""
-    judge = functools.partial(_score_value, example.question)
+    judge = functools.partial(_score_value, example)
     golds = list(example.answers)
     if example.kind == "squad":
         judge = _score_text
@@ -792,22 +917,53 @@ def _score_text(prediction: str, gold: str) -> dict[str, float]:
     return {"exact_match": exact_match, "precision": precision, "recall": recall, "f1": f1}
 
 
-def _score_value(question: str, prediction: str, gold: str) -> dict[str, float]:
-    """accuracy: the same string, DeepMind's own measure. accuracy_value: the same number."""
+def _score_value(example: Example, prediction: str, gold: str) -> dict[str, float]:
+    """accuracy: the same string, DeepMind's own measure. accuracy_value: the same number, or of
+    MATH the same answer in another spelling."""
+    gold = one_line(gold)
     exact = prediction.strip() == gold.strip()
     # In another base the digits are not those of a decimal: 98 in base 14 is not 98.0.
-    in_base = re.search(r"\bbase\s+[0-9]+", question, re.IGNORECASE)
+    in_base = re.search(r"\bbase\s+[0-9]+", example.question, re.IGNORECASE)
     number = value(prediction)
     equal = number is not None and number == value(gold) and not in_base
+    if example.kind == "hendrycks":
+        equal = equal or plain_math(prediction) == plain_math(gold)
     return {"accuracy": float(exact), "accuracy_value": float(exact or equal)}
 
 
 def value(text: str) -> Fraction | None:
-    """An integer, a decimal or a fraction, a/b or \\frac{a}{b}; None for anything else."""
-    text = re.sub(r"^([+-]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text.strip())
+    """An integer, a decimal or a fraction, a/b or \\frac{a}{b}, as `plain_math` leaves it; None for
+    anything else."""
+    text = re.sub(r"^([+-]?)\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", plain_math(text))
     is_number = re.fullmatch(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(/[+-]?[0-9]+)?", text)
     if not is_number or len(text) > 1000:  # Python refuses to read numbers of very many digits
         return None
     numerator, _, denominator = text.partition("/")
     divisor = Fraction(denominator or 1)
     return Fraction(numerator) / divisor if divisor else None
+
+
+# What may be written in several ways in an answer of MATH (Hendrycks et al. 2021, is_equiv), in the
+# order in which it is replaced.
+SPELLINGS = [
+    (r"\\[!,;:]|\\ |\$|\\\$|\\left|\\right|\^\{?\\circ\}?", ""),  # spaces, dollars, sizes, degrees
+    (r"\\(text|mbox)\{\s[^{}]*\}$", ""),  # a unit
+    (r"\\?%", ""),
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\\frac\s*([0-9a-z])\s*([0-9a-z])", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*([0-9a-z])\s*\{", r"\\frac{\1}{"),
+    (r"\\frac\{([^{}]*)\}\s*([0-9a-z])", r"\\frac{\1}{\2}"),
+    (r"\\sqrt\s*([0-9a-z])", r"\\sqrt{\1}"),
+    (r"(?<![0-9])\s+|\s+(?![0-9])", ""),  # not between two numbers
+    (r"^[a-z]=", ""),
+    (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ""),
+]
+
+
+def plain_math(text: str) -> str:
+    """An answer in the one of its spellings that stands for all: \\dfrac12 is \\frac{1}{2}, 1,000
+    is 1000, \\$5 is 5, 50\\% is 50, and x=5 is 5."""
+    is_thousands = re.fullmatch(r"\D*[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?\D*", text)
+    for pattern, replacement in SPELLINGS if is_thousands else SPELLINGS[:-1]:
+        text = re.sub(pattern, replacement, text.strip())
+    return text

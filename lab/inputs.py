@@ -163,6 +163,11 @@ def read_questions(spec: str, split: int, keep_unanswerable: bool) -> list[data.
         raise UserError(f"data {spec!r}: text has no questions and answers to train or evaluate "
                         "on: use it with --reference, and questions here")
     examples = data.read(kind, path)
+    say_files(kind, path)
+    several_lines = sum(any("\n" in answer for answer in e.answers) for e in examples)
+    if several_lines:
+        say(f"{path}: {several_lines} of {len(examples)} questions have answers of several lines, "
+            "which are trained and scored as one line each")
     answerable = [e for e in examples if e.answers]
     if keep_unanswerable or len(answerable) == len(examples):
         return examples
@@ -172,6 +177,19 @@ def read_questions(spec: str, split: int, keep_unanswerable: bool) -> list[data.
     say(f"{path}: {len(examples) - len(answerable)} of {len(examples)} questions are unanswerable "
         "and dropped (--keep-unanswerable keeps them)")
     return answerable
+
+
+def say_files(kind: str, path: str) -> None:
+    """Say which files of a folder are not read, and whether they are of several splits."""
+    if not Path(path).is_dir():
+        return
+    left_out = data.left_out(kind, path)
+    if left_out:
+        say(f"{path}: {len(left_out)} files whose names are no module's are left out, such as "
+            f"{left_out[0].name}")
+    splits = sorted({file.parent.name for file in data.files_of(kind, path)})
+    if kind == "math" and len(splits) > 1:
+        say(f"{path}: its splits are mixed: {', '.join(splits)}")
 
 
 def topic(example: data.Example) -> str:

@@ -1,10 +1,12 @@
 """data.py: formats, tokens, tries and scores."""
 
+import csv
 import gzip
 import itertools
 import json
 import random
 import string
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,104 @@ def test_squad(tmp_path, text):
     assert second.answers == ()
 
 
+PARAGRAPHS = NESTED["data"][0]["paragraphs"]
+ONE = {"id": "1", "context": "In Ülm lives a cat.", "question": "Who?"}
+
+
+@pytest.mark.parametrize("records", [
+    PARAGRAPHS, {"version": "0.1", "data": FLAT}, {"data": PARAGRAPHS},
+    [{**ONE, "answers": [{"text": "a cat"}, {"text": "cat"}]}], [{**ONE, "answers": ["a cat", "cat"]}],
+    [{**ONE, "answer": ["a cat", "cat"]}], [{**ONE, "answers": {"text": ["a cat", "cat"]}}]])
+def test_questions_as_people_have_them(tmp_path, records):
+    examples = data.read("squad", write(tmp_path / "x.json", json.dumps(records)))
+    assert examples[0] == data.Example("1", "squad", "In Ülm lives a cat.", "Who?", ("a cat", "cat"))
+    assert len(examples) == 1 or examples[1].answers == ()
+
+
+@pytest.mark.parametrize("answer, read", [
+    ("a cat", ("a cat",)), ("[cat", None), ("{'text': ['a cat'], 'answer_start': [13]}", ("a cat",)),
+    ('["a cat", "cat"]', ("a cat", "cat")), ("[open('/etc/passwd')]", None), ("a, b", ("a, b",))])
+@pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
+def test_tables_of_questions(tmp_path, suffix, delimiter, answer, read):
+    path = tmp_path / f"x{suffix}"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, delimiter=delimiter)
+        table.writerows([["id", "context", "question", "answers"],
+                         ["1", "Two\nlines, a cat.", "Who?", answer]])
+    if read is None:
+        with pytest.raises(data.DataError, match="export the table as JSON lines"):
+            data.read("squad", str(path))
+    else:
+        assert data.read("squad", str(path)) == [
+            data.Example("1", "squad", "Two\nlines, a cat.", "Who?", read)]
+
+
+def test_gsm8k(tmp_path):
+    record = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
+    assert data.read("gsm8k", write(tmp_path / "x.jsonl", json.dumps(record))) == [
+        data.Example("x-0", "gsm8k", "", "How many?", ("1004",), "2 + 2 = <<2+2=4>>4")]
+    with pytest.raises(data.DataError, match="no #### before the answer"):
+        data.read("gsm8k", write(tmp_path / "y.jsonl", json.dumps({**record, "answer": "4"})))
+
+
+def test_of_deepminds_archive_the_modules_are_read(tmp_path):
+    """Not its readme. A folder whose files have other names is read whole."""
+    for split in ("interpolate", "train-easy"):
+        (tmp_path / split).mkdir()
+        write(tmp_path / split / "arithmetic__mul.txt", "What is 2 * 3?\n6\n\n")
+    readme = Path(write(tmp_path / "train-readme.txt", "one\ntwo\nthree\n"))
+    assert [e.id for e in data.read("math", str(tmp_path))] == [
+        "interpolate/arithmetic__mul-0", "train-easy/arithmetic__mul-0"]
+    assert data.left_out("math", str(tmp_path)) == [readme]
+    assert data.left_out("math", str(readme)) == []
+
+
+@pytest.mark.parametrize("start, message", [
+    (b"PAR1\x15\x04", "a Parquet file: .*read_parquet"), (b"ARROW1\0\0", "an Arrow file"),
+    (b"\xff\xff\xff\xff\x10", "an Arrow stream"), (b"PK\3\4rest", "a zip archive"),
+    (b"\x1f\x8b\x08rest", "packed by gzip"), (b"\n <!DOCTYPE html>", "a web page"),
+    (b"version https://git-lfs.github.com/spec/v1", "git lfs pull")])
+@pytest.mark.parametrize("kind", ["squad", "math", "text"])
+def test_files_of_other_kinds_are_named(tmp_path, kind, start, message):
+    with pytest.raises(data.DataError, match=message) as e:
+        data.read(kind, write(tmp_path / "x.json", start + b" " * 50))
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    write(tmp_path / "data-00000-of-00001.arrow", b"\xff\xff\xff\xff")
+    write(tmp_path / "state.json", "{}")
+    with pytest.raises(data.DataError, match="load_from_disk"):
+        data.read("squad", str(tmp_path))
+
+
+@pytest.mark.parametrize("one, other", [
+    (r"\frac12", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "0.5"), ("1,000", "1000"), (r"\$5", "5"),
+    (r"50\%", "50"), ("x=5", "5"), (r"\frac1{72}", "1/72"), (r"90^\circ", "90"),
+    (r"12\text{ cm}", "12"), (r"\sqrt3", r"\sqrt{3}"), (r"\left( 1, 2\right)", "(1,2)"),
+    ("-.5", r"-\frac{1}{2}"), (r"\frac{-1}{2}", r"-\frac{1}{2}")])
+def test_spellings_of_one_answer(one, other):
+    gold = data.Example("0", "hendrycks", "", "q", (other,))
+    assert data.score(gold, one)["accuracy_value"] == 1
+    assert data.score(gold._replace(answers=(one,)), other)["accuracy_value"] == 1
+    assert data.score(gold, one + "1")["accuracy_value"] == 0
+
+
+def test_other_answers_are_others():
+    gold = data.Example("0", "math", "", "q", ("12",))
+    for prediction in ("1 2", "1,2", "12, 12", "x", r"\text{ cm}", "1.2"):
+        assert data.score(gold, prediction)["accuracy_value"] == 0
+
+
+def test_answers_of_several_lines_become_one(vocabulary):
+    e = squad("the\nvalley of Tarn", "q", "the\n valley")
+    row = data.encode(e, vocabulary, 1000)
+    assert vocabulary.decode(row.ids[row.start:]).endswith(" the valley\n")
+    assert data.score(e, "the valley")["exact_match"] == 1
+    gold = data.Example("0", "math", "", "q", ("1\n2",))
+    assert data.score(gold, "1 2")["accuracy"] == 1
+
+
 def test_math(tmp_path):
     write(tmp_path / "arithmetic__b.txt", "What is 1 + 1?\n2\n-3 * -129\n387\n")
     write(tmp_path / "arithmetic__a.txt", "Divide 59 by 9.\r\n59/9\r\n")
@@ -71,7 +171,7 @@ def test_hendrycks(tmp_path, solution, answer):
             data.read("hendrycks", str(tmp_path))
     else:
         assert data.read("hendrycks", str(tmp_path)) == [
-            data.Example("algebra/1", "hendrycks", "", "p", (answer,))]
+            data.Example("algebra/1", "hendrycks", "", "p", (answer,), solution)]
 
 
 def test_text_is_streamed(tmp_path):
@@ -91,10 +191,12 @@ def test_text_is_streamed(tmp_path):
 BAD = {
     "squad: arithmetic": ("squad", "x.json", "What is 1?\n1\n", "not JSON"),
     "squad: other json": ("squad", "x.json", '{"a": 1}', "no 'answers', expected an object"),
+    "squad: numbers": ("squad", "x.json", '[{"context": "c", "question": "q", "answers": [1]}]',
+                       "'answers' are .1., expected texts"),
     "squad: no answers": ("squad", "x.json",
                           '{"data": [{"paragraphs": [{"context": "c", '
                           '"qas": [{"question": "q"}]}]}]}',
-                          "article 0 paragraph 0: no 'answers'"),
+                          "record 1 paragraph 0: no 'answers'"),
     "squad: wrong type": ("squad", "x.json",
                           '{"data": [{"paragraphs": [{"context": 3, "qas": []}]}]}',
                           "'context' is int"),
@@ -103,6 +205,8 @@ BAD = {
                   "3 lines.*even number; line 3 has no answer"),
     "math: blank": ("math", "x.txt", "1 + 1\n2\n\n3\n", "line 3: empty"),
     "math: empty": ("math", "x.txt", "", "no examples"),
+    "ragged table": ("squad", "x.csv", "context,question,answers\na,b\n",
+                     "line 2: not as many fields"),
     "math: binary": ("math", "x.txt", b"\xff\xfe\x00", "UTF-8"),
     "text: not json": ("text", "x.jsonl", '{"text": "a"}\n{"text"\n', "line 2: not JSON"),
     "text: no text": ("text", "x.jsonl", '{"body": "a"}\n', "line 1: no 'text'"),
