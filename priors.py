@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -986,17 +987,18 @@ def parse(spec: str) -> tuple[str, dict[str, object], list[str]]:
     """A prior's name, the options given, and its sources.
 
     "exclusion:c=10,k=16" -> ("exclusion", {"c": 10.0, "k": 16}, []);
-    "posterior:runs/a,runs/b,resample=1" -> ("posterior", {"resample": 1}, ["runs/a", "runs/b"])."""
+    "posterior:runs/a,runs/b,resample=1" -> ("posterior", {"resample": 1}, ["runs/a", "runs/b"]).
+    A comma in a source is written as \\,."""
     name, _, rest = spec.partition(":")
     if name not in PRIORS:
         raise PriorError(f"prior {name!r} is not known: use one of {', '.join(PRIORS)}")
 
     takes_sources = PRIORS[name].sources
     given, sources = {}, []
-    for part in filter(None, rest.split(",")):
+    for part in filter(None, re.split(r"(?<!\\),", rest)):
         key, equals, text = part.partition("=")
-        if takes_sources and not equals:
-            sources.append(part)
+        if takes_sources and not (equals and key in options(name)):
+            sources.append(part.replace("\\,", ","))
         else:
             given[key] = _option(name, key, text)
 

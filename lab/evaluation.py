@@ -20,10 +20,11 @@ import llama
 from lab import geometry
 from lab.commands import EvalOptions, GenerateOptions
 from lab.console import SCORES, Stopped, UserError, progress, say, show, table
+from lab.files import checksum
 from lab.folder import Run, best_evaluation
 from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
-                        plain_prompts, read_questions, room_for_text, rows_per_layer, sample_topics,
-                        topic, training_and_evaluation)
+                        model_files, plain_prompts, read_questions, room_for_text, rows_per_layer,
+                        sample_topics, topic, training_and_evaluation)
 from lab.loss import answers, begin
 from lab.processes import all_gather, rank_and_size
 from lab.settings import (DataSettings, ModelSettings, Settings, from_flags, text_names,
@@ -70,12 +71,26 @@ def open_run(path: str | Path, given: dict,
     if settings.model not in models:
         models[settings.model] = load_model(settings.model)
     loaded = models[settings.model]
+    check_weights(run, settings.model, "model" in given)
     if "text" in given and "max_length" not in given:
         settings = replace(settings, data=_with_room(settings, loaded))
     check_place(settings.prompt, loaded, settings.model.model)
     prompt = prompt.to(loaded.device)
     prompt.past(loaded.model)  # refuses rows that do not fit
     return OpenRun(run, settings, loaded, prompt)
+
+
+def check_weights(run: Run, model: ModelSettings, is_asked_for: bool) -> None:
+    """A prompt means nothing to other weights than it was trained with: say so where the user
+    asked for them, else refuse them."""
+    trained_with = run.config().get("sha256", {}).get("model")
+    if trained_with in (None, checksum(model_files(model))):
+        return
+    differ = f"{run.path}: trained with other weights than {model.model} has now"
+    if not is_asked_for:
+        raise UserError(f"{differ}: put back those of the run, or give --model {model.model} to go "
+                        "on with these")
+    say(f"{differ}, so that its prompt may mean nothing to them")
 
 
 def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:

@@ -40,7 +40,7 @@ from lab.settings import Settings, from_config
 CHECKPOINTS = 2  # that are kept: the newest, and one more in case it turns out to be damaged
 LOCK = "run.lock"
 FIRST_PROMPT, LAST_PROMPT = "prompts/000000.safetensors", "prompt.safetensors"
-NUMBERED = "??????.safetensors"  # a file that is named by its step
+NUMBERED = re.compile(r"[0-9]{6,}\.safetensors")  # a file that is named by its step
 RESTORE = "restore the file"
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what a killed writer leaves
 
@@ -116,10 +116,12 @@ class Run:
         """Remove what an earlier run left here, and nothing else."""
         if not self.writes:
             return
-        for pattern in ("metrics.jsonl", "prompt.safetensors", f"checkpoints/{NUMBERED}",
-                        "predictions.jsonl", f"prompts/{NUMBERED}", "figures/*.svg", "report.html"):
-            for path in self.path.glob(pattern):
-                path.unlink()
+        files = [*self.checkpoints(), *self.numbered("prompts")]
+        for pattern in ("metrics.jsonl", "prompt.safetensors", "predictions.jsonl", "figures/*.svg",
+                        "report.html"):
+            files += self.path.glob(pattern)
+        for path in files:
+            path.unlink()
 
     def config(self) -> dict:
         return read_config(self.path / "config.json")
@@ -132,8 +134,7 @@ class Run:
 
     def snapshots(self) -> list[int]:
         """The steps whose prompts are in prompts/; 0 is the prior's draw."""
-        names = [path.stem for path in self.path.glob(f"prompts/{NUMBERED}")]
-        steps = sorted(int(name) for name in names if name.isdigit())
+        steps = [int(path.stem) for path in self.numbered("prompts")]
         if not steps or steps[0] != 0:
             raise UserError(f"{self.path}: no snapshot of the prior's draw in prompts/: restore "
                             "it, or train again with --overwrite")
@@ -264,7 +265,13 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Their files, the oldest first."""
-        return sorted(self.path.glob(f"checkpoints/{NUMBERED}"))
+        return self.numbered("checkpoints")
+
+    def numbered(self, folder: str) -> list[Path]:
+        """The files in a folder of the run that are named by their steps, in the steps' order."""
+        files = [path for path in (self.path / folder).glob("*.safetensors")
+                 if NUMBERED.fullmatch(path.name)]
+        return sorted(files, key=lambda path: int(path.stem))
 
     def load_checkpoint(self) -> tuple[Checkpoint, list[str]]:
         """The newest checkpoint that is whole, and what is wrong with newer ones. Changes nothing:
@@ -286,8 +293,8 @@ class Run:
         if not self.writes:
             return
         os.truncate(self.path / "metrics.jsonl", checkpoint.metrics_bytes)
-        for path in [*self.checkpoints(), *self.path.glob(f"prompts/{NUMBERED}")]:
-            if path.name > f"{checkpoint.step:06d}.safetensors":
+        for path in [*self.checkpoints(), *self.numbered("prompts")]:
+            if int(path.stem) > checkpoint.step:
                 path.unlink()
 
 

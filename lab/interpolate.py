@@ -25,7 +25,7 @@ Tasks = dict[str, tuple[DataSettings, Questions]]
 def command_interpolate(given: dict) -> None:
     options = from_flags(InterpolateOptions, given)
     out = options.out or f"{options.run_a.rstrip('/')}-to-{Path(options.run_b).name}"
-    folder = free_place(out, "--out")
+    folder = free_place(out, "--out", is_folder=True)  # as a failed try leaves one
 
     # Everything is checked before the folder is made, and that before the work, which takes long.
     models: dict[ModelSettings, LoadedModel] = {}
@@ -33,10 +33,10 @@ def command_interpolate(given: dict) -> None:
     last = open_run(options.run_b, given, models)
     check_same_model(first, last)
     check_same_shape(first, last)
-    folder.mkdir(parents=True)
+    tasks = tasks_of(first, last)
+    folder.mkdir(parents=True, exist_ok=True)
 
     # Score every point of the line on both tasks.
-    tasks = tasks_of(first, last)
     curve = []
     for step in range(options.points):
         t = step / (options.points - 1)

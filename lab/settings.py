@@ -414,7 +414,10 @@ def _absolute_runs(prior: str, runs: list[str]) -> str:
     if not runs:
         return prior
     name, _, rest = prior.partition(":")
-    parts = [os.path.abspath(part) if part in runs else part for part in rest.split(",")]
+    parts = []
+    for part in re.split(r"(?<!\\),", rest):
+        path = part.replace("\\,", ",")  # see priors.parse
+        parts.append(os.path.abspath(path).replace(",", "\\,") if path in runs else part)
     return f"{name}:{','.join(parts)}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import data
 import llama
@@ -321,6 +321,11 @@ def test_bos_is_the_tokenizers_own(vocabulary, tmp_path):
     vocabulary.tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(data.DataError, match=r"tokens \[0, 1\] in front of a text"):
         data.Vocabulary(tmp_path)
+
+
+def test_a_context_without_tokens_that_does_not_fit(vocabulary):
+    vocabulary.tokenizer.normalizer = normalizers.Strip()
+    assert data.encode(squad("    ", "a long question", "x"), vocabulary, 20) is None
 
 
 def test_only_tokens_that_exist_are_ordinary(vocabulary, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import priors
@@ -431,6 +431,41 @@ def test_the_pages_python_runs(name):
     out = subprocess.run([sys.executable, "-c", snippet], cwd=HERE, check=True,
                          capture_output=True, text=True).stdout
     assert out.strip()
+
+
+def test_other_weights_than_the_runs_are_refused_unless_asked_for(tmp_path, capsys):
+    model, run_folder = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("squad", "math", "text"))
+    flags = ["--data", f"math:{TINY / 'math/interpolate'}", *FEW]
+    assert run("train", "--model", model, "--out", run_folder, *flags) == 0
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 1.1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    for command in (["eval"], ["generate"], ["compare"], ["plot"], ["attention"]):
+        command += [run_folder, *(["What is 1 + 1?"] if command == ["generate"] else [])]
+        capsys.readouterr()
+        assert run(*command) == 2
+        assert "other weights" in capsys.readouterr().err
+    assert run("eval", run_folder, "--model", model) == 0
+    assert "may mean nothing to them" in capsys.readouterr().err
+
+
+def test_steps_of_seven_digits_follow_those_of_six(tmp_path):
+    (tmp_path / "prompts").mkdir()
+    for name in ("000000", "1000000", "999999", "notes", "12"):
+        (tmp_path / f"prompts/{name}.safetensors").touch()
+    assert Run(tmp_path).snapshots() == [0, 999999, 1000000]
+
+
+def test_what_of_a_folder_is_not_read_is_said(tmp_path, capsys):
+    for split in ("interpolate", "train-easy"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "arithmetic__mul.txt").write_text("What is 2 * 3?\n6\n")
+    (tmp_path / "train-readme.txt").write_text("one\ntwo\n")
+    assert len(inputs.read_questions(f"math:{tmp_path}", 0, False)) == 2
+    err = capsys.readouterr().err
+    assert "1 files whose names are no module's are left out, such as train-readme.txt" in err
+    assert "its splits are mixed: interpolate, train-easy" in err
 
 
 def test_eval_scores_several_texts(trained, capsys):

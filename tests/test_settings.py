@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import priors
 from lab import commands, settings
 from lab.console import UserError
 from lab.settings import Settings, flat, from_config, with_flags
@@ -17,6 +18,14 @@ def test_settings_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         complete.prior.seed = 1
     assert complete.complete() == complete
+
+
+def test_folders_of_runs_may_have_any_name(tmp_path, monkeypatch):
+    """An option is what has an option's name; a comma in a folder's name is escaped."""
+    monkeypatch.chdir(tmp_path)
+    spec = Settings.from_flags({"prior": r"posterior:lr=1\,2,b,resample=1"}).complete().prior.prior
+    name, given, runs = priors.parse(spec)
+    assert runs == [str(tmp_path / "lr=1,2"), str(tmp_path / "b")] and given == {"resample": 1}
 
 
 def test_every_flag_is_a_field():
