@@ -100,7 +100,7 @@ def _chosen_files(kind: str, path: str) -> tuple[list[Path], list[Path]]:
             candidates = [p for p in below if p.name.endswith(suffixes)]
             if any(p.suffix == ".arrow" for p in below):
                 raise DataError(f"{path}: a folder of Arrow files: " + _export(
-                    f"from datasets import load_from_disk as l; l('{path}').to_json", path))
+                    f"from datasets import load_from_disk as l; l('{path}')", path))
         elif root.exists():
             candidates = [root]
         else:
@@ -118,21 +118,22 @@ def _chosen_files(kind: str, path: str) -> tuple[list[Path], list[Path]]:
     return named or files, [p for p in files if named and p not in named]
 
 
-def _export(command: str, path: str | Path) -> str:
-    """The remedy for a table that a Python library reads: its conversion to JSON lines."""
+def _export(table: str, path: str | Path) -> str:
+    """The remedy for a table that a Python library reads: its conversion to JSON lines. table: the
+    Python code that makes it."""
     target = Path(path).with_suffix(".jsonl")
-    ending = "" if command.endswith("to_json") else ", orient='records', lines=True"
-    return f"convert it by `python -c \"{command}('{target}'{ending})\"` and give {target}"
+    how = ", orient='records', lines=True" if "pandas" in table else ""
+    return f"convert it by `python -c \"{table}.to_json('{target}'{how})\"` and give {target}"
 
 
 # How a file that is no text begins -> what it is, and what helps.
 SIGNATURES = {
     b"PAR1": lambda path: "a Parquet file: " + _export(
-        f"import pandas; pandas.read_parquet('{path}').to_json", path),
+        f"import pandas; pandas.read_parquet('{path}')", path),
     b"ARROW1": lambda path: "an Arrow file: " + _export(
-        f"import pandas; pandas.read_feather('{path}').to_json", path),
+        f"import pandas; pandas.read_feather('{path}')", path),
     b"\xff\xff\xff\xff": lambda path: "an Arrow stream: " + _export(
-        f"from datasets import Dataset; Dataset.from_file('{path}').to_json", path),
+        f"from datasets import Dataset; Dataset.from_file('{path}')", path),
     b"PK\3\4": lambda path: "a zip archive: unpack it, and give the file or folder",
     b"\x1f\x8b": lambda path: "packed by gzip: unpack it by `gunzip`, and give the file",
     b"version https://git-lfs": lambda path: "a git-lfs pointer, not the data: run `git lfs pull` "
