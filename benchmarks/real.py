@@ -215,7 +215,7 @@ def measure_seed(out: Path, inputs: Inputs, base, peft_steps: int, there: set[tu
             peft.go_to(last)
             score(PEFT, last, peft.seconds, peft.rows.detach())
         seconds = sum(line["seconds"] for line in run.metrics() if line["split"] == "train")
-        return score(OURS, step, seconds, posterior.mean()[0])
+        return score(OURS, step, seconds, posterior.representative()[0])
 
     with run.lock():
         ours = Training(run, settings, loaded, posterior, inputs.questions, None, take_turn,

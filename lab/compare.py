@@ -38,7 +38,8 @@ MOST = 2000  # rows of a population in measures that compute the distances of al
 TITLES = {
     "moved": "moved", "distance": "distance", "norm_ratio": "norm ratio", "radius": "radius",
     "radius_z": "radius z",
-    "particle_spread": "spread", "collapse": "collapse", "effective_rank": "rank", "variance_ratio": "variance",
+    "particle_spread": "spread", "collapse": "collapse", "effective_rank": "rank",
+    "variance_ratio": "variance",
     "frechet": "Frechet", "precision": "precision", "recall": "recall", "mmd": "MMD", "mmd_p": "p",
     "knn": "kNN", "auc": "AUC", "silhouette": "silhouette",
     "mass": "mass", "content": "content", "shift": "shift", "bias": "bias", "one": "one",
@@ -86,8 +87,9 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
     reference; the table's first row has that of rows of the reference itself (paper 4.2). radius:
     mean Mahalanobis distance from the Gaussian's mean. radius_z: by how many standard deviations of
     the chi law the radius differs from that law's mean. particle_spread: the variance between the
-    particles over the Gaussian's, a mean over its whitened coordinates. collapse: median collapse index among the
-    tokens. frechet, mmd with its p: to the reference, and in the last row from draw to trained."""
+    particles over the Gaussian's, a mean over its whitened coordinates. collapse: median collapse
+    index among the tokens. frechet, mmd with its p: to the reference, and in the last row from draw
+    to trained."""
     population, nearby = sample(reference), sample(reference, 1000)
     vocabulary = np.unique(reference.numpy(), axis=0) if tokens is None else tokens.numpy()
     chi_mean, chi_deviation = geometry.chi_law(reference.shape[1])

@@ -36,7 +36,7 @@ class OpenRun(NamedTuple):
     run: Run
     settings: Settings  # the run's, and over them the flags that were given now
     loaded: LoadedModel
-    prompt: llama.Prompt  # of a posterior its mean; on the model's device
+    prompt: llama.Prompt  # of a posterior the one that stands for it; on its device
 
     @property
     def model(self) -> llama.Llama:
@@ -229,7 +229,8 @@ def logged_spread(run: Run) -> dict[str, float]:
 
 
 def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
-    """A run's prompt; of a posterior its mean, each of its prompts, and all of them together."""
+    """A run's prompt; of a posterior its mean if it keeps one, each of its prompts, and all of them
+    together."""
     settings = opened.settings
     kind = "prompt" if settings.imported else "prior, trained"
     if opened.run.step is not None and not settings.imported:
@@ -239,7 +240,9 @@ def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
         return [(name, [opened.prompt])]
     prompts = [prompt.to(opened.loaded.device) for prompt in opened.run.prompts()]
     member = "particle" if settings.train.has_particles else "draw"
-    entries = [(f"{name}: mean prompt", [opened.prompt])]
+    entries = []
+    if settings.train.representative == "mean prompt":
+        entries = [(f"{name}: mean prompt", [opened.prompt])]
     entries += [(f"{name}: {member} {k}", [prompt]) for k, prompt in enumerate(prompts, 1)]
     return [*entries, (f"{name}: ensemble of {len(prompts)}", prompts)]
 

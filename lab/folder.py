@@ -187,7 +187,7 @@ class Run:
         return tensors
 
     def prompt(self, name: str | None = None) -> llama.Prompt:
-        """The prompt, of a posterior its mean."""
+        """The prompt, of a posterior the one that stands for it."""
         return llama.Prompt.from_tensors(self.tensors(name), self.settings().prompt.cut)
 
     def prompts(self, name: str | None = None) -> list[llama.Prompt]:

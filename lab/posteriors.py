@@ -70,21 +70,21 @@ class Point(nn.Module):
         """What the objective has besides the members' losses; differentiated once a step."""
         return None
 
-    def mean(self) -> Layers:
+    def representative(self) -> Layers:
         """The one prompt that stands for the posterior."""
         return {i: numbers.detach() for i, numbers in self.numbers().items()}
 
     def evaluated(self) -> list[Layers]:
         """The prompts whose token probabilities an evaluation averages."""
-        return [self.mean()]
+        return [self.representative()]
 
     def report(self) -> dict[str, float]:
         """Figures that say how the posterior lies in its prior."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a run keeps, the mean prompt as `layers.I`; `particles` reads it."""
-        return {f"layers.{i}": numbers for i, numbers in self.mean().items()}
+        """What a run keeps, the representative as `layers.I`; `particles` reads it."""
+        return {f"layers.{i}": numbers for i, numbers in self.representative().items()}
 
 
 class Encoded(Point):
@@ -225,8 +225,9 @@ class Langevin(Whitened):
         return {i: z.detach() for i, z in self.numbers().items()}
 
     @torch.no_grad()
-    def mean(self) -> Layers:
-        return self.rows({i: z.mean(dim=0) for i, z in self.prompts().items()})
+    def representative(self) -> Layers:
+        """The first chain's, because the mean of chains in different modes is no good prompt."""
+        return self.rows({i: z[0] for i, z in self.numbers().items()})
 
     @torch.no_grad()
     def evaluated(self) -> list[Layers]:
@@ -324,7 +325,8 @@ class MeanField(Whitened):
         return {i: torch.stack([draw[i] for draw in drawn]) for i in drawn[0]}
 
     @torch.no_grad()
-    def mean(self) -> Layers:
+    def representative(self) -> Layers:
+        """Its mean."""
         return self.rows(self.numbers())
 
     @torch.no_grad()

@@ -237,6 +237,11 @@ class TrainSettings:
         """Whether several prompts are trained, and scored together."""
         return self.posterior in ("sgld", "svgd")
 
+    @property
+    def representative(self) -> str:
+        """What stands for a posterior where one prompt is asked for."""
+        return "first particle" if self.posterior == "sgld" else "mean prompt"
+
     def complete(self) -> TrainSettings:
         weight = self.prior_weight
         if weight is None:
@@ -314,8 +319,8 @@ def check_together(settings: Settings) -> None:
     prior, prompt, train = settings.prior, settings.prompt, settings.train
     name = priors.parse(prior.prior)[0]
     if train.posterior not in FIELDS["posterior"].metadata["choices"]:
-        raise UserError(f"--posterior {train.posterior} was taken out, because its prompts collapse "
-                        "into copies of one: its runs can be evaluated; train by --posterior sgld")
+        raise UserError(f"--posterior {train.posterior} was taken out, because its prompts become "
+                        "copies of one: its runs can be evaluated; train by --posterior sgld")
     if train.prior_weight and not priors.PRIORS[name].has_density:
         flag = "--prior-weight" if train.posterior == "point" else f"--posterior {train.posterior}"
         dense = [other for other, kind in priors.PRIORS.items() if kind.has_density]
