@@ -48,7 +48,7 @@ from lab.console import Stopped, UserError, one_line, say, show  # noqa: E402
 from lab.evaluation import evaluate  # noqa: E402
 from lab.files import read_tensors, reading, write_file  # noqa: E402
 from lab.folder import Run  # noqa: E402
-from lab.inputs import parse_spec  # noqa: E402
+from lab.inputs import mean_answer_tokens, parse_spec  # noqa: E402
 from lab.loss import answer_loss, begin  # noqa: E402
 from lab.settings import Settings, flat, spec_name  # noqa: E402
 from lab.train import (Inputs, Training, begin_run, checkpoint_of,  # noqa: E402
@@ -100,6 +100,13 @@ class PeftTraining:
         rows = [self.ours.questions.row(i) for i in self.ours.order[step]]
         return theirs(self.model, rows, "cpu").item()
 
+    def divide_as_ours(self, step: int) -> None:
+        """Turn the gradient of the mean over the batch's answer tokens into that of our objective,
+        which divides by their expected number."""
+        rows = [self.ours.questions.row(i) for i in self.ours.order[step]]
+        tokens = sum(len(row.ids) - row.start for row in rows)
+        self.rows.grad.mul_(tokens / (len(rows) * self.ours.answer_tokens))
+
     def go_to(self, step: int) -> None:
         """Train until so many steps are made, and write the checkpoint."""
         train, peak = self.ours.settings.train, self.ours.optimiser.param_groups[0]["peak"]
@@ -108,6 +115,7 @@ class PeftTraining:
             rate = peak * schedule(self.step, train.steps, train.warmup)
             self.optimiser.param_groups[0]["lr"] = rate
             self.backward(self.step)
+            self.divide_as_ours(self.step)
             torch.nn.utils.clip_grad_norm_([self.rows], train.clip)
             self.optimiser.step()
             self.seconds += time.perf_counter() - start
@@ -207,10 +215,11 @@ def measure_seed(out: Path, inputs: Inputs, base, peft_steps: int, there: set[tu
             peft.go_to(last)
             score(PEFT, last, peft.seconds, peft.rows.detach())
         seconds = sum(line["seconds"] for line in run.metrics() if line["split"] == "train")
-        return score(OURS, step, seconds, posterior.mean()[0])
+        return score(OURS, step, seconds, posterior.representative()[0])
 
     with run.lock():
-        ours = Training(run, settings, loaded, posterior, inputs.questions, None, take_turn)
+        ours = Training(run, settings, loaded, posterior, inputs.questions, None, take_turn,
+                        mean_answer_tokens(inputs.questions))
         peft = PeftTraining(base, start[0][0], ours, run.path / "peft.safetensors")
         peft.check()
         ours.go(checkpoint_of(run, settings))

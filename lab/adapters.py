@@ -373,7 +373,8 @@ def export_adapter(opened: OpenRun, folder: Path) -> None:
                       "is the disk sound?")
 
     if settings.train.posterior != "point":
-        say(f"{run.path}: the mean prompt of its {settings.train.posterior} posterior")
+        say(f"{run.path}: the {settings.train.representative} of its "
+            f"{settings.train.posterior} posterior")
     say(f"give PEFT {texts_for_peft(opened)}")
     n, width = adapter.numbers.shape
     show(f"{folder}: {adapter.kind}, {n} virtual tokens of {width} numbers; read back, its logits "

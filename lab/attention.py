@@ -156,12 +156,12 @@ def command_attention(given: dict) -> None:
         asked = [questions.row(i).question for i in range(len(questions))]
         rows = measure_attention(opened.model, past, asked)
 
-    # A posterior of several prompts has no Past of its own, only its mean has.
-    mean = ""
+    # A posterior of several prompts has no Past of its own, only the one that stands for it has.
+    whose = ""
     if settings.train.posterior != "point":
-        mean = f" The mean prompt of the {settings.train.posterior} posterior."
+        whose = f" The {settings.train.representative} of the {settings.train.posterior} posterior."
     figure = run.path / "figures/attention.svg"
-    caption = describe(opened, len(questions), rows[0][1]["content"]) + mean
+    caption = describe(opened, len(questions), rows[0][1]["content"]) + whose
     write_file(figure, pictures.attention(rows, caption).encode())
     if options.json:
         show(json.dumps({"run": str(run.path), "step": run.step, "attention": dict(rows)}))

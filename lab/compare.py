@@ -38,7 +38,8 @@ MOST = 2000  # rows of a population in measures that compute the distances of al
 TITLES = {
     "moved": "moved", "distance": "distance", "norm_ratio": "norm ratio", "radius": "radius",
     "radius_z": "radius z",
-    "collapse": "collapse", "effective_rank": "rank", "variance_ratio": "variance",
+    "particle_spread": "spread", "collapse": "collapse", "effective_rank": "rank",
+    "variance_ratio": "variance",
     "frechet": "Frechet", "precision": "precision", "recall": "recall", "mmd": "MMD", "mmd_p": "p",
     "knn": "kNN", "auc": "AUC", "silhouette": "silhouette",
     "mass": "mass", "content": "content", "shift": "shift", "bias": "bias", "one": "one",
@@ -75,17 +76,20 @@ def measure(keys: str, call: Callable, *arguments) -> dict[str, float]:
 
 
 def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.Fitted,
-                 tokens: Tensor | None = None, spacing: float | None = None
+                 tokens: Tensor | None = None, spacing: float | None = None, particles: int = 1
                  ) -> list[tuple[str, dict[str, float]]]:
     """Where a layer's prior draw (n, D) and trained rows (n, D) lie in its reference (N, D).
     fitted: the reference's Gaussian. tokens (V, D): the vocabulary; None: the distinct rows of the
-    reference take its place. spacing: the tokens', if it is known already.
+    reference take its place. spacing: the tokens', if it is known already. particles: how many
+    prompts of a posterior the rows are, one after the other.
 
     moved: mean distance from the draw. distance: mean distance to 1000 random rows of the
     reference; the table's first row has that of rows of the reference itself (paper 4.2). radius:
     mean Mahalanobis distance from the Gaussian's mean. radius_z: by how many standard deviations of
-    the chi law the radius differs from that law's mean. collapse: median collapse index among the
-    tokens. frechet, mmd with its p: to the reference, and in the last row from draw to trained."""
+    the chi law the radius differs from that law's mean. particle_spread: the variance between the
+    particles over the Gaussian's, a mean over its whitened coordinates. collapse: median collapse
+    index among the tokens. frechet, mmd with its p: to the reference, and in the last row from draw
+    to trained."""
     population, nearby = sample(reference), sample(reference, 1000)
     vocabulary = np.unique(reference.numpy(), axis=0) if tokens is None else tokens.numpy()
     chi_mean, chi_deviation = geometry.chi_law(reference.shape[1])
@@ -100,7 +104,9 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
     collapse = measure("draw trained", _median_collapses, start, end, vocabulary, spacing)
     reference_norm = reference.norm(dim=1).mean()
     for key, name, vectors in (("draw", "prior draw", start), ("trained", "trained", end)):
-        radius = fitted.whiten(vectors).norm(dim=1).mean().item()
+        z = fitted.whiten(vectors)
+        radius = z.norm(dim=1).mean().item()
+        between = z.view(particles, -1).var(dim=0).mean() if particles > 1 else None
         norm_ratio = vectors.norm(dim=1).mean() / reference_norm
         x = vectors.numpy()
         rows.append((name, {
@@ -108,6 +114,7 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
             "distance": _mean_distance(x, nearby),
             "norm_ratio": float(norm_ratio),
             "radius": radius, "radius_z": (radius - chi_mean) / chi_deviation,
+            **({} if between is None else {"particle_spread": float(between)}),
             **({"collapse": collapse[key]} if collapse else {}),
             **measure("effective_rank", geometry.effective_rank, x),
             **measure("frechet", geometry.frechet, x, population),
@@ -299,6 +306,7 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
     for i, reference in references_of(opened).items():
         for name, numbers in measure_rows(start[i], end[i], reference.rows,
                                           priors.Fitted.fit(reference.rows),
+                                          particles=len(run.prompts()),
                                           **(at_tokens if i == 0 else {})):
             rows.append((f"layer {i} {name}", numbers))
         read = read_rows(torch.cat([drawn[i], trained[i]]), i, reference, opened.loaded, tokens)
@@ -317,19 +325,19 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
     if run.step is not None:
         title += f"; its prompt at step {run.step}"
     lines = [title, score_table(settings, metrics), "", table(rows, TITLES),
-             *reading_lines(readings, settings.train.posterior)]
+             *reading_lines(readings, settings.train.has_particles)]
     return record, "\n".join(lines)
 
 
 def prompt_to_read(opened: OpenRun, name: str) -> dict[int, Tensor]:
     """Vectors {layer: (n, W)} of the prompt whose tokens are shown: of particles the first one, of
     any other posterior the mean."""
-    if opened.settings.train.posterior == "svgd":
+    if opened.settings.train.has_particles:
         return opened.run.prompts(name)[0].vectors()
     return opened.run.prompt(name).vectors()
 
 
-def reading_lines(readings: dict[int, dict[str, dict[str, list[str]]]], posterior: str
+def reading_lines(readings: dict[int, dict[str, dict[str, list[str]]]], has_particles: bool
                   ) -> list[str]:
     """The tokens of rows {layer: {prior draw or trained: {way to read: tokens}}} as lines; none if
     the rows stand for no tokens."""
@@ -341,7 +349,7 @@ def reading_lines(readings: dict[int, dict[str, dict[str, list[str]]]], posterio
                 lines.append(f"layer {i} {name}, {way}: {quoted}")
     if not lines:
         return []
-    whose = " of particle 1" if posterior == "svgd" else ""
+    whose = " of particle 1" if has_particles else ""
     return ["", f"the token of each row{whose}:", *lines]
 
 

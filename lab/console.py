@@ -23,6 +23,10 @@ SCORES = {"loss": "loss", "exact_match": "exact match", "precision": "precision"
           "calibration_error": "ECE"}
 
 
+# How a posterior lies in its prior, in whitened coordinates: see posteriors.report.
+SPREADS = {"spread": "spread", "kl": "KL", "narrowed": "narrowed", "narrowest": "narrowest"}
+
+
 class UserError(ValueError):
     """What a user can mend: what is wrong, where, and the remedy, in one line."""
 
@@ -130,9 +134,11 @@ def _line_progress() -> type:
     return LineProgress
 
 
-def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = SCORES) -> str:
+def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = SCORES | SPREADS
+          ) -> str:
     """Names and numbers in aligned columns. titles {key: heading} gives the columns' order; a key
-    that no row has gets no column. Scores have one decimal, other numbers three digits."""
+    that no row has gets no column. Scores have one decimal, counts all their digits, other numbers
+    three digits."""
     keys = [key for key in titles if any(key in numbers for _, numbers in rows)]
     lines = [["", *(titles[key] for key in keys)]]
     for name, numbers in rows:
@@ -164,6 +170,8 @@ def _cell(key: str, numbers: dict[str, float]) -> str:
         digits, error = 3 if key == "loss" else 1, numbers.get(f"{key}_se")
         brackets = "" if error is None else f" ({error:.{digits}f})"
         return f"{numbers[key]:.{digits}f}{brackets}"
+    if isinstance(numbers[key], int):
+        return str(numbers[key])
     return f"{numbers[key]:#.3g}".rstrip(".")
 
 

@@ -19,7 +19,7 @@ import data
 import llama
 from lab import geometry
 from lab.commands import EvalOptions, GenerateOptions
-from lab.console import SCORES, Stopped, UserError, progress, say, show, table
+from lab.console import SCORES, SPREADS, Stopped, UserError, progress, say, show, table
 from lab.files import checksum
 from lab.folder import Run, best_evaluation
 from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
@@ -37,7 +37,7 @@ class OpenRun(NamedTuple):
     run: Run
     settings: Settings  # the run's, and over them the flags that were given now
     loaded: LoadedModel
-    prompt: llama.Prompt  # of a posterior its mean; on the model's device
+    prompt: llama.Prompt  # of a posterior the one that stands for it; on its device
 
     @property
     def model(self) -> llama.Llama:
@@ -192,14 +192,14 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     prior, last = f"{settings.prior_name} prior", evals[-1]
     rows.append((f"{prior}, untrained", evals[0]))
     together = ""
-    if settings.train.posterior == "svgd":
+    if settings.train.has_particles:
         together = f", {settings.train.particles} particles together"
     best = best_evaluation(evals, [line["step"] for line in evals])
     for line in [last] if best in (evals[0], last) else [best, last]:
         mark = " (lowest loss)" if line is best and line is not last else ""
         if line["step"]:
             rows.append((f"{prior}, {line['step']} steps{together}{mark}", line))
-    titles = {key: title for key, title in SCORES.items() if key != "calibration_error"}
+    titles = {key: title for key, title in (SCORES | SPREADS).items() if key != "calibration_error"}
     return table(rows, titles)
 
 
@@ -223,6 +223,8 @@ def command_eval(given: dict) -> None:
     for label, prompts, asked_questions in asked:
         scores, _ = evaluate(loaded, prompts, asked_questions, settings.prompt.place,
                              settings.data, label)
+        if len(prompts) > 1:
+            scores |= logged_spread(opened.run)
         rows.append((label, scores))
     questions.say_cut()
     if options.json:
@@ -233,8 +235,17 @@ def command_eval(given: dict) -> None:
              f"loss in nats a token\n\n{table(rows)}")
 
 
+def logged_spread(run: Run) -> dict[str, float]:
+    """How the posterior shown lay in its prior, as training logged it; {} if it was not logged, as
+    by early versions."""
+    evals = [line for line in run.metrics() if line["split"] == "eval"
+             and run.step in (None, line["step"])]
+    return {key: evals[-1][key] for key in SPREADS if evals and key in evals[-1]}
+
+
 def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
-    """A run's prompt; of a posterior its mean, each of its prompts, and all of them together."""
+    """A run's prompt; of a posterior its mean if it keeps one, each of its prompts, and all of them
+    together."""
     settings = opened.settings
     kind = "prompt" if settings.imported else "prior, trained"
     if opened.run.step is not None and not settings.imported:
@@ -243,8 +254,10 @@ def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
     if settings.train.posterior == "point":
         return [(name, [opened.prompt])]
     prompts = [prompt.to(opened.loaded.device) for prompt in opened.run.prompts()]
-    member = "particle" if settings.train.posterior == "svgd" else "draw"
-    entries = [(f"{name}: mean prompt", [opened.prompt])]
+    member = "particle" if settings.train.has_particles else "draw"
+    entries = []
+    if settings.train.representative == "mean prompt":
+        entries = [(f"{name}: mean prompt", [opened.prompt])]
     entries += [(f"{name}: {member} {k}", [prompt]) for k, prompt in enumerate(prompts, 1)]
     return [*entries, (f"{name}: ensemble of {len(prompts)}", prompts)]
 

@@ -169,7 +169,7 @@ class Run:
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """What prompt.safetensors or prompts/NNNNNN.safetensors holds (None: what is shown):
         layers.I (n, D), or of a prefix (n, 2, G, hd), keys before rotation; of a posterior
-        layers.I.sd or layers.I.particles (K, n, D) too."""
+        layers.I.particles (K, n, D) too, or of early versions layers.I.sd (n, D)."""
         name = name or self.shown
         path = self.path / name
         if not path.exists():
@@ -188,25 +188,26 @@ class Run:
         return tensors
 
     def prompt(self, name: str | None = None) -> llama.Prompt:
-        """The prompt, of a posterior its mean."""
+        """The prompt, of a posterior the one that stands for it."""
         return llama.Prompt.from_tensors(self.tensors(name), self.settings().prompt.cut)
 
     def prompts(self, name: str | None = None) -> list[llama.Prompt]:
-        """The prompts that stand for the run's posterior: its particles, draws of its Gaussian, or
-        its one prompt."""
+        """The prompts that stand for the run's posterior, or its one prompt."""
         settings = self.settings()
         members = posteriors.particles(self.tensors(name), settings.train.particles, settings.seed)
         return [llama.Prompt(layers, settings.prompt.cut) for layers in members]
+
+    def particles(self, name: str | None = None) -> list[llama.Prompt]:
+        """The prompts of a posterior that the file holds; [] if it holds one, or that one and the
+        standard deviations of its numbers, as a Gaussian of an early version did."""
+        is_kept = any(key.endswith(".particles") for key in self.tensors(name))
+        return self.prompts(name) if is_kept else []
 
     def start_and_end(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Vectors {layer: (K n, W)} of all prompts that stand for the posterior, as the prior drew
         them and as they are shown."""
         end = self.prompts()
-        if any(key.endswith(".particles") for key in self.tensors(FIRST_PROMPT)):
-            start = self.prompts(FIRST_PROMPT)
-        else:
-            # A Gaussian's draws all began at its mean.
-            start = [self.prompt(FIRST_PROMPT)] * len(end)
+        start = self.particles(FIRST_PROMPT) or [self.prompt(FIRST_PROMPT)] * len(end)
         return _vectors(start), _vectors(end)
 
     # ----------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def gather(runs: Iterable[tuple[OpenRun, dict[int, Reference]]]) -> dict:
         if not tokens:
             vocabulary = opened.vocabulary
             tokens = [text_of(vocabulary, i) for i in range(vocabulary.size)]
-        steps = shown_steps(opened.run, opened.settings)
+        steps = shown_steps(opened.run)
 
         # Maps of layers that no earlier run has; then this run's rows on all of its maps.
         missing = [i for i in by_layer if i not in maps]
@@ -246,21 +246,18 @@ def snapshot(step: int) -> str:
     return f"prompts/{step:06d}.safetensors"
 
 
-def shown_prompts(run: Run, settings: Settings, step: int) -> list[dict[int, Tensor]]:
-    """Vectors {layer: (n, W)} of the prompts shown of a snapshot: the first particles, or of any
-    other posterior the mean."""
-    if settings.train.posterior == "svgd":
-        prompts = run.prompts(snapshot(step))[:PARTICLES]
-    else:
-        prompts = [run.prompt(snapshot(step))]
+def shown_prompts(run: Run, step: int) -> list[dict[int, Tensor]]:
+    """Vectors {layer: (n, W)} of the prompts shown of a snapshot: the first of a posterior's, or
+    the one."""
+    prompts = run.particles(snapshot(step))[:PARTICLES] or [run.prompt(snapshot(step))]
     return [prompt.vectors() for prompt in prompts]
 
 
-def shown_steps(run: Run, settings: Settings) -> list[int]:
+def shown_steps(run: Run) -> list[int]:
     """The steps of at most SNAPSHOTS of a run's snapshots, the first and the last among them, and
     of fewer if each has very many rows."""
     steps = [step for step in run.snapshots() if run.step is None or step <= run.step]
-    prompts = shown_prompts(run, settings, steps[0])
+    prompts = shown_prompts(run, steps[0])
     rows = sum(len(vectors) for prompt in prompts for vectors in prompt.values())
     count = min(len(steps), SNAPSHOTS, max(STATES // rows, 2))
     chosen = np.linspace(0, len(steps) - 1, count).round().astype(int)
@@ -269,8 +266,8 @@ def shown_steps(run: Run, settings: Settings) -> list[int]:
 
 def trajectories(opened: OpenRun, steps: list[int], maps: dict[int, LayerMap]) -> dict[str, dict]:
     """Where the prompt rows of each layer are at each step: arrays (S, P, ...) by layer."""
-    run, settings = opened.run, opened.settings
-    states = [shown_prompts(run, settings, step) for step in steps]
+    run = opened.run
+    states = [shown_prompts(run, step) for step in steps]
     by_layer = {}
     for i in progress(sorted(states[0][0]), desc="layers", unit=" layers", leave=False):
         at_steps = [torch.cat([vectors[i] for vectors in prompts]) for prompts in states]
@@ -283,7 +280,7 @@ def trajectories(opened: OpenRun, steps: list[int], maps: dict[int, LayerMap]) -
         arrays["moved"] = (x - x[0]).norm(dim=2).view(S * P).numpy()
         if i > 0 and not maps[i].is_prefix:  # keys and values cannot be read by the head
             arrays["lens"] = lens(opened.model, rows)
-        if settings.train.posterior == "gaussian":
+        if f"layers.{i}.sd" in run.tensors():  # a Gaussian of an early version
             deviations = [run.tensors(snapshot(step))[f"layers.{i}.sd"] for step in steps]
             arrays["spread"] = spread(torch.cat(deviations), maps[i].plane)
         by_layer[str(i)] = {key: array.reshape(S, P, *array.shape[1:])
@@ -336,7 +333,7 @@ def about_run(run: Run, settings: Settings, steps: list[int]) -> dict:
     table = np.array(losses, dtype=float).reshape(-1, 2)
     curve = [part.mean(axis=0).round(5).tolist()
              for part in np.array_split(table, min(CURVE, max(len(table), 1))) if len(part)]
-    particles = settings.train.particles if settings.train.posterior == "svgd" else 1
+    particles = len(run.particles()) or 1
     return {"name": run.path.resolve().name, "prior": settings.prior_name,
             "data": spec_name(settings.data.data),
             "posterior": settings.train.posterior, "steps": steps,

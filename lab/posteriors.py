@@ -2,25 +2,26 @@
 
 A posterior holds a prompt's numbers as parameters, a tensor a layer: rows (n, D), or the keys and
 values of a prefix (n, 2, G, hd). Each step it names its members, prompts whose loss is wanted.
-Their gradients come back through them, and combine_gradients turns these into the direction in
-which the posterior moves:
+Their gradients come back through them to the parameters, which the posterior's optimiser moves:
 
-    posterior = POSTERIORS["svgd"](start, scales, weight=1 / answer_tokens, seed=0)
+    posterior = Langevin(start, gaussians, weight=1 / answer_tokens, seed=0)
+    optimiser = posterior.optimiser()
     for layers in posterior.members(step):       # {layer: (n, D)}
         (loss(layers) - log_prior(layers) / answer_tokens).backward()
-    posterior.combine_gradients()
-    optimiser.step()                             # any optimiser
+    optimiser.step()
 
 Every member's objective is -log p(prompt | data) * weight, up to a constant: a mean loss per answer
 token has weight 1 / (number of answer tokens).
 
-K particles, n rows, D width, P numbers of a prompt in all.
+K particles, n rows, D width.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,11 @@ class Point(nn.Module):
         return [{"params": [numbers], "lr": lr or self.scales[i] / 20, "name": f"layer {i}"}
                 for i, numbers in self.numbers().items()]
 
+    def optimiser(self, lr: float | None = None) -> torch.optim.Optimizer:
+        """What moves the parameters. AdamW has no weight decay here, which would be a pull towards
+        zero, a prior that nobody chose."""
+        return torch.optim.AdamW(self.groups(lr), weight_decay=0.0)
+
     def members(self, step: int) -> list[Layers]:
         """The prompts whose gradients are wanted; a pure function of parameters, seed and step."""
         return [self.numbers()]
@@ -64,20 +70,21 @@ class Point(nn.Module):
         """What the objective has besides the members' losses; differentiated once a step."""
         return None
 
-    def combine_gradients(self) -> None:
-        """Turn the members' gradients into the posterior's."""
-
-    def mean(self) -> Layers:
+    def representative(self) -> Layers:
         """The one prompt that stands for the posterior."""
         return {i: numbers.detach() for i, numbers in self.numbers().items()}
 
     def evaluated(self) -> list[Layers]:
         """The prompts whose token probabilities an evaluation averages."""
-        return [self.mean()]
+        return [self.representative()]
+
+    def report(self) -> dict[str, float]:
+        """Figures that say how the posterior lies in its prior."""
+        return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a run keeps, the mean prompt as `layers.I`; `particles` reads it."""
-        return {f"layers.{i}": numbers for i, numbers in self.mean().items()}
+        """What a run keeps, the representative as `layers.I`; `particles` reads it."""
+        return {f"layers.{i}": numbers for i, numbers in self.representative().items()}
 
 
 class Encoded(Point):
@@ -133,115 +140,211 @@ class Encoded(Point):
         return [{"params": trained, "lr": lr or 0.2 / self.width, "name": "network"}]
 
 
-class Particles(Point):
-    """Stein variational gradient descent: K prompts that follow the posterior's gradient and keep
-    apart by a kernel (Liu and Wang 2016, equation 8; over prompts as in BMTPT)."""
+class Gaussian(NamedTuple):
+    """N(mean, basis diag(scale^2) basis^T): mean (D,), basis (D, D) orthonormal, scale (D,)."""
+
+    mean: Tensor
+    basis: Tensor
+    scale: Tensor
+
+
+class Axes(nn.Module):
+    """The whitened coordinates of a Gaussian, in which it is N(0, I), by falling variance."""
+
+    def __init__(self, gaussian: Gaussian):
+        super().__init__()
+        for name, t in gaussian._asdict().items():
+            self.register_buffer(name, t.float())
+
+    def rows(self, z: Tensor) -> Tensor:
+        """Coordinates (..., n, D) -> rows (..., n, D)."""
+        return self.mean + z * self.scale @ self.basis.T
+
+    def noise(self, shape: torch.Size, seed: str) -> Tensor:
+        """Standard normal coordinates of this shape, a function of the seed. They are drawn as
+        rows and turned into the axes: the rows that they stand for are then the same whichever
+        sign an eigenvector came out with."""
+        generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+        return torch.randn(shape, generator=generator).to(self.basis.device) @ self.basis
+
+
+class Whitened(Point):
+    """A posterior of several prompts. Its parameters are coordinates in which a Gaussian like the
+    prior is N(0, I), so a step and a spread mean the same in every direction and at every layer."""
+
+    # Clipping would shrink the large ones of its noisy gradients, whose mean would then not be the
+    # gradient of the objective: training would end at another posterior.
+    clips = False
+
+    def __init__(self, start: Layers, gaussians: dict[int, Gaussian], weight: float, seed: int):
+        """start {layer: (K, n, D)}: K draws of the prior. gaussians {layer: the prior's Gaussian};
+        of a prior that is none, one of like mean and covariance."""
+        coordinates = {}
+        for i, draws in start.items():
+            mean, basis, scale = (t.double() for t in gaussians[i])
+            coordinates[i] = (draws.double() - mean) @ basis / scale
+        super().__init__(coordinates, dict.fromkeys(start, 1.0), weight, seed)
+        self.axes = nn.ModuleDict({str(i): Axes(gaussians[i]) for i in sorted(start)})
+
+    def rows(self, coordinates: Layers) -> Layers:
+        """Coordinates {layer: (..., n, D)} -> rows {layer: (..., n, D)}."""
+        return {i: self.axes[str(i)].rows(z) for i, z in coordinates.items()}
+
+    def noise(self, shape: torch.Size, layer: int, seed: str) -> Tensor:
+        return self.axes[str(layer)].noise(shape, f"{self.seed} {layer} {seed}")
+
+    def prompts(self) -> Layers:
+        """Coordinates {layer: (K, n, D)} of the prompts that stand for the posterior."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        prompts = self.rows(self.prompts())
+        return super().tensors() | {f"layers.{i}.particles": x for i, x in prompts.items()}
+
+
+class Langevin(Whitened):
+    """K chains of stochastic gradient Langevin dynamics, each from its own draw of the prior; see
+    LangevinSteps. The chains are independent but for the batches that they see."""
 
     def initial(self, draws: Tensor) -> Tensor:
         return draws
 
+    def optimiser(self, lr: float | None = None) -> torch.optim.Optimizer:
+        layers = sorted(self.numbers())
+        noises = [functools.partial(self.noise, layer=i) for i in layers]
+        return LangevinSteps(self.groups(lr), noises, self.weight)
+
     def members(self, step: int) -> list[Layers]:
-        layers = self.numbers()
-        K = len(next(iter(layers.values())))
-        return [{i: numbers[k] for i, numbers in layers.items()} for k in range(K)]
+        coordinates = self.numbers()
+        K = len(next(iter(coordinates.values())))
+        # Each has a graph of its own, because its gradient is taken before the next one's loss.
+        return [self.rows({i: z[k] for i, z in coordinates.items()}) for k in range(K)]
+
+    def prompts(self) -> Layers:
+        return {i: z.detach() for i, z in self.numbers().items()}
 
     @torch.no_grad()
-    def combine_gradients(self) -> None:
-        # Positions in units of each layer's scale, so that no layer alone decides who is near.
-        positions, scores, sizes = [], [], []
-        for i, numbers in self.numbers().items():
-            scale = self.scales[i]
-            positions.append(numbers.flatten(1) / scale)
-            scores.append(-numbers.grad.flatten(1) * (scale / self.weight))
-            sizes.append(numbers[0].numel())
-        directions = svgd(torch.cat(positions, dim=1), torch.cat(scores, dim=1)).split(sizes, dim=1)
+    def representative(self) -> Layers:
+        """The first chain's, because the mean of chains in different modes is no good prompt."""
+        return self.rows({i: z[0] for i, z in self.numbers().items()})
 
-        for (i, numbers), direction in zip(self.numbers().items(), directions):
-            numbers.grad.copy_((-direction * (self.weight / self.scales[i])).view_as(numbers))
-
-    def mean(self) -> Layers:
-        return {i: numbers.detach().mean(dim=0) for i, numbers in self.numbers().items()}
-
+    @torch.no_grad()
     def evaluated(self) -> list[Layers]:
-        return [{i: numbers.detach() for i, numbers in layers.items()}
-                for layers in self.members(0)]
+        return self.members(0)
 
-    def tensors(self) -> dict[str, Tensor]:
-        particles = {f"layers.{i}.particles": numbers.detach()
-                     for i, numbers in self.numbers().items()}
-        return super().tensors() | particles
-
-
-def svgd(x: Tensor, score: Tensor) -> Tensor:
-    """Particles x (K, P) and the gradients of the log posterior there (K, P) -> the direction
-    (K, P) in which they approach the posterior fastest in the unit ball of the RBF kernel's space:
-
-        phi(x_i) = 1/K sum_j [ k(x_j, x_i) score_j + grad_j k(x_j, x_i) ],
-        k(x, y) = exp(-|x - y|^2 / h),  h = median |x - y|^2 / log(K + 1).
-
-    One particle follows its gradient."""
-    K = len(x)
-    # Differences, because products of near particles lose all digits of their distance.
-    squares = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    pairs = squares[~torch.eye(K, dtype=torch.bool, device=x.device)]
-    h = squares.new_tensor(1.0)
-    if K > 1 and pairs.median() > 0:
-        h = pairs.median() / math.log(K + 1)
-    kernel = torch.exp(-squares / h)
-    # sum_j grad_j k(x_j, x_i) = 2 / h sum_j k_ij (x_i - x_j)
-    repulsion = 2 / h * (kernel.sum(dim=1, keepdim=True) * x - kernel @ x)
-    return (kernel @ score + repulsion) / K
+    def report(self) -> dict[str, float]:
+        """spread: the variance between the particles over the prior's, a mean over all whitened
+        coordinates. 1 is the prior's; particles that are copies of one prompt have 0."""
+        z = torch.cat([z.flatten(1) for z in self.prompts().values()], dim=1)  # (K, P)
+        return {"spread": float(z.var(dim=0).mean())} if len(z) > 1 else {}
 
 
-class MeanField(Point):
-    """A Gaussian with a mean and a standard deviation for every number of the prompt, fitted by
-    maximising the evidence lower bound E_q[log p(data | rows) + log prior - log q] with one sampled
-    prompt a step (reparameterised; as in variational prompt learning)."""
+class LangevinSteps(torch.optim.Optimizer):
+    """Preconditioned stochastic gradient Langevin dynamics (Welling and Teh 2011; Li et al. 2016)
+    in whitened coordinates z, with the noise of Leimkuhler and Matthews (2013):
 
-    RATE = 0.05  # of the log standard deviations, which have no scale
-    # Clipping would shrink the large ones of its noisy gradients, whose mean would then not be the
-    # gradient of the bound: training would end at another optimum.
-    clips = False
+        z <- z - rate U' + sqrt(2 rate) (noise(step) + noise(step + 1)) / 2,
+        rate = lr / (1 + sqrt(mean U'^2)).
 
-    def __init__(self, start: Layers, scales: dict[int, float], weight: float, seed: int):
-        super().__init__(start, scales, weight, seed)
-        # A tenth of a real row's size is wide enough to feel the loss and too narrow to drown it.
-        self.log_sd = nn.ParameterDict()
-        for i, numbers in self.layers.items():
-            start_value = math.log(scales[int(i)] / 10)
-            self.log_sd[i] = nn.Parameter(torch.full_like(numbers, start_value))
+    U' is the gradient of -log p(prompt | data). Its mean square, one for every coordinate, is over
+    all chains and many steps, because a rate that followed its own chain would change the law. A
+    step is about lr prior standard deviations, as one of RMSprop is; where the data say nothing the
+    rate is lr / 2.
+
+    With exact gradients and constant rates the stationary law of a Gaussian posterior is exact,
+    however large the rate at which the chains are stable; Euler's steps would make it too wide. A
+    minibatch's noise of variance V in U' makes it wider by a share of rate V / 2."""
+
+    DECAY = 0.999  # of the mean squares, per step
+
+    def __init__(self, groups: list[dict], noises: list[Callable], weight: float):
+        """groups: of one parameter (K, n, D) each. noises: noise(shape, seed=...) of each group.
+        weight: what -log p was multiplied by before its gradient was taken."""
+        super().__init__(groups, {"lr": 0.05})
+        self.noises, self.weight = noises, weight
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, noise in zip(self.param_groups, self.noises):
+            [z] = group["params"]
+            state, gradient = self.state[z], z.grad / self.weight
+            if not state:  # the names are those of Adam, which a checkpoint knows
+                state |= {"step": torch.zeros(()), "exp_avg_sq": torch.zeros_like(z[0])}
+            step = int(state["step"])
+            state["step"] += 1
+
+            squares = state["exp_avg_sq"]
+            squares.lerp_(gradient.square().mean(dim=0), 1 - self.DECAY)
+            mean_square = squares / (1 - self.DECAY**(step + 1))
+            rate = group["lr"] / (1 + mean_square.sqrt())
+            ends = [noise(z.shape, seed=str(s)) for s in (step, step + 1)]
+            z += (2 * rate).sqrt() * (ends[0] + ends[1]) / 2 - rate * gradient
+
+
+class MeanField(Whitened):
+    """A Gaussian with a mean and a standard deviation for every whitened coordinate of the prompt,
+    fitted by maximising the evidence lower bound E_q[log p(data | rows) + log prior - log q] with
+    one sampled prompt a step (reparameterised; as in variational prompt learning). The prior itself
+    is such a Gaussian if it is one at all, so the axes put no floor under the KL divergence."""
+
+    RATE = 0.05  # of the log standard deviations
+    NARROW = 0.9  # standard deviations over the prior's below which the data told something
+
+    def __init__(self, start: Layers, gaussians: dict[int, Gaussian], weight: float, seed: int):
+        super().__init__(start, gaussians, weight, seed)
+        self.draws = len(next(iter(start.values())))
+        # Of the standard deviation over the prior's. A tenth is wide enough to feel the loss and
+        # too narrow to drown it.
+        self.log_ratio = nn.ParameterDict()
+        for i, z in self.layers.items():
+            self.log_ratio[i] = nn.Parameter(torch.full_like(z, math.log(0.1)))
 
     def groups(self, lr: float | None = None) -> list[dict]:
-        deviations = {"params": [*self.log_sd.values()], "lr": self.RATE,
+        deviations = {"params": [*self.log_ratio.values()], "lr": self.RATE,
                       "name": "log standard deviations"}
         return [*super().groups(lr), deviations]
 
+    def draw(self, seed: str) -> Layers:
+        """Coordinates {layer: (n, D)} of a prompt, a function of the seed."""
+        drawn = {}
+        for i, mean in self.numbers().items():
+            noise = self.noise(mean.shape, i, seed)
+            drawn[i] = mean + self.log_ratio[str(i)].exp() * noise
+        return drawn
+
     def members(self, step: int) -> list[Layers]:
-        deviations = {int(i): log_sd.exp() for i, log_sd in self.log_sd.items()}
-        return [draw_normal(self.numbers(), deviations, f"{self.seed} {step}")]
+        return [self.rows(self.draw(str(step)))]
 
     def extra_loss(self) -> Tensor:
         """Minus the entropy of q, up to a constant."""
-        return -self.weight * sum(log_sd.sum() for log_sd in self.log_sd.values())
+        return -self.weight * sum(log_ratio.sum() for log_ratio in self.log_ratio.values())
 
-    def tensors(self) -> dict[str, Tensor]:
-        deviations = {f"layers.{i}.sd": log_sd.detach().exp() for i, log_sd in self.log_sd.items()}
-        return super().tensors() | deviations
+    def prompts(self) -> Layers:
+        drawn = [self.draw(f"draw {k}") for k in range(self.draws)]
+        return {i: torch.stack([draw[i] for draw in drawn]) for i in drawn[0]}
 
+    @torch.no_grad()
+    def representative(self) -> Layers:
+        """Its mean."""
+        return self.rows(self.numbers())
 
-def draw_normal(mean: Layers, sd: Layers, seed: str) -> Layers:
-    """One prompt of a mean-field Gaussian, a function of the seed alone."""
-    generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
-    layers = {}
-    for i, centre in mean.items():
-        noise = torch.randn(centre.shape, generator=generator).to(centre.device)
-        layers[i] = centre + sd[i] * noise
-    return layers
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """spread: the variance over the prior's, a mean over all coordinates. narrowed: coordinates
+        whose standard deviation the data took below NARROW of the prior's. narrowest: the smallest
+        such ratio. kl: KL(q || the prior's Gaussian), nats."""
+        mean = torch.cat([z.flatten() for z in self.numbers().values()])
+        log_ratio = torch.cat([z.flatten() for z in self.log_ratio.values()])
+        ratio = log_ratio.exp()
+        kl = 0.5 * (ratio.square() + mean.square() - 1) - log_ratio
+        return {"spread": float(ratio.square().mean()), "kl": float(kl.sum()),
+                "narrowed": int((ratio < self.NARROW).sum()), "narrowest": float(ratio.min())}
 
 
 def particles(tensors: dict[str, Tensor], count: int, seed: int) -> list[Layers]:
-    """The prompts of a posterior that `tensors` wrote: the one, its particles, or `count` draws of
-    its Gaussian."""
+    """The prompts of a posterior that `tensors` wrote: the one, or all that stand for it. Runs of
+    early versions have the standard deviation of every number instead; then `count` draws."""
     by_kind: dict[str, Layers] = {}
     for name, t in tensors.items():
         _, layer, *kind = name.split(".")
@@ -254,4 +357,14 @@ def particles(tensors: dict[str, Tensor], count: int, seed: int) -> list[Layers]
     return [by_kind[""]]
 
 
-POSTERIORS = {"point": Point, "svgd": Particles, "gaussian": MeanField}
+def draw_normal(mean: Layers, sd: Layers, seed: str) -> Layers:
+    """One prompt of a Gaussian whose numbers are independent, a function of the seed alone."""
+    generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+    layers = {}
+    for i, centre in mean.items():
+        noise = torch.randn(centre.shape, generator=generator).to(centre.device)
+        layers[i] = centre + sd[i] * noise
+    return layers
+
+
+POSTERIORS = {"point": Point, "sgld": Langevin, "gaussian": MeanField}

@@ -36,11 +36,14 @@ REFERENCE_ROWS = 20000
 # fields
 
 
-def setting(default, help: str, *, above=None, least=None, below=None, choices=(), **about):
+def setting(default, help: str, *, above=None, least=None, below=None, choices=(), earlier=(),
+            **about):
     """A field of settings. The value must be more than `above`, at least `least`, less than
-    `below`, one of `choices`. about: how commands.py makes a flag of it."""
+    `below`, one of `choices`. earlier: choices of early versions, which their runs keep. about: how
+    commands.py makes a flag of it."""
     return field(default=default, metadata={
-        "help": help, "above": above, "least": least, "below": below, "choices": choices, **about})
+        "help": help, "above": above, "least": least, "below": below, "choices": choices,
+        "earlier": earlier, **about})
 
 
 # How a field of settings is annotated -> the type of its value. Other annotations are not known.
@@ -74,7 +77,7 @@ def check_ranges(settings) -> None:
         flag = about.get("flag") or flag_name(f.name)
         if value is None or not about:
             continue
-        if about["choices"] and value not in about["choices"]:
+        if about["choices"] and value not in about["choices"] + about["earlier"]:
             raise UserError(f"{flag} {value}: use one of {', '.join(about['choices'])}")
         if value_type(f) not in (int, float):
             continue
@@ -202,21 +205,22 @@ class TrainSettings:
     lr: float | None = setting(
         None, "peak learning rate of AdamW (at every layer a twentieth of its reference's root "
         "mean square, which is 1e-3 at the token embeddings of LLaMA 3.2 1B; of --reparam a fifth "
-        "over the network's width)", above=0, below=1e30)  # AdamW multiplies in float32
+        "over the network's width); of --posterior sgld and gaussian in standard deviations of the "
+        "prior (a twentieth)", above=0, below=1e30)  # AdamW multiplies in float32
     warmup: int = setting(10, "steps of linear warm-up", least=0)
     clip: float = setting(1.0, "largest norm of the gradient", above=0)
     skip_bad_steps: int = setting(0, "steps whose loss or gradient is not finite that may be left "
                                   "out before the run stops", least=0)
     prior_weight: float | None = setting(
         None, "weight of the prior's log density in the loss; 1 gives the MAP estimate (0; 1 with "
-        "--posterior svgd or gaussian)", least=0)
+        "--posterior sgld or gaussian)", least=0)
     posterior: str = setting(
-        "point", "what is trained: point, one prompt; svgd, several that follow the posterior's "
-        "gradient and keep apart; gaussian, a mean and a standard deviation for every number of "
-        "the rows", choices=("point", "svgd", "gaussian"))
+        "point", "what is trained: point, one prompt; sgld, samples of the posterior, by Langevin "
+        "dynamics; gaussian, the nearest Gaussian whose whitened coordinates are independent",
+        choices=("point", "sgld", "gaussian"), earlier=("svgd",))
     # All particles are in memory at once.
-    particles: int = setting(8, "prompts of --posterior svgd; draws that stand for a gaussian in "
-                             "eval", above=0, below=1001)
+    particles: int = setting(8, "prompts that stand for a posterior: chains of sgld, draws of a "
+                             "gaussian", above=0, below=1001)
     eval_every: int | None = setting(None, "steps between evaluations and checkpoints (a quarter "
                                      "of --steps)", above=0)
     snapshot_every: int | None = setting(
@@ -227,6 +231,16 @@ class TrainSettings:
     shard: bool = setting(False, "under torchrun, divide the model's weights among the processes "
                           "(FSDP2)")
     out: str | None = setting(None, "the run's folder (runs/ and a name made of the settings)")
+
+    @property
+    def has_particles(self) -> bool:
+        """Whether several prompts are trained, and scored together."""
+        return self.posterior in ("sgld", "svgd")
+
+    @property
+    def representative(self) -> str:
+        """What stands for a posterior where one prompt is asked for."""
+        return "first particle" if self.posterior == "sgld" else "mean prompt"
 
     def complete(self) -> TrainSettings:
         weight = self.prior_weight
@@ -304,12 +318,14 @@ def check_together(settings: Settings) -> None:
     """Raises UserError for settings that contradict each other."""
     prior, prompt, train = settings.prior, settings.prompt, settings.train
     name = priors.parse(prior.prior)[0]
+    if train.posterior not in FIELDS["posterior"].metadata["choices"]:
+        raise UserError(f"--posterior {train.posterior} was taken out, because its prompts become "
+                        "copies of one: its runs can be evaluated; train by --posterior sgld")
     if train.prior_weight and not priors.PRIORS[name].has_density:
         flag = "--prior-weight" if train.posterior == "point" else f"--posterior {train.posterior}"
         dense = [other for other, kind in priors.PRIORS.items() if kind.has_density]
-        without = ", or --prior-weight 0" if train.posterior == "svgd" else ""
         raise UserError(f"{flag}: the prior {name} has no density to follow: use one of "
-                        f"{', '.join(dense)}{without}")
+                        f"{', '.join(dense)}")
     if prompt.method == "prefix":
         if train.prior_weight or train.posterior != "point":
             raise UserError("--method prefix trains keys and values, over which no prior has a "
@@ -325,9 +341,9 @@ def check_together(settings: Settings) -> None:
         raise UserError(f"--{flag} is for --method prefix: give that too")
     if prompt.reparam != "none" and train.posterior != "point":
         raise UserError("--reparam trains one prompt: leave out --posterior")
-    if train.posterior == "gaussian" and not train.prior_weight:
-        raise UserError("--posterior gaussian needs the prior, or its deviations only shrink: give "
-                        "--prior-weight above 0")
+    if train.posterior != "point" and not train.prior_weight:
+        raise UserError(f"--posterior {train.posterior} needs the prior, without which there is no "
+                        "posterior: give --prior-weight above 0")
 
 
 # --------------------------------------------------------------------------------------------------

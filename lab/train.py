@@ -31,8 +31,8 @@ from lab.console import (FIRST, Stopped, UserError, file_list, out_of_memory, pr
                          scores_line, show)
 from lab.evaluation import evaluate, score_table
 from lab.folder import Checkpoint, Run, read_config, versions
-from lab.inputs import (LoadedModel, Questions, answer_tokens, check_place, checksums, encode,
-                        layers_with_rows, load_model, longest_text, plain_prompts,
+from lab.inputs import (LoadedModel, Questions, check_place, checksums, encode, layers_with_rows,
+                        load_model, longest_text, mean_answer_tokens, plain_prompts,
                         training_and_evaluation)
 from lab.loss import answer_loss, begin
 from lab.pictures import draw_run
@@ -59,26 +59,30 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 class Training:
-    """AdamW on a posterior's parameter groups, whose learning rates are the peaks.
+    """A posterior's optimiser, with its learning rates as peaks.
 
-    Every member's objective is its loss per answer token + prior_weight * penalty(member); see
-    docs/posteriors.md. The batch of a step is a pure function of the seed and the step. Of several
-    processes each has its share of the batch, and gradients are summed."""
+    Every member's objective is its loss on the batch / (questions of the batch * answer_tokens)
+    + prior_weight * penalty(member); see docs/posteriors.md. Divided by the batch's own number of
+    answer tokens, as the loss that is logged, it would be biased: a token would weigh less in a
+    batch of long answers. The batch of a step is a pure function of the seed and the step. Of
+    several processes each has its share of the batch, and gradients are summed."""
 
     def __init__(self, run: Run, settings: Settings, loaded: LoadedModel,
                  posterior: posteriors.Point, questions: Questions,
                  penalty: Callable[[dict[int, Tensor]], Tensor] | None,
-                 evaluate: Callable[[int], tuple[dict, list[dict]]]):
+                 evaluate: Callable[[int], tuple[dict, list[dict]]], answer_tokens: float):
         """evaluate(step) scores the prompt as it is: metrics and predictions. penalty: -log p of a
-        member's numbers over the answer tokens of the training data; None: no prior in the loss."""
+        member's numbers over the answer tokens of the training data; None: no prior in the loss.
+        answer_tokens: the mean number of a question's."""
         self.run, self.settings, self.loaded = run, settings, loaded
         self.posterior, self.questions = posterior, questions
-        self.penalty, self.evaluate = penalty, evaluate
+        self.penalty, self.evaluate, self.answer_tokens = penalty, evaluate, answer_tokens
         self.order = data.Order([e.context for e in questions.examples], settings.data.batch_size,
                                 settings.seed, settings.data.share)
         self.parameters = [p for p in posterior.parameters() if p.requires_grad]
-        groups = [{**group, "peak": group["lr"]} for group in posterior.groups(settings.train.lr)]
-        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.optimiser = posterior.optimiser(settings.train.lr)
+        for group in self.optimiser.param_groups:
+            group["peak"] = group["lr"]
         self.step = 0  # steps that were made
         self.evaluation_due = True  # whether the evaluation of this step is still to come
         self.saved_step: int | None = None  # the step of the newest checkpoint
@@ -132,12 +136,11 @@ class Training:
             group["lr"] = group["peak"] * share
         self.batch = self._batch_of(self.step)
         tokens, examples = all_reduce_sum(int((self.batch.labels != data.NO_LABEL).sum()),
-                                  len(self.batch.tails), device=device)
+                                          len(self.batch.tails), device=device)
 
         # Leave the gradient of the posterior, summed over the processes, in the parameters.
-        loss, penalty = self._backward(tokens)
+        loss, penalty = self._backward(examples)
         all_reduce_gradients(self.parameters)
-        self.posterior.combine_gradients()
         loss = all_reduce_sum(loss, device=device)[0] / tokens
         largest = train.clip if self.posterior.clips else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest).item()
@@ -165,9 +168,10 @@ class Training:
         return self.questions.batch(indices[first:end], self.settings.data.share,
                                     self.settings.prompt.place, self.loaded.device)
 
-    def _backward(self, tokens: float) -> tuple[float, float]:
+    def _backward(self, examples: float) -> tuple[float, float]:
         """Leave every member's gradient in the parameters -> the summed loss of this process's
-        answers, and the weighted penalty, both means over the members. tokens: of all processes."""
+        answers, and the weighted penalty, both means over the members. examples: the questions of
+        all processes."""
         model, prompt = self.loaded.model, self.settings.prompt
         size, weight = rank_and_size()[1], self.settings.train.prior_weight
         members = self.posterior.members(self.step)
@@ -176,7 +180,7 @@ class Training:
         for layers in members:
             past, batch = begin(model, self.batch, llama.Prompt(layers, prompt.cut), prompt.place)
             summed, _ = answer_loss(model, past, batch)
-            objective = summed / tokens
+            objective = summed / (examples * self.answer_tokens)
             if self.penalty:
                 member_penalty = self.penalty(layers)
                 objective = objective + weight * member_penalty / size
@@ -218,7 +222,7 @@ class Training:
     def _record(self) -> None:
         """Score the prompt as it is, and log the scores and the prompt."""
         metrics, predictions = self.evaluate(self.step)
-        self.run.log({"step": self.step, "split": "eval", **metrics})
+        self.run.log({"step": self.step, "split": "eval", **metrics, **self.posterior.report()})
         self._write_prompt(f"prompts/{self.step:06d}.safetensors")
         self._write_prompt("prompt.safetensors")
         lines = [json.dumps(prediction) + "\n" for prediction in predictions]
@@ -455,9 +459,8 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
 
     # Fit the prior, and make the posterior from its draw.
     begun = begin_run(inputs)
-    answers = 1
-    if settings.train.prior_weight or settings.train.posterior != "point":
-        answers = only_first(lambda: answer_tokens(inputs.questions))
+    mean_tokens = only_first(lambda: mean_answer_tokens(inputs.questions))
+    answers = mean_tokens * len(inputs.questions)
     posterior = make_posterior(settings, begun, answers).to(loaded.device)
     if checkpoint:
         check_fits(posterior, checkpoint, run.path)
@@ -472,7 +475,8 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
 
     def penalty(layers: dict[int, Tensor]) -> Tensor:
         # The loss is a mean over answer tokens, so -log p is divided by their number: with weight 1
-        # the sum is the negative log posterior, up to a constant factor.
+        # the sum is the negative log posterior, up to a factor. An estimate of the number will do,
+        # because loss and penalty are divided by the same one.
         log_p = sum(begun.fitted[i].log_prob(rows.cpu()).sum() for i, rows in layers.items())
         return -log_p.to(loaded.device) / answers
 
@@ -490,7 +494,8 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
         inputs.held_out.say_cut()
 
     training = Training(run, settings, loaded, posterior, inputs.questions,
-                        penalty if settings.train.prior_weight else None, evaluate_posterior)
+                        penalty if settings.train.prior_weight else None, evaluate_posterior,
+                        mean_tokens)
     training.go(checkpoint)
     if FIRST:
         inputs.questions.say_cut()
@@ -506,6 +511,7 @@ class Beginning(NamedTuple):
     start: dict[int, Tensor]  # {layer: (K, n, ...)}: the prior's draws
     scales: dict[int, float]  # the root mean square of each layer's reference
     fitted: dict[int, priors.Prior]  # {} if their density is not asked for
+    gaussians: dict[int, posteriors.Gaussian]  # like the priors; {} if one prompt is trained
     reports: list[dict]  # what the prior of each layer says of itself
 
 
@@ -518,9 +524,11 @@ def begin_run(inputs: Inputs) -> Beginning:
     def work() -> Beginning:
         by_layer = references(settings.prior, settings.data, inputs.loaded, inputs.layers,
                               method=settings.prompt.method, examples=inputs.examples)
-        count = settings.train.particles if settings.train.posterior == "svgd" else 1
-        drawn = draw(settings.prior, by_layer, count)
-        start = drawn.rows
+        is_point = settings.train.posterior == "point"
+        drawn = draw(settings.prior, by_layer, 1 if is_point else settings.train.particles)
+        start, gaussians = drawn.rows, {}
+        if not is_point:
+            gaussians = {i: gaussian_like(prior, by_layer[i]) for i, prior in drawn.fitted.items()}
         if settings.prompt.method == "prefix":
             start = {i: prefix_of(model, i, draws[0], by_layer[i])[None]
                      for i, draws in start.items()}
@@ -528,7 +536,7 @@ def begin_run(inputs: Inputs) -> Beginning:
         kept.update(by_layer)
         scales = {i: float(r.rows.square().mean().sqrt()) for i, r in by_layer.items()}
         fitted = drawn.fitted if settings.train.prior_weight else {}
-        return Beginning({}, start, scales, fitted, drawn.reports)
+        return Beginning({}, start, scales, fitted, gaussians, drawn.reports)
 
     if settings.train.shard:  # a reference may need the weights, which all hold together
         begun = work()
@@ -536,6 +544,17 @@ def begin_run(inputs: Inputs) -> Beginning:
     else:
         begun = only_first(work)
     return begun._replace(by_layer=kept)
+
+
+def gaussian_like(prior: priors.Prior, reference: Reference) -> posteriors.Gaussian:
+    """The Gaussian that a prior is. Of a prior that is none: that of the reference which it was
+    fitted on."""
+    if isinstance(prior, priors.Isotropic):
+        scale = torch.full((prior.width,), prior.std)
+        return posteriors.Gaussian(torch.zeros(prior.width), torch.eye(prior.width), scale)
+    if not isinstance(prior, priors.Fitted):
+        prior = priors.Fitted.fit(reference.rows)
+    return posteriors.Gaussian(prior.mean, prior.basis, prior.scale)
 
 
 def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
@@ -593,13 +612,14 @@ def checkpoint_of(run: Run, settings: Settings) -> Checkpoint | None:
     return checkpoint
 
 
-def make_posterior(settings: Settings, begun: Beginning, answers: int) -> posteriors.Point:
+def make_posterior(settings: Settings, begun: Beginning, answers: float) -> posteriors.Point:
     """answers: the tokens of all answers to train on."""
     start, scales, reparam = begun.start, begun.scales, settings.prompt.reparam
     if reparam != "none":
         return posteriors.Encoded(start, scales, 1 / answers, settings.seed, reparam)
     kind = posteriors.POSTERIORS[settings.train.posterior]
-    return kind(start, scales, 1 / answers, settings.seed)
+    units = begun.gaussians or scales
+    return kind(start, units, 1 / answers, settings.seed)
 
 
 def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) -> None:
@@ -612,7 +632,8 @@ def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) 
                             f"--prior posterior:{path},resample=1")
         if rows is None or rows.shape != p.shape:
             raise UserError(f"{path}/checkpoints: rows {name!r} are missing or of another shape "
-                            f"than {tuple(p.shape)}: this checkpoint is of another run")
+                            f"than {tuple(p.shape)}: this checkpoint is of another run, or of an "
+                            "early version: start a run anew")
 
 
 def write_config(run: Run, inputs: Inputs, flags: list[str], reports: list[dict],

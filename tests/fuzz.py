@@ -108,7 +108,7 @@ def world(folder: Path) -> None:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     for name, flags in {
             "point": ["--prior", "vocab"],
-            "svgd": ["--prior", "fitted", "--posterior", "svgd", "--particles", "2"],
+            "sgld": ["--prior", "fitted", "--posterior", "sgld", "--particles", "2"],
             "gaussian": ["--prior", "fitted", "--posterior", "gaussian", "--particles", "2"]
             }.items():
         spec = f"squad:{folder}/squad.json"
@@ -135,7 +135,7 @@ class Kind(NamedTuple):
 
 
 MODEL = [["generate", "WORLD/runs/point", "Who?", "--model", "COPY", "--max-new", "2"],
-         ["eval", "WORLD/runs/svgd", "--limit", "1", "--json", "--model", "COPY"],
+         ["eval", "WORLD/runs/sgld", "--limit", "1", "--json", "--model", "COPY"],
          ["train", "--model", "COPY", "--data", "squad:WORLD/squad.json", "--eval-data",
           "squad:WORLD/squad.json", *FEW, "--out", "OUT"]]
 RUN = [["eval", "COPY", "--json"], ["eval", "COPY"], ["generate", "COPY", "Who?"],
@@ -189,7 +189,7 @@ KINDS = {
     **{f"run {file}, {name}": Kind(f"runs/{name}", file, [
         c for c in RUN if c[0] in readers or "--resume" in c and "resume" in readers]
         + [PREFIX] * ("sample" in readers and name == "prefix"))
-       for name in ("point", "svgd", "gaussian", "prefix") for file, readers in {
+       for name in ("point", "sgld", "gaussian", "prefix") for file, readers in {
            "config.json": {c[0] for c in RUN},
            "prompt.safetensors": {c[0] for c in RUN} - {"train"},
            "metrics.jsonl": {"compare", "plot", "resume", "export"},

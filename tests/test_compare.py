@@ -13,6 +13,7 @@ from scipy.stats import chi
 import llama
 import priors
 import promptprior
+from lab import console
 from lab.activations import Collection
 from lab.attention import measure_attention
 from lab.compare import paths_of, walks
@@ -35,7 +36,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, arguments in {
             "squad": ["--data", "squad"], "math": ["--data", "math", "--seed", 1],
-            "svgd": ["--data", "math", "--posterior", "svgd", "--particles", 3],
+            "sgld": ["--data", "math", "--posterior", "sgld", "--particles", 3],
             "gaussian": ["--data", "math", "--posterior", "gaussian", "--particles", 2,
                          "--deep-layers", 1]}.items():
         assert run("train", "--prior", "fitted", "--out", folder / name, *FEW, *arguments) == 0
@@ -44,48 +45,88 @@ def runs(tmp_path_factory):
 
 def test_posteriors_are_written_and_scored(runs, capsys):
     capsys.readouterr()
-    particles = load_file(runs / "svgd/prompt.safetensors")
+    particles = load_file(runs / "sgld/prompt.safetensors")
     assert {k: v.shape for k, v in particles.items()} == {
         "layers.0": (20, 192), "layers.0.particles": (3, 20, 192)}
-    torch.testing.assert_close(particles["layers.0"],
-                               particles["layers.0.particles"].mean(dim=0))
+    # chains may be in different modes, between which their mean is no prompt
+    torch.testing.assert_close(particles["layers.0"], particles["layers.0.particles"][0])
     gaussian = load_file(runs / "gaussian/prompt.safetensors")
-    assert set(gaussian) == {f"layers.{i}{k}" for i in (0, 5) for k in ("", ".sd")}
-    assert all((gaussian[f"layers.{i}.sd"] > 0).all() for i in (0, 5))
-    start, end = Run(runs / "svgd").start_and_end()
+    assert {k: v.shape for k, v in gaussian.items()} == {
+        f"layers.{i}{k}": shape for i in (0, 5)
+        for k, shape in (("", (20, 192)), (".particles", (2, 20, 192)))}
+    start, end = Run(runs / "sgld").start_and_end()
     assert start[0].shape == end[0].shape == (60, 192)  # particles, not their mean
     assert torch.equal(end[0], particles["layers.0.particles"].flatten(0, 1))
-    drawn = load_file(runs / "svgd/prompts/000000.safetensors")["layers.0.particles"]
+    drawn = load_file(runs / "sgld/prompts/000000.safetensors")["layers.0.particles"]
     assert torch.equal(start[0], drawn.flatten(0, 1)) and not torch.equal(drawn[0], drawn[1])
     scores = {}
-    for name, one, count in (("svgd", "particle", 3), ("gaussian", "draw", 2)):
+    for name, one, count in (("sgld", "particle", 3), ("gaussian", "draw", 2)):
         assert run("eval", runs / name, "--json") == 0
         scores[name] = json.loads(capsys.readouterr().out)["scores"]
         assert list(scores[name])[2:] == [f"fitted prior, trained: {x}" for x in (
-            "mean prompt", *(f"{one} {k}" for k in range(1, count + 1)),
+            *["mean prompt"] * (name == "gaussian"), *(f"{one} {k}" for k in range(1, count + 1)),
             f"ensemble of {count}")]
         for numbers in scores[name].values():
             assert 0 <= numbers["calibration_error"] <= 100
+    # the spread over the prior's, beside the scores of all together
+    for name, titles in (("sgld", ["spread"]), ("gaussian", [*console.SPREADS.values()])):
+        [together] = [numbers for key, numbers in scores[name].items() if "ensemble" in key]
+        assert {title.lower() for title in titles} <= together.keys()
+        assert run("eval", runs / name) == 0
+        assert capsys.readouterr().out.split("\n")[2].split()[-len(titles):] == titles
+    assert 0.7 < scores["sgld"]["fitted prior, trained: ensemble of 3"]["spread"] < 1.3
     # the log of an average is at least the average of logs
-    for name, count in (("svgd", 3), ("gaussian", 2)):
+    for name, count in (("sgld", 3), ("gaussian", 2)):
         ensemble = scores[name][f"fitted prior, trained: ensemble of {count}"]["loss"]
         members = [numbers["loss"] for key, numbers in scores[name].items()
                    if "particle" in key or "draw" in key]
         assert len(members) == count and ensemble <= np.mean(members) + 1e-6
     # training scored the ensemble of particles
-    last = [json.loads(x) for x in (runs / "svgd/metrics.jsonl").read_text().splitlines()][-1]
+    last = [json.loads(x) for x in (runs / "sgld/metrics.jsonl").read_text().splitlines()][-1]
     assert last["loss"] == pytest.approx(
-        scores["svgd"]["fitted prior, trained: ensemble of 3"]["loss"], rel=1e-5)
+        scores["sgld"]["fitted prior, trained: ensemble of 3"]["loss"], rel=1e-5)
 
 
 def test_a_posterior_needs_a_density(tmp_path, capsys):
-    for arguments in (["--posterior", "svgd"], ["--posterior", "gaussian", "--prior", "xavier"]):
+    for arguments in (["--posterior", "sgld"], ["--posterior", "gaussian", "--prior", "xavier"]):
         assert run("train", *arguments, "--out", tmp_path / "x", *FEW) == 2
         assert "has no density" in capsys.readouterr().err
     assert run("train", "--posterior", "laplace", "--out", tmp_path / "x") == 2
-    assert "use one of point, svgd, gaussian" in capsys.readouterr().err
-    assert run("train", "--prior", "fitted", "--posterior", "gaussian", "--prior-weight", 0) == 2
+    assert "use one of point, sgld, gaussian" in capsys.readouterr().err
+    for kind in ("sgld", "gaussian"):
+        assert run("train", "--prior", "fitted", "--posterior", kind, "--prior-weight", 0) == 2
+        assert "give --prior-weight above 0" in capsys.readouterr().err
+    assert run("train", "--prior", "fitted", "--posterior", "svgd", "--out", tmp_path / "x") == 2
+    assert "train by --posterior sgld" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_runs_of_early_posteriors_open(runs, tmp_path, capsys):
+    """The particles of SVGD, and of a Gaussian the standard deviation of every number. They are
+    scored and compared, and do not go on."""
+    for name, early in (("sgld", "svgd"), ("gaussian", "gaussian")):
+        opened = Run(tmp_path / early)
+        shutil.copytree(runs / name, opened.path)
+        config = opened.config()
+        config["settings"]["posterior"] = early
+        opened.write_json("config.json", config)
+        if early == "gaussian":
+            for file in (*opened.path.glob("prompts/*"), opened.path / "prompt.safetensors"):
+                rows = {k: v for k, v in load_file(file).items() if "particles" not in k}
+                save_file(rows | {f"{k}.sd": v.abs() / 100 for k, v in rows.items()}, file)
+            tensors = opened.load_checkpoint()[0].tensors
+            opened.save_checkpoint(3, {k.replace("log_ratio", "log_sd"): t
+                                       for k, t in tensors.items()}, False)
+        capsys.readouterr()
+        assert run("eval", opened.path, "--json") == 0
+        scores = json.loads(capsys.readouterr().out)["scores"]
+        assert f"fitted prior, trained: ensemble of {3 if early == 'svgd' else 2}" in scores
+        assert run("compare", opened.path, "--json") == 0
+        measures = json.loads(capsys.readouterr().out)[0]["measures"]
+        assert (0.7 < measures["layer 0 trained"]["particle_spread"] < 1.3) == (early == "svgd")
+        assert run("train", "--out", opened.path, "--resume", "--steps", 4) == 2
+        assert ("--posterior sgld" if early == "svgd" else "an early version") \
+            in capsys.readouterr().err
 
 
 def test_the_posterior_of_runs_is_a_prior(runs, tmp_path, capsys):
@@ -95,7 +136,7 @@ def test_the_posterior_of_runs_is_a_prior(runs, tmp_path, capsys):
     torch.testing.assert_close(load_file(tmp_path / "warm/prompts/000000.safetensors"),
                                load_file(runs / "squad/prompt.safetensors"))
     assert run("plot", tmp_path / "warm") == 0
-    assert run("sample", "--json", "--prior", f"posterior:{runs / 'squad'},{runs / 'svgd'}") == 0
+    assert run("sample", "--json", "--prior", f"posterior:{runs / 'squad'},{runs / 'sgld'}") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["rows"] == 20 + 3 * 20
     assert run("sample", "--prior", f"posterior:{runs / 'squad'}", "--deep-layers", 1) == 2
     assert "none at 5" in capsys.readouterr().err
@@ -143,7 +184,7 @@ def test_compare_runs(runs, capsys):
     assert run("compare", runs / "squad") == 0
     out = capsys.readouterr().out
     assert "collapse" in out and "no prompt" in out and "layer 0 trained, l2: " in out
-    assert run("compare", runs / "svgd") == 0
+    assert run("compare", runs / "sgld") == 0
     assert "the token of each row of particle 1:" in capsys.readouterr().out
 
 

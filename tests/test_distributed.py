@@ -48,7 +48,7 @@ def lines(folder):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--prior", "fitted", "--posterior", "svgd", "--particles", "2"],
+    ["--prior", "fitted", "--posterior", "sgld", "--particles", "2"],
     ["--shard", "--data", "math", "--tokens", "0", "--deep-layers", "2", "--steps", "3"],
     ["--shard", "--place", "suffix", "--reparam", "mlp", "--steps", "2"],
     ["--shard", "--method", "prefix", "--prefix-layers", "2", "--reparam", "shared", "--place",

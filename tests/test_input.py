@@ -118,7 +118,7 @@ def test_a_pickle_is_not_unpickled(world, own, tmp_path, refused):
     torch.save(Evil(marker), zipped)
     for content in (evil, zipped.getvalue()):
         for part, file in {"model": "model.safetensors", "runs/point": "prompt.safetensors",
-                           "runs/svgd": "config.json"}.items():
+                           "runs/sgld": "config.json"}.items():
             path = tmp_path / Path(part).name
             shutil.rmtree(path, ignore_errors=True)
             own(part)
@@ -221,7 +221,7 @@ def test_weights_that_are_not_finite(own, number):
 
 
 @pytest.mark.parametrize("part, name", [("model", "model.safetensors"),
-                                        ("runs/svgd", "prompt.safetensors"),
+                                        ("runs/sgld", "prompt.safetensors"),
                                         (".", "acts.safetensors")])
 def test_mutated_safetensors(world, own, tmp_path, part, name):
     """300 each: an error of ours, in one line, or tensors of the right names, shapes and types."""
@@ -503,7 +503,7 @@ RUN_CONFIG = {
 
 @pytest.mark.parametrize("key", RUN_CONFIG)
 def test_a_runs_settings(own, refused, key):
-    folder = own("runs/svgd")
+    folder = own("runs/sgld")
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for value in RUN_CONFIG[key]:
@@ -570,7 +570,7 @@ def test_a_runs_log(own, refused, line):
     {"layers.0.sd": (3, 16)}, {"layers.0.x": (3, 16)}, {"x": (3, 16)}, {"layers.0": torch.float16},
     {"layers.0": torch.int32}, {"layers.1.particles": float("nan")}])
 def test_prompt_rows(own, refused, change):
-    folder = own("runs/svgd")
+    folder = own("runs/sgld")
     for name in ("prompt.safetensors", "prompts/000000.safetensors"):
         path = folder / name
         kept = path.read_bytes()

@@ -51,7 +51,19 @@ def test_what_does_not_fit_is_known_before(loaded, capsys):
     questions.say_cut()
     cut = [row.cut for row in rows if row and row.cut]
     assert f"{len(cut)} of the 40 contexts read were cut at their end" in capsys.readouterr().err
-    assert inputs.answer_tokens(questions) == sum(len(r.ids) - r.start for r in rows if r)
+    lengths = [len(r.ids) - r.start for r in rows if r]
+    assert inputs.mean_answer_tokens(questions) == sum(lengths) / len(lengths)
+
+
+def test_answers_lengths_are_averaged_over_a_sample(loaded, monkeypatch):
+    """The same one each time, of a size that does not grow with the data."""
+    questions = inputs.encode(examples_of(400), loaded.vocabulary, 400, "training")
+    mean, sizes, counts = inputs.mean_answer_tokens(questions), data.sizes, []
+    monkeypatch.setattr(data, "sizes", lambda examples, v: counts.append(len(examples))
+                        or sizes(examples, v))
+    monkeypatch.setattr(inputs, "SIZED", 200)
+    one, two = (inputs.mean_answer_tokens(questions) for _ in range(2))
+    assert one == two == pytest.approx(mean, rel=0.15) and counts == [200, 200]
 
 
 def test_a_text_prompt_is_run_once(loaded, monkeypatch):

@@ -217,7 +217,7 @@ def runs(tmp_path_factory):
     common = ("train --steps 2 --eval-every 1 --eval-limit 4 --reference-rows 300 --data math "
               "--batch-size 4 --tokens 3 --out").split()
     for name, more in (("a", "--deep-layers 1 --reference math"),
-                       ("b", "--prior fitted --posterior svgd --particles 2")):
+                       ("b", "--prior fitted --posterior sgld --particles 2")):
         assert promptprior.main([*common, str(folder / name), *more.split()]) == 0
     return folder
 
@@ -283,9 +283,9 @@ def test_a_page_names_data_without_its_folders(runs):
 
 def test_very_many_rows_are_shown_at_fewer_steps(runs, monkeypatch):
     run = Run(runs / "b")
-    assert page.shown_steps(run, run.settings()) == [0, 1, 2]
+    assert page.shown_steps(run) == [0, 1, 2]
     monkeypatch.setattr(page, "STATES", 13)  # of 6 rows a step
-    assert page.shown_steps(run, run.settings()) == [0, 2]
+    assert page.shown_steps(run) == [0, 2]
 
 
 def test_runs_of_one_model_share_it(runs):

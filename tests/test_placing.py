@@ -192,7 +192,7 @@ KINDS = {"prefix": ["--method", "prefix"],
          "P-tuning v2": ["--method", "prefix", "--reparam", "mlp", "--dtype", "bfloat16"],
          "mlp of rows": ["--reparam", "mlp", "--deep-layers", 1, "--dtype", "bfloat16"],
          "after BOS": ["--place", "after-bos"], "suffix": ["--place", "suffix", "--posterior",
-                                                           "svgd", "--particles", 2,
+                                                           "sgld", "--particles", 2,
                                                            "--prior", "fitted"],
          "suffix of a prefix": ["--method", "prefix", "--place", "suffix", "--prefix-layers", 3]}
 
@@ -237,7 +237,7 @@ def test_runs_train_resume_and_score(tmp_path, monkeypatch, capsys, kind):
     for text in texts:
         assert run("generate", tmp_path / "a", text) == 0
         alone.append(capsys.readouterr().out.rstrip("\n"))
-    if "svgd" not in KINDS[kind]:
+    if "sgld" not in KINDS[kind]:
         assert [line["answer"] for line in together] == alone
     assert [line["id"] for line in together] == [0, 1, 2]
 
@@ -290,7 +290,7 @@ def test_an_early_runs_prefix_still_opens(tmp_path, capsys):
     (["--method", "prefix", "--deep-layers", 1], "--prefix-layers"),
     (["--method", "prefix", "--prefix-layers", 9], "6 layers"),
     (["--prefix-layers", 2], "--method prefix"), (["--reparam", "shared"], "--method prefix"),
-    (["--reparam", "mlp", "--prior", "fitted", "--posterior", "svgd"], "leave out --posterior"),
+    (["--reparam", "mlp", "--prior", "fitted", "--posterior", "sgld"], "leave out --posterior"),
     (["--place", "middle"], "before, after-bos, suffix"), (["--method", "lora"], "prompt, prefix")])
 def test_mistakes(tmp_path, capsys, arguments, message):
     assert run("train", "--out", tmp_path / "a", *FEW, *arguments) == 2

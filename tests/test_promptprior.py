@@ -108,7 +108,7 @@ class Killed(BaseException):
     ["--prior", "vocab"], ["--prior", "fitted", "--prior-weight", "1", "--deep-layers", "1"],
     ["--prior", "isotropic", "--dtype", "bfloat16", "--data", "math"],
     ["--data", "math", "--tokens", "0", "--deep-layers", "2"],
-    ["--prior", "fitted", "--posterior", "svgd", "--particles", "3", "--data", "math"],
+    ["--prior", "fitted", "--posterior", "sgld", "--particles", "3", "--data", "math"],
     ["--prior", "fitted", "--posterior", "gaussian", "--deep-layers", "1", "--data", "math"]])
 def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
     """Stopped by signals and killed between checkpoints, with lines in the log that no checkpoint
@@ -597,7 +597,7 @@ def test_the_step_that_is_wanted(tmp_path, capsys):
     assert torch.equal(rows, run_of.tensors(f"prompts/{worst:06d}.safetensors")["layers.0"])
     assert not torch.equal(rows, run_of.tensors()["layers.0"])
     opened = open_run(tmp_path / "r", {"step": str(worst)})
-    assert shown_steps(opened.run, opened.settings) == [0, 1, 2]
+    assert shown_steps(opened.run) == [0, 1, 2]
     about = about_run(opened.run, opened.settings, [0, 1, 2])
     assert [line["step"] for line in about["evals"]] == [0, 2] and not about["predictions"]
     about = json.loads((tmp_path / "peft/promptprior.json").read_text())

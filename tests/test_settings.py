@@ -56,7 +56,7 @@ def test_ranges(flags, message):
 def test_a_config_is_the_settings():
     """As JSON and back, with every setting, whatever was given."""
     for flags in ({}, {"reference": ["squad", "text"], "prior": "interpolation"},
-                  {"posterior": "svgd", "prior": "fitted", "prior_weight": 2.0},
+                  {"posterior": "sgld", "prior": "fitted", "prior_weight": 2.0},
                   {"method": "prefix", "place": "after-bos", "prefix_layers": 2},
                   {"imported": "somebody's", "steps": 0}):
         complete = Settings.from_flags(flags).complete()
@@ -99,5 +99,5 @@ def test_names():
         "posterior:run,other,resample=1"
     assert settings.spec_name("squad:/a/b/train.json") == "squad:train.json"
     run = Settings.from_flags({"prior": "exclusion:k=2", "deep_layers": 3, "method": "prompt",
-                       "posterior": "svgd", "seed": 4})
-    assert settings.free_name(run) == "runs/squad-exclusion-k-2-deep3-svgd-seed4"
+                       "posterior": "sgld", "seed": 4})
+    assert settings.free_name(run) == "runs/squad-exclusion-k-2-deep3-sgld-seed4"

@@ -228,7 +228,7 @@ def test_killed_at_random(tmp_path, kills):
     """SIGKILLs of the real program, as many to each of three runs, at random moments of its work;
     two at a time."""
     kinds = [["--prior", "fitted", "--prior-weight", "1"],
-             ["--prior", "fitted", "--posterior", "svgd", "--particles", "2"],
+             ["--prior", "fitted", "--posterior", "sgld", "--particles", "2"],
              ["--posterior", "gaussian", "--deep-layers", "1", "--dtype", "bfloat16"]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -504,7 +504,7 @@ def test_a_refused_resume_changes_nothing(whole, tmp_path, capsys, refused):
 
 @pytest.mark.parametrize("first, then", [
     ({"data": "math"}, {"data": "squad"}),
-    ({"prior": "fitted"}, {"posterior": "svgd", "particles": 2}),
+    ({"prior": "fitted"}, {"posterior": "sgld", "particles": 2}),
     ({"deep-layers": 2}, {"deep-layers": 0}), ({"prior": "interpolation"}, {"prior": "fitted"}),
     ({"deep-layers": 2}, {"deep-layers": 0, "method": "prefix"}),
     ({"method": "prefix", "prefix-layers": 2}, {"method": "prompt", "prefix-layers": 0}),
