@@ -52,6 +52,7 @@ class Example(NamedTuple):
     context: str  # "" for arithmetic; the whole text of "text"
     question: str
     answers: tuple[str, ...]  # all that are accepted, the first is trained on; () is unanswerable
+    source: str = ""  # the article or the arithmetic module that it is of, "" if the file names none
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,7 +206,8 @@ def _read_squad(path: Path) -> Iterator[Example]:
         for where, record in _records(text, path):
             answers = _field(record, "answers", dict, where)
             context = _field(record, "context", str, where)
-            yield _squad_example(record, context, _field(answers, "text", list, where), where)
+            golds = _field(answers, "text", list, where)
+            yield _squad_example(record, context, golds, record.get("title"), where)
         return
     articles = _field(parse_json(text, str(path)), "data", list, str(path))
     for a, article in enumerate(articles):
@@ -217,14 +219,15 @@ def _read_squad(path: Path) -> Iterator[Example]:
                 answers = [_field(gold, "text", str, where) for gold in golds]
                 if question.get("is_impossible"):
                     answers = []
-                yield _squad_example(question, context, answers, where)
+                yield _squad_example(question, context, answers, article.get("title"), where)
 
 
-def _squad_example(record: dict, context: str, answers: list, where: str) -> Example:
+def _squad_example(record: dict, context: str, answers: list, title, where: str) -> Example:
     if not all(isinstance(answer, str) for answer in answers):
         raise DataError(f"{where}: an answer is not a text: check that the file is SQuAD")
     question = _field(record, "question", str, where)
-    return Example(str(record.get("id", where)), "squad", context, question, tuple(answers))
+    source = title if isinstance(title, str) else ""
+    return Example(str(record.get("id", where)), "squad", context, question, tuple(answers), source)
 
 
 def _read_math(path: Path) -> Iterator[Example]:
@@ -235,7 +238,7 @@ def _read_math(path: Path) -> Iterator[Example]:
         for i, (where, record) in enumerate(_records(text, path)):
             question = _unbyte(_field(record, "question", str, where))
             answer = _unbyte(_field(record, "answer", str, where))
-            yield Example(f"{name}-{i}", "math", "", question, (answer,))
+            yield Example(f"{name}-{i}", "math", "", question, (answer,), name)
         return
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
     if len(lines) % 2:
@@ -245,7 +248,7 @@ def _read_math(path: Path) -> Iterator[Example]:
         raise DataError(f"{path} line {lines.index('') + 1}: empty, expected a question and an "
                         "answer in turn: repair the file")
     for i, (question, answer) in enumerate(zip(lines[::2], lines[1::2])):
-        yield Example(f"{name}-{i}", "math", "", question, (answer,))
+        yield Example(f"{name}-{i}", "math", "", question, (answer,), name)
 
 
 def _unbyte(text: str) -> str:

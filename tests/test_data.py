@@ -41,7 +41,7 @@ FLAT = [{"id": q["id"], "title": "t", "context": "In Ülm lives a cat.", "questi
     json.dumps({key: [row[key] for row in FLAT] for key in FLAT[0]})])
 def test_squad(tmp_path, text):
     first, second = data.read("squad", write(tmp_path / "x.json", text))
-    assert first == data.Example("1", "squad", "In Ülm lives a cat.", "Who?", ("a cat", "cat"))
+    assert first == data.Example("1", "squad", "In Ülm lives a cat.", "Who?", ("a cat", "cat"), "t")
     assert second.answers == ()
 
 
@@ -51,6 +51,8 @@ def test_math(tmp_path):
     folder = [(e.question, e.answers[0]) for e in data.read("math", str(tmp_path))]
     assert folder == [("Divide 59 by 9.", "59/9"), ("What is 1 + 1?", "2"), ("-3 * -129", "387")]
     assert len(data.read("math", str(tmp_path / "*__b.txt"))) == 2
+    assert [e.source for e in data.read("math", str(tmp_path))] == [
+        f"{tmp_path.name}/arithmetic__{module}" for module in "abb"]
     rows = [{"question": "b'What is \"1\" + 1?\\n'", "answer": "b'2\\n'"},
             {"question": "b", "answer": "b'x"}]
     examples = data.read("math", write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))))
