@@ -24,7 +24,7 @@ from lab.geometry import GeometryError, checked, squared_distances
 
 MOST = 2000  # points of a domain's paths, of which all distances are held
 FEW_UNITS = 10  # fewer articles or modules give no interval worth printing
-REPEAT = 1e-6  # a step this short, in units of the points' spread, is of a token to itself
+REPEAT = 1e-6  # a step this short, in units of the longest distance, is of a token to itself
 
 
 def locality(paths: list[np.ndarray], population: np.ndarray, weights: np.ndarray | None = None,
@@ -81,7 +81,7 @@ def locality(paths: list[np.ndarray], population: np.ndarray, weights: np.ndarra
              "uniform": _moments(uniform)}
 
     # Sums over each group's steps: as they are, and as they are expected in a random order
-    group_of_step = group[path_of[1:]][inside]
+    group_of_step = statistics.group_numbers(group[path_of[1:]][inside], len(observed))
     columns = [*_powers(observed), *expected]
     totals = np.stack([np.bincount(group_of_step, column) for column in columns], axis=1)
 

@@ -67,7 +67,8 @@ def test_posteriors_are_written_and_scored(runs, capsys):
             f"ensemble of {count}")]
         for numbers in scores[name].values():
             assert 0 <= numbers["calibration_error"] <= 100
-            assert numbers["calibrated_low"] <= numbers["calibrated"] <= numbers["calibrated_high"]
+            low, mean, high = (numbers[f"calibrated{end}"] for end in ("_low", "", "_high"))
+            assert 0 <= low <= mean + 1e-9 <= high + 2e-9
     # the log of an average is at least the average of logs
     for name, count in (("svgd", 3), ("gaussian", 2)):
         ensemble = scores[name][f"fitted prior, trained: ensemble of {count}"]["loss"]
@@ -160,10 +161,15 @@ def test_compare_runs(runs, capsys):
 
 
 def test_compare_collections(tmp_path, capsys):
-    """The cluster claim holds of arithmetic, and fails of one domain against itself; steps of a
-    text shuffled are those of a random walk."""
+    """The cluster claim holds of arithmetic, and fails of one half of SQuAD's articles against the
+    other; the steps of texts are those of the collected rows."""
     path = tmp_path / "c.safetensors"
-    assert run("collect", "--data", "squad", "again=squad", "math", "--examples", 60, "--layers",
+    articles = json.loads((TINY / "squad/train.json").read_text())
+    for k, name in enumerate(("squad", "again")):
+        half = {**articles, "data": articles["data"][k::2]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(half))
+    assert run("collect", "--data", f"squad=squad:{tmp_path / 'squad.json'}",
+               f"again=squad:{tmp_path / 'again.json'}", "math", "--examples", 60, "--layers",
                "0,3", "--out", path) == 0
     capsys.readouterr()
     assert run("compare", path, "--json") == 0
@@ -179,7 +185,7 @@ def test_compare_collections(tmp_path, capsys):
         assert (file.field["position"][p].diff() == 1).all()
         assert len(file.field["example"][p].unique()) == 1
         assert torch.isin(p, index).all()
-    assert sum(map(len, paths)) <= 2000 and len(file.field["source"][torch.cat(paths)].unique()) > 9
+    assert sum(map(len, paths)) <= 2000 and len(file.field["source"][torch.cat(paths)].unique()) > 6
     local = walks(file, 0, "squad")
     steps = torch.cat([file.rows(0, p).float().diff(dim=0).norm(dim=1) for p in paths])
     assert local["repeats"] == (steps == 0).sum()
