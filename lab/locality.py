@@ -157,19 +157,19 @@ def _moments(sums):
 
 def _effect(totals, name, k):
     """The ratio of the mean (k = 0) or the standard deviation (1) of steps to that in a random
-    order, with its interval, from the sums (G, 6) of groups. What is not finite is left out."""
+    order, with its interval, from the sums (G, 6) of groups; without what is not finite."""
 
     def log_ratio(sums):
         return np.log(_moments(sums[..., :3])[..., k] / _moments(sums[..., 3:])[..., k])
 
-    keys = [f"{name}_ratio", f"{name}_ratio_low", f"{name}_ratio_high"]
     with np.errstate(divide="ignore", invalid="ignore"):
-        numbers = [log_ratio(totals.sum(0))]
-        if len(totals) > 1:
-            error = statistics.jackknife_error(totals, log_ratio)
-            numbers += statistics.interval(numbers[0], error, len(totals))
-        numbers = [float(np.exp(number)) for number in numbers]
-    return {key: number for key, number in zip(keys, numbers) if math.isfinite(number)}
+        value = log_ratio(totals.sum(0))
+        error = statistics.jackknife_error(totals, log_ratio) if len(totals) > 1 else math.nan
+    result = {f"{name}_ratio": math.exp(value)} if math.isfinite(value) else {}
+    if result and math.isfinite(error):
+        low, high = statistics.interval(value, error, len(totals))
+        result |= {f"{name}_ratio_low": math.exp(low), f"{name}_ratio_high": math.exp(high)}
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
