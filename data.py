@@ -53,6 +53,7 @@ class Example(NamedTuple):
     context: str  # "" for arithmetic; the whole text of "text"
     question: str
     answers: tuple[str, ...]  # all that are accepted, the first is trained on; () is unanswerable
+    source: str = ""  # the article or the arithmetic module that it is of, "" if the file names none
     rationale: str = ""  # the worked solution, where the data have one
 
 
@@ -267,22 +268,25 @@ def _read_squad(path: Path) -> Iterator[Example]:
         yield from _questions(record, where)
 
 
-def _questions(item: dict, where: str, context: str | None = None) -> Iterator[Example]:
+def _questions(item: dict, where: str, context: str | None = None, title: str = ""
+               ) -> Iterator[Example]:
     """The questions of an article, a paragraph, or a record of one question."""
+    if isinstance(item, dict):
+        title = str(item.get("title") or title)
     if isinstance(item, dict) and "paragraphs" in item:
         for number, paragraph in enumerate(_field(item, "paragraphs", list, where)):
-            yield from _questions(paragraph, f"{where} paragraph {number}")
+            yield from _questions(paragraph, f"{where} paragraph {number}", title=title)
         return
     if isinstance(item, dict) and "qas" in item:
         context = _field(item, "context", str, where)
         for question in _field(item, "qas", list, where):
-            yield from _questions(question, where, context)
+            yield from _questions(question, where, context, title)
         return
     answers = _answers(item, where)
     if context is None:
         context = _field(item, "context", str, where)
     question = _field(item, "question", str, where)
-    yield Example(str(item.get("id", where)), "squad", context, question, answers)
+    yield Example(str(item.get("id", where)), "squad", context, question, answers, title)
 
 
 def _answers(record: dict, where: str) -> tuple[str, ...]:
@@ -339,7 +343,7 @@ def _read_math(path: Path) -> Iterator[Example]:
         for i, (where, record) in enumerate(_records(text, path)):
             question = _unbyte(_field(record, "question", str, where))
             answer = _unbyte(_field(record, "answer", str, where))
-            yield Example(f"{name}-{i}", "math", "", question, (answer,))
+            yield Example(f"{name}-{i}", "math", "", question, (answer,), name)
         return
     lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
     if len(lines) % 2:
@@ -349,7 +353,7 @@ def _read_math(path: Path) -> Iterator[Example]:
         raise DataError(f"{path} line {lines.index('') + 1}: empty, expected a question and an "
                         "answer in turn: repair the file")
     for i, (question, answer) in enumerate(zip(lines[::2], lines[1::2])):
-        yield Example(f"{name}-{i}", "math", "", question, (answer,))
+        yield Example(f"{name}-{i}", "math", "", question, (answer,), name)
 
 
 def _unbyte(text: str) -> str:
@@ -371,7 +375,7 @@ def _read_hendrycks(path: Path) -> Iterator[Example]:
                             "check that the file is Hendrycks MATH")
         name = f"{path.parent.name}/{path.stem}" + (f"-{i}" if i else "")
         problem = _field(record, "problem", str, where)
-        yield Example(name, "hendrycks", "", problem, (answer,), solution)
+        yield Example(name, "hendrycks", "", problem, (answer,), rationale=solution)
 
 
 def _read_gsm8k(path: Path) -> Iterator[Example]:
@@ -382,7 +386,8 @@ def _read_gsm8k(path: Path) -> Iterator[Example]:
             raise DataError(f"{where}: no #### before the answer: check that the file is GSM8K")
         number = answer.strip().replace(",", "")
         question = _field(record, "question", str, where)
-        yield Example(f"{path.stem}-{i}", "gsm8k", "", question, (number,), rationale.strip())
+        yield Example(f"{path.stem}-{i}", "gsm8k", "", question, (number,),
+                      rationale=rationale.strip())
 
 
 def last_boxed(solution: str) -> str | None:

@@ -6,7 +6,8 @@ answers.
 Every prior on the bundled task with the same seeds. start, end: mean norm of rows over that of all
 tokens, of the draw and trained. moved: mean distance between the two. own: percent of trained
 rows that no other draw, of any run, is nearer to than their own. steps: to an evaluation within a
-tenth of the last loss. p: of a permutation of the scores among priors, by the variance of their
+tenth of the last loss. against: the score less the first prior's of the same seed, with Student's
+95 % interval over seeds. p: of a permutation of the scores among priors, by the variance of their
 means: how often chance sets them as far apart.
 """
 
@@ -29,6 +30,7 @@ import llama  # noqa: E402
 from lab import geometry  # noqa: E402
 from lab.folder import Run  # noqa: E402
 from lab.settings import TINY  # noqa: E402
+from lab.statistics import interval  # noqa: E402
 
 PRIORS = ("isotropic", "xavier", "text", "vocab", "fitted", "exclusion", "exclusion:k=2", "sparse",
           "vae")
@@ -41,6 +43,15 @@ def chance(scores: np.ndarray, draws: int = 10000) -> float:
     spread = scores.mean(axis=1).var()
     shuffled = (rng.permuted(scores, axis=0).mean(axis=1).var() for _ in range(draws))
     return (1 + sum(s >= spread - 1e-12 for s in shuffled)) / (1 + draws)
+
+
+def paired(differences: np.ndarray) -> str:
+    """Such as "-1.03 (-1.31 to -0.75)": the mean of differences (seeds,) and its 95 % interval."""
+    mean, seeds = differences.mean(), len(differences)
+    if seeds < 2:
+        return f"{mean:+.2f}"
+    low, high = interval(mean, differences.std(ddof=1) / seeds**0.5, seeds)
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def main() -> None:
@@ -73,18 +84,18 @@ def main() -> None:
                     float(np.linalg.norm(trained - draw, axis=1).mean())))
     print(f"--data {a.data} --deep-layers {a.deep_layers}{' --cut' * a.cut}, {a.steps} steps, "
           f"means of {a.seeds} seeds\n  prior          score (s.e.)   loss  steps  start    end  "
-          "moved   own")
+          f"moved   own  against {a.priors[0]}")
     draws, trained = np.concatenate(starts), np.concatenate(ends)
     # texts are the same in every run: their rows have twins that are as near
     own = np.linalg.norm(trained - draws, axis=1) <= 1.0001 * geometry.nearest(
         trained, draws, 1)[1][:, 0]
     own = own.reshape(len(a.priors), -1).mean(axis=1)
-    for (prior, each), share in zip(found.items(), own):
+    scores = np.array([[score for score, *_ in each] for each in found.values()])
+    for (prior, each), share, row in zip(found.items(), own, scores):
         score, loss, near, start, end, moved = map(statistics.mean, zip(*each))
         error = statistics.stdev(s for s, *_ in each) / a.seeds**0.5 if a.seeds > 1 else 0
         print(f"  {prior:14} {score:5.1f} ({error:.1f})   {loss:6.3f}  {near:5.0f}  {start:5.2f}  "
-              f"{end:5.2f}  {moved:5.2f}  {100 * share:4.0f}")
-    scores = np.array([[s for s, *_ in each] for each in found.values()])
+              f"{end:5.2f}  {moved:5.2f}  {100 * share:4.0f}  {paired(row - scores[0])}")
     print(f"p {chance(scores):.3f}; the means' standard deviation {scores.mean(axis=1).std():.2f}, "
           f"a seed's {scores.std(axis=1).mean():.2f}")
 

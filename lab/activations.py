@@ -5,9 +5,13 @@
     file.rows(8, file.chosen("math", roles=("answer",)))     # (N, D), without BOS and massive rows
 
 A collection is one safetensors file: `layers.I` (N, D) for every layer, and for every row `role`,
-`domain`, `example`, `position`, `token` and `massive`; `prompt.I` (n, D) where a prompt's own rows
-pass. What it was made of is JSON in its metadata. Layer I's row is its input; I = L is what comes
-after the final norm (transformers' hidden_states).
+`domain`, `source`, `text`, `example`, `position`, `token` and `massive`; `prompt.I` (n, D) where a
+prompt's own rows pass. What it was made of is JSON in its metadata. Layer I's row is its input;
+I = L is what comes after the final norm (transformers' hidden_states).
+
+Rows of one text depend on each other, and so do texts of one source: `text` numbers paragraphs,
+which several questions (`example`) may have in common, and `source` articles and arithmetic
+modules. Both numbers differ between domains.
 
 N rows, D width, n prompt rows, L layers.
 """
@@ -31,13 +35,14 @@ from lab.commands import CollectOptions
 from lab.console import UserError, progress, show
 from lab.evaluation import open_run
 from lab.files import checksum, free_place, mapped, reading, replacing
-from lab.inputs import LoadedModel, load_model, longest_text, model_files, parse_spec
+from lab.inputs import (LoadedModel, load_model, longest_text, model_files, parse_spec, topic,
+                        unit)
 from lab.settings import (DataSettings, ModelSettings, PriorSettings, absolute, from_flags,
                           spec_name)
 
 ROLES = ("prompt", "bos", "context", "question", "answer", "text")
 MASSIVE = 10  # a massive row is this many times as long as the median row of its layer
-FIELDS = ("domain", "example", "position", "token")  # int64, one number a row
+FIELDS = ("domain", "source", "text", "example", "position", "token")  # int64, one number a row
 BATCH = 16  # token rows that are run at a time
 
 
@@ -109,7 +114,7 @@ class Chosen(NamedTuple):
     """Tokens of one domain whose activations are wanted, by example."""
 
     rows: list[data.Row]
-    examples: list[int]  # their numbers in the data
+    examples: list[tuple[int, data.Example]]  # with their numbers in the data
     positions: list[list[int]]  # of each row
 
 
@@ -145,7 +150,7 @@ def choose(examples: list[tuple[int, data.Example]], vocabulary: data.Vocabulary
         positions = _wanted(row, roles, pool, common, vocabulary.bos)
         if positions:
             chosen.rows.append(row)
-            chosen.examples.append(i)
+            chosen.examples.append((i, example))
             chosen.positions.append(positions)
     return _limited(chosen, pool, limit, seed)
 
@@ -220,8 +225,12 @@ def _row_fields(domains: dict[str, Chosen], pool: str, bos: int | None
     """The role of every row, and the numbers of FIELDS."""
     roles: list[str] = []
     fields: dict[str, list[int]] = {key: [] for key in FIELDS}
+    sources: dict[tuple[int, str], int] = {}  # numbers by domain and name
+    texts: dict[tuple[int, str], int] = {}
     for d, chosen in enumerate(domains.values()):
-        for row, example, positions in zip(*chosen):
+        for row, (i, example), positions in zip(*chosen):
+            source = sources.setdefault((d, unit(example)), len(sources))
+            text = texts.setdefault((d, topic(example)), len(texts))
             token_roles = roles_of(row, bos)
             if pool == "mean":  # of one role if all its tokens are, at the last one's position
                 names = {token_roles[p] for p in positions}
@@ -231,7 +240,9 @@ def _row_fields(domains: dict[str, Chosen], pool: str, bos: int | None
                 roles += [token_roles[p] for p in positions]
             for p in positions:
                 fields["domain"].append(d)
-                fields["example"].append(example)
+                fields["source"].append(source)
+                fields["text"].append(text)
+                fields["example"].append(i)
                 fields["position"].append(p)
                 fields["token"].append(row.ids[p])
     return roles, fields
@@ -321,6 +332,13 @@ class Collection:
         if not massive:
             is_chosen &= self.field["massive"] == 0
         return is_chosen.nonzero()[:, 0]
+
+    def units(self, index: Tensor, least: int = 2) -> Tensor:
+        """The numbers (N,) of the independent units that these rows (N,) of one domain are of: its
+        articles or modules, or if the rows are of fewer than `least` of them, its texts. What is
+        found then holds of these articles or modules, and not of others like them."""
+        sources = self.field["source"][index]
+        return sources if len(sources.unique()) >= least else self.field["text"][index]
 
     def rows(self, layer: int, index: Tensor | None = None) -> Tensor:
         """A layer's activations (N, D) in the file's dtype, at these indices (None: chosen())."""

@@ -1,4 +1,5 @@
-"""Runs and collections in numbers: geometry.py applied to what they hold, and the command compare.
+"""Runs and collections in numbers: the measures and tests of geometry.py, two_samples.py and
+locality.py applied to what they hold, and the command compare.
 
     rows = measure_rows(start, end, reference, priors.Fitted.fit(reference))
     print(table(rows, TITLES))
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 import priors
-from lab import geometry
+from lab import geometry, statistics, two_samples
 from lab.activations import Collection
 from lab.commands import CompareOptions
 from lab.console import UserError, say, show, table
@@ -29,6 +30,7 @@ from lab.evaluation import OpenRun, open_run, score_table
 from lab.folder import FIRST_PROMPT
 from lab.hub import model_folder
 from lab.inputs import LoadedModel, check_same_model, load_model
+from lab.locality import walks
 from lab.populations import Reference, references_of
 from lab.settings import ModelSettings, Settings, flat, from_flags, with_flags
 
@@ -37,28 +39,35 @@ MOST = 2000  # rows of a population in measures that compute the distances of al
 # Headings of the columns, in their order: key -> heading.
 TITLES = {
     "moved": "moved", "distance": "distance", "norm_ratio": "norm ratio", "radius": "radius",
-    "radius_z": "radius z",
+    "radius_percentile": "percentile",
     "particle_spread": "spread", "collapse": "collapse", "effective_rank": "rank",
     "variance_ratio": "variance",
     "frechet": "Frechet", "precision": "precision", "recall": "recall", "mmd": "MMD", "mmd_p": "p",
+    "mean_shift": "mean shift", "mean_shift_p": "p",
     "knn": "kNN", "auc": "AUC", "silhouette": "silhouette",
     "mass": "mass", "content": "content", "shift": "shift", "bias": "bias", "one": "one",
-    "one_head": "one, head",
-    "step": "step", "matched_step": "matched", "p_matched_step": "p", "uniform_step": "uniform",
-    "p_uniform_step": "p", "spread": "spread", "matched_spread": "matched",
-    "p_matched_spread": "p", "uniform_spread": "uniform", "p_uniform_spread": "p"}
+    "one_head": "one, head"}
+
+
+def locality_titles(name: str) -> dict[str, str]:
+    """The headings of a table of locality's numbers; name: step or spread."""
+    return {"steps": "steps", "repeats": "repeats", name: name, f"within_{name}": "within",
+            f"{name}_ratio": "ratio", f"p_within_{name}": "p", f"holm_within_{name}": "Holm's p",
+            f"between_{name}": "between", f"p_between_{name}": "p",
+            f"uniform_{name}": "uniform", f"p_uniform_{name}": "p"}
 
 
 def sample(x: Tensor, count: int = MOST) -> np.ndarray:
     """At most `count` of the rows (N, D), drawn at random but always the same ones, as float32."""
-    if len(x) > count:
-        x = x[_shuffled(len(x))[:count]]
-    return x.float().cpu().numpy()
+    return x[sample_index(len(x), count)].float().cpu().numpy()
 
 
-def _shuffled(N: int) -> Tensor:
-    """The numbers 0 to N - 1 in a random order that is always the same."""
-    return torch.randperm(N, generator=torch.Generator().manual_seed(0))
+def sample_index(N: int, count: int = MOST) -> Tensor:
+    """The numbers 0 to N - 1, or if they are more than `count`, as many of them, drawn at random
+    but always the same ones."""
+    if N <= count:
+        return torch.arange(N)
+    return torch.randperm(N, generator=torch.Generator().manual_seed(0))[:count]
 
 
 def measure(keys: str, call: Callable, *arguments) -> dict[str, float]:
@@ -66,7 +75,7 @@ def measure(keys: str, call: Callable, *arguments) -> dict[str, float]:
     are too few or too much alike: a single row, for example, has no spread."""
     try:
         values = call(*arguments)
-    except geometry.GeometryError:
+    except (geometry.GeometryError, statistics.StatisticsError):
         return {}
     return dict(zip(keys.split(), map(float, np.atleast_1d(values))))
 
@@ -85,17 +94,20 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
 
     moved: mean distance from the draw. distance: mean distance to 1000 random rows of the
     reference; the table's first row has that of rows of the reference itself (paper 4.2). radius:
-    mean Mahalanobis distance from the Gaussian's mean. radius_z: by how many standard deviations of
-    the chi law the radius differs from that law's mean. particle_spread: the variance between the
-    particles over the Gaussian's, a mean over its whitened coordinates. collapse: median collapse
-    index among the tokens. frechet, mmd with its p: to the reference, and in the last row from draw
-    to trained."""
+    mean Mahalanobis distance from the Gaussian's mean. radius_percentile: the percentage of the
+    reference's rows with a smaller radius, mean over the rows; the reference's own have 50. The chi
+    law is no measure for it, because real rows are not Gaussian. particle_spread: the variance
+    between the particles over the Gaussian's, a mean over its whitened coordinates. collapse:
+    median collapse index among the tokens. frechet, mmd with its p: to the reference.
+
+    The last row is of the pairs of a drawn and a trained row: frechet between the two sets,
+    mean_shift, the length of the mean difference, and its p by sign flips."""
     population, nearby = sample(reference), sample(reference, 1000)
     vocabulary = np.unique(reference.numpy(), axis=0) if tokens is None else tokens.numpy()
-    chi_mean, chi_deviation = geometry.chi_law(reference.shape[1])
+    radii = fitted.whiten(torch.from_numpy(population)).norm(dim=1).numpy()
 
     # Rows of the reference itself show what an ordinary row has.
-    ordinary = {"distance": _mean_distance(population[-20:], nearby),
+    ordinary = {"distance": _mean_distance(population[-20:], nearby), "radius": radii.mean(),
                 **measure("effective_rank", geometry.effective_rank, population)}
     rows = [("reference", ordinary)]
 
@@ -105,7 +117,7 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
     reference_norm = reference.norm(dim=1).mean()
     for key, name, vectors in (("draw", "prior draw", start), ("trained", "trained", end)):
         z = fitted.whiten(vectors)
-        radius = z.norm(dim=1).mean().item()
+        radius = z.norm(dim=1).numpy()
         between = z.view(particles, -1).var(dim=0).mean() if particles > 1 else None
         norm_ratio = vectors.norm(dim=1).mean() / reference_norm
         x = vectors.numpy()
@@ -113,19 +125,23 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
             "moved": geometry.displacement(start.numpy(), x).mean(),
             "distance": _mean_distance(x, nearby),
             "norm_ratio": float(norm_ratio),
-            "radius": radius, "radius_z": (radius - chi_mean) / chi_deviation,
+            "radius": radius.mean(),
+            "radius_percentile": statistics.percentiles(radius, radii).mean(),
             **({} if between is None else {"particle_spread": float(between)}),
             **({"collapse": collapse[key]} if collapse else {}),
             **measure("effective_rank", geometry.effective_rank, x),
             **measure("frechet", geometry.frechet, x, population),
-            **measure("mmd mmd_p", geometry.mmd, x, population)}))
+            **measure("mmd mmd_p", two_samples.mmd, x, population)}))
 
-    # How far training took the rows; without training both are the same set.
+    # How far training took the rows, pair by pair; without training both are the same set.
     if not torch.equal(start, end):
+        difference = (end - start).numpy()
         rows.append(("draw to trained", {
             **measure("frechet", geometry.frechet, start.numpy(), end.numpy()),
-            **measure("mmd mmd_p", geometry.mmd, start.numpy(), end.numpy())}))
-    return rows
+            "mean_shift": np.linalg.norm(difference.mean(axis=0)),
+            **measure("mean_shift_p", statistics.sign_flip_p, difference)}))
+    return [(name, {key: float(value) for key, value in numbers.items()})
+            for name, numbers in rows]
 
 
 def _mean_distance(x: np.ndarray, others: np.ndarray) -> float:
@@ -184,83 +200,33 @@ def separation(file: Collection, layer: int) -> list[tuple[str, dict[str, float]
     """How far apart the domains lie at a layer, pair by pair (paper 4.4 and 4.5, the cluster
     claim).
 
-    frechet and silhouette are of all rows. auc, the area under the ROC curve of a linear probe, and
-    mmd with its p are of one row of every example, because the tokens of one text are not
-    independent samples."""
-    rows = {name: sample(file.rows(layer, file.chosen(name))) for name in file.domains}
-    independent = {name: sample(file.rows(layer, one_an_example(file, name)))
-                   for name in file.domains}
+    auc with its interval is the area under the ROC curve of a linear probe. It and mmd with its p
+    take articles and modules as the independent units, see Collection.units."""
+    rows, units = {}, {}
+    for name in file.domains:
+        rows[name], units[name] = sample_with_units(file, layer, name)
     pairs = []
     for a, b in combinations(file.domains, 2):
+        samples = rows[a], rows[b], units[a], units[b]
         pairs.append((f"{a} - {b}", {
             **measure("frechet", geometry.frechet, rows[a], rows[b]),
-            **measure("mmd mmd_p", geometry.mmd, independent[a], independent[b]),
-            **measure("auc", geometry.probe_auc, independent[a], independent[b]),
+            **measure("mmd mmd_p", two_samples.mmd, *samples),
+            **measure("auc auc_low auc_high", two_samples.probe_auc, *samples),
             **measure("silhouette", _silhouette_of_two, rows[a], rows[b])}))
     return pairs
+
+
+def sample_with_units(file: Collection, layer: int, domain: str) -> tuple[np.ndarray, np.ndarray]:
+    """At most MOST of a domain's rows (N, D), as `sample` draws them, and the numbers (N,) of their
+    independent units."""
+    index = file.chosen(domain)
+    index = index[sample_index(len(index))]
+    return sample(file.rows(layer, index)), file.units(index).numpy()
 
 
 def _silhouette_of_two(x: np.ndarray, y: np.ndarray) -> float:
     labels = np.repeat([0, 1], [len(x), len(y)])
     return geometry.silhouette(np.concatenate([x, y]), labels)
-
-
-def one_an_example(file: Collection, domain: str) -> Tensor:
-    """Indices of one row of each of a domain's examples, drawn at random but always the same."""
-    index = file.chosen(domain)
-    index = index[_shuffled(len(index))]
-    _, example = file.field["example"][index].unique(return_inverse=True)
-    count = int(example.max()) + 1 if len(example) else 0
-    # The first place of each example in the random order.
-    first = torch.full((count,), len(example))
-    first.scatter_reduce_(0, example, torch.arange(len(example)), "amin")
-    return index[first]
-
-
-def paths_of(file: Collection, domain: str, most: int = MOST,
-             roles: tuple[str, ...] = ()) -> tuple[list[Tensor], Tensor]:
-    """The domain's unbroken stretches of text in these roles (none: all), as indices of the
-    collection's rows, until they are `most` points together; and the indices of all its rows."""
-    index = file.chosen(domain, roles)
-    example, position = file.field["example"][index], file.field["position"][index]
-    # A stretch ends where the example changes, or a position is left out.
-    is_break = (example.diff() != 0) | (position.diff() != 1)
-    starts = is_break.nonzero()[:, 0] + 1
-
-    paths, count = [], 0
-    for path in index.tensor_split(starts.tolist()):
-        if count >= most:
-            break
-        if len(path) > 1:
-            paths.append(path[:most])
-            count += len(paths[-1])
-    return paths, index
-
-
-def walks(file: Collection, layer: int, domain: str, embeddings: Tensor | None = None,
-          roles: tuple[str, ...] = ()) -> dict[str, float]:
-    """Are a domain's texts, in these roles (none: all), local at a layer? Mean and spread of their
-    steps' lengths against random walks over their own tokens, and over all token types with equal
-    probability (paper 4.1). embeddings (V, D): at layer 0 the vocabulary takes the place of the
-    token types. Empty if no two tokens follow each other."""
-    paths, index = paths_of(file, domain, roles=roles)
-    rows = file.rows(layer, index).float()
-    points = []
-    for path in paths:
-        # index is ascending, so a path's rows are found by bisection
-        points.append(rows[torch.searchsorted(index, path)].numpy())
-
-    # A token type counts once, however often the texts have it.
-    if embeddings is not None and layer == 0:
-        population, weights = embeddings.numpy(), None
-    else:
-        tokens = file.field["token"][index]
-        _, kind, count = tokens.unique(return_inverse=True, return_counts=True)
-        population, weights = rows.numpy(), (1.0 / count[kind]).numpy()
-    try:
-        return geometry.locality(points, population, weights)
-    except geometry.GeometryError:
-        return {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -366,15 +332,29 @@ def compare_collection(path: str, given: dict, models: dict[ModelSettings, Loade
         if file.about["pool"] == "token":
             steps += [(f"layer {i}: {name}", walks(file, i, name, embeddings))
                       for name in file.domains]
+    adjust(steps)
 
     lines = [f"{file.path}: {len(file.chosen())} rows, without BOS and rows of massive norm"]
     if pairs:
         lines += ["", "domains, pair by pair", table(pairs, TITLES)]
     if steps:
-        lines += ["", "steps from token to token, against random walks over the text's own tokens "
-                  "(matched) and over all types (uniform)", table(steps, TITLES)]
+        lines += ["", "steps from token to token, beside those of the same tokens in a random "
+                  "order within each text and between\ntexts, and of random walks over all types "
+                  "(uniform); ratio: to within, with 95 % confidence",
+                  table(steps, locality_titles("step")), "",
+                  "the steps' standard deviation, likewise",
+                  table(steps, locality_titles("spread"))]
     record = {"collection": str(file.path), "separation": dict(pairs), "locality": dict(steps)}
     return record, "\n".join(lines)
+
+
+def adjust(steps: list[tuple[str, dict[str, float]]]) -> None:
+    """Add to the numbers of `walks` Holm's p-values over all layers and domains."""
+    measured = [numbers for _, numbers in steps if numbers]
+    for name in ("step", "spread"):
+        adjusted = statistics.holm([numbers[f"p_within_{name}"] for numbers in measured])
+        for numbers, p in zip(measured, adjusted):
+            numbers[f"holm_within_{name}"] = float(p)
 
 
 def vocabulary_of(file: Collection, given: dict, models: dict[ModelSettings, LoadedModel]

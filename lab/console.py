@@ -20,7 +20,8 @@ LONGEST_LINE = 1000  # characters of an error message
 # Scores of an answer, in the order of a table's columns: key -> heading.
 SCORES = {"loss": "loss", "exact_match": "exact match", "precision": "precision",
           "recall": "recall", "f1": "F1", "accuracy": "accuracy", "accuracy_value": "same value",
-          "calibration_error": "ECE"}
+          "calibration_error": "ECE", "calibrated": "if calibrated"}
+CALIBRATION = ("calibration_error", "calibrated")  # scores of `eval` alone
 
 
 # How a posterior lies in its prior, in whitened coordinates: see posteriors.report.
@@ -137,8 +138,9 @@ def _line_progress() -> type:
 def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = SCORES | SPREADS
           ) -> str:
     """Names and numbers in aligned columns. titles {key: heading} gives the columns' order; a key
-    that no row has gets no column. Scores have one decimal, counts all their digits, other numbers
-    three digits."""
+    that no row has gets no column. Scores have one decimal, other numbers three digits, counts
+    (int) all of theirs. In brackets stands a number's standard error (KEY_se), or its interval
+    (KEY_low, KEY_high)."""
     keys = [key for key in titles if any(key in numbers for _, numbers in rows)]
     lines = [["", *(titles[key] for key in keys)]]
     for name, numbers in rows:
@@ -160,19 +162,27 @@ def file_list(names: list[str], most: int = 4) -> str:
 def scores_line(scores: dict[str, float]) -> str:
     """Such as "loss 0.599, exact match 6.5, F1 17.6"."""
     return ", ".join(f"{title} {_cell(key, scores)}" for key, title in SCORES.items()
-                     if key in scores and key not in ("precision", "recall", "calibration_error"))
+                     if key in scores and key not in ("precision", "recall", *CALIBRATION))
 
 
 def _cell(key: str, numbers: dict[str, float]) -> str:
     if key not in numbers:
         return ""
     if key in SCORES:
-        digits, error = 3 if key == "loss" else 1, numbers.get(f"{key}_se")
-        brackets = "" if error is None else f" ({error:.{digits}f})"
-        return f"{numbers[key]:.{digits}f}{brackets}"
-    if isinstance(numbers[key], int):
-        return str(numbers[key])
-    return f"{numbers[key]:#.3g}".rstrip(".")
+        form = ".3f" if key == "loss" else ".1f"
+    else:
+        form = "d" if isinstance(numbers[key], int) else "#.3g"
+    brackets = ""
+    if f"{key}_se" in numbers:
+        brackets = f" ({_number(numbers[f'{key}_se'], form)})"
+    elif f"{key}_low" in numbers:
+        low, high = (_number(numbers[f"{key}_{end}"], form) for end in ("low", "high"))
+        brackets = f" ({low} to {high})"
+    return _number(numbers[key], form) + brackets
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form).rstrip(".")
 
 
 def out_of_memory(e: BaseException) -> bool:

@@ -17,9 +17,10 @@ import torch
 
 import data
 import llama
-from lab import geometry
+from lab import statistics
 from lab.commands import EvalOptions, GenerateOptions
-from lab.console import SCORES, SPREADS, Stopped, UserError, progress, say, show, table
+from lab.console import (CALIBRATION, SCORES, SPREADS, Stopped, UserError, progress, say, show,
+                         table)
 from lab.files import checksum
 from lab.folder import Run, best_evaluation
 from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
@@ -113,8 +114,9 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
              place: str, settings: DataSettings, name: str,
              everywhere: bool = False) -> tuple[dict[str, float], list[dict]]:
     """Loss (nats a token), scores (percent) of greedy answers, the standard error of each ("f1_se"
-    and so on), the calibration error of first tokens (percent), and the predictions. Of several
-    prompts token probabilities are averaged.
+    and so on), the calibration error of first tokens (percent) and that of a perfectly calibrated
+    model of the same confidences ("calibrated"; its central 95 % "calibrated_low" and "_high"), and
+    the predictions. Of several prompts token probabilities are averaged.
 
     place: where a Prompt stands; a Past stands before everything. Processes share the batches,
     unless they share the weights and so must all do the same (everywhere)."""
@@ -155,10 +157,12 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
             "id": example.id, "question": example.question, "prediction": prediction,
             "answers": list(example.answers),
             **{key: round(100 * value, 2) for key, value in score.items()}})
+    calibrated, low, high = statistics.calibrated_error(np.array(confidence))
     metrics = {"loss": sum(losses) / sum(tokens), **data.mean_scores(scores),
                **standard_errors(questions, losses, tokens, scores),
-               "calibration_error": geometry.calibration_error(np.array(confidence),
-                                                               np.array(is_right))}
+               "calibration_error": statistics.calibration_error(np.array(confidence),
+                                                                 np.array(is_right)),
+               "calibrated": calibrated, "calibrated_low": low, "calibrated_high": high}
     return metrics, predictions
 
 
@@ -169,11 +173,11 @@ def standard_errors(questions: Questions, losses: list[float], tokens: list[int]
     _, context = np.unique([topic(e) for e in questions.examples], return_inverse=True)
     if context.max() + 1 < FEW_CONTEXTS:
         return {}
-    errors = {"loss_se": geometry.ratio_error(np.array(losses), np.array(tokens), context)}
+    errors = {"loss_se": statistics.ratio_error(np.array(losses), np.array(tokens), context)}
     ones = np.ones(len(scores))
     for key in scores[0]:
         values = np.array([score[key] for score in scores])
-        errors[f"{key}_se"] = 100 * geometry.ratio_error(values, ones, context)
+        errors[f"{key}_se"] = 100 * statistics.ratio_error(values, ones, context)
     return errors
 
 
@@ -199,7 +203,7 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
         mark = " (lowest loss)" if line is best and line is not last else ""
         if line["step"]:
             rows.append((f"{prior}, {line['step']} steps{together}{mark}", line))
-    titles = {key: title for key, title in (SCORES | SPREADS).items() if key != "calibration_error"}
+    titles = {key: title for key, title in (SCORES | SPREADS).items() if key not in CALIBRATION}
     return table(rows, titles)
 
 

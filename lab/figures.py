@@ -34,18 +34,21 @@ from torch import Tensor
 import data
 import priors
 import viz
-from lab import compare, geometry
+from lab import compare, geometry, statistics, two_samples
 from lab.activations import Collection, command_collect
 from lab.commands import FigureOptions
 from lab.console import UserError, progress, show
 from lab.files import write_file
 from lab.folder import Run
 from lab.inputs import LoadedModel, check_same_model, load_model, parse_spec
+from lab.locality import paths_of, walks
 from lab.sample import judge_prior
 from lab.settings import ModelSettings, absolute, from_flags, prior_name, spec_name
 from lab.train import command_train, differences
 
 PATHS, STEPS = 3, 12  # trajectories in a picture, and tokens of each
+STEPS_BESIDE = ("the steps from token to token beside those of the same tokens in a random order "
+                "within each text and between texts, and of random walks over all types (uniform)")
 SIZE = 4000  # rows of a domain in a t-SNE map, and draws of a prior in a picture
 DOMAIN_COLOURS = {"text": viz.GREY, "squad": viz.BLUE, "math": viz.ORANGE}
 MODULE_COLOURS = (viz.GREY, *(colour for colour in viz.PALETTE if colour != viz.BLACK),
@@ -134,7 +137,7 @@ def tsne_numbers(embedding: viz.Embedding) -> str:
 def trajectories(world: World, domain: str, roles: tuple[str, ...] = ()) -> list[Tensor]:
     """The beginnings of the first texts of a domain, in these roles, as indices of the collection's
     rows. Texts that are long enough come first."""
-    paths, _ = compare.paths_of(world.tokens, domain, 10**9, roles)
+    paths, _ = paths_of(world.tokens, domain, 10**9, roles)
     if not paths:
         raise UserError(f"{world.tokens.path}: no {' or '.join(roles) or 'text'} of two tokens or "
                         f"more in {domain}: choose another --out and a larger --limit, or other "
@@ -176,12 +179,10 @@ def sentences_over_vocabulary(world: World) -> Drawing:
     is_outside = (embedding.points < corners[0]) | (embedding.points > corners[1])
     panel = viz.Panel(marks, ("t-SNE, distances mean nothing", ""), ticks=False, frame=corners)
 
-    numbers = compare.walks(world.tokens, 0, "text", torch.from_numpy(vocabulary))
+    numbers = walks(world.tokens, 0, "text", torch.from_numpy(vocabulary))
     return Drawing([panel], numbers, (
         f"Sentences over all token embeddings ({tsne_numbers(embedding)}; tokens that drifted off "
-        f"the map: {is_outside.any(axis=1).sum()}); below, the steps from "
-        "token to token beside those of random walks over the same tokens (matched) and over all "
-        f"types (uniform). {provenance(world)}"))
+        f"the map: {is_outside.any(axis=1).sum()}); below, {STEPS_BESIDE}. {provenance(world)}"))
 
 
 def sentences_over_activations(world: World) -> Drawing:
@@ -192,10 +193,9 @@ def sentences_over_activations(world: World) -> Drawing:
               for path in paths]
     marks = [viz.Cloud(f"text, {len(rows)} tokens", viz.project(plane, rows)),
              *trajectory_marks(world, paths, points, "sentences")]
-    numbers = compare.walks(world.tokens, world.L, "text")
+    numbers = walks(world.tokens, world.L, "text")
     return Drawing([viz.Panel(marks, viz.axis_names(plane))], numbers, (
-        "Sentences over activations after the final norm; below, the steps from token to token "
-        "beside those of random walks over the same tokens (matched) and over all types (uniform). "
+        f"Sentences over activations after the final norm; below, {STEPS_BESIDE}. "
         f"{provenance(world, ('text',))}"))
 
 
@@ -210,10 +210,10 @@ def answers_over_activations(world: World) -> Drawing:
              viz.Cloud("squad", viz.project(plane, squad), viz.BLUE),
              *trajectory_marks(world, paths, points, "answers")]
     numbers = {**domain_auc(world, world.L, ("text", "squad")),
-               **compare.walks(world.tokens, world.L, "squad", None, ("answer",))}
+               **walks(world.tokens, world.L, "squad", None, ("answer",))}
     return Drawing([viz.Panel(marks, viz.axis_names(plane))], numbers, (
         "Answers over activations after the final norm; below, how well a linear probe tells the "
-        "domains apart, and the answers' steps beside those of random walks. "
+        f"domains apart, and of the answers {STEPS_BESIDE}. "
         f"{provenance(world, ('text', 'squad'))}"))
 
 
@@ -222,38 +222,48 @@ def answers_over_activations(world: World) -> Drawing:
 
 
 def domain_auc(world: World, layer: int, domains: tuple[str, ...]) -> dict[str, float]:
-    """Area under the ROC curve of a linear probe, domain by domain. Of one row an example, because
-    the tokens of one text are not independent."""
-    rows = {}
-    for domain in domains:
-        index = compare.one_an_example(world.tokens, domain)
-        rows[domain] = compare.sample(world.tokens.rows(layer, index))
-        if len(rows[domain]) < 4:
-            raise UserError(f"{world.tokens.path}: {len(rows[domain])} examples of {domain}, and a "
-                            "probe needs 4: choose another --out and a larger --limit or "
-                            "--examples")
-    return {f"auc_{one}_{other}": geometry.probe_auc(rows[one], rows[other])
-            for one, other in combinations(domains, 2)}
+    """Area under the ROC curve of a linear probe with its interval, domain by domain. Articles and
+    modules are the independent units."""
+    samples = {domain: compare.sample_with_units(world.tokens, layer, domain)
+               for domain in domains}
+    numbers = {}
+    for one, other in combinations(domains, 2):
+        (x, x_units), (y, y_units) = samples[one], samples[other]
+        try:
+            areas = two_samples.probe_auc(x, y, x_units, y_units)
+        except (geometry.GeometryError, statistics.StatisticsError) as e:
+            raise UserError(f"{world.tokens.path}: {one} and {other}: {e} (another --out, with a "
+                            "larger --limit or --examples)") from None
+        for end, area in zip(("", "_low", "_high"), areas):
+            numbers[f"auc_{one}_{other}{end}"] = area
+    return numbers
 
 
 def density_by_layer(world: World) -> Drawing:
     """PCA, a panel a layer."""
-    panels, numbers = [], {}
+    index = world.tokens.chosen("text")
+    units = world.tokens.units(index).numpy()
+    planes, clouds = [], []
     for i in range(world.L + 1):
         rows = world.activations(i, "text")
-        plane = viz.pca(rows)
-        points = viz.project(plane, rows)
-        # The line in the plane that best separates two heaps is the first component.
-        bimodality = geometry.bimodality(points[:, 0])
-        numbers[f"bimodality_{i}"] = bimodality
+        planes.append(viz.pca(rows))
+        clouds.append(viz.project(planes[i], rows))
+    # The line in the plane that best separates two heaps is the first component.
+    p = statistics.holm([statistics.unimodal_p(points[:, 0], units) for points in clouds])
+
+    panels, numbers = [], {}
+    for i, (plane, points) in enumerate(zip(planes, clouds)):
+        numbers[f"bimodality_{i}"] = statistics.bimodality(points[:, 0])
+        numbers[f"unimodal_p_{i}"] = float(p[i])
         first, second = 100 * plane.explained
         name = f"layer {i}" if i < world.L else "final norm"
         panels.append(viz.Panel([viz.Cloud("log density of text's tokens", points, None)],
                                 (f"PC1 {first:.0f} %, PC2 {second:.0f} %", ""),
-                                f"{name}: {bimodality:.2f}", ticks=False))
+                                f"{name}: p {p[i]:.2g}", ticks=False))
     return Drawing(panels, numbers, (
-        "Inputs of every layer, with Sarle's bimodality coefficient along the first component: "
-        "0.33 for a Gaussian, 0.56 if uniform, towards 1 for two heaps. "
+        "Inputs of every layer, with the p-value of one mode along the first component "
+        "(Silverman's test, whole texts resampled, Holm's correction over layers). Sarle's "
+        "coefficient is 0.33 for a Gaussian, and rises with skewness as with a second mode. "
         f"{provenance(world, ('text',))}"))
 
 
@@ -276,10 +286,11 @@ def mean_activations(world: World) -> Drawing:
         middles.append(points[squares.argmin()])
     marks.append(viz.Points("", np.stack(middles), viz.BLACK, labels=names, size=0.3))
 
-    # How well a probe tells each pair of domains apart.
+    # How well a probe tells each pair of domains apart. A domain is one module, or prose, and its
+    # examples are the units.
     auc = np.full((len(rows), len(rows)), np.nan)
     for i, j in combinations(range(len(rows)), 2):
-        auc[i, j] = auc[j, i] = geometry.probe_auc(rows[i], rows[j])
+        auc[i, j] = auc[j, i] = two_samples.probe_auc(rows[i], rows[j])[0]
     panels = [viz.Panel(marks, ("t-SNE, distances mean nothing", ""), ticks=False),
               viz.Panel([viz.Heat(auc, names, names, 0.5, 1.0)], title="probe AUC, pair by pair")]
 
@@ -399,7 +410,8 @@ def vae_draws(world: World) -> Drawing:
     squad = world.activations(layer, "squad")
     rows = torch.from_numpy(squad)
     # A VAE fitted on a part of the rows is judged; one fitted on all of them is drawn from.
-    judgement = dict(judge_prior(priors.VAE, [rows], {}, 20, seed))
+    texts = world.tokens.field["text"][world.tokens.chosen("squad")]
+    judgement = dict(judge_prior(priors.VAE, [rows], {}, 20, seed, [texts]))
     prior = priors.VAE.fit(rows)
     draws = prior.sample(min(len(rows), SIZE), torch.Generator().manual_seed(seed)).numpy()
 

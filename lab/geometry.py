@@ -3,7 +3,6 @@
     index, distance = nearest(trained, vocabulary, k=5)   # the tokens around every trained row
     collapse_index(trained, vocabulary)                   # (n,), below 1: the row sits on a token
     effective_rank(trained), frechet(activations, text)   # how wide a set is, how far two are apart
-    locality(paths, vocabulary)["p_matched_step"]         # are a text's steps shorter than chance?
 
 A set is an array of rows (N, D) of any float type. Sums are in float64, and populations are read in
 blocks. Nothing is printed or written, and the same seed gives the same number. GeometryError
@@ -37,8 +36,8 @@ class GeometryError(ValueError):
 
 def displacement(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """L2 distance from every row of start (n, D) to the same row of end (n, D): (n,)."""
-    start = _points(start, "start")
-    end = _points(end, "end", width=start.shape[1])
+    start = checked(start, "start")
+    end = checked(end, "end", width=start.shape[1])
     if len(start) != len(end):
         raise GeometryError(f"start has {len(start)} rows and end {len(end)}: give the same rows")
     return _distances(start.astype(np.float64), end.astype(np.float64))
@@ -54,8 +53,8 @@ def nearest(rows: np.ndarray, population: np.ndarray, k: int = 1, metric: str = 
     if metric not in METRICS or k < 1:
         raise GeometryError(f"{k} nearest by {metric!r}: ask for at least 1, by one of "
                             f"{', '.join(METRICS)}")
-    population = _points(population, "the population", k)
-    rows = _points(rows, "rows", width=population.shape[1])
+    population = checked(population, "the population", k)
+    rows = checked(rows, "rows", width=population.shape[1])
     index = np.empty((len(rows), k), np.int64)
     value = np.empty((len(rows), k))
 
@@ -152,8 +151,8 @@ def similar(rows: np.ndarray, population: np.ndarray, k: int, members: np.ndarra
     if k < 1:
         raise GeometryError(f"{k} most similar members: ask for at least 1")
     least = k if members is None else k + 1
-    population = _points(population, "the population", least)
-    rows = _points(rows, "rows", width=population.shape[1])
+    population = checked(population, "the population", least)
+    rows = checked(rows, "rows", width=population.shape[1])
     N, D = population.shape
     if members is not None and np.shape(members) != (len(rows),):
         raise GeometryError(f"members of shape {np.shape(members)} for {len(rows)} rows: "
@@ -208,7 +207,7 @@ def neighbour_distance(x: np.ndarray, k: int = 1, sample: int = 2000, seed: int 
     at distance 0."""
     if k < 1:
         raise GeometryError(f"neighbour {k}: ask for the first, 1, or a later one")
-    x = _points(x, "x", k + 1)
+    x = checked(x, "x", k + 1)
     # The row itself, at distance 0, is one of the k + 1 nearest, and none of them is nearer
     _, distance = nearest(x[_sample(len(x), sample, seed)], x, k + 1)
     return distance[:, k]
@@ -241,22 +240,9 @@ def collapse_index(rows: np.ndarray, population: np.ndarray, typical: float | No
 def gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and covariance (D, D) of x (N, D) in float64. The covariance is the maximum
     likelihood estimate, which divides by N."""
-    x = _points(x, "x", 2)
+    x = checked(x, "x", 2)
     products = sum(block.T @ block for block in _centred(x))
-    return _mean(x), products / len(x)
-
-
-def chi_law(d: int) -> tuple[float, float]:
-    """Mean and standard deviation of the length of a standard Gaussian vector of d dimensions. A
-    row's (radius - mean) / sd says how far outside the Gaussian it lies."""
-    if d < 1:
-        raise GeometryError(f"{d} degrees of freedom: give at least 1")
-    mean = math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))
-    if d <= 200:
-        return mean, math.sqrt(d - mean**2)
-    # d - mean^2 cancels digits for large d; the variance's series in 1 / d errs by under 1e-10
-    variance = 1 / 2 - 1 / (8 * d) - 1 / (16 * d**2) + 5 / (128 * d**3)
-    return math.sqrt(d - variance), math.sqrt(variance)
+    return mean_of(x), products / len(x)
 
 
 def effective_rank(x: np.ndarray, share: float = 0.95) -> int:
@@ -265,7 +251,7 @@ def effective_rank(x: np.ndarray, share: float = 0.95) -> int:
 
     For 20 isotropic rows at D = 2048 it is 18. Without subtracting the mean it would be 19, which
     is the paper's number for trained rows."""
-    x = _points(x, "x", 2)
+    x = checked(x, "x", 2)
     if not 0 < share <= 1:
         raise GeometryError(f"share is {share}, expected more than 0 and at most 1")
     variance = _variances(x)
@@ -280,8 +266,8 @@ def effective_rank(x: np.ndarray, share: float = 0.95) -> int:
 def total_variance_ratio(x: np.ndarray, reference: np.ndarray) -> float:
     """trace Cov(x) / trace Cov(reference), both divided by N - 1, so that even a few rows drawn
     from the reference have an expected ratio of 1."""
-    x = _points(x, "x", 2)
-    reference = _points(reference, "reference", 2, x.shape[1])
+    x = checked(x, "x", 2)
+    reference = checked(reference, "reference", 2, x.shape[1])
     total = _total_variance(reference)
     if not total > 0:
         raise GeometryError("all rows of the reference are equal: give another reference")
@@ -298,15 +284,15 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
     Landau 1982).
 
     It grows with D and as N and M fall, so compare values of the same N and M only."""
-    x = _points(x, "x", 2)
-    y = _points(y, "y", 2, x.shape[1])
+    x = checked(x, "x", 2)
+    y = checked(y, "y", 2, x.shape[1])
 
     # For A^T A = S1 and B^T B = S2 the trace of the root is the sum of A B^T's singular values
     a = _factor(x)
     b = _factor(y)
     root_trace = np.linalg.svd(a @ b.T, compute_uv=False).sum()
 
-    between_means = np.square(_mean(x) - _mean(y)).sum()
+    between_means = np.square(mean_of(x) - mean_of(y)).sum()
     distance = between_means + np.square(a).sum() + np.square(b).sum() - 2 * root_trace
     return max(0.0, float(distance))
 
@@ -331,15 +317,15 @@ def _factor(x):
 
 
 # --------------------------------------------------------------------------------------------------
-# two sets
+# two sets, and clusters
 
 
 def precision_recall(x: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[float, float]:
     """The share of x (N, D) inside the manifold of reference (M, D), and the share of the reference
     inside that of x. A manifold is a union of balls around points, each with the distance to the
     k-th nearest other point as its radius (Kynkaanniemi et al. 2019). Takes N M distances."""
-    x = _points(x, "x", k + 1)
-    reference = _points(reference, "reference", k + 1, x.shape[1])
+    x = checked(x, "x", k + 1)
+    reference = checked(reference, "reference", k + 1, x.shape[1])
     return _share_inside(x, reference, k), _share_inside(reference, x, k)
 
 
@@ -348,7 +334,7 @@ def _share_inside(points, centres, k):
     radius = neighbour_distance(centres, k, sample=len(centres))
     inside = []
     for block in _blocks(points):
-        square = _squares(block, centres)
+        square = squared_distances(block, centres)
 
         # The squares carry the rounding of a product. Pairs closer than that to the edge of a ball
         # are compared by the arithmetic that gave the radius
@@ -361,90 +347,11 @@ def _share_inside(points, centres, k):
     return float(np.concatenate(inside).mean())
 
 
-def mmd(x: np.ndarray, y: np.ndarray, permutations: int = 200, seed: int = 0
-        ) -> tuple[float, float]:
-    """The unbiased estimate of the squared maximum mean discrepancy between the distributions of
-    x (N, D) and y (M, D), which may be negative, and its p-value by permutations, nan for none
-    (Gretton et al. 2012).
-
-    The kernel is exp(-d^2 / 2 s^2) with the median distance in the pooled sample as s. Holds a few
-    float64 matrices (N + M, N + M)."""
-    x = _points(x, "x", 2)
-    y = _points(y, "y", 2, x.shape[1])
-    N, M = len(x), len(y)
-
-    # The kernel of all pairs; the unbiased estimate leaves out a row's pair with itself
-    pooled = np.concatenate([x, y])
-    square = _squares(pooled, pooled)
-    pairs = square[np.triu_indices(N + M, 1)]
-    typical = np.median(pairs)
-    if typical <= 1e-12 * pairs.max():
-        raise GeometryError("over half of the pairs of rows are duplicates, so the kernel has no "
-                            "width: give each row once")
-    kernel = np.exp(square / (-2 * typical))
-    np.fill_diagonal(kernel, 0)
-
-    # Which pooled rows count as x: (1 + permutations, N + M), the true labels first
-    of_x = np.tile(np.arange(N + M) < N, (1 + permutations, 1))
-    of_x[1:] = np.random.default_rng(seed).permuted(of_x[1:], axis=1)
-
-    # Sums of the kernel within x, between x and y, and within y, for all labellings at once
-    to_x = of_x.astype(np.float64) @ kernel
-    xx = (to_x * of_x).sum(1)
-    xy = to_x.sum(1) - xx
-    yy = kernel.sum() - xx - 2 * xy
-    value = xx / (N * (N - 1)) + yy / (M * (M - 1)) - 2 * xy / (N * M)
-
-    as_extreme = value[1:] >= value[0] - 1e-12
-    return float(value[0]), _p_value(as_extreme)
-
-
-def probe_auc(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
-    """Area under the ROC curve of a linear probe that tells x (N, D) from y (M, D); 0.5 is chance.
-
-    The probe is a ridge regression of +1 and -1, fitted on one half of each set, drawn by the seed,
-    and scored on the other halves. Coordinates are standardised. The ridge is D, which stands for
-    unit noise and weights of variance 1 / D, and keeps the fit well posed for D > N."""
-    x = _points(x, "x", 4)
-    y = _points(y, "y", 4, x.shape[1])
-    D = x.shape[1]
-
-    # Halves to fit on and halves to score
-    rng = np.random.default_rng(seed)
-    x_shuffled = rng.permutation(x).astype(np.float64)
-    y_shuffled = rng.permutation(y).astype(np.float64)
-    n, m = len(x) // 2, len(y) // 2
-    fit = np.concatenate([x_shuffled[:n], y_shuffled[:m]])
-    x_test = x_shuffled[n:]
-    y_test = y_shuffled[m:]
-
-    # Standardise by the rows that are fitted on; a coordinate that never varies stays as it is
-    mean = _mean(fit)
-    scale = np.sqrt(np.square(fit - mean).mean(0))
-    scale[scale == 0] = 1
-    fit, x_test, y_test = ((rows - mean) / scale for rows in (fit, x_test, y_test))
-
-    # Ridge regression; the two forms give the same weights, and the smaller system is solved
-    target = np.repeat([1.0, -1.0], [n, m])
-    target -= target.mean()
-    if n + m < D:
-        weights = fit.T @ np.linalg.solve(fit @ fit.T + D * np.eye(n + m), target)
-    else:
-        weights = np.linalg.solve(fit.T @ fit + D * np.eye(D), fit.T @ target)
-
-    # The area from the mean rank of x's scores; ranks start at 1, and equal scores share theirs
-    scores = np.concatenate([x_test, y_test]) @ weights
-    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
-    shared_rank = np.cumsum(count) - (count - 1) / 2
-    x_rank = shared_rank[place][:len(x_test)]
-    return float((x_rank.mean() - (len(x_test) + 1) / 2) / len(y_test))
-
-
 def silhouette(x: np.ndarray, labels: np.ndarray, sample: int = 2000, seed: int = 0) -> float:
     """Mean silhouette of the clusters of x (N, D) given by labels (N,), from -1 to 1, over a sample
     of the rows (Rousseeuw 1987). A cluster of one row counts 0. Euclidean; holds sample^2
     distances."""
-    x = _points(x, "x", 2)
+    x = checked(x, "x", 2)
     labels = np.asarray(labels)
     if labels.shape != (len(x),):
         raise GeometryError(f"labels of shape {labels.shape} for {len(x)} rows: give one a row")
@@ -453,7 +360,7 @@ def silhouette(x: np.ndarray, labels: np.ndarray, sample: int = 2000, seed: int 
     if len(count) < 2:
         raise GeometryError("one label among the rows: give at least two clusters, "
                             "or a larger sample")
-    distance = np.sqrt(_squares(x[chosen], x[chosen]))
+    distance = np.sqrt(squared_distances(x[chosen], x[chosen]))
     np.fill_diagonal(distance, 0)
 
     # Mean distance of every row to the rest of its cluster, and to the nearest other cluster
@@ -470,124 +377,13 @@ def silhouette(x: np.ndarray, labels: np.ndarray, sample: int = 2000, seed: int 
     return float(np.where(defined, score, 0).mean())
 
 
-def bimodality(x: np.ndarray) -> float:
-    """Sarle's coefficient (skewness^2 + 1) / kurtosis of x (N,): 1/3 for a Gaussian, 5/9 for a
-    uniform distribution, 1 for two points. Heavy tails lower it."""
-    values = _points(np.reshape(x, (-1, 1)), "x", 4)[:, 0].astype(np.float64)
-    centred = values - values.mean()
-    if not centred.any():
-        raise GeometryError("all values are equal: they have no shape")
-    scaled = centred / np.abs(centred).max()
-    second, third, fourth = (np.mean(scaled**power) for power in (2, 3, 4))
-    return float((third**2 / second**3 + 1) * second**2 / fourth)
-
-
 # --------------------------------------------------------------------------------------------------
-# paths, and confidences
+# what they share with other modules
 
 
-def locality(paths: list[np.ndarray], population: np.ndarray, weights: np.ndarray | None = None,
-             permutations: int = 200, seed: int = 0) -> dict[str, float]:
-    """Are the steps of paths, each (T, D), shorter or more even than those of random walks of the
-    same lengths (paper, trajectories)?
-
-    `step` and `spread` are the mean and the standard deviation of all step lengths. A uniform walk
-    draws every point from population (N, D), with probabilities proportional to weights (N,) if
-    they are given: among activations they let every token type count the same. A matched walk
-    permutes the paths' points among all their places, so it has the text's frequencies, and its
-    test is exact. uniform_ and matched_ are means over the walks, p_ is the share of walks with a
-    value as small; both are nan without permutations.
-
-    It reads all points 2 x permutations times: for 200 walks of 2000 points, 0.2 s at width 192 and
-    2 s at 2048 on one core."""
-    population = _points(population, "the population")
-    N, D = population.shape
-    paths = [_points(path, "a path", width=D) for path in paths]
-    M = sum(len(path) for path in paths)
-    if M == len(paths):
-        raise GeometryError("no path has a step: give one of at least 2 points")
-    probabilities = None if weights is None else _probabilities(weights, N)
-
-    # All paths end to end, less the steps that lead from one path to the next
-    points = np.concatenate(paths)
-    within = np.ones(M - 1, bool)
-    ends = np.cumsum([len(path) for path in paths])[:-1]
-    within[ends - 1] = False
-
-    observed = _step_statistics(points, np.arange(M), within)
-    rng = np.random.default_rng(seed)
-    walks = {"uniform": [], "matched": []}
-    for _ in range(permutations):
-        drawn = rng.choice(N, M, p=probabilities)
-        walks["uniform"].append(_step_statistics(population, drawn, within))
-    for _ in range(permutations):
-        walks["matched"].append(_step_statistics(points, rng.permutation(M), within))
-
-    result = {"step": observed[0], "spread": observed[1]}
-    for kind, statistics in walks.items():
-        columns = np.reshape(statistics, (-1, 2)).T
-        for name, value, null in zip(("step", "spread"), observed, columns):
-            result[f"{kind}_{name}"] = float(null.mean()) if permutations else math.nan
-            # The same steps summed in another order differ in their last bits
-            as_extreme = null <= value + 1e-9 * observed[0]
-            result[f"p_{kind}_{name}"] = _p_value(as_extreme)
-    return result
-
-
-def _probabilities(weights, N):
-    """weights (N,), checked, divided by their sum."""
-    weights = np.asarray(weights, np.float64)
-    if weights.shape != (N,) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
-        raise GeometryError(f"weights must be {N} numbers from 0 up, not all 0: "
-                            "give one a member of the population")
-    return weights / weights.sum()
-
-
-def _step_statistics(source, order, within):
-    """Mean and standard deviation of the steps of the walk source[order], those where within
-    (len(order) - 1,) is true. In blocks that fit the processor's cache."""
-    steps = len(order) - 1
-    block = 2**17 // source.shape[1] + 1
-    length = np.empty(steps)
-    for first in range(0, steps, block):
-        walk = source[order[first:first + block + 1]].astype(np.float64)
-        length[first:first + block] = np.sqrt(np.square(np.diff(walk, axis=0)).sum(1))
-    return float(length[within].mean()), float(length[within].std())
-
-
-def ratio_error(x: np.ndarray, n: np.ndarray, cluster: np.ndarray) -> float:
-    """The standard error of sum(x) / sum(n), such as a mean (n of ones), by linearisation (Cochran
-    1977, chapter 6). x, n (N,); cluster (N,) int: units of one cluster are not independent, of two
-    or more clusters are."""
-    residual = np.bincount(cluster, x - x.sum() / n.sum() * n)  # of each cluster
-    C = len(np.unique(cluster))
-    return float(np.sqrt(C / (C - 1) * (residual**2).sum()) / n.sum())
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error in percent over bins of equal width, closed above (Guo et al.
-    2017). confidence (N,) from 0 to 1; correct (N,) 0 or 1, or a share."""
-    confidence = np.asarray(confidence, np.float64)
-    correct = np.asarray(correct, np.float64)
-    if confidence.ndim != 1 or confidence.shape != correct.shape or not confidence.size:
-        raise GeometryError(f"confidences {confidence.shape} of answers {correct.shape}: give one "
-                            "of each")
-    in_range = [((0 <= v) & (v <= 1)).all() for v in (confidence, correct)]
-    if bins < 1 or not all(in_range):
-        raise GeometryError("confidences or answers outside 0 to 1, or no bins: give "
-                            "probabilities, 0 or 1, and at least 1 bin")
-    bin_of = np.ceil(confidence * bins).astype(np.int64).clip(1) - 1
-    gaps = np.abs(np.bincount(bin_of, confidence - correct))
-    return float(100 * gaps.sum() / len(confidence))
-
-
-# --------------------------------------------------------------------------------------------------
-# what they share
-
-
-def _points(x, name, least=1, width=None):
-    """x as an array (N, D) of floats, after checking for at least `least` rows, the width and the
-    range of the values."""
+def checked(x: np.ndarray, name: str, least: int = 1, width: int | None = None) -> np.ndarray:
+    """x as an array (N, D) of floats. Raises GeometryError, which names it, for fewer than `least`
+    rows, another width, and values that are not finite or too large."""
     x = np.asarray(x)
     if x.dtype.kind in "biu":
         x = x.astype(np.float64)
@@ -619,7 +415,7 @@ def _blocks(x):
     return (x[i:i + BLOCK].astype(np.float64, copy=False) for i in range(0, len(x), BLOCK))
 
 
-def _mean(x):
+def mean_of(x: np.ndarray) -> np.ndarray:
     """Mean (D,) in float64 of x (N, D), taken relative to the first row: if all rows are equal it
     is exactly that row, and their deviations are exactly 0."""
     origin = x[0].astype(np.float64)
@@ -628,14 +424,14 @@ def _mean(x):
 
 def _centred(x):
     """x (N, D) less its mean, in float64 by blocks."""
-    mean = _mean(x)
+    mean = mean_of(x)
     return (block - mean for block in _blocks(x))
 
 
-def _squares(a, b):
+def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Squared distances (N, M) in float64 between a (N, D) and b (M, D), by a matrix product, whose
     rounding error is relative to the squared lengths."""
-    centre = _mean(a)
+    centre = mean_of(a)
     a_centred = a - centre
     b_centred = b - centre
     square = a_centred @ b_centred.T
@@ -680,11 +476,3 @@ def _sample(N, sample, seed):
     """Indices, in ascending order, of a sample of N rows, or of all if the sample is as large."""
     size = min(N, sample)
     return np.sort(np.random.default_rng(seed).choice(N, size, replace=False))
-
-
-def _p_value(as_extreme):
-    """The p-value of a permutation test, nan without permutations. as_extreme (permutations,) says
-    which permuted values are as extreme as the observed one, which counts as one more of them."""
-    if not len(as_extreme):
-        return math.nan
-    return (1 + int(as_extreme.sum())) / (1 + len(as_extreme))

@@ -199,6 +199,12 @@ def topic(example: data.Example) -> str:
     return example.context or example.question
 
 
+def unit(example: data.Example) -> str:
+    """The article or arithmetic module that an example is of; if its file names none, its topic.
+    Statistics take examples of one unit as dependent, and those of others as independent."""
+    return example.source or topic(example)
+
+
 def sample_topics(examples: list[data.Example], count: int) -> list[data.Example]:
     """`count` examples (0: all) in the order of the data, always the same ones. Whole topics are
     drawn as far as they fit."""

@@ -163,13 +163,15 @@ def vocabulary_with_domains(loaded: LoadedModel, reference: Reference, texts: li
         used_by = " and ".join(sorted(domains_of[token])) or UNUSED
         domains.append(used_by if reference.labels else "vocabulary")
     return Part(rows, "token embeddings of the vocabulary",
-                Labels(torch.tensor(loaded.vocabulary.ordinary), kinds, domains))
+                Labels(torch.tensor(loaded.vocabulary.ordinary), kinds, domains,
+                       torch.arange(len(kinds))))
 
 
 def join_labels(parts: list[Labels]) -> Labels:
     return Labels(torch.cat([part.token for part in parts]),
                   [role for part in parts for role in part.role],
-                  [domain for part in parts for domain in part.domain])
+                  [domain for part in parts for domain in part.domain],
+                  torch.cat([part.text for part in parts]))
 
 
 def layer_map(i: int, part: Part, reference: Reference, layers: int) -> LayerMap:

@@ -24,6 +24,7 @@ from lab.console import SCORES
 from lab.folder import Run
 from lab.populations import Reference
 from lab.settings import Settings, spec_name
+from lab.statistics import interval
 
 PALETTE = (viz.VERMILION, viz.BLUE, viz.GREEN, viz.PURPLE, viz.ORANGE, viz.SKY)
 
@@ -217,20 +218,15 @@ def by_step(logs: list[list[dict]], split: str, key: str) -> tuple[np.ndarray, n
     return np.array(steps, float), np.array(table, float)
 
 
-# 97.5 % points of Student's t distribution for 1 to 9 degrees of freedom.
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-NORMAL = 1.96  # the same of the normal distribution, for more degrees of freedom
-
-
 def banded(name: str, x: np.ndarray, values: np.ndarray, colour: str,
            dots: bool = False) -> viz.Curve:
-    """The mean of k curves, values (k, T), in its 95 % confidence interval. One has no interval."""
+    """The mean of k curves, values (k, T), in its 95 % confidence interval by Student's t. One has
+    no interval."""
     mean, k = values.mean(axis=0), len(values)
     if k == 1:
         return viz.Curve(name, x, mean, colour=colour, dots=dots)
-    quantile = STUDENT[k - 2] if k - 2 < len(STUDENT) else NORMAL
-    half = quantile * values.std(axis=0, ddof=1) / np.sqrt(k)
-    return viz.Curve(name, x, mean, mean - half, mean + half, colour, dots)
+    low, high = interval(mean, values.std(axis=0, ddof=1) / np.sqrt(k), k)
+    return viz.Curve(name, x, mean, low, high, colour, dots)
 
 
 # --------------------------------------------------------------------------------------------------

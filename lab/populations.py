@@ -40,11 +40,12 @@ class Labels(NamedTuple):
     token: Tensor  # (N,) ids
     role: list[str]  # of activations.ROLES; "token" in the vocabulary
     domain: list[str]  # the data that they come from
+    text: Tensor  # (N,) a part's texts, numbered; rows of one text depend on each other
 
     def take(self, index: Tensor) -> Labels:
         chosen = index.tolist()
         return Labels(self.token[index], [self.role[i] for i in chosen],
-                      [self.domain[i] for i in chosen])
+                      [self.domain[i] for i in chosen], self.text[index])
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def text_population(text: str, loaded: LoadedModel, layers: list[int]) -> dict[i
     if not ids:
         raise UserError("--prior text needs --text, the text whose tokens the rows begin as")
     rows = inputs_of(loaded.model, [ids], [list(range(len(ids)))], layers)
-    labels = Labels(torch.tensor(ids), ["text"] * len(ids), ["text"] * len(ids))
+    one_text = torch.zeros(len(ids), dtype=torch.int64)
+    labels = Labels(torch.tensor(ids), ["text"] * len(ids), ["text"] * len(ids), one_text)
     return {i: Part(rows[i], f"tokens of {text!r}", labels) for i in layers}
 
 
@@ -184,7 +186,7 @@ def population(spec: str, prior: PriorSettings, settings: DataSettings, loaded: 
 def vocabulary_part(loaded: LoadedModel) -> Part:
     """Every token that a text can have, once."""
     ids = torch.tensor(loaded.vocabulary.ordinary)
-    labels = Labels(ids, ["token"] * len(ids), ["vocabulary"] * len(ids))
+    labels = Labels(ids, ["token"] * len(ids), ["vocabulary"] * len(ids), torch.arange(len(ids)))
     return Part(loaded.model.embeddings[ids].float().cpu(), "vocabulary", labels)
 
 
@@ -197,7 +199,7 @@ def collection_population(spec: str, prior: PriorSettings, loaded: LoadedModel, 
     say(f"{file.path}: {int(file.left_out.sum())} rows of BOS or of massive norm left out")
     roles = [ROLES[role] for role in file.field["role"][index].tolist()]
     domains = [file.domains[d] for d in file.field["domain"][index].tolist()]
-    labels = Labels(file.field["token"][index], roles, domains)
+    labels = Labels(file.field["token"][index], roles, domains, file.field["text"][index])
     parts = {i: Part(file.rows(i, index).float(), population_name(i, spec), labels)
              for i in layers}
     return parts, len(index)
@@ -219,13 +221,14 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
     # BOS, up to the limit.
     bos, name = loaded.vocabulary.bos, spec_name(spec)
     positions = [[p for p in range(1, len(row.ids)) if row.ids[p] != bos] for row in rows]
-    tokens, roles = [], []
-    for row, wanted in zip(rows, positions):
+    tokens, roles, texts = [], [], []
+    for number, (row, wanted) in enumerate(zip(rows, positions)):
         token_roles = roles_of(row, bos)
         tokens += [row.ids[p] for p in wanted]
         roles += [token_roles[p] for p in wanted]
-    tokens, roles = tokens[:limit], roles[:limit]
-    labels = Labels(torch.tensor(tokens), roles, [name] * len(tokens))
+        texts += [number] * len(wanted)
+    labels = Labels(torch.tensor(tokens[:limit]), roles[:limit], [name] * len(tokens[:limit]),
+                    torch.tensor(texts[:limit]))
     by_layer = inputs_of(loaded.model, [row.ids for row in rows], positions, layers)
 
     # Leave out rows of massive norm, which differ from layer to layer.

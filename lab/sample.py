@@ -19,9 +19,9 @@ from torch import Tensor
 
 import llama
 import priors
-from lab import geometry, pictures
+from lab import geometry, pictures, two_samples
 from lab.commands import SampleOptions
-from lab.compare import TITLES, sample
+from lab.compare import TITLES, sample, sample_index
 from lab.console import file_list, say, show, table
 from lab.files import free_place, write_file
 from lab.inputs import layers_with_rows, load_model, longest_text, rows_per_layer
@@ -29,21 +29,28 @@ from lab.populations import Reference, draw, references
 from lab.settings import Settings, from_flags
 
 LEAST = 100  # rows that a reference must have for a fifth of it to judge a prior
+LEAST_TEXTS = 10  # and texts
 
 
-def held_out(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, D) -> the rows to fit on, and a fifth of all to judge by, drawn at random but always the
-    same. Every fifth row in order would be no fair sample: in a list of sums, every fifth token may
-    be an equals sign."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
-    count = len(x) // 5
-    return x[order[count:]], x[order[:count]]
+def held_out(texts: Tensor) -> tuple[Tensor, Tensor]:
+    """The texts (N,) of rows -> indices of the rows to fit on, and of about a fifth to judge by:
+    whole texts, drawn at random but always the same. A row of a text that was fitted on would
+    judge too kindly."""
+    _, text, sizes = texts.unique(return_inverse=True, return_counts=True)
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(1))
+    # The texts that begin within the first fifth of the rows, in the random order, and two at least
+    begin = sizes[order].cumsum(0) - sizes[order]
+    count = max(int((begin < len(texts) // 5).sum()), 2)
+    is_held = torch.isin(text, order[:count])
+    return (~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0]
 
 
-def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: int
-                ) -> list[tuple[str, dict[str, float]]]:
+def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: int,
+                texts: list[Tensor] | None = None) -> list[tuple[str, dict[str, float]]]:
     """Fit a prior on four fifths of its reference, one part (N, D) for each population, draw
-    prompts of n rows, and compare the draws with the remaining fifth.
+    prompts of n rows, and compare the draws with the remaining fifth. texts: of each part the
+    numbers (N,) of the texts that its rows are of, which are held out whole; None: every row is a
+    text.
 
     Draws of a Gaussian fitted on the same rows, and these rows themselves, are compared too. The
     rows come from the reference's own distribution, so no prior can be expected to do better.
@@ -53,10 +60,17 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     mmd: MMD^2, with its p. knn: median distance to the third nearest of the rows that were fitted
     on, of which 2000 are taken at most."""
     # Hold a fifth of every part out, so that all populations are judged by.
-    divided = [held_out(x) for x in parts]
-    fit_parts = [fit for fit, _ in divided]
+    texts = [torch.arange(len(x)) for x in parts] if texts is None else texts
+    fit_parts, held_parts, held_texts, first = [], [], [], 0
+    for x, text in zip(parts, texts):
+        to_fit, to_judge = held_out(text)
+        fit_parts.append(x[to_fit])
+        held_parts.append(x[to_judge])
+        held_texts.append(text[to_judge] + first)
+        first += int(text.max()) + 1
     fit = torch.cat(fit_parts)
-    held = sample(torch.cat([rows for _, rows in divided]))
+    held_rows = torch.cat(held_parts)
+    held, held_text = sample(held_rows), torch.cat(held_texts)[sample_index(len(held_rows))].numpy()
     neighbours, count = sample(fit), len(held)
 
     # The measures depend on the number of rows, so every set has as many as are held out.
@@ -71,7 +85,9 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
                                "knn": _third_neighbour(held, neighbours)})]
     for name, x in sets.items():
         precision, recall = geometry.precision_recall(x, held)
-        mmd, p = geometry.mmd(x, held)
+        # Rows are dealt into groups as large as the held-out texts, so that a permutation exchanges
+        # like with like
+        mmd, p = two_samples.mmd(x, held, held_text[:len(x)], held_text)
         numbers = {"variance_ratio": geometry.total_variance_ratio(x, held),
                    "effective_rank": geometry.effective_rank(x),
                    "frechet": geometry.frechet(x, held), "precision": 100 * precision,
@@ -138,12 +154,15 @@ def command_sample(given: dict) -> None:
 def judge_reference(settings: Settings, reference: Reference
                     ) -> list[tuple[str, dict[str, float]]]:
     """The settings' prior judged on a layer's reference; empty where no rows can be held out: of a
-    text, of runs' prompts, and of few rows."""
+    text, of runs' prompts, and of few rows or texts."""
     name, options, runs = priors.parse(settings.prior.prior)
     if name == "text" or runs or min(map(len, reference.parts)) < LEAST:
         return []
+    texts = [labels.text for labels in reference.labels]
+    if min(len(text.unique()) for text in texts) < LEAST_TEXTS:
+        return []
     return judge_prior(priors.PRIORS[name], reference.parts, options,
-                       rows_per_layer(settings.prior), settings.seed)
+                       rows_per_layer(settings.prior), settings.seed, texts)
 
 
 def write_draw(folder: Path, settings: Settings, rows: dict[int, Tensor],

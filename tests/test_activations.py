@@ -69,8 +69,8 @@ def test_roles_spell_the_examples(vocabulary):
     chosen = activations.choose(list(enumerate(examples)), vocabulary, 1024, activations.ROLES,
                                 "token", 0, 0)
     contexts = set()
-    for row, i, places in zip(*chosen):
-        e, text, roles = examples[i], {}, activations.roles_of(row, vocabulary.bos)
+    for row, (_, e), places in zip(*chosen):
+        text, roles = {}, activations.roles_of(row, vocabulary.bos)
         for p in places:
             text.setdefault(roles[p], []).append(row.ids[p])
         text = {role: vocabulary.decode(ids) for role, ids in text.items()}

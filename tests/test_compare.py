@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.stats import chi
+from scipy import stats
 
+import data
 import llama
 import priors
 import promptprior
 from lab import console
 from lab.activations import Collection
 from lab.attention import measure_attention
-from lab.compare import paths_of, walks
 from lab.folder import Run
 from lab.inputs import load_model
+from lab.locality import paths_of, walks
 from lab.sample import held_out, judge_prior
 from lab.settings import TINY, ModelSettings
 
@@ -68,6 +69,8 @@ def test_posteriors_are_written_and_scored(runs, capsys):
             f"ensemble of {count}")]
         for numbers in scores[name].values():
             assert 0 <= numbers["calibration_error"] <= 100
+            low, mean, high = (numbers[f"calibrated{end}"] for end in ("_low", "", "_high"))
+            assert 0 <= low <= mean + 1e-9 <= high + 2e-9
     # the spread over the prior's, beside the scores of all together
     for name, titles in (("sgld", ["spread"]), ("gaussian", [*console.SPREADS.values()])):
         [together] = [numbers for key, numbers in scores[name].items() if "ensemble" in key]
@@ -161,16 +164,26 @@ def test_compare_runs(runs, capsys):
     assert drawn["distance"] == pytest.approx(
         np.linalg.norm(start[:, None] - tokens, axis=2).mean(), rel=1e-4)
 
-    # the radius follows the law of chi, of which the draw of a Gaussian prior is an example
+    # the radius, and its place among the tokens' own
     fitted = priors.Fitted.fit(torch.tensor(tokens))
-    for numbers, x in ((drawn, start), (trained, end)):
-        precision = fitted.basis / fitted.scale.square() @ fitted.basis.T
+    precision = fitted.basis / fitted.scale.square() @ fitted.basis.T
+
+    def radii(x):
         apart = torch.tensor(x).double() - fitted.mean
-        radius = torch.einsum("ni,ij,nj->n", apart, precision, apart).sqrt().mean().item()
-        assert numbers["radius"] == pytest.approx(radius, rel=1e-5)
-        assert numbers["radius_z"] == pytest.approx(
-            (radius - chi.mean(192)) / chi.std(192), rel=1e-3)
-    assert abs(drawn["radius_z"]) < 4 / 20**0.5  # four standard deviations of a mean of 20 rows
+        return torch.einsum("ni,ij,nj->n", apart, precision, apart).sqrt().numpy()
+
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
+    own = radii(tokens[order[:2000]])
+    assert squad["measures"]["layer 0 reference"]["radius"] == pytest.approx(own.mean(), rel=1e-5)
+    for numbers, x in ((drawn, start), (trained, end)):
+        assert numbers["radius"] == pytest.approx(radii(x).mean(), rel=1e-5)
+        percentiles = [stats.percentileofscore(own, radius) for radius in radii(x)]
+        assert numbers["radius_percentile"] == pytest.approx(np.mean(percentiles), abs=0.1)
+
+    # the pairs of a drawn and a trained row
+    pairs = squad["measures"]["layer 0 draw to trained"]
+    assert pairs["mean_shift"] == pytest.approx(np.linalg.norm((end - start).mean(0)), rel=1e-5)
+    assert 0 < pairs["mean_shift_p"] <= 1 and "mmd" not in pairs
 
     # what the rows say
     readings = squad["tokens"]["0"]["trained"]
@@ -189,29 +202,66 @@ def test_compare_runs(runs, capsys):
 
 
 def test_compare_collections(tmp_path, capsys):
-    """The cluster claim holds of arithmetic, and fails of one domain against itself; steps of a
-    text shuffled are those of a random walk."""
+    """The cluster claim holds of arithmetic, and fails of one half of SQuAD's articles against the
+    other; the steps of texts are those of the collected rows."""
     path = tmp_path / "c.safetensors"
-    assert run("collect", "--data", "squad", "again=squad", "math", "--examples", 60, "--layers",
+    articles = json.loads((TINY / "squad/train.json").read_text())
+    for k, name in enumerate(("squad", "again")):
+        half = {**articles, "data": articles["data"][k::2]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(half))
+    assert run("collect", "--data", f"squad=squad:{tmp_path / 'squad.json'}",
+               f"again=squad:{tmp_path / 'again.json'}", "math", "--examples", 60, "--layers",
                "0,3", "--out", path) == 0
     capsys.readouterr()
     assert run("compare", path, "--json") == 0
     apart = json.loads(capsys.readouterr().out)[0]["separation"]
     assert apart["layer 3: squad - math"]["auc"] > 0.95
-    assert apart["layer 0: squad - again"]["auc"] < 0.9
-    assert apart["layer 3: squad - math"]["mmd_p"] < 0.01 < apart["layer 3: squad - again"]["mmd_p"]
+    for layer in (0, 3):
+        same = apart[f"layer {layer}: squad - again"]
+        assert same["auc_low"] <= 0.5 <= same["auc_high"]
+        assert apart[f"layer {layer}: squad - math"]["mmd_p"] < 0.05 < same["mmd_p"]
     file = Collection(path)
     paths, index = paths_of(file, "squad")
     for p in paths:
         assert (file.field["position"][p].diff() == 1).all()
         assert len(file.field["example"][p].unique()) == 1
         assert torch.isin(p, index).all()
+    assert sum(map(len, paths)) <= 2000 and len(file.field["source"][torch.cat(paths)].unique()) > 6
     local = walks(file, 0, "squad")
     steps = torch.cat([file.rows(0, p).float().diff(dim=0).norm(dim=1) for p in paths])
+    assert local["repeats"] == (steps == 0).sum()
+    steps = steps[steps > 0]
     assert local["step"] == pytest.approx(steps.mean().item(), rel=1e-5)
     assert local["spread"] == pytest.approx(steps.std(correction=0).item(), rel=1e-4)
     assert local["p_uniform_spread"] < 0.05
-    assert run("compare", path) == 0 and "random walks" in capsys.readouterr().out
+    assert run("compare", path) == 0
+    out = capsys.readouterr().out
+    assert "random walks" in out and "Holm's p" in out
+
+
+def test_rows_know_their_units(tmp_path):
+    """Of SQuAD articles and paragraphs, of arithmetic modules; of one module its questions."""
+    path = tmp_path / "c.safetensors"
+    module = TINY / "math/train-easy/arithmetic__mul.txt"
+    assert run("collect", "--data", "squad", "math", f"one=math:{module}", "--examples", 60,
+               "--layers", 0, "--out", path) == 0
+    file = Collection(path)
+    examples = {"squad": data.read("squad", str(TINY / "squad/train.json")),
+                "math": data.read("math", str(TINY / "math/train-easy")),
+                "one": data.read("math", str(module))}
+    source_numbers = []
+    for domain, read in examples.items():
+        index = file.chosen(domain)
+        number, source, text = (file.field[key][index].tolist()
+                                for key in ("example", "source", "text"))
+        for key, numbers in (("source", source), ("context", text)):
+            names = [getattr(read[i], key) or read[i].question for i in number]
+            assert len(set(names)) == len(set(numbers)) == len(set(zip(names, numbers)))
+        source_numbers += set(source)
+        units = file.units(index)
+        assert units.tolist() == (text if domain == "one" else source)
+        assert file.units(index, 10**6).tolist() == text
+    assert len(set(source_numbers)) == len(source_numbers)  # domains share none
 
 
 def test_interpolate(runs, tmp_path, capsys):
@@ -305,18 +355,36 @@ def test_sample_judges_a_prior(capsys):
     assert judged["prior's draws"]["variance_ratio"] < 1e-3
     assert judged["prior's draws"]["mmd_p"] < 0.01 < judged["fitted Gaussian's"]["mmd_p"]
     uniform = dict(judge_prior(priors.Xavier, [x], {}, 20, 0))["prior's draws"]
-    held = held_out(x)[1]  # its bound is that of 20 rows, not of all that are judged
+    fit, held = held_out(torch.arange(2000))
+    assert len(held) == 400 and sorted([*fit.tolist(), *held.tolist()]) == [*range(2000)]
+    held = x[held]  # its bound is that of 20 rows, not of all that are judged
     assert uniform["variance_ratio"] == pytest.approx(
         12 * 2 / (20 + 12) / float(held.var(dim=0).sum()), rel=0.05)
     assert judged["held-out rows"]["knn"] < judged["fitted Gaussian's"]["knn"] * 1.2
     assert judged["reference rows"]["variance_ratio"] == pytest.approx(1, abs=0.15)
-    fit, held = held_out(x)
-    assert len(held) == 400 and not set(map(tuple, fit.tolist())) & set(map(tuple, held.tolist()))
     assert run("sample", "--prior", "fitted", "--json") == 0
     out = capsys.readouterr()
     report = json.loads(out.out)[0]["judged"]
     assert set(report) == {"held-out rows", "prior's draws", "reference rows"}
     assert "judged by it" in out.err
+
+
+def test_held_out_rows_are_held_out_texts():
+    """About a fifth of the rows, of texts that nothing was fitted on: real rows of other texts are
+    no nearer than a Gaussian's draws, where rows of the same texts would be."""
+    g = torch.Generator().manual_seed(0)
+    texts = torch.randint(0, 40, (2000,), generator=g)
+    fit, held = held_out(texts)
+    assert not set(texts[fit].tolist()) & set(texts[held].tolist())
+    assert 400 <= len(held) < 400 + texts.bincount().max()
+    assert sorted([*fit.tolist(), *held.tolist()]) == [*range(2000)]
+    two = torch.tensor([0] * 50 + [1] * 50 + [2] * 50)
+    assert len(two[held_out(two)[1]].unique()) == 2
+    # rows of a text differ by little
+    x = torch.randn(40, 12, generator=g)[texts] + 0.1 * torch.randn(2000, 12, generator=g)
+    judged = dict(judge_prior(priors.Fitted, [x], {}, 20, 0, [texts]))
+    assert judged["held-out rows"]["knn"] > 1
+    assert dict(judge_prior(priors.Fitted, [x], {}, 20, 0))["held-out rows"]["knn"] < 0.5
 
 
 def share(x):

@@ -43,7 +43,7 @@ FLAT = [{"id": q["id"], "title": "t", "context": "In Ülm lives a cat.", "questi
     json.dumps({key: [row[key] for row in FLAT] for key in FLAT[0]})])
 def test_squad(tmp_path, text):
     first, second = data.read("squad", write(tmp_path / "x.json", text))
-    assert first == data.Example("1", "squad", "In Ülm lives a cat.", "Who?", ("a cat", "cat"))
+    assert first == data.Example("1", "squad", "In Ülm lives a cat.", "Who?", ("a cat", "cat"), "t")
     assert second.answers == ()
 
 
@@ -57,7 +57,8 @@ ONE = {"id": "1", "context": "In Ülm lives a cat.", "question": "Who?"}
     [{**ONE, "answer": ["a cat", "cat"]}], [{**ONE, "answers": {"text": ["a cat", "cat"]}}]])
 def test_questions_as_people_have_them(tmp_path, records):
     examples = data.read("squad", write(tmp_path / "x.json", json.dumps(records)))
-    assert examples[0] == data.Example("1", "squad", "In Ülm lives a cat.", "Who?", ("a cat", "cat"))
+    assert examples[0] == data.Example(
+        "1", "squad", "In Ülm lives a cat.", "Who?", ("a cat", "cat"), examples[0].source)
     assert len(examples) == 1 or examples[1].answers == ()
 
 
@@ -82,7 +83,7 @@ def test_tables_of_questions(tmp_path, suffix, delimiter, answer, read):
 def test_gsm8k(tmp_path):
     record = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
     assert data.read("gsm8k", write(tmp_path / "x.jsonl", json.dumps(record))) == [
-        data.Example("x-0", "gsm8k", "", "How many?", ("1004",), "2 + 2 = <<2+2=4>>4")]
+        data.Example("x-0", "gsm8k", "", "How many?", ("1004",), rationale="2 + 2 = <<2+2=4>>4")]
     with pytest.raises(data.DataError, match="no #### before the answer"):
         data.read("gsm8k", write(tmp_path / "y.jsonl", json.dumps({**record, "answer": "4"})))
 
@@ -151,6 +152,8 @@ def test_math(tmp_path):
     folder = [(e.question, e.answers[0]) for e in data.read("math", str(tmp_path))]
     assert folder == [("Divide 59 by 9.", "59/9"), ("What is 1 + 1?", "2"), ("-3 * -129", "387")]
     assert len(data.read("math", str(tmp_path / "*__b.txt"))) == 2
+    assert [e.source for e in data.read("math", str(tmp_path))] == [
+        f"{tmp_path.name}/arithmetic__{module}" for module in "abb"]
     rows = [{"question": "b'What is \"1\" + 1?\\n'", "answer": "b'2\\n'"},
             {"question": "b", "answer": "b'x"}]
     examples = data.read("math", write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))))
@@ -171,7 +174,7 @@ def test_hendrycks(tmp_path, solution, answer):
             data.read("hendrycks", str(tmp_path))
     else:
         assert data.read("hendrycks", str(tmp_path)) == [
-            data.Example("algebra/1", "hendrycks", "", "p", (answer,), solution)]
+            data.Example("algebra/1", "hendrycks", "", "p", (answer,), rationale=solution)]
 
 
 def test_text_is_streamed(tmp_path):

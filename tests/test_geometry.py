@@ -1,18 +1,18 @@
-"""lab/geometry.py against scipy, scikit-learn, closed forms and the laws of its tests."""
+"""lab/geometry.py against scipy, scikit-learn and closed forms."""
 
 import math
 import time
-from decimal import Decimal, getcontext
 
 import numpy as np
 import pytest
-from scipy import linalg, stats
+from scipy import linalg
 from sklearn import metrics
 from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
 from lab import geometry as g
+from lab.locality import locality
+from lab.two_samples import mmd, probe_auc
 
 DTYPES = [np.float16, np.float32, np.float64]
 
@@ -177,29 +177,6 @@ def test_gaussian(N, dtype):
     assert (g.gaussian(np.full((7, 3), 0.1, np.float32))[1] == 0).all()
 
 
-def test_lengths_of_gaussian_rows_follow_the_chi_law():
-    lengths = np.linalg.norm(np.random.default_rng(0).normal(size=(4000, 12)), axis=1)
-    m, sd = g.chi_law(12)
-    assert (m, sd) == pytest.approx((stats.chi.mean(12), stats.chi.std(12)), rel=1e-9)
-    assert abs(lengths.mean() - m) < 4 * sd / math.sqrt(4000)
-
-
-def exact_chi_law(d):
-    """By Gamma(s + 1) = s Gamma(s) from the half normal (d = 1) or Rayleigh's law (d = 2)."""
-    pi = Decimal("3.1415926535897932384626433832795028841971693993751")
-    square = 2 / pi if d % 2 else pi / 2
-    for j in range(2 - d % 2, d - 1, 2):
-        square *= (Decimal(j + 1) / j) ** 2
-    return float(square.sqrt()), float((d - square).sqrt())
-
-
-@pytest.mark.parametrize("d", [1, 2, 17, 199, 200, 201, 202, 2048, 8192])
-def test_chi_law(d):
-    getcontext().prec = 50
-    assert g.chi_law(d) == pytest.approx(exact_chi_law(d), rel=1e-10)
-    assert g.chi_law(d)[0] == pytest.approx(stats.chi.mean(d), rel=1e-10)
-
-
 @pytest.mark.parametrize("N", [400, 30])
 def test_effective_rank_of_a_designed_spectrum(N):
     """Nine equal components and one with a hundredth of their variance, in 50 dimensions."""
@@ -283,69 +260,6 @@ def test_precision_recall_of_known_sets():
         g.precision_recall(x[:3], x)
 
 
-def test_mmd_equals_the_definition():
-    x, y = cloud(20, 4), cloud(15, 4, 1) + 1
-    pooled = np.concatenate([x, y])
-    distance = np.array([[math.dist(a, b) for b in pooled] for a in pooled])
-    K = np.exp(-distance**2 / (2 * np.median(distance[np.triu_indices(35, 1)]) ** 2))
-    xx = [K[i, j] for i in range(20) for j in range(20) if i != j]
-    yy = [K[i, j] for i in range(20, 35) for j in range(20, 35) if i != j]
-    expected = np.mean(xx) + np.mean(yy) - 2 * K[:20, 20:].mean()
-    value, p = g.mmd(x, y, permutations=0)
-    assert value == pytest.approx(expected, rel=1e-9) and math.isnan(p)
-
-
-def test_mmd_is_unbiased_and_its_p_uniform_when_the_laws_are_equal():
-    results = np.array([g.mmd(R(s).normal(size=(14, 3)), R(1000 + s).normal(size=(10, 3)), 39, s)
-                        for s in range(400)])
-    assert abs(results[:, 0].mean()) < 4 * results[:, 0].std() / 20
-    uniform(np.rint(results[:, 1] * 40), 40)
-
-
-def uniform(rank, m):
-    """Ranks 1 to m of exact permutation tests are uniform, and at most 5 % are in the first 5 %."""
-    assert rank.min() >= 1 and rank.max() <= m
-    tens = np.bincount(((rank - 1) * 10 // m).astype(int), minlength=10)
-    assert stats.chisquare(tens).pvalue > 1e-3
-    assert stats.binomtest(int((rank <= m // 20).sum()), len(rank), 0.05).pvalue > 1e-3
-
-
-def test_mmd_has_power():
-    x, y = R().normal(size=(60, 5)), R(1).normal(size=(50, 5))
-    assert g.mmd(x, y + 1) == g.mmd(x, y + 1) and g.mmd(x, y + 1)[1] == 1 / 201
-    assert g.mmd(x, 3 * y)[1] == 1 / 201  # equal means
-    x = x[:10]
-    assert g.mmd(x, x, 99)[1] > 0.5  # a copy is nearer than chance, never farther
-    with pytest.raises(g.GeometryError, match="duplicates"):
-        g.mmd(np.full((9, 5), 0.1), np.full((9, 5), 0.1))
-    assert g.mmd(np.full((9, 5), 0.1), np.full((9, 5), 0.2))[1] == 1 / 201
-
-
-@pytest.mark.parametrize("D", [5, 60])
-def test_probe_auc_equals_scikit_learns_ridge(D):
-    x, y = cloud(41, D) + 0.3, cloud(33, D, 1)
-    rng = R(7)
-    a, b = rng.permutation(x), rng.permutation(y)
-    fit, test = np.concatenate([a[:20], b[:16]]), np.concatenate([a[20:], b[16:]])
-    mean, sd = fit.mean(0), fit.std(0)
-    probe = Ridge(alpha=D).fit((fit - mean) / sd, [1] * 20 + [-1] * 16)
-    expected = metrics.roc_auc_score([1] * 21 + [0] * 17, probe.predict((test - mean) / sd))
-    assert g.probe_auc(x, y, seed=7) == pytest.approx(expected, abs=1e-12)
-
-
-def test_probe_auc_of_known_sets():
-    x = np.c_[cloud(40, 12), np.ones(40)]  # a coordinate that never varies counts for nothing
-    y = x + np.r_[[100.0] * 12, 0]
-    assert g.probe_auc(x, y) == g.probe_auc(y, x) == 1
-    chance = [g.probe_auc(R(s).normal(size=(20, 8)), R(999 + s).normal(size=(30, 8)), s)
-              for s in range(200)]
-    assert abs(np.mean(chance) - 0.5) < 4 * np.std(chance) / math.sqrt(200)
-    assert g.probe_auc(np.full((20, 3), 0.1), np.full((9, 3), 0.1)) == 0.5  # all ties
-    # a Gaussian pair d apart: the best probe's area is Phi(d / sqrt 2)
-    x, y = R(5).normal(size=(4000, 6)), R(6).normal(size=(4000, 6)) - [1, 0, 0, 0, 0, 0]
-    assert g.probe_auc(x, y) == pytest.approx(stats.norm.cdf(1 / math.sqrt(2)), abs=0.02)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silhouette_equals_scikit_learns(dtype):
     x, labels = cloud(200, 6).astype(dtype), R(1).integers(0, 4, 200)
@@ -368,121 +282,11 @@ def test_silhouette_of_known_sets():
         g.silhouette(x, [3, 3])
 
 
-def walks(seed, D=5, lengths=(9, 1, 14, 2), smooth=False):
-    points = [R((seed, i)).normal(size=(T, D)) for i, T in enumerate(lengths)]
-    return [np.cumsum(p, axis=0) / 2 if smooth else p for p in points]
-
-
-def test_locality_measures_the_steps_within_paths():
-    paths = [p.astype(np.float32) for p in walks(0)]
-    result = g.locality(paths, cloud(50, 5), permutations=0)
-    steps = [math.dist(a, b) for p in paths for a, b in zip(p.tolist(), p[1:].tolist())]
-    assert len(steps) == 8 + 0 + 13 + 1
-    assert result["step"] == pytest.approx(np.mean(steps), rel=1e-12)
-    assert result["spread"] == pytest.approx(np.std(steps), rel=1e-12)
-    assert set(result) == {"step", "spread"} | {
-        f"{prefix}{kind}_{name}" for prefix in ("", "p_") for kind in ("uniform", "matched")
-        for name in ("step", "spread")}
-    assert all(math.isnan(v) for k, v in result.items() if k not in ("step", "spread"))
-
-
-def test_locality_reads_long_walks_by_blocks():
-    D = 40_000  # some four rows to a block
-    paths = walks(0, D, (7, 4, 9))
-    result = g.locality(paths, paths[0], permutations=0)
-    steps = np.concatenate([np.linalg.norm(np.diff(p, axis=0), axis=1) for p in paths])
-    assert result["step"] == pytest.approx(steps.mean(), rel=1e-9)
-    assert result["spread"] == pytest.approx(steps.std(), rel=1e-9)
-
-
-@pytest.mark.parametrize("name", ["p_matched_step", "p_matched_spread", "p_uniform_step",
-                                  "p_uniform_spread"])
-def test_locality_p_is_uniform_when_paths_are_random(name):
-    """Matched: any points in any order. Uniform: points of the population."""
-    population = cloud(300, 4)
-    if name == "p_matched_step":
-        runs = [g.locality([p**3 for p in walks(s)], cloud(9, 5), None, 39, s) for s in range(400)]
-    else:
-        runs = [g.locality([population[R((s, i)).integers(0, 300, T)]
-                            for i, T in enumerate((9, 14, 2))], population, None, 39, s)
-                for s in range(400)]
-    uniform(np.rint(np.array([run[name] for run in runs]) * 40), 40)
-
-
-def test_locality_has_power():
-    smooth = walks(0, 20, (60, 80), smooth=True)
-    result = g.locality(smooth, 5 * R(1).normal(size=(500, 20)))
-    for kind in ("uniform", "matched"):
-        assert result[f"p_{kind}_step"] == result[f"p_{kind}_spread"] == 1 / 201
-        assert result["step"] < result[f"{kind}_step"] / 1.5
-    far = [1000.0 * (-1.0) ** np.arange(20)[:, None] * np.ones(20)]
-    assert g.locality(far, R(1).normal(size=(500, 20)))["p_uniform_step"] == 1
-
-
-def test_locality_null_walks():
-    """Uniform walks draw by the weights; matched ones only from the paths' own points."""
-    population = np.array([[0.0], [1.0], [1000.0]])
-    path = [np.array([[0.0], [3.0]] * 300)]
-    result = g.locality(path, population, np.array([3.0, 1.0, 0.0]))
-    assert result["uniform_step"] == pytest.approx(2 * 3 / 4 * 1 / 4, abs=0.01)
-    assert result["matched_step"] == pytest.approx(3 * 300 / 599, abs=0.03)  # without replacement
-    assert result["p_matched_step"] == 1 and result["p_matched_spread"] == 1 / 201
-    pair = g.locality([np.array([[0.1, 0.2], [3.0, 4.0]])], np.eye(2))  # one step: always a tie
-    assert pair["p_matched_step"] == pair["p_matched_spread"] == 1
-
-
-def test_locality_refuses():
-    for weights in ([1, 1], [1, 1, -1], [0, 0, 0], [1, math.nan, 1]):
-        with pytest.raises(g.GeometryError, match="3 numbers"):
-            g.locality([cloud(4, 2)], cloud(3, 2), weights)
-    for paths in ([], [cloud(1, 2)] * 3):
-        with pytest.raises(g.GeometryError, match="no path has a step"):
-            g.locality(paths, cloud(3, 2))
-    with pytest.raises(g.GeometryError, match="a path has width 3, expected 2"):
-        g.locality([cloud(4, 3)], cloud(3, 2))
-
-
-@pytest.mark.parametrize("draw, expected", [
-    (lambda r: r.normal(size=100_000), 1 / 3), (lambda r: r.uniform(size=100_000), 5 / 9),
-    (lambda r: r.integers(0, 2, 100_000), 1.0), (lambda r: r.exponential(size=1000), None)])
-def test_bimodality(draw, expected):
-    x = draw(np.random.default_rng(0))
-    value = g.bimodality(x)
-    assert value == pytest.approx((stats.skew(x)**2 + 1) / stats.kurtosis(x, fisher=False))
-    assert g.bimodality(7 - 3e-7 * x.astype(float)) == pytest.approx(value, rel=1e-6)
-    assert expected is None or value == pytest.approx(expected, rel=0.02)
-    with pytest.raises(g.GeometryError, match="equal"):
-        g.bimodality(np.full(9, 0.1))
-
-
-def test_calibration_error():
-    # by hand: a bin of two at 0.8 and 0.9 with one right, and one of two at 0.3 with one right
-    assert g.calibration_error([0.8, 0.9, 0.3, 0.3], [1, 0, 1, 0], bins=2) == pytest.approx(
-        100 * (2 / 4 * abs(0.85 - 0.5) + 2 / 4 * abs(0.3 - 0.5)))
-    assert g.calibration_error([1, 1, 1], [1, 1, 1]) == 0
-    assert g.calibration_error([1.0, 0.0], [False, True]) == 100
-    # closed above: 0.5 belongs to the lower half, where it balances 0
-    assert g.calibration_error([0.5, 0.1, 0.9], [0, 1, 1], bins=2) == pytest.approx(
-        100 * (0.4 + 0.1) / 3)
-    confidence = R().uniform(size=200_000)
-    answers = R(1).uniform(size=200_000)
-    assert g.calibration_error(confidence, answers < confidence) < 0.6
-    expected = np.abs(np.arange(15) / 15 + 1 / 30 - 0.5).mean()  # half of all answers are right
-    assert g.calibration_error(confidence, answers < 0.5) == pytest.approx(100 * expected, abs=0.6)
-
-
-def test_calibration_error_refuses():
-    for confidence, correct in (([], []), ([0.5], [1, 0]), ([[0.5]], [[1]]), ([1.1], [1]),
-                                ([math.nan], [1]), ([0.5], [2])):
-        with pytest.raises(g.GeometryError):
-            g.calibration_error(confidence, correct)
-
-
 ONE = [g.neighbour_distance, g.gaussian, g.effective_rank,
-       lambda x: g.silhouette(x, np.arange(len(x))), lambda x: g.locality([x], x)]
+       lambda x: g.silhouette(x, np.arange(len(x))), lambda x: locality([x], x)]
 TWO = [g.displacement, g.nearest, lambda x, y: g.similar(x, y, 1), g.collapse_index,
-       g.total_variance_ratio, g.frechet, g.precision_recall, g.mmd, g.probe_auc,
-       lambda x, y: g.locality([x], y)]
+       g.total_variance_ratio, g.frechet, g.precision_recall, mmd, probe_auc,
+       lambda x, y: locality([x], y)]
 ALL = [*ONE, *(lambda x, f=f: f(x, cloud(9, 3)) for f in TWO),
        *(lambda x, f=f: f(cloud(9, 3), x) for f in TWO)]
 
@@ -512,8 +316,8 @@ def test_widths_that_differ(measure):
 
 
 @pytest.mark.parametrize("measure", [g.neighbour_distance, g.gaussian, g.effective_rank,
-                                     lambda x: g.frechet(x, x), lambda x: g.mmd(x, x),
-                                     lambda x: g.silhouette(x, [0]), lambda x: g.probe_auc(x, x)])
+                                     lambda x: g.frechet(x, x), lambda x: mmd(x, x),
+                                     lambda x: g.silhouette(x, [0]), lambda x: probe_auc(x, x)])
 def test_one_row_is_too_few(measure):
     with pytest.raises(g.GeometryError, match="1 rows, and at least"):
         measure(np.ones((1, 3)))
