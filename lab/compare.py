@@ -40,7 +40,7 @@ TITLES = {
     "radius_z": "radius z",
     "collapse": "collapse", "effective_rank": "rank", "variance_ratio": "variance",
     "frechet": "Frechet", "precision": "precision", "recall": "recall", "mmd": "MMD", "mmd_p": "p",
-    "knn": "kNN", "auc": "AUC", "silhouette": "silhouette",
+    "knn": "kNN", "gap": "gap", "c2st": "C2ST", "auc": "AUC", "silhouette": "silhouette",
     "mass": "mass", "content": "content", "shift": "shift", "bias": "bias", "one": "one",
     "one_head": "one, head",
     "step": "step", "matched_step": "matched", "p_matched_step": "p", "uniform_step": "uniform",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import llama
 import priors
-from lab import geometry, pictures
+from lab import geometry, pictures, two_samples
 from lab.commands import SampleOptions
 from lab.compare import TITLES, sample
 from lab.console import say, show, table
@@ -51,7 +51,8 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     variance_ratio: total variance over that of the held-out rows. effective_rank: at 95 % of the
     variance. frechet: Frechet distance. precision and recall in percent (Kynkaanniemi et al. 2019).
     mmd: MMD^2, with its p. knn: median distance to the third nearest of the rows that were fitted
-    on, of which 2000 are taken at most."""
+    on, of which 2000 are taken at most. gap: percent in the gap along the direction in which those
+    rows are most bimodal. c2st: AUC of a classifier."""
     # Hold a fifth of every part out, so that all populations are judged by.
     divided = [held_out(x) for x in parts]
     fit_parts = [fit for fit, _ in divided]
@@ -67,15 +68,18 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     sets["reference rows"] = sample(fit, count)
 
     # Compare every set with the held-out rows.
+    split = two_samples.most_bimodal(neighbours)
     rows = [("held-out rows", {"effective_rank": geometry.effective_rank(held),
-                               "knn": _third_neighbour(held, neighbours)})]
+                               "knn": _third_neighbour(held, neighbours),
+                               "gap": 100 * split.share_in_gap(held)})]
     for name, x in sets.items():
         precision, recall = geometry.precision_recall(x, held)
         mmd, p = geometry.mmd(x, held)
         numbers = {"variance_ratio": geometry.total_variance_ratio(x, held),
                    "effective_rank": geometry.effective_rank(x),
                    "frechet": geometry.frechet(x, held), "precision": 100 * precision,
-                   "recall": 100 * recall, "mmd": mmd, "mmd_p": p}
+                   "recall": 100 * recall, "mmd": mmd, "mmd_p": p,
+                   "gap": 100 * split.share_in_gap(x), "c2st": two_samples.c2st(x, held)}
         if name != "reference rows":  # these are among the neighbours
             numbers["knn"] = _third_neighbour(x, neighbours)
         rows.append((name, numbers))
