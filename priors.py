@@ -697,6 +697,9 @@ class VAE(Fitted):
         # The kernel's shape is the second moment of the differences between nearest rows.
         u = prior.whiten(rows)
         neighbours, distances = _nearest_other(rows)
+        if not distances.any():
+            raise PriorError("vae: every reference row has a copy, so there is no distance between "
+                             "rows: give a reference without copies, or use fitted")
         widths = distances / distances.square().mean().sqrt()
         widths = widths.clamp(min=cls.SMALLEST)
         prior.widths = widths / widths.square().mean().sqrt()

@@ -559,6 +559,7 @@ def test_bad_specs(spec, message):
     ("exclusion", {"radius": 2.0, "c": 4.0}, reference(9), "radius is 2.0 and c is 4.0"),
     ("interpolation", {"a": 1.5}, reference(9), "a is 1.5"),
     ("vae", {"latent": 13}, reference(90), "latent is 13, expected 1 to 12"),
+    ("vae", {}, reference(7).repeat(50, 1), "every reference row has a copy"),
     ("vae", {"latent": 12}, reference(90, 3).repeat(1, 4), "alike in 3 directions"),
     ("sparse", {"quantile": 1.0, "dim": 13}, reference(90), "quantile 1.0, .* 0 to 12"),
     ("sparse", {"k": 82}, reference(90), "k is 82, and 81"),
