@@ -8,8 +8,8 @@ fitted once; then it draws rows and gives their log density:
     rows = prior.sample(20, torch.Generator().manual_seed(0))  # (20, D) fp32
     prior.log_prob(rows)                                       # (20,) nats; minus this: MAP penalty
 
-A draw is a function of the reference, the options and the generator's seed alone. Fits are in fp64
-(a network's training in fp32), densities in log space. This module knows nothing of models or data.
+A draw is a function of the reference, the options and the generator's seed alone, up to rounding.
+Fits are in fp64, densities in log space. This module knows nothing of models or data.
 torch is imported inside the functions that need it, so that the registry is read without it.
 
 N reference rows, D width, n prompt rows. `paper` is Exploring Embedding Priors in Prompt-Tuning
@@ -18,11 +18,9 @@ N reference rows, D width, n prompt rows. `paper` is Exploring Embedding Priors 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import re
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -151,14 +149,17 @@ class Fitted(Prior):
     Ledoit-Wolf optimum, which makes N < D usable and vanishes for N >> D.
 
     mean (D,), basis (D, D): Sigma's eigenvectors as columns, by falling variance; scale (D,): the
-    standard deviations along them. All fp64."""
+    standard deviations along them; variance (D,): the reference's own, without shrinkage. All
+    fp64."""
 
     has_density = True
 
-    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor, shrinkage: float):
+    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor, variance: Tensor,
+                 shrinkage: float):
         self.mean = mean
         self.basis = basis
         self.scale = scale
+        self.variance = variance
         self.shrinkage = shrinkage
 
     @classmethod
@@ -182,10 +183,10 @@ class Fitted(Prior):
             shrinkage = _ledoit_wolf(covariance, fourth_moment, N)
         variance, basis = torch.linalg.eigh(covariance)
         variance, basis = variance.flip(0), basis.flip(1)
-        variance = (1 - shrinkage) * variance + shrinkage * trace / D
+        shrunk = (1 - shrinkage) * variance + shrinkage * trace / D
         # A singular Sigma without shrinkage has zero variances; the floor keeps densities finite.
-        scale = variance.clamp(min=1e-10 * variance[0]).sqrt()
-        return cls(mean, basis, scale, shrinkage)
+        scale = shrunk.clamp(min=1e-10 * shrunk[0]).sqrt()
+        return cls(mean, basis, scale, variance, shrinkage)
 
     def whiten(self, x: Tensor, k: int | None = None) -> Tensor:
         """(n, D) -> coordinates fp64 (n, D), or the first k, in which the Gaussian is N(0, I)."""
@@ -195,8 +196,15 @@ class Fitted(Prior):
         """whiten's inverse: coordinates (n, D) fp64 -> rows (n, D) fp64."""
         return self.mean + z * self.scale @ self.basis.T
 
+    def _noise(self, n: int, generator: Generator) -> Tensor:
+        """Whitened coordinates (n, D) fp64 of n draws. The noise is drawn in the D coordinates of
+        the rows, so that a draw is noise @ basis * scale @ basis.T: the symmetric square root of
+        Sigma, whichever eigenvectors of equal variances (all those of variance 0, for N < D) the
+        decomposition gave."""
+        return _normal(n, len(self.mean), generator) @ self.basis
+
     def sample(self, n: int, generator: Generator) -> Tensor:
-        return self.unwhiten(_normal(n, len(self.mean), generator)).float()
+        return self.unwhiten(self._noise(n, generator)).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
         return self._log_normal(self.whiten(x)).to(x.dtype)
@@ -281,7 +289,7 @@ class Exclusion(Fitted):
         return prior
 
     def sample(self, n: int, generator: Generator) -> Tensor:
-        z = _normal(n, len(self.mean), generator)
+        z = self._noise(n, generator)
         direction = z[:, :self.law.dim]
         direction = direction / direction.norm(dim=1, keepdim=True)
         z[:, :self.law.dim] = direction * self.law.sample(n, generator)[:, None]
@@ -485,8 +493,8 @@ class Interpolation(Prior):
     def sample(self, n: int, generator: Generator) -> Tensor:
         import torch
 
-        x = self.first.unwhiten(_normal(n, len(self.joint_gap), generator))
-        y = self.second.unwhiten(_normal(n, len(self.joint_gap), generator))
+        x = self.first.unwhiten(self.first._noise(n, generator))
+        y = self.second.unwhiten(self.second._noise(n, generator))
         a = self.a
         if len(a) > 1:
             a = torch.rand(n, 1, generator=generator).double()
@@ -600,7 +608,7 @@ class Sparse(Fitted):
         return (q - kth_neighbour).norm(dim=1)
 
     def _wide_draws(self, n: int, generator: Generator) -> Tensor:
-        return self.unwhiten(self.wide * _normal(n, len(self.mean), generator))
+        return self.unwhiten(self.wide * self._noise(n, generator))
 
     def draw(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """-> rows (n, D) fp64, and which of them (n,) were moved."""
@@ -647,268 +655,157 @@ class Sparse(Fitted):
 
 
 class VAE(Fitted):
-    """Draws of a variational autoencoder of the reference (paper 4.6) that does not collapse: the
-    decoder's noise is learned and drawn, every latent dimension keeps free_bits nats, latents start
-    from encoded reference rows, and the draws' mean and covariance are set to those of fitted.
+    """Draws of a variational autoencoder of the reference (paper 4.6) with linear maps: a latent is
+    drawn around an encoded reference row, so that clusters and gaps stay, and decoded with noise.
+    The held-out density chooses the number of latents, and so can choose the fitted Gaussian.
 
-    It works on the whitened coordinates u of the fitted Gaussian. Encoder q(z | u) and decoder
-    p(y | z) are diagonal Gaussians, see _autoencoder. y is u in rotated axes: twice during training
-    u is rotated to axes in which what the decoder misses is uncorrelated, because noise that is
-    independent in other axes loses correlations. After training a linear map corrects what is left
-    of the difference in covariance. All is drawn from a fixed seed. A reference of fewer than 2000
-    rows has fewer training steps.
+    It is an exemplar VAE (Norouzi et al. 2020): the latents' law is the mixture of q(z | row) over
+    the reference rows. Row i has q(z | row_i) = N(c_i, width_i^2 diag(kernel)), where width_i is
+    proportional to its distance to the nearest other row. Latents are coordinates of the whitened
+    rows in those directions in which nearest neighbours are most alike. The decoder adds Gaussian
+    noise in all other directions. Encoder and decoder are linear, so the density is exact: a kernel
+    density with adaptive widths in the latents, times a Gaussian.
 
-    log_prob is a lower bound of the log density of the draws, importance-weighted (Burda et al.
-    2016): log 1/S sum_s p(y | z_s) q_agg(z_s) / q(z_s | u), with q_agg the mixture of the encoded
-    rows that draws start from (4096 at most). The noises of z_s are the same in every call, and the
-    bound holds on average over them."""
+    kernel is width^2 times the mean square that nearest rows differ by, each difference over its
+    row's relative distance. The c_i are scaled such that draws have the fitted Gaussian's variance
+    in every latent. The number of latents and the width are those of WIDTHS and of powers of two
+    that make rows held out of the fit most likely. At most 8192 rows are encoded."""
+
+    WIDTHS = (0.25, 0.35, 0.5, 0.7, 1.0)  # of a kernel, in distances to the nearest row
+    SMALLEST = 0.1  # width of a row, in mean widths: a row with copies would have none
+
+    axes: Tensor  # (D, D): whitened rows @ axes have the latents first
+    codes: Tensor  # (M, latents): the c_i
+    widths: Tensor  # (M,), of mean square 1
+    kernel: Tensor  # (latents,): variances of q(z | row) at width 1
+    gain: float  # nats by which a held-out row is likelier than under the fitted Gaussian
 
     @classmethod
-    def fit(cls, reference: Tensor, latent: int = 32, hidden: int = 256, steps: int = 1000,
-            free_bits: float = 0.1, shrinkage: float = -1.0) -> VAE:
+    def fit(cls, reference: Tensor, latent: int = 0, shrinkage: float = -1.0) -> VAE:
         import torch
 
         N, D = reference.shape
         if N < 20:
             raise PriorError(f"vae: {N} reference rows are too few: give 20 or more, or use fitted")
-        if min(latent, hidden, steps) < 1 or free_bits < 0:
-            raise PriorError(f"vae: latent {latent}, hidden {hidden}, steps {steps}, free_bits "
-                             f"{free_bits}: expected 1 or more, and free_bits 0 or more")
+        if not 0 <= latent <= D:
+            raise PriorError(f"vae: latent is {latent}, expected 1 to {D}, or 0 to choose the "
+                             "number by held-out rows")
         prior = super().fit(reference, shrinkage)
-        rows = reference[_evenly_spaced(N, 32768)]
-        u = torch.cat([prior.whiten(block).float() for block in rows.split(4096)])
+        rows = reference[torch.randperm(N, generator=torch.Generator().manual_seed(0))[:8192]]
+        count = min(len(rows) // 5, 400)
+        held_out, rows = rows[:count], rows[count:]
 
-        # Few rows have few steps: the network would learn them by heart.
-        steps = min(steps, max(200, N // 2))
-        generator = torch.Generator().manual_seed(0)
-        prior.network = _autoencoder(D, latent, hidden, generator)
-        axes = prior._train(u, steps, free_bits, generator)
-        prior.network.requires_grad_(False)
-        prior._match_moments(u, axes, generator)
-        prior._encode_starts(u, generator)
+        # The kernel's shape is the second moment of the differences between nearest rows.
+        u = prior.whiten(rows)
+        neighbours, distances = _nearest_other(rows)
+        if not distances.any():
+            raise PriorError("vae: every reference row has a copy, so there is no distance between "
+                             "rows: give a reference without copies, or use fitted")
+        widths = distances / distances.square().mean().sqrt()
+        widths = widths.clamp(min=cls.SMALLEST)
+        prior.widths = widths / widths.square().mean().sqrt()
+        differences = (u - u[neighbours]) / prior.widths[:, None]
+        shape = differences.T @ differences / len(u)
 
-        # From here on the network is in fp64, and its encoder takes u in its own axes.
-        prior.network.double()
-        _rotate_input(prior.network, axes.T)
+        # A latent is a direction in which nearest rows are nearer than two rows drawn at random.
+        # All that these differ by is known exactly: it is diagonal in whitened coordinates.
+        at_random = (prior.variance / prior.scale.square()).diag()
+        likeness, axes = torch.linalg.eigh(at_random - shape / 2)
+        likeness, prior.axes = likeness.flip(0), axes.flip(1)
+        usable = int((likeness > 0.01).sum())
+        if latent > usable:
+            raise PriorError(f"vae: latent is {latent}, and nearest rows are alike in {usable} "
+                             f"directions: ask for at most {usable}, or give a larger reference")
+        counts = [latent] if latent else [*_powers_of_two(usable), usable]
+        u = u - u.mean(0)
+        prior._choose(u @ prior.axes, (prior.axes.T @ shape @ prior.axes).diagonal(),
+                      prior.whiten(held_out) @ prior.axes, counts, may_be_gaussian=not latent)
         return prior
 
-    def _train(self, u: Tensor, steps: int, free_bits: float, generator: Generator) -> Tensor:
-        """Train the network on whitened rows u (M, D) fp32, which are rotated in place, to
-        u @ axes. -> axes (D, D) fp64."""
-        import torch
+    def _choose(self, w: Tensor, shape: Tensor, held_out: Tensor, counts: list[int],
+                may_be_gaussian: bool) -> None:
+        """Choose the number of latents, of counts, and the kernel's width.
 
-        network = self.network
-        axes = torch.eye(u.shape[1])
-        for start, end in pairwise((0, steps // 5, steps // 2, steps)):
-            # Rotate before the second and the third stage; a rotated network needs a new optimiser.
-            if start:
-                axes = axes @ _rotate(network, u, generator)
-            optimiser = torch.optim.Adam(network.parameters())
-            for step in range(start, end):
-                optimiser.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-                x = u[torch.randint(len(u), (128,), generator=generator)]
-
-                # The evidence bound, but no dimension of z is rewarded for less than free_bits.
-                z, kl = network.draw_latents(x, generator)
-                mean, log_variance = network.decode(z)
-                error = (x - mean).square() * (-log_variance).exp()
-                reconstruction = 0.5 * (error + log_variance).sum(1).mean()
-                loss = reconstruction + kl.mean(0).clamp(min=free_bits).sum()
-
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-        return axes.double()
-
-    def _match_moments(self, u: Tensor, axes: Tensor, generator: Generator) -> None:
-        """Set the linear map that gives draws the mean and covariance of the fitted Gaussian:
-        y = u @ into + centre, u = (y - centre) @ back. log_det is log |det into|.
-
-        u (M, D): the training rows, rotated by axes (D, D)."""
-        import torch
-
-        # The moments of the network's draws: of the decoder's means, and of its noise.
-        N = len(u)
-        centre, second, noise, kl = 0.0, 0.0, 0.0, 0.0
-        for x in u.split(4096):
-            z, nats = self.network.draw_latents(x, generator)
-            mean, log_variance = self.network.decode(z)
-            centre = centre + mean.double().sum(0) / N
-            second = second + (mean.T @ mean / N).double()
-            noise = noise + log_variance.double().exp().sum(0) / N
-            kl = kl + nats.sum(0) / N
-        explained = second - centre.outer(centre)
-
-        # back is the symmetric square root of the inverse covariance, and undoes the rotation.
-        variance, basis = torch.linalg.eigh(explained + noise.diag())
-        self.centre = centre
-        self.into = axes @ (basis * variance.sqrt() @ basis.T)
-        self.back = (basis / variance.sqrt() @ basis.T) @ axes.T
-        self.log_det = variance.log().sum() / 2
-
-        # What report() gives: shares of the variance of u, and nats of each latent dimension.
-        self.kl = kl
-        total = u.square().sum() / N
-        self.explained = explained.trace() / total
-        self.variance = variance.sum() / total
-
-    def _encode_starts(self, u: Tensor, generator: Generator) -> None:
-        """Encode the rows that draws start from, of the rotated rows u (M, D), and draw the noises
-        of log_prob."""
-        import torch
-
-        codes, log_variances = self.network.encode(u[_evenly_spaced(len(u), 4096)])
-        self.codes = codes.double()
-        self.code_log_variances = log_variances.double()
-        latent = codes.shape[1]
-        noises = torch.randn(4, 1, latent, generator=generator).double()
-        self.noises = torch.cat((noises, -noises))  # (S, 1, latent), in pairs of opposite sign
+        w (M, D), held_out (n, D): rows in coordinates along axes. shape (D,): the kernel's
+        variances at width 1."""
+        deviation = w.square().mean(0).sqrt()
+        self.codes, self.kernel = w[:, :0], shape[:0]
+        gaussian = float(self._log_density(held_out).mean())
+        best = gaussian if may_be_gaussian else -math.inf
+        for latents in counts:
+            for width in self.WIDTHS:
+                tried = self.codes, self.kernel
+                self.kernel = (width**2 * shape[:latents]).clamp(1e-6, 0.95)
+                self.codes = w[:, :latents] * ((1 - self.kernel).sqrt() / deviation[:latents])
+                density = float(self._log_density(held_out).mean())
+                if density > best:
+                    best = density
+                else:
+                    self.codes, self.kernel = tried
+        self.gain = best - gaussian
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         import torch
 
-        # z from the encoding of a reference row, y from the decoder
-        start = torch.randint(len(self.codes), (n,), generator=generator)
-        z_deviation = (self.code_log_variances[start] / 2).exp()
-        z = self.codes[start] + _normal(n, self.codes.shape[1], generator) * z_deviation
-        mean, log_variance = self.network.decode(z)
-        y = mean + _normal(n, mean.shape[1], generator) * (log_variance / 2).exp()
-        return self.unwhiten((y - self.centre) @ self.back).float()
+        w = self._noise(n, generator) @ self.axes
+        row = torch.randint(len(self.widths), (n,), generator=generator)
+        latents = len(self.kernel)
+        deviation = self.kernel.sqrt() * self.widths[row, None]
+        w[:, :latents] = self.codes[row] + w[:, :latents] * deviation
+        return self.unwhiten(w @ self.axes.T).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """A lower bound, see the class."""
         import torch
 
-        if len(x) > 64:  # a block's matrix below is (S n, 4096)
-            return torch.cat([self.log_prob(block) for block in x.split(64)])
-        u = self.whiten(x)
-        S = len(self.noises)
+        blocks = [self._log_density(self.whiten(block) @ self.axes) for block in x.split(1024)]
+        return (torch.cat(blocks) - self.scale.log().sum()).to(x.dtype)
 
-        # z_s and log q(z_s | u). All laws of z lack (2 pi)^(-latent / 2), which cancels.
-        mean, log_variance = self.network.encode(u)
-        z = (mean + self.noises * (log_variance / 2).exp()).flatten(0, 1)  # (S n, latent)
-        log_q = -0.5 * (self.noises.square() + log_variance).sum(2).flatten()
+    def _log_density(self, w: Tensor) -> Tensor:
+        """Of whitened rows in coordinates along axes, (n, D) -> (n,)."""
+        import torch
 
-        # log p(y | z_s)
-        y = (u @ self.into + self.centre).repeat(S, 1)  # (S n, D)
-        mean, log_variance = self.network.decode(z)
-        error = (y - mean).square() * (-log_variance).exp()
-        log_p = -0.5 * (error + log_variance + math.log(2 * math.pi)).sum(1)
+        latents, D = len(self.kernel), w.shape[1]
+        z = w[:, :latents] / self.kernel.sqrt()
+        codes = self.codes / self.kernel.sqrt()
+        squares = z.square().sum(1)[:, None] - 2 * z @ codes.T + codes.square().sum(1)  # (n, M)
+        log_kernels = -0.5 * squares / self.widths.square() - latents * self.widths.log()
+        mixture = torch.logsumexp(log_kernels, 1) - math.log(len(codes))
+        noise = -0.5 * w[:, latents:].square().sum(1)
+        return mixture + noise - 0.5 * (self.kernel.log().sum() + D * math.log(2 * math.pi))
 
-        # log q_agg(z_s): the squares are multiplied out, so that no (S n, 4096, latent) is made
-        precision = (-self.code_log_variances).exp()
-        distances = (z.square() @ precision.T - 2 * z @ (self.codes * precision).T
-                     + (self.codes.square() * precision + self.code_log_variances).sum(1))
-        log_agg = torch.logsumexp(-0.5 * distances, 1) - math.log(len(self.codes))
-
-        log_weights = (log_p + log_agg - log_q).view(S, -1)
-        bound = torch.logsumexp(log_weights, 0) - math.log(S)
-        return (bound + self.log_det - self.scale.log().sum()).to(x.dtype)
-
-    def report(self) -> dict[str, float | list[float]]:
-        """Active latent dimensions (their means vary by more than 0.01, Burda et al. 2016), nats
-        of each; as shares of u's variance, what they tell, and raw draws (1: no collapse)."""
-        active = (self.codes.var(0) > 0.01).sum()
-        return {**super().report(), "latent": float(len(self.kl)), "active_units": float(active),
-                "kl_mean": float(self.kl.mean()), "kl_max": float(self.kl.max()),
-                "told": float(self.explained), "variance": float(self.variance),
-                "kl": self.kl.sort(descending=True).values.tolist()}
+    def report(self) -> dict[str, float]:
+        """Latents chosen, those among them that are active (their codes vary by more than 0.01,
+        Burda et al. 2016), the largest and smallest share of a latent's variance that its kernel
+        has, and nats by which held-out rows are likelier than under the fitted Gaussian."""
+        active = (self.codes.square().mean(0) > 0.01).sum()
+        return {**super().report(), "latent": float(len(self.kernel)),
+                "active_units": float(active), "encoded_rows": float(len(self.widths)),
+                "kernel_min": float(self.kernel.min()) if len(self.kernel) else 1.0,
+                "kernel_max": float(self.kernel.max()) if len(self.kernel) else 1.0,
+                "held_out_gain": self.gain}
 
 
-def _autoencoder(width: int, latent: int, hidden: int, generator: Generator):
-    """The VAE's network. Its class is made in here because this module imports torch only inside
-    functions."""
-    import torch
-    from torch import nn
-    from torch.nn.functional import gelu
-
-    class Autoencoder(nn.Module):
-        """Encoder q(z | u) and decoder p(y | z), diagonal Gaussians with one hidden layer each.
-        Log variances are bounded: the encoder's to -6 .. 0, the decoder's to -4 .. 4."""
-
-        def __init__(self):
-            super().__init__()
-            # The layers are initialised below: nn.Linear would take the global generator.
-            linear = functools.partial(nn.utils.skip_init, nn.Linear)
-            self.encoder_hidden = linear(width, hidden)
-            self.encoder_out = linear(hidden, 2 * latent)
-            self.decoder_hidden = linear(latent, hidden)
-            self.decoder_mean = linear(hidden, width, bias=False)
-            self.decoder_skip = linear(latent, width)  # the mean's linear part and its bias
-            self.decoder_spread = linear(hidden, width)
-
-        def encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
-            """u (n, D) -> mean and log variance of q(z | u), (n, latent) each."""
-            # Outliers are scaled down, so that they do not dominate what the encoder learns.
-            u = u * (1 + u.square().mean(1, keepdim=True)).rsqrt()
-            mean, spread = self.encoder_out(gelu(self.encoder_hidden(u))).chunk(2, 1)
-            return mean, -6 * spread.sigmoid()
-
-        def draw_latents(self, u: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-            """A draw z of q(z | u), and KL(q || N(0, I)) in nats, (n, latent) each."""
-            mean, log_variance = self.encode(u)
-            noise = torch.randn(mean.shape, generator=generator)
-            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-            return mean + noise * (log_variance / 2).exp(), kl
-
-        def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-            """z (n, latent) -> mean and log variance of p(y | z), (n, D) each."""
-            h = gelu(self.decoder_hidden(z))
-            mean = self.decoder_mean(h) + self.decoder_skip(z)
-            return mean, 4 * (self.decoder_spread(h) / 4).tanh()
-
-    network = Autoencoder()
-    outputs = ("decoder_mean", "decoder_skip", "decoder_spread")  # small, for a start at N(0, I)
-    for name, layer in network.named_children():
-        _draw_weight(layer, 0.1 if name in outputs else 1.0, generator)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-            # This draw is dropped. Without it the weights after it would not be those of old runs.
-            torch.randn(1, layer.out_features, generator=generator)
-    return network
-
-
-def _draw_weight(layer, gain: float, generator: Generator) -> None:
-    """Draw a linear layer's weight from N(0, gain^2 / inputs)."""
+def _nearest_other(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row (M, D) the nearest other one: index (M,), and distance (M,) fp64."""
     import torch
 
-    noise = torch.randn(layer.in_features, layer.out_features, generator=generator)
-    with torch.no_grad():
-        layer.weight.copy_(noise.T * (gain / math.sqrt(layer.in_features)))
+    # In fp64, so that rounding does not decide which of two rows is nearer.
+    x = rows.double()
+    x = x - x.mean(0)
+    squares = x.square().sum(1)
+    nearest = []
+    for start in range(0, len(x), 1024):
+        scores = squares - 2 * x[start : start + 1024] @ x.T  # |p - q|^2, up to a term of q
+        indices = torch.arange(len(scores))
+        scores[indices, start + indices] = math.inf
+        nearest.append(scores.argmin(1))
+    index = torch.cat(nearest)
+    return index, (x - x[index]).norm(dim=1)
 
 
-def _rotate(network, u: Tensor, generator: Generator) -> Tensor:
-    """Rotate u (M, D) in place, and the network with it, to axes in which the decoder's errors are
-    uncorrelated. The layer of their variances starts anew. -> rotation (D, D) fp32."""
-    import torch
-
-    with torch.no_grad():
-        # The axes are the eigenvectors of the errors' second moments.
-        covariance = torch.zeros(u.shape[1], u.shape[1], dtype=torch.float64)
-        for x in u.split(4096):
-            z, _ = network.draw_latents(x, generator)
-            mean, _ = network.decode(z)
-            error = x - mean
-            covariance += (error.T @ error / len(u)).double()
-        variance, basis = torch.linalg.eigh(covariance)
-        rotation = basis.float()
-
-        # Rotate what reads u and what writes its mean. A diagonal variance has no such rotation.
-        _rotate_input(network, rotation)
-        for layer in (network.decoder_mean, network.decoder_skip):
-            layer.weight.copy_(rotation.T @ layer.weight)
-        network.decoder_skip.bias.copy_(network.decoder_skip.bias @ rotation)
-        _draw_weight(network.decoder_spread, 0.1, generator)
-        network.decoder_spread.bias.copy_(variance.clamp(min=1e-6).log().float())
-        for x in u.split(4096):
-            x.copy_(x @ rotation)
-    return rotation
-
-
-def _rotate_input(network, rotation: Tensor) -> None:
-    """Change the encoder so that it gives for u @ rotation what it gave for u."""
-    weight = network.encoder_hidden.weight  # (hidden, D)
-    weight.copy_(weight @ rotation)
+def _powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4 and so on below the limit."""
+    return [2**k for k in range(limit.bit_length()) if 2**k < limit]
 
 
 class Posterior(Fitted):

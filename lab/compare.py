@@ -44,7 +44,7 @@ TITLES = {
     "variance_ratio": "variance",
     "frechet": "Frechet", "precision": "precision", "recall": "recall", "mmd": "MMD", "mmd_p": "p",
     "mean_shift": "mean shift", "mean_shift_p": "p",
-    "knn": "kNN", "auc": "AUC", "silhouette": "silhouette",
+    "knn": "kNN", "gap": "gap", "c2st": "C2ST", "auc": "AUC", "silhouette": "silhouette",
     "mass": "mass", "content": "content", "shift": "shift", "bias": "bias", "one": "one",
     "one_head": "one, head"}
 

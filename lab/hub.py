@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import data
 import llama
 from lab.console import UserError, one_line, say
 from lab.settings import TINY, ModelSettings, on_hub

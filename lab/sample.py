@@ -19,7 +19,7 @@ from torch import Tensor
 
 import llama
 import priors
-from lab import geometry, pictures, two_samples
+from lab import gaps, geometry, pictures, two_samples
 from lab.commands import SampleOptions
 from lab.compare import TITLES, sample, sample_index
 from lab.console import file_list, say, show, table
@@ -58,7 +58,8 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     variance_ratio: total variance over that of the held-out rows. effective_rank: at 95 % of the
     variance. frechet: Frechet distance. precision and recall in percent (Kynkaanniemi et al. 2019).
     mmd: MMD^2, with its p. knn: median distance to the third nearest of the rows that were fitted
-    on, of which 2000 are taken at most."""
+    on, of which 2000 are taken at most. gap: percent in the gap along the direction in which those
+    rows are most bimodal. c2st: AUC of a classifier."""
     # Hold a fifth of every part out, so that all populations are judged by.
     texts = [torch.arange(len(x)) for x in parts] if texts is None else texts
     fit_parts, held_parts, held_texts, first = [], [], [], 0
@@ -81,8 +82,10 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     sets["reference rows"] = sample(fit, count)
 
     # Compare every set with the held-out rows.
+    split = gaps.most_bimodal(neighbours)
     rows = [("held-out rows", {"effective_rank": geometry.effective_rank(held),
-                               "knn": _third_neighbour(held, neighbours)})]
+                               "knn": _third_neighbour(held, neighbours),
+                               "gap": 100 * split.share_in_gap(held)})]
     for name, x in sets.items():
         precision, recall = geometry.precision_recall(x, held)
         # Rows are dealt into groups as large as the held-out texts, so that a permutation exchanges
@@ -91,7 +94,8 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
         numbers = {"variance_ratio": geometry.total_variance_ratio(x, held),
                    "effective_rank": geometry.effective_rank(x),
                    "frechet": geometry.frechet(x, held), "precision": 100 * precision,
-                   "recall": 100 * recall, "mmd": mmd, "mmd_p": p}
+                   "recall": 100 * recall, "mmd": mmd, "mmd_p": p,
+                   "gap": 100 * split.share_in_gap(x), "c2st": gaps.c2st(x, held)}
         if name != "reference rows":  # these are among the neighbours
             numbers["knn"] = _third_neighbour(x, neighbours)
         rows.append((name, numbers))

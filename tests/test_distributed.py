@@ -93,6 +93,38 @@ def test_two_processes_train_as_one(tmp_path, arguments):
     assert said[0] == said[1]
 
 
+APART = """  # promptprior.py, with another draw in every process; writes down what training begins from
+import os, sys
+sys.path.insert(0, os.getcwd())
+import priors, promptprior
+from lab import train
+from safetensors.torch import save_file
+rank, sample, make = int(os.environ["RANK"]), priors.Fitted.sample, train.make_posterior
+priors.Fitted.sample = lambda *arguments: sample(*arguments) + rank
+def spy(settings, begun, *more):
+    start = {str(i): rows.contiguous() for i, rows in begun.start.items()}
+    save_file(start, os.path.join(sys.argv[-1], f"start{rank}"))
+    return make(settings, begun, *more)
+train.make_posterior = spy
+sys.exit(promptprior.main(sys.argv[1:-1]))
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--shard"]], ids=["whole", "sharded"])
+def test_the_first_process_draws_for_all(tmp_path, arguments):
+    """Whatever the others would have drawn: with unlike threads it may differ."""
+    (tmp_path / "apart.py").write_text(APART)
+    process = torchrun("train", "--out", tmp_path / "run", *FEW, "--steps", "1", "--prior",
+                       "fitted", *arguments, tmp_path, program=tmp_path / "apart.py")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    starts = [load_file(tmp_path / f"start{rank}") for rank in (0, 1)]
+    first = load_file(tmp_path / "run" / "prompts" / "000000.safetensors")
+    for i, rows in starts[0].items():
+        assert (rows == starts[1][i]).all()
+        assert (rows[0] == first[f"layers.{i}"]).all()
+
+
 def test_a_signal_stops_both_and_the_run_goes_on(tmp_path):
     run = tmp_path / "run"
     process = torchrun("train", "--out", run, *FEW, "--steps", "500")

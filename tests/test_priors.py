@@ -36,8 +36,6 @@ def fit(name, x, **options):
     """A small fit of any prior on x, and on a second reference if it takes several."""
     prior = priors.PRIORS[name]
     references = (x, 1.3 * x.flip(1) + 2) if prior.several else (x,)
-    if name == "vae":
-        options = {"steps": 60, "hidden": 32, "latent": 4, **options}
     return prior.fit(*references, **options)
 
 
@@ -54,6 +52,46 @@ def test_a_draw_is_reproducible_and_of_the_right_shape(name):
     assert name == "text" or not torch.equal(rows, prior.sample(7, seeded(4)))
     assert prior.log_prob(rows).shape == (7,) and torch.isfinite(prior.log_prob(rows)).all()
     assert all(isinstance(v, (float, list)) for v in prior.report().values())
+
+
+def turn_equal_eigenvectors(monkeypatch):
+    """Make eigh return other eigenvectors, as right as the first: turned within every space of
+    equal eigenvalues, and of other signs."""
+    eigh = torch.linalg.eigh
+
+    def turned(matrix):
+        values, vectors = eigh(matrix)
+        equal = torch.cat((values.new_zeros(1), values.diff())).abs() < 1e-9 * values.abs().max()
+        space = (~equal).cumsum(0)
+        for s in space.unique():
+            columns = (space == s).nonzero()[:, 0]
+            turn = torch.randn(len(columns), len(columns), generator=seeded(7), dtype=values.dtype)
+            vectors[:, columns] = -vectors[:, columns] @ torch.linalg.qr(turn)[0]
+        return values, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", turned)
+
+
+@pytest.mark.parametrize("N, D", [(300, 192), (20, 192)])
+@pytest.mark.parametrize("name", ["fitted", "exclusion", "sparse", "interpolation", "vae",
+                                  "posterior"])
+def test_a_draw_is_a_function_of_the_seed_and_the_reference_alone(name, N, D, monkeypatch):
+    """Neither of threads nor of which eigenvectors a decomposition gives: for N < D all of the
+    null space have one eigenvalue."""
+    x = two_clusters(N, D // 2).repeat(1, 2)  # of half the rank
+    options = {"k": 3} if name == "sparse" else {"latent": 3} if name == "vae" else {}
+    prior = fit(name, x, **options)
+    rows, likelihood = prior.sample(8, seeded(1)), prior.log_prob(x[:8])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    turn_equal_eigenvectors(monkeypatch)
+    try:
+        other = fit(name, x, **options)
+        others = other.sample(8, seeded(1))
+    finally:
+        torch.set_num_threads(threads)
+    assert (others - rows).norm() < 1e-5 * rows.norm()
+    torch.testing.assert_close(other.log_prob(x[:8]), likelihood, rtol=1e-4, atol=1e-2)
 
 
 def test_isotropic():
@@ -363,101 +401,100 @@ def effective_rank(x):
     return int((share.cumsum(0) < 0.95 * share.sum()).sum()) + 1
 
 
+def clusters(N, seed=0):
+    """Two plain clusters in 32 dimensions, with hardly a row between them."""
+    x = torch.randn(N, 32, generator=seeded(seed))
+    sign = 2 * torch.randint(2, (N,), generator=seeded(seed + 1)) - 1
+    x[:, 0] = 3 * sign + 0.4 * x[:, 0]
+    return x
+
+
+def ring(N, seed=0):
+    """A ring of radius 3 in the first two of 32 dimensions."""
+    x = torch.randn(N, 32, generator=seeded(seed))
+    angle = 2 * math.pi * torch.rand(N, generator=seeded(seed + 1))
+    x[:, :2] = torch.stack((angle.cos(), angle.sin()), 1) * (3 + 0.3 * x[:, :1])
+    return x
+
+
+@pytest.mark.parametrize("rows, size, latents", [(clusters, 1, 1), (ring, 2, 2)])
+def test_the_vae_keeps_gaps_empty(rows, size, latents):
+    """As empty as real rows leave them. The fitted Gaussian fills them: its share is known."""
+    prior = priors.VAE.fit(rows(2000))
+    shares = [(x[:, :size].norm(dim=1) < 1.5).double().mean().item()
+              for x in (rows(5000, 5), prior.sample(5000, seeded()),
+                        priors.Fitted.sample(prior, 5000, seeded()))]
+    variance = 9.16 if size == 1 else 4.55  # of each coordinate
+    assert shares[0] < 0.001 and shares[1] < 0.01
+    assert shares[2] == pytest.approx(stats.chi2.cdf(1.5**2 / variance, size), abs=0.03)
+    report = prior.report()
+    assert report["latent"] == report["active_units"] == latents  # not all of the 32
+
+
+def test_the_vae_of_a_gaussian_is_the_fitted_gaussian():
+    prior = priors.VAE.fit(reference(2000, 12))
+    assert prior.report()["latent"] == 0 and prior.report()["held_out_gain"] == 0
+    x = prior.sample(9, seeded())
+    torch.testing.assert_close(x, priors.Fitted.sample(prior, 9, seeded()))
+    torch.testing.assert_close(prior.log_prob(x), priors.Fitted.log_prob(prior, x))
+
+
 def test_the_vae_does_not_collapse():
-    prior = priors.VAE.fit(two_clusters(4000, 40), latent=8, hidden=64, steps=500)
+    prior = priors.VAE.fit(two_clusters(4000, 40))
     unseen, draws = two_clusters(2000, 40, seed=1), prior.sample(2000, seeded())
     assert 0.9 < draws.var(0).sum() / unseen.var(0).sum() < 1.1
     assert effective_rank(draws) >= 0.9 * effective_rank(unseen)
     assert mmd(draws, unseen) < 0.2 * mmd(priors.Fitted.sample(prior, 2000, seeded()), unseen)
-    for vae in (prior, fit("vae", two_clusters(60, 40))):  # moments are the fitted Gaussian's
-        mean, spread = moments(vae.whiten(vae.sample(20_000, seeded(1))))
-        assert mean.abs().max() < 0.05 and (torch.linalg.eigvalsh(spread) - 1).abs().max() < 0.25
-    assert prior.report()["active_units"] >= 1 and 0.8 < prior.report()["variance"] < 1.2
     x = unseen[:400]  # likelier than under one Gaussian
     assert prior.log_prob(x).mean() > priors.Fitted.log_prob(prior, x).mean() + 3
 
 
-def test_the_vaes_log_prob_is_below_the_density_of_its_draws():
-    """Which is the mean of p(x | z) over a sample's latents; and a bound integrates to below 1."""
-    prior = priors.VAE.fit(two_clusters(4000, 2), latent=2, hidden=32, steps=300, shrinkage=0.7)
-    rows = prior.sample(40, seeded(1)).double()
-    mean = prior.codes.repeat(5, 1)
-    deviation = (prior.code_log_variances / 2).exp().repeat(5, 1)
-    z = mean + torch.randn(mean.shape, generator=seeded(3)) * deviation
-    f, log_s = prior.network.decode(z)
-
-    # p(x | z) with no change of variables: its mean and covariance among the rows themselves
-    out = prior.back * prior.scale @ prior.basis.T  # (D, D)
-    normal = torch.distributions.MultivariateNormal(
-        prior.mean + (f - prior.centre) @ out, torch.einsum("id,ni,ie->nde", out, log_s.exp(), out))
-    exact = torch.stack([normal.log_prob(r) for r in rows]).logsumexp(1) - math.log(len(f))
-    assert 0.8 < prior.log_prob(plane(0.5)).exp().sum() * 0.5**2 < 1.05
-
-    bounds = []
-    for noise in torch.randn(20, 4, 1, 2, generator=seeded(4)).double():  # on average a bound
-        prior.noises = torch.cat((noise, -noise))
-        bounds.append(prior.log_prob(rows))
-    gap = exact - torch.stack(bounds).mean(0)
-    assert gap.min() > -0.15 and 0 < gap.mean() < 0.2
+@pytest.mark.parametrize("N, D", [(4000, 40), (60, 40), (60, 100)])
+def test_the_vae_has_the_moments_of_the_fitted_gaussian(N, D):
+    """Exactly the mean and the variance along every axis, and nearly the correlations."""
+    prior = priors.VAE.fit(two_clusters(N, D), latent=5)
+    w = prior.whiten(prior.sample(40_000, seeded(1))) @ prior.axes
+    mean, spread = moments(w)
+    assert mean.abs().max() < 5 / 200 and (spread.diagonal() - 1).abs().max() < 0.05
+    assert (torch.linalg.eigvalsh(spread) - 1).abs().max() < (0.15 if N > 60 else 0.8)
 
 
-def test_the_vaes_log_prob_is_below_a_known_density():
-    """Rows of a linear Gaussian model: nothing is likelier on average than the truth."""
-    load = torch.randn(3, 10, generator=seeded(1))
-
-    def draw(n, seed):
-        noise = torch.randn(n, 10, generator=seeded(seed + 1))
-        return torch.randn(n, 3, generator=seeded(seed)) @ load + 0.3 * noise + 1
-
-    x, S = draw(600, 5), (load.T @ load).double().numpy() + 0.09 * np.eye(10)
-    prior = priors.VAE.fit(draw(8000, 3), latent=4, hidden=32, steps=400)
-    below = stats.multivariate_normal(np.ones(10), S).logpdf(x.numpy()) - prior.log_prob(x).numpy()
-    assert -4 * below.std() / 600**0.5 < below.mean() < 0.5
+def test_the_vaes_draws_are_new():
+    """They are as far from the nearest row that was fitted on as real rows are, give or take."""
+    x = two_clusters(3000, 10)
+    draws, unseen = priors.VAE.fit(x).sample(500, seeded()), two_clusters(500, 10, seed=1)
+    neighbours = NearestNeighbors(n_neighbors=1).fit(x)
+    distances = [np.median(neighbours.kneighbors(rows)[0]) for rows in (draws, unseen)]
+    assert 0.6 < distances[0] / distances[1] < 1.4
 
 
-def test_free_bits_keep_latent_dimensions_active():
-    x = reference(4000, 6)  # one Gaussian: noise tells it all, and latents nothing more
-    plain, kept = (priors.VAE.fit(x, free_bits=bits, hidden=32).report()
-                   for bits in (0.0, 0.1))
-    assert plain["kl_mean"] < 0.03 and plain["active_units"] < 32
-    assert kept["kl_mean"] > 0.09 and kept["active_units"] == 32
-    assert len(kept["kl"]) == 32 and np.mean(kept["kl"]) == pytest.approx(kept["kl_mean"])
+@pytest.mark.parametrize("latent", [0, 1, 2])
+def test_the_vaes_density(latent):
+    """It is scipy's sum of one Gaussian for every encoded row, integrates to one, and the draws
+    have it: the entropy of a histogram of them is minus its mean."""
+    prior = priors.VAE.fit(two_clusters(400, 2), latent=latent)
+    rows = prior.sample(40_000, seeded(1)).double()
+    L = len(prior.kernel)
+    out = (prior.basis * prior.scale @ prior.axes).numpy()  # coordinates along axes -> rows
+    codes = np.concatenate((prior.codes, np.zeros((320, 2 - L))), 1)
+    densities = []
+    for code, width in zip(codes, prior.widths.numpy()):
+        variance = np.concatenate((prior.kernel.numpy() * width**2, np.ones(2 - L)))
+        normal = stats.multivariate_normal(prior.mean.numpy() + out @ code,
+                                           out * variance @ out.T)
+        densities.append(normal.pdf(rows[:50].numpy()))
+    np.testing.assert_allclose(prior.log_prob(rows[:50]), np.log(np.mean(densities, 0)), rtol=1e-6)
+    whole = prior.log_prob(plane(0.1)).exp().sum().item() * 0.1**2
+    assert whole == pytest.approx(1, abs=0.01)
 
-
-def test_the_vae_is_a_law_of_its_reference_alone():
-    """Rounding (the number of threads changes it) changes the last bits of a fit and may flip an
-    axis, but not the law. The global generator is neither used nor moved."""
-    x = two_clusters(500, 6)
-    fits = []
-    for seed, rows in enumerate((x, torch.nextafter(x, torch.tensor(math.inf)))):
-        torch.manual_seed(seed)
-        state = torch.get_rng_state()
-        fits.append(fit("vae", rows))
-        assert torch.equal(state, torch.get_rng_state())
-
-    one, two = fits
-    assert one.report()["kl"] == pytest.approx(two.report()["kl"], abs=0.01)
-    torch.testing.assert_close(one.log_prob(x), two.log_prob(x), rtol=0, atol=0.05)
-    draws, others = one.sample(1000, seeded(1)), two.sample(1000, seeded(2))
-    gaussian = priors.Fitted.sample(one, 1000, seeded(3))
-    assert mmd(draws, others) < 0.2 * mmd(gaussian, others)
-    # another network does have another law
-    assert (one.log_prob(x) - fit("vae", x, steps=1).log_prob(x)).abs().max() > 0.1
-
-
-def test_rotating_the_vaes_network_changes_neither_encoding_nor_mean():
-    network = priors._autoencoder(6, 3, 16, seeded())
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=seeded(parameter.numel())))
-        u, z = torch.randn(50, 6, generator=seeded(1)), torch.randn(50, 3, generator=seeded(2))
-        encoding, (mean, _) = network.encode(u), network.decode(z)
-        rotated = u.clone()
-        rotation = priors._rotate(network, rotated, seeded(3))
-        torch.testing.assert_close(rotated, u @ rotation)
-        torch.testing.assert_close(rotation @ rotation.T, torch.eye(6))
-        torch.testing.assert_close(network.encode(rotated), encoding, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(network.decode(z)[0], mean @ rotation, rtol=1e-4, atol=1e-4)
+    edges = np.linspace(-6, 6, 25)
+    counts, *_ = np.histogram2d(*rows.numpy().T, bins=(edges, edges))
+    fine = torch.from_numpy(np.linspace(-6, 6, 241)[:-1] + 0.025)
+    density = prior.log_prob(torch.cartesian_prod(fine, fine)).exp().view(24, 10, 24, 10)
+    expected = 40_000 * density.sum((1, 3)).numpy() * 0.05**2
+    large = expected > 20
+    square = ((counts - expected)**2 / expected)[large].sum()
+    assert stats.chi2.sf(square, large.sum()) > 1e-4
 
 
 def test_the_vae_of_fewer_rows_than_dimensions():
@@ -521,7 +558,9 @@ def test_bad_specs(spec, message):
     ("exclusion", {"radius": 1.0}, reference(9), "is 1.0"), ("vae", {}, reference(19), "19 ref"),
     ("exclusion", {"radius": 2.0, "c": 4.0}, reference(9), "radius is 2.0 and c is 4.0"),
     ("interpolation", {"a": 1.5}, reference(9), "a is 1.5"),
-    ("vae", {"latent": 0}, reference(90), "latent 0"),
+    ("vae", {"latent": 13}, reference(90), "latent is 13, expected 1 to 12"),
+    ("vae", {}, reference(7).repeat(50, 1), "every reference row has a copy"),
+    ("vae", {"latent": 12}, reference(90, 3).repeat(1, 4), "alike in 3 directions"),
     ("sparse", {"quantile": 1.0, "dim": 13}, reference(90), "quantile 1.0, .* 0 to 12"),
     ("sparse", {"k": 82}, reference(90), "k is 82, and 81"),
     ("sparse", {"k": 2}, reference(7).repeat(50, 1), "90% of the reference rows have 2 or more"),

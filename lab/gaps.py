@@ -1,0 +1,139 @@
+"""Are draws of the same law as real rows? Measures that see holes which the moments hide. Needs
+numpy alone.
+
+    split = most_bimodal(reference)          # the direction along which the rows fall into two
+    split.share_in_gap(draws)                # 0.38 of a Gaussian's draws lie between the two ...
+    split.share_in_gap(held_out)             # ... and 0.01 of real rows
+    c2st(draws, held_out)                    # AUC of a classifier: 0.5 if it cannot tell them apart
+
+N, n and m rows of sets, D the width, P principal directions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lab.geometry import GeometryError
+
+LEAST = 20  # rows of a set
+
+
+class Split(NamedTuple):
+    """Two groups of rows along a direction."""
+
+    direction: np.ndarray  # (D,)
+    low: float  # the groups' means along it
+    high: float
+
+    def share_in_gap(self, x: np.ndarray) -> float:
+        """Share of rows (n, D) in the middle half of the way between the two groups' means. It is
+        0.31 of a Gaussian, and near 0 of two clusters."""
+        along = x.astype(np.float64) @ self.direction
+        margin = (self.high - self.low) / 4
+        return float(((along > self.low + margin) & (along < self.high - margin)).mean())
+
+
+def most_bimodal(x: np.ndarray) -> Split:
+    """The direction along which rows (N, D) fall most clearly into two groups of a tenth of them or
+    more: the one of the largest share of variance between the groups (Otsu 1979).
+
+    From each principal direction rows are split in two, and Fisher's discriminant of the two parts
+    is the next direction, until the share grows no more. All of this is in the first N / 20
+    principal coordinates, 50 at most: in more, any rows have a direction that divides them."""
+    x = _checked(x)
+    mean = x.mean(0)
+    _, deviation, axes = np.linalg.svd(x - mean, full_matrices=False)
+    P = min(len(x) // 20, 50, int((deviation > 1e-6 * deviation[0]).sum()))
+    scaled_axes = axes[:P].T / deviation[:P] * len(x)**0.5  # (D, P), to coordinates of variance 1
+    z = (x - mean) @ scaled_axes
+
+    best, best_share = None, -1.0
+    for start in np.eye(P):
+        direction, threshold, share = _discriminate(z, start)
+        if share > best_share:
+            best, best_share = (direction, threshold), share
+    direction, threshold = best
+    above = z @ direction > threshold
+    direction = scaled_axes @ direction
+    along = x @ direction
+    return Split(direction, float(along[~above].mean()), float(along[above].mean()))
+
+
+def _discriminate(z: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Fisher's discriminant of rows (N, P) of unit covariance, split along itself: the direction
+    (P,), its threshold, and the share of variance that lies between the two parts."""
+    threshold, share = _otsu(z @ direction)
+    for _ in range(20):
+        above = z @ direction > threshold
+        # For a unit total covariance it is the difference of means.
+        discriminant = z[above].mean(0) - z[~above].mean(0)
+        discriminant /= np.linalg.norm(discriminant)
+        next_threshold, next_share = _otsu(z @ discriminant)
+        if next_share <= share + 1e-9:
+            break
+        direction, threshold, share = discriminant, next_threshold, next_share
+    return direction, threshold, share
+
+
+def _otsu(t: np.ndarray) -> tuple[float, float]:
+    """The threshold that splits numbers (N,) into groups of at least a tenth of them with the
+    largest share of variance between the groups, and that share."""
+    t = np.sort(t - t.mean())
+    N = len(t)
+    below = np.arange(1, N)
+    between = np.cumsum(t)[:-1]**2 / (below * (N - below))  # variance between groups
+    tenth = N // 10
+    i = tenth + int(np.argmax(between[tenth : N - 1 - tenth]))
+    return float((t[i] + t[i + 1]) / 2), float(between[i] / np.square(t).mean())
+
+
+def c2st(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
+    """Classifier two-sample test (Lopez-Paz and Oquab 2017): the area under the ROC curve of a
+    classifier that tells rows (n, D) from rows (m, D). 0.5 says that it cannot; the standard error
+    of that is sqrt((n + m + 1) / (12 n m)). Sets of one size are compared best.
+
+    The classifier is kernel ridge regression on the label, with the Gaussian kernel
+    exp(-4 distance^2 / median distance^2). It is fitted on either half of the rows and judged by
+    the other one."""
+    x, y = _checked(x), _checked(y)
+    if x.shape[1] != y.shape[1]:
+        raise GeometryError(f"rows of width {x.shape[1]} and {y.shape[1]}: give rows of one space")
+    z = np.concatenate((x, y))
+    z -= z.mean(0)
+    label = np.repeat([1.0, -1.0], [len(x), len(y)])
+
+    # The kernel of all pairs of rows.
+    squares = np.square(z).sum(1)
+    squares = squares[:, None] + squares - 2 * z @ z.T
+    kernel = np.exp(-4 * np.maximum(squares, 0) / np.median(squares[squares > 0]))
+
+    order = np.random.default_rng(seed).permutation(len(z))
+    halves = order[::2], order[1::2]
+    areas = []
+    for train, test in (halves, halves[::-1]):
+        ridge = 0.1 * np.eye(len(train))
+        weight = np.linalg.solve(kernel[np.ix_(train, train)] + ridge, label[train])
+        areas.append(_auc(kernel[np.ix_(test, train)] @ weight, label[test] > 0))
+    return float(np.mean(areas))
+
+
+def _auc(score: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve of scores (N,), ties counted half (Mann and Whitney 1947)."""
+    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # from 1, the mean rank of ties
+    positives = positive.sum()
+    above = rank[positive].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * (len(score) - positives)))
+
+
+def _checked(x: np.ndarray) -> np.ndarray:
+    """Rows (N, D) in float64."""
+    x = np.asarray(x, np.float64)
+    if x.ndim != 2 or len(x) < LEAST:
+        raise GeometryError(f"rows of shape {x.shape}: {LEAST} rows are needed: give more")
+    if not np.isfinite(x).all() or not np.ptp(x, axis=0).any():
+        raise GeometryError("rows that are not finite or all equal: leave those rows out, or give "
+                            "another set")
+    return x
