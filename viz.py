@@ -34,6 +34,7 @@ import numpy as np
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, BLACK = PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 GREY = "#7a8799"  # for backgrounds, visible on a light and on a dark page
+THREADS = min(os.cpu_count() or 1, 4)  # numpy holds no lock while it computes
 
 
 class PictureError(ValueError):
@@ -70,7 +71,7 @@ def pca(x: np.ndarray, k: int = 2, block: int = 8192) -> Plane:
         return centred.T @ centred
 
     # A few threads share the blocks, whose products are added in order: the same sum every time
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         covariance = sum(pool.map(products, _blocks(x, block))) / N
 
     # eigh sorts by ascending variance
@@ -117,16 +118,18 @@ class Embedding(NamedTuple):
 # Fewer steps cost 1 % in KL on data without clusters. Ending at the high rate lowers KL by 1 % on
 # clustered data and raises it by as much on other data.
 SCHEDULE = ((80, 12, 1 / 12, 0.9), (60, 1, 1, 0.8), (100, 1, 2, 0.95), (80, 1, 1, 0.8))
+LONGEST_STEP = 5  # of a point at a time, as in openTSNE; the kernel is 2 wide
 EXACT = 1500  # up to this many points, summing over all pairs is faster than the mesh
-SPACING = 0.35  # of the mesh, and 1.5 times as much from 20,000 points; the kernel is 2 wide
+SPACING = 0.35  # of the mesh, and 1.5 times as much from 20,000 points
+SPARE = 16  # candidates beyond the neighbours: with fewer, more rows are searched twice
 CHUNK = 2**16  # array entries to work on at a time, which fit the processor's cache
 
 
 def tsne(x: np.ndarray, perplexity: float = 30.0, seed: int = 0, exact: bool | None = None,
          progress: Callable[[int, int, float | None], None] | None = None) -> Embedding:
     """A map of x (N, D). The perplexity is about the number of neighbours that count; above
-    (N - 1) / 3 it is lowered to that. Data wider than 64 are replaced by their first 50 principal
-    components.
+    (N - 1) / 3 it is lowered to that. Neighbours are searched among all rows in all dimensions,
+    which takes N^2 D multiplications; project(pca(x, 50), x) as x is quicker and less true.
 
     exact: repulsion is summed over all pairs (True) or on a mesh, with an error of about 1 %
     (False); None takes the faster. progress(step, steps, kl) is called at every step, with kl a
@@ -135,19 +138,15 @@ def tsne(x: np.ndarray, perplexity: float = 30.0, seed: int = 0, exact: bool | N
     x = _rows(x, "points", 4)
     if all((rows == x[0]).all() for rows in _blocks(x, 8192)):
         raise PictureError(f"all {len(x)} points are equal: a map needs points that differ")
-    N, D = x.shape
+    N = len(x)
     used = min(float(perplexity), (N - 1) / 3)
     if not used >= 1:
         raise PictureError(f"perplexity {perplexity}: ask for 1 or more")
 
-    # Rounding to float32 drops the last bits, which depend on the order in which threads add
-    data = x
-    if D > 64:
-        data = project(pca(x, 50), x).astype(np.float32)
-    initial = _initial_map(data, seed)
+    initial = _initial_map(x, seed)
 
     # Attraction is between neighbours, and is the same at every step
-    index, squares = _neighbours(data, data, int(3 * used), itself=True)
+    index, squares = _neighbours(x, x, int(3 * used), itself=True)
     order, edges = _symmetric(index, _affinities(squares, used))
 
     # Points move in the order of the edges, and are then returned to the order of the data
@@ -169,6 +168,8 @@ def _initial_map(data, seed):
     missing = 2 - coordinates.shape[1]
     y = np.pad(coordinates, ((0, 0), (0, missing))) * scale
     y += np.random.default_rng(seed).normal(scale=1e-6, size=y.shape)
+
+    # Rounding drops the last bits, which depend on the order in which threads add
     return y.astype(np.float32).astype(np.float64)
 
 
@@ -217,48 +218,111 @@ def _rows(x, name, least):
 
 
 def _neighbours(rows, population, k, itself=False):
-    """The k members of population (N, D) nearest to every one of rows (n, D): index (n, k), in no
-    order, and squared distances (n, k), in a unit that depends on the population alone. itself: the
-    rows are the population, and no row is its own neighbour."""
-    N, D = population.shape
+    """The k members of population (N, D) nearest to every one of rows (n, D), of all members in all
+    dimensions: index (n, k), nearest first, and squared distances (n, k) float64. itself: the rows
+    are the population, and no row is its own neighbour.
 
-    # Float32 has the smallest steps near zero: move the population there and scale it to at most 1.
-    # The median is the origin, because far outliers do not move it
-    sample = population[::N // 4096 + 1]
-    origin = np.median(sample, axis=0)
-    members = np.subtract(population, origin, dtype=np.float64, casting="unsafe")
-    members = members.astype(np.float32)
-    scale = max(members.max(), -members.min()) or 1
-    members /= scale
-
-    # The score x.y - |y|^2 / 2 of a row x and a member y grows as their distance falls. It is the
-    # product of (x, 1) and (y, -|y|^2 / 2), so that one matrix product gives all scores. Padding
-    # columns, up to a multiple of 128, score minus infinity
-    width = math.ceil(N / 128) * 128
-    columns = np.zeros((D + 1, width), np.float32)
-    columns[:D, :N] = members.T
-    columns[D, :N] = np.vecdot(members, members) / -2
-    columns[D, N:] = -np.inf
-
+    Products of float32 matrices select candidates, and differences in float64 measure these. Where
+    the products' rounding may have hidden a neighbour, as in tight clusters far apart, products of
+    float64 select again. Those are exact if clusters are at most a million widths apart."""
     index = np.empty((len(rows), k), np.int64)
-    squares = np.empty((len(rows), k), np.float32)
-    scores = np.empty((64, width), np.float32)  # allocated once, since allocating is slow
-    for first in range(0, len(rows), 64):
-        x = ((rows[first:first + 64] - origin) / scale).astype(np.float32)
-        n = len(x)
-        block = slice(first, first + n)
-        x_and_one = np.pad(x, ((0, 0), (0, 1)), constant_values=1)
-        score = np.matmul(x_and_one, columns, out=scores[:n])
-        if itself:
-            score[np.arange(n), np.arange(first, first + n)] = -np.inf
+    squares = np.empty((len(rows), k))
+    count = min(k + SPARE, len(population) - itself)
 
-        # Scores select the neighbours; differences give their distances without cancellation
-        nearest = _largest(score, k)
-        differences = members.take(nearest, axis=0)
-        differences -= x[:, None]
-        index[block] = nearest
-        np.vecdot(differences, differences, out=squares[block])
+    def search(places, scores):
+        """Enters the neighbours of the rows at these places (m,), and returns the places where
+        rounding may have hidden one."""
+        memory = np.empty((128, scores.columns.shape[1]), scores.columns.dtype)
+        uncertain = []
+        for block in _blocks(places, len(memory)):
+            own = block if itself else None
+            candidates, least = _candidates(rows[block], own, scores, count, memory)
+            distances = _square_distances(rows[block], population, candidates)
+            nearest = np.argsort(distances, axis=1)[:, :k]
+            index[block] = np.take_along_axis(candidates, nearest, 1)
+            squares[block] = np.take_along_axis(distances, nearest, 1)
+            uncertain.append(block[squares[block, -1] > least])
+        return np.concatenate(uncertain)
+
+    places = np.arange(len(rows))
+    for dtype in (np.float32, np.float64):
+        scores = _scores(population, dtype)
+        with ThreadPoolExecutor(THREADS) as pool:
+            uncertain = pool.map(lambda part: search(part, scores), _blocks(places, 1024))
+            places = np.concatenate(list(uncertain))
+        if not len(places):
+            break
     return index, squares
+
+
+class Scores(NamedTuple):
+    """What a matrix product needs to compare members (N, D) by their distance from a row."""
+
+    origin: np.ndarray  # (D,) float64
+    scale: float
+    columns: np.ndarray  # (D + 1, N or more), the members less the origin, divided by the scale
+    error: float  # of a product of D terms, as a share of the sum of their sizes
+
+
+def _scores(population, dtype):
+    """The Scores of population (N, D), for products in this precision.
+
+    The score x.y - |y|^2 / 2 of a row x and a member y grows as their distance falls. It is the
+    product of (x, 1) and (y, -|y|^2 / 2), so that one matrix product gives all scores. Padding
+    columns, up to a multiple of 128, score minus infinity.
+
+    Rounding changes a score by up to error (|x|^2 / 2 + |y|^2). The second term is added to the
+    last row in advance, so that no score comes out smaller than it is by more than the first."""
+    N, D = population.shape
+    error = (D + 16) * float(np.finfo(dtype).eps) / 2
+
+    # Floats have the smallest steps near zero: move the population there and scale it to at most 1.
+    # The median is the origin, because far outliers do not move it
+    sample = population[::N // 4096 + 1].astype(np.float64)
+    origin = np.median(sample, axis=0)
+    scale = float(max(np.abs(rows - origin).max() for rows in _blocks(population, 1024))) or 1.0
+
+    columns = np.zeros((D + 1, math.ceil(N / 128) * 128), dtype)
+    columns[D, N:] = -np.inf
+    first = 0
+    for rows in _blocks(population, 1024):
+        y = (rows - origin) / scale
+        block = slice(first, first + len(y))
+        columns[:D, block] = y.T
+        columns[D, block] = (error - 0.5) * np.vecdot(y, y)
+        first += len(y)
+    return Scores(origin, scale, columns, error)
+
+
+def _candidates(rows, own, scores, count, memory):
+    """The members with the largest scores for every one of rows (n, D): index (n, count), in no
+    order; and squared distances (n,) that no other member is below. own: the members (n,) that the
+    rows are, which are left out, or None. memory: n rows for the scores, as allocating is slow."""
+    x = (rows - scores.origin) / scores.scale
+    x_and_one = np.pad(x, ((0, 0), (0, 1)), constant_values=1).astype(memory.dtype)
+    score = np.matmul(x_and_one, scores.columns, out=memory[:len(x)])
+    if own is not None:
+        score[np.arange(len(x)), own] = -np.inf
+    index = _largest(score, count)
+
+    # The others score at most as much as the last candidate. The square of a distance is |x|^2 less
+    # twice the score; what is taken off besides covers rounding, and numbers too small for float32
+    last = np.take_along_axis(score, index, 1).min(1)
+    least = (1 - scores.error) * np.vecdot(x, x) - 2 * last - np.finfo(np.float32).tiny
+    return index, least * scores.scale**2
+
+
+def _square_distances(rows, population, index):
+    """Squared distances (n, k), in float64, from rows (n, D) to the members of population (N, D)
+    that are listed in index (n, k): sums of squared differences, which do not cancel."""
+    squares = np.empty(index.shape)
+    size = max(1, CHUNK // (index.shape[1] * rows.shape[1]))
+    for first in range(0, len(rows), size):
+        part = slice(first, first + size)
+        differences = population.take(index[part], axis=0).astype(np.float64)
+        differences -= rows[part, None]
+        np.vecdot(differences, differences, out=squares[part])
+    return squares
 
 
 def _largest(score, k):
@@ -559,7 +623,7 @@ def _gradient(edges, y, repulsion, mesh=None, exaggeration=1.0, cost=False):
 
 def _descend(edges, y, repulsion, progress):
     """The map (N, 2) that SCHEDULE makes of y (N, 2), and its divergence: gradient descent with
-    momentum and a gain for every coordinate (Jacobs 1988)."""
+    momentum, a gain for every coordinate (Jacobs 1988) and steps of limited length."""
     N = len(y)
     steps = sum(stage[0] for stage in SCHEDULE)
     velocity = np.zeros_like(y)
@@ -577,7 +641,10 @@ def _descend(edges, y, repulsion, progress):
             downhill = (slope < 0) == (velocity > 0)
             gain = np.where(downhill, gain + 0.2, gain * 0.8 + 0.01)
             velocity = momentum * velocity - rate * N / 4 * gain * slope
-            y = y + velocity
+
+            # A hub, a neighbour of thousands of points, would leap across the map and widen it
+            length = np.sqrt(np.square(velocity).sum(1, keepdims=True))
+            y = y + velocity * (LONGEST_STEP / np.maximum(length, LONGEST_STEP))
             y -= y.mean(0)
             if progress:
                 progress(step, steps, kl)

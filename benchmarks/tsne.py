@@ -1,19 +1,23 @@
 """viz.tsne against openTSNE and scikit-learn: CPU seconds, divergence, memory.
 
     pip install openTSNE==1.0.4 scikit-learn
-    python benchmarks/tsne.py [--sizes 2000,10000,50000,128000] [--data clusters,tokens]
+    python benchmarks/tsne.py [--sizes 2000,10000,50000,128000] [--data clusters,tokens,MODEL]
 
 Every fit is a process of its own with one thread; rounds take turns, and a ratio is the median over
-rounds. Processor seconds, imports left out, are what a busy machine disturbs least. The divergence
-is the same for all, in float64: affinities by bisection from exact neighbours, Z over all pairs.
-Perplexity 30, each method's own defaults otherwise. A peer that would take too long at a size is
-left out unless --all: scikit-learn and openTSNE with exact neighbours beyond 10,000 points, all
-beyond 50,000, where the divergence is left out too.
+rounds. Processor seconds, imports left out, are what a busy machine disturbs least. Every method
+gets the same raw rows, and whatever it does to them first is part of it. Perplexity 30, each
+method's own defaults otherwise.
+
+Maps are judged by the raw rows in all dimensions. The divergence is the same for all, in float64:
+affinities by bisection from exact neighbours, Z over all pairs. Kept is the share of a row's 10
+nearest rows that are among its 10 nearest on the map, by scikit-learn's exact search, the mean over
+2,000 rows. A peer that would take too long at a size is left out unless --all: scikit-learn and
+openTSNE with exact neighbours beyond 10,000 points, all beyond 50,000, where maps are not judged.
 
 clusters: 20 Gaussian clusters of random shapes, axes shrinking as exp(-i / 10), in 50 dimensions.
 tokens: as a table of token embeddings: 192 dimensions whose spread falls slowly, as i^-1/4, rows
-in groups of about 20 that hardly stand out, norms log-normal; made 50 wide by its principal
-components, for all methods alike.
+in groups of about 20 that hardly stand out, norms log-normal.
+MODEL: a model's folder; the rows are a sample of its input embeddings.
 """
 
 from __future__ import annotations
@@ -53,15 +57,28 @@ def tokens(N: int, seed: int = 0) -> np.ndarray:
     r, spread = np.random.default_rng(seed), np.arange(1, 193) ** -0.25
     groups = 0.6 * spread * r.normal(size=(N // 20, 192))
     x = groups[r.integers(len(groups), size=N)] + spread * r.normal(size=(N, 192))
-    x *= 0.02 * np.exp(0.15 * r.normal(size=(N, 1)))
-    return viz.project(viz.pca(x, 50), x).astype(np.float32)
+    return (x * 0.02 * np.exp(0.15 * r.normal(size=(N, 1)))).astype(np.float32)
 
 
 DATA = {"clusters": clusters, "tokens": tokens}
 
 
+def embeddings(folder: str, N: int) -> np.ndarray:
+    """A sample of N rows, or all, of the input embeddings of the model in a folder."""
+    from safetensors import safe_open
+
+    name = "model.embed_tokens.weight"
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if name in file.keys():
+                rows = file.get_tensor(name).float().numpy()
+                return np.random.default_rng(0).permutation(rows)[:N]
+    sys.exit(f"--data {folder}: neither {' nor '.join(DATA)} nor a folder with {name}: give one")
+
+
 def fit(method: str, x: np.ndarray) -> np.ndarray:
     if method == "ours":
+        viz.THREADS = 1
         return viz.tsne(x, PERPLEXITY).points
     if method == "scikit-learn":
         from sklearn.manifold import TSNE
@@ -124,30 +141,45 @@ def divergence(i, j, p, y) -> float:
     return float((p * np.log(p * (1 + np.square(y[i] - y[j]).sum(1)))).sum() + math.log(Z))
 
 
-def measure(kind: str, N: int, methods: list[str], rounds: int, with_kl: bool) -> None:
+def kept(x, y, k=10, rows=2000) -> float:
+    """The share of the k nearest rows of x (N, D) that are also among the k nearest of y (N, 2)."""
+    from sklearn.neighbors import NearestNeighbors
+
+    asked = np.linspace(0, len(x) - 1, min(rows, len(x))).astype(int)
+    near = []
+    for points in (x, y):
+        search = NearestNeighbors(n_neighbors=k + 1).fit(points.astype(np.float64))
+        near.append(search.kneighbors(points[asked], return_distance=False))
+    return float(np.mean([len(set(a) & set(b) - {i}) / k for i, a, b in zip(asked, *near)]))
+
+
+def measure(kind: str, N: int, methods: list[str], rounds: int, judged: bool) -> None:
     results = {method: [] for method in methods}
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/x.npy", f"{folder}/y.npy"
-        x = DATA[kind](N)
+        x = DATA[kind](N) if kind in DATA else embeddings(kind, N)
         np.save(source, x)
-        reference = affinities(x) if with_kl else None
+        reference = affinities(x) if judged else None
         for turn in range(rounds):
             for method in methods:
                 out = subprocess.run([sys.executable, __file__, "--child", method, source, target],
                                      stdout=subprocess.PIPE, text=True, check=True)
                 result = json.loads(out.stdout.splitlines()[-1])
-                if turn == 0 and with_kl:
-                    result["kl"] = divergence(*reference, np.load(target))
+                if turn == 0 and judged:
+                    y = np.load(target)
+                    result |= {"kl": divergence(*reference, y), "kept": kept(x, y)}
                 results[method].append(result)
-    print(f"\n{kind}, {N} points x {x.shape[1]}, {rounds} rounds\n{'':<18}{'CPU s':>8}{'wall s':>8}"
-          f"{'KL':>9}{'KL / ours':>11}{'MB':>7}{'CPU / ours: median (least - most)':>36}")
+    print(f"\n{kind}, {len(x)} points x {x.shape[1]}, {rounds} rounds\n{'':<18}{'CPU s':>8}"
+          f"{'wall s':>8}{'KL':>9}{'KL / ours':>11}{'kept':>7}{'MB':>7}"
+          f"{'CPU / ours: median (least - most)':>36}")
     ours = results["ours"]
     for method, runs in results.items():
         cpu, wall, memory = (statistics.median(r[key] for r in runs)
                              for key in ("cpu", "wall", "memory"))
         kl, ratios = runs[0].get("kl", math.nan), [r["cpu"] / o["cpu"] for r, o in zip(runs, ours)]
         print(f"{method:<18}{cpu:>8.2f}{wall:>8.2f}{kl:>9.4f}"
-              f"{kl / ours[0].get('kl', math.nan):>11.4f}{memory / 1e6:>7.0f}"
+              f"{kl / ours[0].get('kl', math.nan):>11.4f}"
+              f"{runs[0].get('kept', math.nan):>7.3f}{memory / 1e6:>7.0f}"
               f"{statistics.median(ratios):>16.1f} ({min(ratios):.1f} - {max(ratios):.1f})",
               flush=True)
 
@@ -155,7 +187,8 @@ def measure(kind: str, N: int, methods: list[str], rounds: int, with_kl: bool) -
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--sizes", default="2000,10000", help="numbers of points")
-    p.add_argument("--data", default=",".join(DATA), help=f"of {', '.join(DATA)}")
+    p.add_argument("--data", default=",".join(DATA),
+                   help=f"of {', '.join(DATA)}, and folders of models")
     p.add_argument("--methods", help="instead of those that a size allows, separated by ;")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--all", action="store_true", help="every method at every size")

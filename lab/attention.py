@@ -166,7 +166,7 @@ def command_attention(given: dict) -> None:
     if options.json:
         show(json.dumps({"run": str(run.path), "step": run.step, "attention": dict(rows)}))
     else:
-        show(f"{run.title}, {len(questions)} questions.{mean}\n\n{table(rows, TITLES)}")
+        show(f"{run.title}, {len(questions)} questions.{whose}\n\n{table(rows, TITLES)}")
     say(str(figure))
 
 

@@ -22,6 +22,24 @@ def clusters(n, width=50, groups=12, seed=0):
             ).astype(np.float32)
 
 
+def tokens(n, width=192, seed=0):
+    """As a table of token embeddings: variance in all dimensions, groups of about 20 that hardly
+    stand out, and rows of different lengths, of which the short ones are neighbours of most."""
+    r = np.random.default_rng(seed)
+    spread = np.arange(1, width + 1) ** -0.25
+    groups = 0.6 * spread * r.normal(size=(n // 20, width))
+    x = groups[r.integers(len(groups), size=n)] + spread * r.normal(size=(n, width))
+    return x * np.exp(0.1 * r.normal(size=(n, 1)))
+
+
+def far_apart(n, ratio, width=20, groups=10):
+    """Clusters of width 1 in each dimension, at distances of about sqrt(2) ratio."""
+    r = np.random.default_rng(0)
+    centres = r.normal(size=(groups, width))
+    centres *= ratio / np.linalg.norm(centres, axis=1, keepdims=True)
+    return centres[r.integers(groups, size=n)] + r.normal(size=(n, width))
+
+
 def nearest(x, k):
     """(N, k) other rows, nearest first, by all distances in float64."""
     x = x.astype(np.float64)
@@ -102,8 +120,22 @@ def test_neighbours_are_the_nearest(N, k):
     index, square = viz._neighbours(x, x, k, itself=True)
     true = nearest(x - np.median(x, 0), k)
     assert (np.sort(index) == np.sort(true)).all()
-    ratio = square / np.square(x[:, None] - x[index]).sum(2)
-    np.testing.assert_allclose(ratio[3:], np.median(ratio), rtol=1e-3)
+    np.testing.assert_allclose(square, np.square(x[:, None] - x[index]).sum(2), rtol=1e-9)
+
+
+@pytest.mark.parametrize("ratio, dtype", [
+    (1e3, np.float64), (3e3, np.float64), (3e3, np.float32), (1e5, np.float32), (1e6, np.float64)])
+def test_neighbours_in_tight_clusters_far_apart(ratio, dtype):
+    from scipy.spatial import KDTree
+
+    x = far_apart(2000, ratio).astype(dtype)
+    distance, true = KDTree(x).query(x, 91)  # the first is the row itself
+    index, square = viz._neighbours(x, x, 90, itself=True)
+    assert (np.sort(index) == np.sort(true[:, 1:])).all()
+    np.testing.assert_allclose(np.sqrt(square), distance[:, 1:], rtol=1e-9)
+
+    index, square = viz._neighbours(x[:300], x, 91)
+    assert (index == true[:300]).all() and (square[:, 0] == 0).all()
 
 
 def test_affinities_are_the_definition(small):
@@ -193,6 +225,21 @@ def test_map_is_as_good_as_openTSNEs(name, kl, slack, thousand):
     assert viz.tsne(x).kl <= slack * kl
 
 
+def test_wide_data_keep_as_many_neighbours_as_openTSNE_keeps():
+    """Its version 1.0.4 with exact neighbours and theta 0.1 on all dimensions."""
+    x = tokens(1600)
+    map_ = viz.tsne(x)
+    assert recall(x, map_.points) > 0.447 - 0.01
+    assert map_.kl < 1.01 * 1.940
+
+
+@pytest.mark.parametrize("x", [np.random.default_rng(0).normal(size=(150, 200)),
+                               far_apart(150, 3e3, groups=2)], ids=["wide", "far apart"])
+def test_reported_divergence_is_the_data_s(x):
+    map_ = viz.tsne(x, 10)
+    assert map_.kl == pytest.approx(divergence(dense_affinities(x, 10), map_.points), rel=1e-4)
+
+
 def test_mesh_and_all_pairs_give_maps_alike(thousand):
     exact, mesh = (viz.tsne(thousand, exact=e) for e in (True, False))
     assert mesh.kl == pytest.approx(exact.kl, rel=0.03)
@@ -256,7 +303,7 @@ def test_embed_places_rows_among_their_neighbours(thousand):
 
 
 def test_embed_finds_the_place_of_a_reference_row():
-    x = clusters(600, width=100)  # beyond 64, where tsne takes principal components
+    x = clusters(600, width=100)
     points = viz.tsne(x).points
     apart = np.linalg.norm(viz.embed(x, x, points) - points, axis=1)
     assert np.median(apart) < 0.1 * np.ptp(points)
