@@ -53,7 +53,7 @@ class Example(NamedTuple):
     context: str  # "" for arithmetic; the whole text of "text"
     question: str
     answers: tuple[str, ...]  # all that are accepted, the first is trained on; () is unanswerable
-    source: str = ""  # the article or the arithmetic module that it is of, "" if the file names none
+    source: str = ""  # the article or the module that it is of, "" if the file names none
     rationale: str = ""  # the worked solution, where the data have one
 
 

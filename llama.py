@@ -244,8 +244,8 @@ def _read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file: {other_kind(path.parent)}") from None
     except (OSError, ValueError, RecursionError) as e:
-        raise ModelError(f"{path}: " + (not_the_file(path) or f"cannot be read as JSON ({e}): fetch "
-                                        "it again")) from None
+        explanation = not_the_file(path) or f"cannot be read as JSON ({e}): fetch it again"
+        raise ModelError(f"{path}: {explanation}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds {type(value).__name__}, expected a JSON object: "
                          "fetch it again")
@@ -1029,8 +1029,9 @@ def _open(path: Path) -> Iterator:
         raise ModelError(f"{path}: no such file, though the folder's index or layout asks for "
                          "it: fetch it again") from None
     except (SafetensorError, OSError) as e:
-        raise ModelError(f"{path}: " + (not_the_file(path) or f"not a readable safetensors file "
-                                        f"({cause(e)}): fetch it again")) from None
+        explanation = (not_the_file(path)
+                       or f"not a readable safetensors file ({cause(e)}): fetch it again")
+        raise ModelError(f"{path}: {explanation}") from None
 
 
 # The types of weights that are numbers themselves. Everything else is a code for numbers.

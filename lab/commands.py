@@ -47,6 +47,8 @@ class TrainOptions:
     resume: bool = setting(False, "go on with the run in --out, to the same bytes")
     config: str | None = setting(None, "begin with the settings of a run's config.json, for the "
                                  "same bytes again; other flags change them", flag_metavar="FILE")
+    any_processes: bool = setting(False, "with --resume: go on with another number of processes "
+                                  "than the run began with, not to the same bytes")
     overwrite: bool = setting(False, "replace the run in --out")
     text_file: tuple[str, ...] = TEXT_FILE
 

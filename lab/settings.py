@@ -363,6 +363,8 @@ def from_config(config: dict, path: str | Path = "config.json") -> Settings:
         stored["text"] = [stored["text"]] if stored["text"] else []
     if isinstance(stored.get("reference"), str):  # one reference, of a limited number of rows
         stored |= {"reference": [stored["reference"]], "reference_rows": None}
+    if str(stored.get("prior")).startswith("vae:"):  # of a version whose vae was a network
+        stored["prior"] = re.sub(r"(?<=[:,])(hidden|steps|free_bits)=[^,]*,?", "", stored["prior"])
     for name, f in FIELDS.items():
         if name in stored and not _fits(f, stored[name]):
             raise UserError(f"{path}: the setting {name} is {stored[name]!r:.80}, which no run "

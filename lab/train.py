@@ -45,6 +45,7 @@ from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
            if hasattr(signal, name)]
 # Settings that a run may go on with otherwise than it began.
+MAY_MOVE = ("model", "data", "eval_data", "reference")  # to where the same files are
 MAY_CHANGE = ("out", "steps", "eval_every", "snapshot_every", "skip_bad_steps", "device")
 
 
@@ -363,7 +364,7 @@ def command_train(given: dict) -> None:
         # A start that was cut short left a folder and nothing of a run in it: it begins again.
         was_cut_short = run.empty and run.path.exists() and any(run.path.iterdir())
         if not was_cut_short:
-            return resume(run, flags)
+            return resume(run, flags, options.any_processes)
 
     config = read_config(Path(options.config)) if options.config else None
     explicit = set(flags) - {"out"}
@@ -391,27 +392,29 @@ def new_run(path: str, overwrite: bool, remedy: str = "") -> Run:
     return run
 
 
-def resume(run: Run, flags: dict) -> None:
-    """Go on with a run from its newest checkpoint."""
+def resume(run: Run, flags: dict, any_processes: bool) -> None:
+    """Go on with a run from its newest checkpoint. any_processes: also with another number of them
+    than it began with."""
     config, stored = run.config(), run.settings()
-    fixed = {name: value for name, value in flags.items() if name not in MAY_CHANGE}
+    fixed = {name: value for name, value in flags.items() if name not in MAY_CHANGE + MAY_MOVE}
     conflicts = differences(stored, fixed)
     if conflicts:
         changeable = ", ".join(map(flag_name, MAY_CHANGE))
         raise UserError(f"{run.path}: a run goes on with its own settings, not with "
                         f"{'; '.join(conflicts)}: leave them out, or start another run; only "
-                        f"{changeable} may change")
+                        f"{changeable} may change, and paths to the same files")
     if stored.imported:
         raise UserError(f"{run.path}: an imported prompt has no training to go on with: start one "
                         f"from it by --prior posterior:{run.path},resample=1")
-    changes = {name: value for name, value in flags.items() if name in MAY_CHANGE}
-    settings = with_flags(stored, changes)
+    changes = {name: value for name, value in flags.items() if name in MAY_CHANGE + MAY_MOVE}
+    settings = with_flags(stored, changes).complete()
     init_processes(settings.model.device, settings.data.batch_size, settings.train.shard)
     processes = config.get("processes", 1)
-    if processes != rank_and_size()[1]:
-        raise UserError(f"{run.path}: begun by {processes} processes, and with "
-                        f"{rank_and_size()[1]} sums would round differently: start {processes} by "
-                        "torchrun")
+    size = rank_and_size()[1]
+    if processes != size and not any_processes:
+        raise UserError(f"{run.path}: begun by {processes} processes, and with {size} sums would "
+                        f"round differently: start {processes} by torchrun, or give "
+                        "--any-processes, and the run does not end in the same bytes")
     with locked_together(run):
         train_run(run, settings, config, None)
 
@@ -454,7 +457,7 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     started = time.time()
     keep_freed_memory()
     checkpoint = checkpoint_of(run, settings) if explicit is None else None
-    inputs = read_inputs(run, settings, config)
+    inputs = read_inputs(run, settings, config, explicit is None)
     settings, loaded = inputs.settings, inputs.loaded
 
     # Fit the prior, and make the posterior from its draw.
@@ -557,9 +560,9 @@ def gaussian_like(prior: priors.Prior, reference: Reference) -> posteriors.Gauss
     return posteriors.Gaussian(prior.mean, prior.basis, prior.scale)
 
 
-def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
-    """Load the model and the questions. config: that of the run to go on with, whose files must be
-    the same."""
+def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: bool) -> Inputs:
+    """Load the model and the questions. config: that of the run to go on with or to repeat, whose
+    files must be the same."""
     loaded = load_model(settings.model, settings.train.shard)
     loaded.model.recompute = settings.train.recompute
     check_place(settings.prompt, loaded, settings.model.model)
@@ -571,7 +574,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
     sums = only_first(lambda: checksums(settings))
     if config:
         torch.set_num_threads(config["threads"])  # sums are then added in the same order
-        check_unchanged(run, settings, config, sums)
+        check_unchanged(run, settings, config, sums, is_resumed)
 
     # The run records the commit and the longest text with its settings.
     settings = replace(settings, model=replace(settings.model, revision=loaded.revision),
@@ -584,15 +587,17 @@ def read_inputs(run: Run, settings: Settings, config: dict | None) -> Inputs:
     return Inputs(settings, loaded, layers, examples, questions, held_out, sums)
 
 
-def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, str]) -> None:
-    """Raises UserError if files are not those that the run of config.json began with. If the
-    settings name other files than that run's, their checksums may differ."""
+def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, str],
+                    is_resumed: bool) -> None:
+    """Raises UserError if files are not those that the run of config.json began with. A run like
+    it may name other files, whose checksums differ; a run that is resumed may only name other
+    places of the same."""
     names = [(s.model.model, s.prior.prior, s.prior.reference, s.data.data, s.data.eval_data)
              for s in (settings, from_config(config))]
     names_the_same = names[0] == names[1]
     earlier = config["sha256"]
     changed = [key for key in {**earlier, **sums} if earlier.get(key) != sums.get(key)]
-    if changed and names_the_same:
+    if changed and (names_the_same or is_resumed):
         raise UserError(f"{run.path}: the {' and the '.join(changed)} changed since the run began, "
                         "so it cannot come to the same end: restore the files, or start another "
                         "run")
@@ -649,16 +654,19 @@ def write_config(run: Run, inputs: Inputs, flags: list[str], reports: list[dict]
 def record_changes(run: Run, settings: Settings, config: dict, step: int) -> None:
     """Write into config.json with which other settings a run goes on, if there are any."""
     stored, values = flat(from_config(config)), flat(settings)
-    changes = {name: values[name] for name in MAY_CHANGE
+    stored["processes"], values["processes"] = config.get("processes", 1), rank_and_size()[1]
+    changes = {name: values[name] for name in (*MAY_CHANGE, *MAY_MOVE, "processes")
                if name != "out" and values[name] != stored[name]}
     if not changes:
         return
-    listed = [f"{flag_name(name)} {value} instead of {stored[name]}"
-              for name, value in changes.items()]
-    say(f"{run.path}: from step {step} on with {', '.join(listed)}: not the end that it would have "
-        "come to")
+    listed = [f"{name if name == 'processes' else flag_name(name)} {value} instead of "
+              f"{stored[name]}" for name, value in changes.items()]
+    say(f"{run.path}: from step {step} on with {', '.join(listed)}"
+        + (": not the end that it would have come to" if changes.keys() - set(MAY_MOVE) else ""))
+    processes = values.pop("processes")
     run.write_json("config.json", {
-        **config, "settings": values, "given": sorted({*flags_of(config), *changes}),
+        **config, "settings": values, "processes": processes,
+        "given": sorted({*flags_of(config), *changes} - {"processes"}),
         "changes": [*config.get("changes", []), {"step": step, **changes}]})
 
 

@@ -90,7 +90,8 @@ def test_merged_seams_and_texts_have_roles(vocabulary):
     """A context without a question is text; a sum has no context; cut contexts stay contexts."""
     row = data.encode(data.Example("t", "text", "one two", "", ()), vocabulary, 100)
     assert activations.roles_of(row, vocabulary.bos) == ["bos"] + ["text"] * (len(row.ids) - 1)
-    row = data.encode(data.Example("t", "text", "one<|begin_of_text|> two", "", ()), vocabulary, 100)
+    e = data.Example("t", "text", "one<|begin_of_text|> two", "", ())
+    row = data.encode(e, vocabulary, 100)
     roles = activations.roles_of(row, vocabulary.bos)
     assert roles.count("bos") == 2 and roles[row.ids.index(vocabulary.bos, 1)] == "bos"
     e = data.Example("m", "math", "", "What is 1 + 1?", ("2",))

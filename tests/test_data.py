@@ -53,7 +53,8 @@ ONE = {"id": "1", "context": "In Ülm lives a cat.", "question": "Who?"}
 
 @pytest.mark.parametrize("records", [
     PARAGRAPHS, {"version": "0.1", "data": FLAT}, {"data": PARAGRAPHS},
-    [{**ONE, "answers": [{"text": "a cat"}, {"text": "cat"}]}], [{**ONE, "answers": ["a cat", "cat"]}],
+    [{**ONE, "answers": [{"text": "a cat"}, {"text": "cat"}]}],
+    [{**ONE, "answers": ["a cat", "cat"]}],
     [{**ONE, "answer": ["a cat", "cat"]}], [{**ONE, "answers": {"text": ["a cat", "cat"]}}]])
 def test_questions_as_people_have_them(tmp_path, records):
     examples = data.read("squad", write(tmp_path / "x.json", json.dumps(records)))
@@ -63,7 +64,8 @@ def test_questions_as_people_have_them(tmp_path, records):
 
 
 @pytest.mark.parametrize("answer, read", [
-    ("a cat", ("a cat",)), ("[cat", None), ("{'text': ['a cat'], 'answer_start': [13]}", ("a cat",)),
+    ("a cat", ("a cat",)), ("[cat", None),
+    ("{'text': ['a cat'], 'answer_start': [13]}", ("a cat",)),
     ('["a cat", "cat"]', ("a cat", "cat")), ("[open('/etc/passwd')]", None), ("a, b", ("a, b",))])
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
 def test_tables_of_questions(tmp_path, suffix, delimiter, answer, read):
@@ -384,7 +386,7 @@ def test_the_letter_that_byte_level_tokenizers_write_for_a_line_break(tmp_path):
 
 def test_a_folder_with_another_tokenizer_file(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(data.DataError, match="has tokenizer.model, from which `python -c .* makes it"):
+    with pytest.raises(data.DataError, match="has tokenizer.model, from which `python -c"):
         data.Vocabulary(tmp_path)
 
 

@@ -150,6 +150,43 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
         torch.equal(t, ends[1].tensors[k]) for k, t in ends[0].tensors.items())
 
 
+def test_resume_where_the_files_moved(tmp_path, capsys):
+    """Files with the same checksums are the same, wherever they are; others are refused."""
+    model, out = tmp_path / "model", tmp_path / "o"
+    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("squad", "math", "text"))
+    (tmp_path / "sums.txt").write_text("1 + 1\n2\n2 + 2\n4\n3 + 3\n6\n")
+    assert run("train", "--model", model, "--data", f"math:{tmp_path / 'sums.txt'}", "--out", out,
+               *FEW) == 0
+    end = load_file(out / "prompt.safetensors")
+    (out / "prompt.safetensors").unlink()
+    (out / "checkpoints/000004.safetensors").unlink()
+
+    (tmp_path / "new").mkdir()
+    model.rename(tmp_path / "new/model")
+    (tmp_path / "sums.txt").rename(tmp_path / "new/sums.txt")
+    (tmp_path / "new/other.txt").write_text("1 + 1\n2\n2 + 2\n4\n3 + 3\n7\n")
+    before = (out / "config.json").read_bytes()
+    resumed = ["train", "--resume", "--out", out, "--model", tmp_path / "new/model", "--data"]
+    assert run(*resumed, f"math:{tmp_path / 'new/other.txt'}") == 2
+    assert "the data changed" in capsys.readouterr().err
+    assert (out / "config.json").read_bytes() == before
+    assert run(*resumed, f"math:{tmp_path / 'new/sums.txt'}") == 0
+    assert "not the end" not in capsys.readouterr().err
+    torch.testing.assert_close(load_file(out / "prompt.safetensors"), end, rtol=0, atol=0)
+    assert run("eval", out) == 0  # from where the files are now
+
+
+def test_a_run_of_two_processes_goes_on_in_one_only_if_asked_to(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "o")
+    path = tmp_path / "o/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
+    assert run("train", "--resume", "--out", tmp_path / "o") == 2
+    assert "start 2 by torchrun, or give --any-processes" in capsys.readouterr().err
+    assert run("train", "--resume", "--out", tmp_path / "o", "--any-processes") == 0
+    assert "processes 1 instead of 2: not the end" in capsys.readouterr().err
+    assert json.loads(path.read_text())["processes"] == 1
+
+
 def test_resume_refuses_changed_data(tmp_path, capsys):
     path = tmp_path / "sums.txt"
     path.write_text("1 + 1\n2\n2 + 2\n4\n3 + 3\n6\n")
