@@ -5,8 +5,9 @@ answers.
 
 Every prior on the bundled task with the same seeds. start, end: mean norm of rows over that of all
 tokens, of the draw and trained. moved: mean distance between the two. own: percent of trained
-rows that no other draw, of any run, is nearer to than their own. steps: to an evaluation within a
-tenth of the last loss. against: the score less the first prior's of the same seed, with Student's
+rows that no other draw, of any run, is nearer to than their own; by chance: the same of rows that
+moved as far from their draws in random directions. steps: to an evaluation within a tenth of the
+last loss. against: the score less the first prior's of the same seed, with Student's
 95 % interval over seeds. p: of a permutation of the scores among priors, by the variance of their
 means: how often chance sets them as far apart.
 """
@@ -45,6 +46,20 @@ def chance(scores: np.ndarray, draws: int = 10000) -> float:
     return (1 + sum(s >= spread - 1e-12 for s in shuffled)) / (1 + draws)
 
 
+def keep_their_own(rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """(N,) bool: whether no other draw is nearer to a row (N, D) than the one that it began as."""
+    # The draws of a text are the same in every run: they have twins that are as near.
+    nearest = geometry.nearest(rows, draws, 1)[1][:, 0]
+    return np.linalg.norm(rows - draws, axis=1) <= 1.0001 * nearest
+
+
+def moved_at_random(rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Rows (N, D) as far from their draws as these are, in random directions."""
+    direction = np.random.default_rng(0).normal(size=draws.shape)
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    return draws + direction * np.linalg.norm(rows - draws, axis=1, keepdims=True)
+
+
 def paired(differences: np.ndarray) -> str:
     """Such as "-1.03 (-1.31 to -0.75)": the mean of differences (seeds,) and its 95 % interval."""
     mean, seeds = differences.mean(), len(differences)
@@ -74,7 +89,8 @@ def main() -> None:
                             "--deep-layers", a.deep_layers, "--steps", a.steps, "--eval-every", 20,
                             "--out", path, *["--cut"] * a.cut)
                 draw, trained = (rows[0].numpy() for rows in Run(path).start_and_end())
-                starts.append(draw), ends.append(trained)
+                starts.append(draw)
+                ends.append(trained)
                 log = evaluations(path)
                 last = log[-1]
                 near = next(m["step"] for m in log if m["loss"] <= 1.1 * last["loss"])
@@ -84,18 +100,16 @@ def main() -> None:
                     float(np.linalg.norm(trained - draw, axis=1).mean())))
     print(f"--data {a.data} --deep-layers {a.deep_layers}{' --cut' * a.cut}, {a.steps} steps, "
           f"means of {a.seeds} seeds\n  prior          score (s.e.)   loss  steps  start    end  "
-          f"moved   own  against {a.priors[0]}")
+          f"moved   own  by chance  against {a.priors[0]}")
     draws, trained = np.concatenate(starts), np.concatenate(ends)
-    # texts are the same in every run: their rows have twins that are as near
-    own = np.linalg.norm(trained - draws, axis=1) <= 1.0001 * geometry.nearest(
-        trained, draws, 1)[1][:, 0]
-    own = own.reshape(len(a.priors), -1).mean(axis=1)
+    shares = [100 * keep_their_own(rows, draws).reshape(len(a.priors), -1).mean(axis=1)
+              for rows in (trained, moved_at_random(trained, draws))]
     scores = np.array([[score for score, *_ in each] for each in found.values()])
-    for (prior, each), share, row in zip(found.items(), own, scores):
+    for (prior, each), own, by_chance, row in zip(found.items(), *shares, scores):
         score, loss, near, start, end, moved = map(statistics.mean, zip(*each))
         error = statistics.stdev(s for s, *_ in each) / a.seeds**0.5 if a.seeds > 1 else 0
         print(f"  {prior:14} {score:5.1f} ({error:.1f})   {loss:6.3f}  {near:5.0f}  {start:5.2f}  "
-              f"{end:5.2f}  {moved:5.2f}  {100 * share:4.0f}  {paired(row - scores[0])}")
+              f"{end:5.2f}  {moved:5.2f}  {own:4.0f}  {by_chance:9.0f}  {paired(row - scores[0])}")
     print(f"p {chance(scores):.3f}; the means' standard deviation {scores.mean(axis=1).std():.2f}, "
           f"a seed's {scores.std(axis=1).mean():.2f}")
 

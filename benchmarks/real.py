@@ -164,7 +164,7 @@ def measure(a: argparse.Namespace, out: Path) -> None:
     peft_steps = steps if a.peft_steps is None else a.peft_steps
     if not 0 <= peft_steps <= steps:
         raise UserError(f"--peft-steps {peft_steps}: expected 0 to {steps}, which is --steps")
-    inputs = read_inputs(Run(out), settings, None)
+    inputs = read_inputs(Run(out), settings, None, False)
 
     # Points that were measured otherwise, or elsewhere, are not continued.
     about = {**{name: flat(settings)[name] for name in names}, "peft_steps": peft_steps,

@@ -376,6 +376,9 @@ def export_adapter(opened: OpenRun, folder: Path) -> None:
         say(f"{run.path}: the {settings.train.representative} of its "
             f"{settings.train.posterior} posterior")
     say(f"give PEFT {texts_for_peft(opened)}")
+    if adapter.kind == "PROMPT_TUNING":
+        say("PEFT 0.21.2 with transformers 5.24 puts such a prompt in again at every generated "
+            "token: call generate with use_cache=False there")
     n, width = adapter.numbers.shape
     show(f"{folder}: {adapter.kind}, {n} virtual tokens of {width} numbers; read back, its logits "
          f"differ by at most {change:.2g} from the run's")

@@ -303,6 +303,7 @@ def test_to_peft_and_back_by_the_command_line(made, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "PROMPT_TUNING, 6 virtual tokens of 192 numbers" in printed.out
     assert "give PEFT texts as AutoTokenizer makes them, with BOS in front" in printed.err
+    assert "call generate with use_cache=False" in printed.err
     about = json.loads((tmp_path / "adapter/promptprior.json").read_text())
     assert about["bos"] == "tokenizer"
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
