@@ -164,9 +164,10 @@ def _read_rope(path: Path, c: dict) -> dict:
         _check(path, "original_max_position_embeddings", original, float, 1, 1e9)
         _check(path, "max_position_embeddings", longest, float, 1, 1e9)
         rope["original_max_position_embeddings"] = original
-    if rope_type in ("yarn", "longrope"):
-        defaults = {"factor": longest / original, "beta_fast": 32, "beta_slow": 1}
-        rope |= {key: value for key, value in defaults.items() if rope.get(key) is None}
+    if rope_type == "yarn":
+        rope = {"beta_fast": 32, "beta_slow": 1} | rope
+    elif rope_type == "longrope":
+        rope = {"factor": longest / original} | rope
 
     for key in ROPE_TYPES[rope_type]:
         _check(path, f"{key!r} of rope type {rope_type!r}", rope.get(key), float, 1e-6, 1e9)
@@ -200,6 +201,7 @@ def _rope_settings(path: Path, c: dict) -> dict:
             rope = {key: value for key, value in rope.items() if value is not None}
             old_type = str(rope.pop("type", "default"))
             spellings.append({"rope_theta": c.get("rope_theta"), "rope_type": old_type} | rope)
+            spellings[-1]["rope_type"] = str(spellings[-1]["rope_type"])
     if len(spellings) == 2 and spellings[0] != spellings[1]:
         raise ModelError(f"{path}: rope_parameters and rope_scaling say different things, and "
                          "transformers believes rope_scaling: delete the one that is not the "
@@ -976,9 +978,10 @@ def weight_files(folder: Path) -> list[str]:
     shards = [re.fullmatch(r"model-(\d{5})-of-(\d{5})\.safetensors", p.name)
               for p in sorted(folder.glob("model-*-of-*.safetensors"))]
     counts = {match[2] for match in shards if match}
-    if (folder / single).exists() or not index.exists() and not counts:
+    has_index = index.exists() or index.is_symlink()  # a broken link is not passed over
+    if (folder / single).exists() or not has_index and not counts:
         return [single]
-    if not index.exists():
+    if not has_index:
         if len(counts) > 1:
             raise ModelError(f"{folder}: holds shards of {len(counts)} saves (of "
                              f"{', '.join(sorted(counts))} files): delete those that are not meant")
@@ -1191,7 +1194,7 @@ def other_kind(folder: Path) -> str:
 def not_the_file(path: Path) -> str | None:
     """What a file is that something else was saved as, and what helps: the end of an error."""
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             start = file.read(100).lstrip().lower()
     except OSError:
         return None

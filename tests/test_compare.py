@@ -302,6 +302,8 @@ def test_interpolate_between_models(runs, tmp_path, capsys):
 
     config = json.loads((tmp_path / "run/config.json").read_text())
     config["settings"]["model"] = str(tmp_path / "copy")
+    config["sha256"]["model"] = json.loads(
+        (runs / "math/config.json").read_text())["sha256"]["model"]
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     assert run("interpolate", runs / "math", tmp_path / "run", "--points", 2, "--limit", 2,
                "--out", tmp_path / "line") == 0
