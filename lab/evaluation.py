@@ -58,10 +58,12 @@ REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable", "text", 
 
 
 def open_run(path: str | Path, given: dict,
-             models: dict[ModelSettings, LoadedModel] | None = None) -> OpenRun:
+             models: dict[ModelSettings, LoadedModel] | None = None,
+             any_weights: bool = True) -> OpenRun:
     """A run with its model and prompt, the last or that of given["step"]. Flags of the model and of
     evaluation in `given` replace the run's settings. models: those that are loaded already; runs of
-    one model share it. Raises UserError or ModelError if the prompt does not fit the model."""
+    one model share it. any_weights: --model may name other weights than the run's. Raises UserError
+    or ModelError if the prompt does not fit the model."""
     run, models = Run(Path(path)), {} if models is None else models
     names = {*vars(ModelSettings()), *REPLACED}
     settings = with_flags(run.settings(), {name: given[name] for name in names & given.keys()})
@@ -72,7 +74,7 @@ def open_run(path: str | Path, given: dict,
     if settings.model not in models:
         models[settings.model] = load_model(settings.model)
     loaded = models[settings.model]
-    check_weights(run, settings.model, "model" in given)
+    check_weights(run, settings.model, any_weights and "model" in given)
     if "text" in given and "max_length" not in given:
         settings = replace(settings, data=_with_room(settings, loaded))
     check_place(settings.prompt, loaded, settings.model.model)
@@ -89,8 +91,8 @@ def check_weights(run: Run, model: ModelSettings, is_asked_for: bool) -> None:
         return
     differ = f"{run.path}: trained with other weights than {model.model} has now"
     if not is_asked_for:
-        raise UserError(f"{differ}: put back those of the run, or give --model {model.model} to go "
-                        "on with these")
+        raise UserError(f"{differ}: put them back, or give --model a folder that has them; eval "
+                        f"and others go on with these by --model {model.model}")
     say(f"{differ}, so that its prompt may mean nothing to them")
 
 

@@ -31,7 +31,7 @@ def test_folders_of_runs_may_have_any_name(tmp_path, monkeypatch):
 def test_an_early_run_with_options_of_a_prior_that_are_gone_opens():
     for early, now in (("vae:hidden=9,latent=4,steps=20", "vae:latent=4,"), ("vae:steps=9", "vae:"),
                        ("vae:latent=4", "vae:latent=4")):
-        prior = from_config({"settings": {**flat(Settings()), "prior": early}}).prior.prior
+        prior = from_config({"settings": {**flat(Settings().complete()), "prior": early}}).prior.prior
         assert prior == now and priors.parse(prior)[0] == "vae"
 
 
