@@ -124,7 +124,7 @@ def test_chains_find_a_conjugate_posterior():
     assert stats.kstest(z[..., 1:].flatten(), "norm").pvalue > 1e-3
     # the spread over the prior's, of the rows that are kept
     kept = p.tensors()["layers.0.particles"].double()
-    fitted = priors.Fitted(gaussian.mean, gaussian.basis, gaussian.scale, 0.0)
+    fitted = priors.Fitted(*gaussian, gaussian.scale**2, 0.0)
     white = torch.stack([fitted.whiten(rows) for rows in kept])
     assert p.report()["spread"] == pytest.approx(np.var(white.numpy(), axis=0, ddof=1).mean(),
                                                  rel=1e-4)
