@@ -143,8 +143,8 @@ def curves(runs: list[Run]) -> str:
         scores.append(banded(group.name, steps, values, group.colour, dots=True))
 
     kinds = list(dict.fromkeys(group.score for group in groups))
-    if len(kinds) == 1:  # a level without a prompt is of one score
-        scores = _baseline(groups) + scores
+    if len(kinds) == 1:  # a level is of one score
+        scores = _levels(groups) + scores
     percent = f"{' or '.join(SCORES[kind] for kind in kinds)}, percent"
     panels = [viz.Panel(losses, ("step", "loss, nats a token"), equal=False),
               viz.Panel(scores, ("step", percent), equal=False)]
@@ -182,16 +182,21 @@ def _smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
     return steps[:length].reshape(-1, width).mean(axis=1), means
 
 
-def _baseline(groups: list[Group]) -> list[viz.Curve]:
-    """A level line of the score without a prompt, if a group's runs logged one."""
-    for group in groups:
-        values = [line[group.score] for log in group.logs for line in log
-                  if line["split"] == "baseline" and group.score in line]
-        if values:
-            steps, _ = by_step(group.logs, "eval", group.score)
-            x = np.array([0, max(steps[-1], 1)])
-            return [viz.Curve("no prompt", x, np.full(2, np.mean(values)), colour=viz.GREY)]
-    return []
+def _levels(groups: list[Group]) -> list[viz.Curve]:
+    """Level lines of the scores without a prompt and with the first text prompt, where a group's
+    runs logged them."""
+    levels = []
+    for split, name, colour in (("baseline", "no prompt", viz.GREY),
+                                ("text", "text prompt", viz.BLACK)):
+        for group in groups:
+            first = [next((line[group.score] for line in log if line["split"] == split), None)
+                     for log in group.logs]
+            if None not in first:
+                steps, _ = by_step(group.logs, "eval", group.score)
+                x = np.array([0, max(steps[-1], 1)])
+                levels.append(viz.Curve(name, x, np.full(2, np.mean(first)), colour=colour))
+                break
+    return levels
 
 
 def _curves_caption(groups: list[Group]) -> str:
