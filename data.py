@@ -91,17 +91,14 @@ def left_out(kind: str, path: str) -> list[Path]:
 
 
 def _chosen_files(kind: str, path: str) -> tuple[list[Path], list[Path]]:
-    root, names = Path(path), None
+    root, names, below = Path(path), None, []
     expected = "a file, a folder, or a pattern that matches files"
     try:
         if root.is_dir():
             _, suffixes, names = READERS[kind]
             expected = f"a file ending in {' or '.join(suffixes)} below it"
-            below = list(root.rglob("*"))
+            below = [p for p in root.rglob("*") if not _is_hidden(p.relative_to(root))]
             candidates = [p for p in below if p.name.endswith(suffixes)]
-            if any(p.suffix == ".arrow" for p in below):
-                raise DataError(f"{path}: a folder of Arrow files: " + _export(
-                    f"from datasets import load_from_disk as l; l('{path}')", path))
         elif root.exists():
             candidates = [root]
         else:
@@ -113,16 +110,25 @@ def _chosen_files(kind: str, path: str) -> tuple[list[Path], list[Path]]:
         files = sorted(p for p in candidates if p.is_file())  # reading a pipe could wait for ever
     except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read ({e}): check the path") from None
+    if any(p.suffix == ".arrow" for p in below):
+        raise DataError(f"{path}: a folder of Arrow files: " + _export(
+            f"from datasets import load_from_disk as l; l('{path}')", path))
     if not files:
         raise DataError(f"{path}: nothing found, expected {expected}: check the path")
     named = [p for p in files if names and p.match(names)]
     return named or files, [p for p in files if named and p not in named]
 
 
+def _is_hidden(path: Path) -> bool:
+    """Whether a path below a folder is the system's or an editor's, not data."""
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts) \
+        or path.name.upper().startswith(("README", "LICENSE"))
+
+
 def _export(table: str, path: str | Path) -> str:
     """The remedy for a table that a Python library reads: its conversion to JSON lines. table: the
     Python code that makes it."""
-    target = Path(path).with_suffix(".jsonl")
+    target = f"{path}.jsonl"
     how = ", orient='records', lines=True" if "pandas" in table else ""
     return f"convert it by `python -c \"{table}.to_json('{target}'{how})\"` and give {target}"
 
@@ -230,6 +236,8 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, dict]]:
     inner = table.get("data") if isinstance(table, dict) else None
     if isinstance(inner, list) and all(isinstance(item, dict) for item in inner):
         records = inner
+    elif isinstance(table, dict) and "paragraphs" in table:
+        records = [table]  # one article, not columns
     elif isinstance(table, dict) and table and all(isinstance(v, list) for v in table.values()):
         if len(set(map(len, table.values()))) > 1:
             raise DataError(f"{path}: its columns differ in length: fetch the file again")
@@ -294,7 +302,9 @@ def _answers(record: dict, where: str) -> tuple[str, ...]:
     "answers", or "answer" where a record has no "answers"."""
     if not isinstance(record, dict) or not {"answers", "answer"} & record.keys():
         _field(record, "answers", dict, where)  # raises
-    answers = record.get("answers", record.get("answer"))
+    answers = record.get("answers")
+    if answers is None:
+        answers = record.get("answer")
     if isinstance(answers, dict):
         answers = answers.get("text")
     if isinstance(answers, str):
@@ -305,14 +315,17 @@ def _answers(record: dict, where: str) -> tuple[str, ...]:
         raise DataError(f"{where}: 'answers' are {answers!r:.80}, expected texts, as a list, as "
                         "{'text': [...]} or as [{'text': ...}]: check that the file is of this "
                         "kind")
-    return () if record.get("is_impossible") is True else tuple(texts)
+    if str(record.get("is_impossible")).lower() in ("true", "1"):
+        return ()
+    return tuple(text for text in texts if text)
 
 
 def _table(text: str, path: Path) -> Iterator[tuple[str, dict]]:
     """(where, record) of a table whose first line names its columns. Answers that were written as
     Python or JSON values are read as these."""
     csv.field_size_limit(LONGEST)
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",")
+    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",",
+                            strict=True)  # a quote that is not closed would swallow the rest
     try:
         for record in reader:
             where = f"{path} line {reader.line_num}"
@@ -328,6 +341,8 @@ def _table(text: str, path: Path) -> Iterator[tuple[str, dict]]:
 
 def _literal(text: str, where: str):
     """The value of a list or dict that was printed into a table."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
     if len(text) <= 2**16:  # Python's parser is not made for hostile texts
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return ast.literal_eval(text)
@@ -382,9 +397,10 @@ def _read_gsm8k(path: Path) -> Iterator[Example]:
     """GSM8K: the number after #### is the answer, what stands before it the rationale."""
     for i, (where, record) in enumerate(_records(read_text(path), path)):
         rationale, mark, answer = _field(record, "answer", str, where).rpartition("####")
-        if not mark or not answer.strip():
-            raise DataError(f"{where}: no #### before the answer: check that the file is GSM8K")
         number = answer.strip().replace(",", "")
+        if not mark or not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", number):
+            raise DataError(f"{where}: no #### with a number behind it at the answer's end: check "
+                            "that the file is GSM8K")
         question = _field(record, "question", str, where)
         yield Example(f"{path.stem}-{i}", "gsm8k", "", question, (number,),
                       rationale=rationale.strip())
@@ -507,6 +523,8 @@ class Vocabulary:
             self.tokenizer = Tokenizer.from_str(text)
             self.tokenizer.no_truncation()  # a file may ask for either; both falsify texts
             self.tokenizer.no_padding()
+            if getattr(self.tokenizer.model, "dropout", None):
+                self.tokenizer.model.dropout = None  # it would draw other tokens each time
             encoding = self.tokenizer.encode(string.printable + "\u00fc\u732b\0")
             # Some broken files load without error and fail when they are used.
             self.tokenizer.decode(encoding.ids)
@@ -549,7 +567,8 @@ class Vocabulary:
         """Ids that no text contains: BOS, EOS, reserved places."""
         reserved = {i for i in self.ids if RESERVED.fullmatch(self.tokenizer.id_to_token(i))}
         added = self.tokenizer.get_added_tokens_decoder().items()
-        return reserved | {i for i, token in added if token.special}
+        ends = {*self.eos} if self.bos is None else {self.bos, *self.eos}
+        return reserved | ends | {i for i, token in added if token.special}
 
     @functools.cached_property
     def ordinary(self) -> list[int]:
@@ -933,7 +952,7 @@ def _score_value(example: Example, prediction: str, gold: str) -> dict[str, floa
     number = value(prediction)
     equal = number is not None and number == value(gold) and not in_base
     if example.kind == "hendrycks":
-        equal = equal or plain_math(prediction) == plain_math(gold)
+        equal = equal or plain_math(prediction) == plain_math(gold) != ""
     return {"accuracy": float(exact), "accuracy_value": float(exact or equal)}
 
 
@@ -952,24 +971,24 @@ def value(text: str) -> Fraction | None:
 # What may be written in several ways in an answer of MATH (Hendrycks et al. 2021, is_equiv), in the
 # order in which it is replaced.
 SPELLINGS = [
-    (r"\\[!,;:]|\\ |\$|\\\$|\\left|\\right|\^\{?\\circ\}?", ""),  # spaces, dollars, sizes, degrees
-    (r"\\(text|mbox)\{\s[^{}]*\}$", ""),  # a unit
-    (r"\\?%", ""),
+    (r"\\[!,;:]|\\ |\\\$|\$|\\left|\\right|\^\{?\\circ\}?", ""),  # spaces, dollars, sizes, degrees
+    (r"\{,\}", ","),
+    (r"(?<=\S)\\(text|mbox)\{\s[^{}]*\}$", ""),  # a unit
+    (r"(?<=\S)\\?%", ""),
     (r"\\[dt]frac", r"\\frac"),
     (r"\\frac\s*([0-9a-z])\s*([0-9a-z])", r"\\frac{\1}{\2}"),
     (r"\\frac\s*([0-9a-z])\s*\{", r"\\frac{\1}{"),
     (r"\\frac\{([^{}]*)\}\s*([0-9a-z])", r"\\frac{\1}{\2}"),
     (r"\\sqrt\s*([0-9a-z])", r"\\sqrt{\1}"),
     (r"(?<![0-9])\s+|\s+(?![0-9])", ""),  # not between two numbers
-    (r"^[a-z]=", ""),
-    (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ""),
+    (r"^[a-z]=(?=[^=]+$)", ""),
+    (r"^([+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?)$", lambda m: m[1].replace(",", "")),
 ]
 
 
 def plain_math(text: str) -> str:
     """An answer in the one of its spellings that stands for all: \\dfrac12 is \\frac{1}{2}, 1,000
     is 1000, \\$5 is 5, 50\\% is 50, and x=5 is 5."""
-    is_thousands = re.fullmatch(r"\D*[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?\D*", text)
-    for pattern, replacement in SPELLINGS if is_thousands else SPELLINGS[:-1]:
+    for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text.strip())
     return text

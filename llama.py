@@ -78,7 +78,7 @@ FIELDS = {
     "head_dim": (None, int, 1, 2**12),
     "vocab_size": (32000, int, 1, 2**24),
     "max_position_embeddings": (2048, int, 1, 2**30),
-    "rope_theta": (10000.0, float, 1, 1e15),
+    "rope_theta": (10000.0, float, 1.001, 1e15),
     "rms_norm_eps": (1e-6, float, 1e-30, 1),
     "tie_word_embeddings": (False, bool, False, True),
     "attention_bias": (False, bool, False, True),
@@ -161,7 +161,7 @@ def _read_rope(path: Path, c: dict) -> dict:
     if rope_type in ("llama3", "yarn", "longrope"):
         original = (c.get("original_max_position_embeddings")
                     or rope.get("original_max_position_embeddings") or longest)
-        _check(path, "original_max_position_embeddings", original, float, 1, 1e9)
+        _check(path, "original_max_position_embeddings", original, float, 2, 1e9)
         _check(path, "max_position_embeddings", longest, float, 1, 1e9)
         rope["original_max_position_embeddings"] = original
     if rope_type == "yarn":
@@ -198,7 +198,8 @@ def _rope_settings(path: Path, c: dict) -> dict:
             raise ModelError(f"{path}: the rope settings are {rope!r:.80}, not an object: repair "
                              "the file")
         if rope:
-            rope = {key: value for key, value in rope.items() if value is not None}
+            rope = {key: value for key, value in rope.items()
+                    if value is not None or key == "truncate"}  # where null is false
             old_type = str(rope.pop("type", "default"))
             spellings.append({"rope_theta": c.get("rope_theta"), "rope_type": old_type} | rope)
             spellings[-1]["rope_type"] = str(spellings[-1]["rope_type"])
@@ -944,9 +945,8 @@ def load(folder: str | Path, dtype: str | torch.dtype | None = None, device: str
     folder = Path(folder)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = read_config(folder / "config.json")
-    stored = _stored(folder)
-    _refuse_quantised(folder, stored)
-    weights = _named(folder, stored, report)
+    weights = _named(folder, _stored(folder), report)
+    _refuse_quantised(folder, weights, report)
     config = _with_head(folder, config, weights, report)
     with torch.device("meta"):
         model = Llama(config)
@@ -1004,6 +1004,10 @@ def weight_files(folder: Path) -> list[str]:
 def _stored(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder, by their names."""
     files = weight_files(folder)
+    if (folder / files[0]).exists() and (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder}: an adapter (adapter_config.json) beside the weights, which "
+                         "transformers would add to them: merge it with PEFT's "
+                         "merge_and_unload(), or delete the adapter's files")
     if not any((folder / name).exists() for name in files):
         others = [p.name for p in folder.glob("*.safetensors") if "adapter" not in p.name]
         raise ModelError(f"{folder / files[0]}: no such file: " + (
@@ -1041,44 +1045,62 @@ def _open(path: Path) -> Iterator:
 FLOATS = ("F64", "F32", "BF16", "F16")
 
 
-def _refuse_quantised(folder: Path, stored: dict[str, Stored]) -> None:
-    codes = [t for t in stored.values() if t.dtype not in FLOATS and not _is_buffer(t.name)]
-    if not codes:
-        return
+# Numbers beside codes, by which a code is multiplied, and names of codes.
+CODES = re.compile(r"(weight_scale\w*|input_scale|[kv]_scale|absmax|SCB|qweight|qzeros|scales|"
+                   r"g_idx)$")
+# What old files and other libraries keep beside the weights, and what follows from config.json.
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|causal_mask|masked_bias|attn\.bias|position_ids)$")
+# Weights of an adapter that stands beside the layers that it changes.
+ADAPTERS = re.compile(r"\.(lora_|ia3_|hada_|lokr_|base_layer\.|modules_to_save\.|ln_tuning_)")
+
+
+def _refuse_quantised(folder: Path, weights: dict[str, Stored], report) -> None:
+    """Raise ModelError if weights, under the names of a LLaMA, are codes for numbers. Report a
+    config.json that only says so."""
+    codes = [t for name, t in weights.items()
+             if t.dtype not in FLOATS or CODES.search(name)]
     c = _read_json(folder / "config.json")
     about = c.get("quantization_config") or c.get("quantization") or {}
     if not isinstance(about, dict):
         about = {}
     method = about.get("quant_method") or ("mlx" if "group_size" in about else "a quantiser")
-    raise ModelError(f"{codes[0].path}: quantised by {method!s:.40} ({len(codes)} of {len(stored)} "
-                     f"tensors, first {codes[0].name!r:.80}, {codes[0].dtype}): give the folder it "
-                     "was made from; or dequantise it with the tool that made it, for bitsandbytes "
-                     f"`AutoModelForCausalLM.from_pretrained({str(folder)!r}).dequantize()"
-                     ".save_pretrained('NEW')`, and give NEW")
-
-
-def _is_buffer(name: str) -> bool:
-    """Old files hold the frequencies of the positions, which follow from config.json."""
-    return name.endswith("rotary_emb.inv_freq")
+    if codes or method == "bitnet":  # whose layers compute otherwise, whatever they are stored as
+        first = codes[0] if codes else next(iter(weights.values()))
+        raise ModelError(
+            f"{first.path}: quantised by {method!s:.40} ({len(codes)} of {len(weights)} "
+            f"tensors, first {first.name!r:.80}, {first.dtype}): give the folder it "
+            "was made from; or dequantise it with the tool that made it, for bitsandbytes "
+            f"`AutoModelForCausalLM.from_pretrained({str(folder)!r}).dequantize()"
+            ".save_pretrained('NEW')`, and give NEW")
+    if about:
+        report(f"{folder}: config.json says quantised by {method!s:.40}, and the weights are plain "
+               "numbers: they are used as they are")
 
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 PARTS = ("model", "layers", "embed_tokens", "norm", "lm_head")  # what a name in a LLaMA begins with
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+")  # left by trainers
+ANCHOR = "layers.0.input_layernorm.weight"  # every LLaMA has it once
 
 
 def _named(folder: Path, stored: dict[str, Stored], report) -> dict[str, Stored]:
-    """The tensors under the names that they have in a LLaMA. What stands beside the decoder, such
-    as a reward model's head, is left out."""
-    named, left_out = {}, []
+    """The tensors under the names that they have in a LLaMA, whatever a trainer wrapped around it.
+    Buffers are skipped, and what stands beside the decoder, such as a reward model's head, is left
+    out. Raises ModelError for an adapter that is not merged, and for two tensors of one name."""
+    anchors = [name for name in stored if name.endswith(ANCHOR)]
+    wrapper = anchors[0].removesuffix(ANCHOR).removesuffix("model.") if len(anchors) == 1 else ""
+
+    named: dict[str, Stored] = {}
+    left_out = []
     for name, tensor in stored.items():
-        plain = WRAPPERS.sub("", name)
-        if _is_buffer(plain):
+        plain = name.removeprefix(wrapper)
+        if ADAPTERS.search(name):
+            raise ModelError(f"{tensor.path}: tensor {name!r:.120} is of an adapter that is not "
+                             "merged: merge it with PEFT's merge_and_unload(), save the model, and "
+                             "give that folder")
+        if BUFFERS.search(plain):
             continue
-        if ".lora_" in plain:
-            raise ModelError(f"{tensor.path}: tensor {name!r:.120} is a LoRA that is not merged: "
-                             "merge it with PEFT's merge_and_unload(), save the model, and give "
-                             "that folder")
+        if name.endswith(HEAD):
+            plain = HEAD
         first = plain.split(".")[0]
         if first not in PARTS:
             left_out.append(name)

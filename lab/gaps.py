@@ -1,5 +1,5 @@
 """Are draws of the same law as real rows? Measures that see holes which the moments hide. Needs
-numpy alone.
+numpy and lab/geometry.py.
 
     split = most_bimodal(reference)          # the direction along which the rows fall into two
     split.share_in_gap(draws)                # 0.38 of a Gaussian's draws lie between the two ...

@@ -19,7 +19,7 @@ import torch
 import data
 import llama
 import priors
-from lab.console import UserError, say
+from lab.console import UserError, file_list, say
 from lab.files import checksum
 from lab.folder import Run
 from lab.hub import GENERATION, from_hub, model_folder, needed_files
@@ -70,6 +70,9 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
         say(f"{folder.name}: its tokenizer has {len(vocabulary.unembedded)} tokens that the model "
             f"does not embed, such as {next(iter(vocabulary.unembedded.values()))!r}; a text with "
             "one is refused")
+    if not vocabulary.stop.intersection(vocabulary.encode_plain("a\n")):
+        say(f"{folder.name}: its tokenizer makes no token of a line break, so that an answer ends "
+            "only by EOS or by its length")
     if vocabulary.bos is None and c.bos_token_id is not None:
         say(f"{folder.name}: its tokenizer puts no BOS in front of a text, so there is none (--bos "
             "always puts one)")
@@ -185,13 +188,16 @@ def say_files(kind: str, path: str) -> None:
     """Say which files of a folder are not read, and whether they are of several splits."""
     if not Path(path).is_dir():
         return
-    left_out = data.left_out(kind, path)
+    left_out, files = data.left_out(kind, path), data.files_of(kind, path)
     if left_out:
         say(f"{path}: {len(left_out)} files whose names are no module's are left out, such as "
             f"{left_out[0].name}")
-    splits = sorted({file.parent.name for file in data.files_of(kind, path)})
-    if kind == "math" and len(splits) > 1:
-        say(f"{path}: its splits are mixed: {', '.join(splits)}")
+    splits = sorted({file.parent.name for file in files})
+    if len(splits) > 1:
+        say(f"{path}: its splits are mixed: {', '.join(splits[:9])}")
+    elif len(files) > 1 and not Path(path).is_relative_to(TINY):
+        say(f"{path}: {len(files)} files are read together: "
+            f"{file_list([file.name for file in files])}")
 
 
 def topic(example: data.Example) -> str:

@@ -352,7 +352,7 @@ def check_together(settings: Settings) -> None:
 # Flags whose default follows from other settings; a run keeps the value, never None.
 COMPLETED = ("device", "dtype", "text", "cut", "eval_every", "prior_weight")
 # Of runs from before these could be set: text prompts stood before BOS, and every text had BOS.
-EARLY = {"separator": None, "bos": "always"}
+EARLY = {"separator": None, "bos": "always", "text": []}
 
 
 def from_config(config: dict, path: str | Path = "config.json") -> Settings:

@@ -1,4 +1,5 @@
-"""Are two samples of one distribution? A kernel test and a linear probe. Needs numpy alone.
+"""Are two samples of one distribution? A kernel test and a linear probe. Needs numpy,
+lab/geometry.py and lab/statistics.py.
 
     value, p = mmd(x, y, articles_of_x, articles_of_y)        # MMD^2, its p-value
     auc, low, high = probe_auc(x, y, articles_of_x, articles_of_y)

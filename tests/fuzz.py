@@ -98,6 +98,12 @@ def world(folder: Path) -> None:
             "squad.json": json.dumps(squad, ensure_ascii=False), "flat.json": json.dumps(flat),
             "flat.jsonl": lines(flat), "columns.json": json.dumps(
                 {k: [r[k] for r in flat] for k in flat[0]}),
+            "records.json": json.dumps({"data": [
+                {**r, "answers": [{"text": a} for a in r["answers"]["text"]]} for r in flat]}),
+            "table.csv": "context,question,answers\n" + "".join(
+                f'"{r["context"]}","{r["question"]}","{r["answers"]["text"]}"\n' for r in flat),
+            "gsm8k.jsonl": lines([{"question": q, "answer": f"so <<1+1=2>>\n#### {a}"}
+                                  for q, a in sums]),
             "sums.txt": "".join(f"{q}\n{a}\n" for q, a in sums),
             "export.json": json.dumps([{"question": f"b'{q}\\n'", "answer": f"b'{a}\\n'"}
                                        for q, a in sums]),
@@ -180,7 +186,8 @@ KINDS = {
     "generation_config": Kind("model", "generation_config.json", MODEL),
     "tokenizer": Kind("model", "tokenizer.json", MODEL),
     **{f"squad {name}": Kind(name, "", of_data("squad")) for name in (
-        "squad.json", "flat.json", "flat.jsonl", "columns.json")},
+        "squad.json", "flat.json", "flat.jsonl", "columns.json", "records.json", "table.csv")},
+    "gsm8k": Kind("gsm8k.jsonl", "", of_data("gsm8k")),
     "math text": Kind("sums.txt", "", of_data("math")),
     "math export": Kind("export.json", "", of_data("math")),
     "hendrycks": Kind("hendrycks.json", "", of_data("hendrycks")),

@@ -64,7 +64,7 @@ def test_questions_as_people_have_them(tmp_path, records):
 
 
 @pytest.mark.parametrize("answer, read", [
-    ("a cat", ("a cat",)), ("[cat", None),
+    ("a cat", ("a cat",)), ("[cat", None), ("", ()), ('["a \\/ x", "b"]', ("a / x", "b")),
     ("{'text': ['a cat'], 'answer_start': [13]}", ("a cat",)),
     ('["a cat", "cat"]', ("a cat", "cat")), ("[open('/etc/passwd')]", None), ("a, b", ("a, b",))])
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
@@ -82,11 +82,17 @@ def test_tables_of_questions(tmp_path, suffix, delimiter, answer, read):
             data.Example("1", "squad", "Two\nlines, a cat.", "Who?", read)]
 
 
+def test_a_quote_that_is_not_closed_does_not_swallow_the_table(tmp_path):
+    path = write(tmp_path / "x.csv", 'id,context,question,answers\n1,c,q,"a\n2,c,q,b\n')
+    with pytest.raises(data.DataError, match="not a table"):
+        data.read("squad", path)
+
+
 def test_gsm8k(tmp_path):
     record = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
     assert data.read("gsm8k", write(tmp_path / "x.jsonl", json.dumps(record))) == [
         data.Example("x-0", "gsm8k", "", "How many?", ("1004",), rationale="2 + 2 = <<2+2=4>>4")]
-    with pytest.raises(data.DataError, match="no #### before the answer"):
+    with pytest.raises(data.DataError, match="no #### with a number"):
         data.read("gsm8k", write(tmp_path / "y.jsonl", json.dumps({**record, "answer": "4"})))
 
 
@@ -123,7 +129,7 @@ def test_a_folder_that_datasets_saved(tmp_path):
 
 @pytest.mark.parametrize("one, other", [
     (r"\frac12", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "0.5"), ("1,000", "1000"), (r"\$5", "5"),
-    (r"50\%", "50"), ("x=5", "5"), (r"\frac1{72}", "1/72"), (r"90^\circ", "90"),
+    (r"14,\!400", "14400"), (r"1{,}000", "1,000"), (r"50\%", "50"), ("x=5", "5"), (r"\frac1{72}", "1/72"), (r"90^\circ", "90"),
     (r"12\text{ cm}", "12"), (r"\sqrt3", r"\sqrt{3}"), (r"\left( 1, 2\right)", "(1,2)"),
     ("-.5", r"-\frac{1}{2}"), (r"\frac{-1}{2}", r"-\frac{1}{2}")])
 def test_spellings_of_one_answer(one, other):
@@ -131,6 +137,14 @@ def test_spellings_of_one_answer(one, other):
     assert data.score(gold, one)["accuracy_value"] == 1
     assert data.score(gold._replace(answers=(one,)), other)["accuracy_value"] == 1
     assert data.score(gold, one + "1")["accuracy_value"] == 0
+
+
+def test_an_answer_of_which_nothing_is_left_equals_none():
+    gold = data.Example("0", "hendrycks", "", "q", (r"\text{ even}",))
+    for prediction in ("", r"\text{ odd}", "%"):
+        assert data.score(gold, prediction)["accuracy_value"] == 0
+    for one, other in (("x=1,y=2", "y=1,y=2"), ("(1,200)", "(1200)"), (r"2\ 3", "2,3")):
+        assert data.score(gold._replace(answers=(one,)), other)["accuracy_value"] == 0
 
 
 def test_other_answers_are_others():
@@ -238,7 +252,7 @@ def test_a_folder_or_glob_is_read_in_order_and_to_any_depth(tmp_path):
     def names(path):
         return [str(p.relative_to(tmp_path)) for p in data.files_of("math", str(path))]
 
-    assert names(tmp_path) == [".hidden.txt", "a.txt", "b/1.txt", "b/c/2.txt"]
+    assert names(tmp_path) == ["a.txt", "b/1.txt", "b/c/2.txt"]
     assert names(tmp_path / "*.txt") == ["a.txt"]
     assert names(tmp_path / "**" / "*.txt") == ["a.txt", "b/1.txt", "b/c/2.txt"]
     assert names(tmp_path / "**") == ["a.txt", "b/1.txt", "b/c/2.txt", "b/note.md"]

@@ -95,6 +95,19 @@ def wrapped(weights):
         weights["_orig_mod.module." + name] = weights.pop(name)
 
 
+def wrapped_by_a_trainer(weights):
+    """PEFT's and TRL's names, with the head beside the body."""
+    for name in [*weights]:
+        weights["base_model.model." + name] = weights.pop(name)
+    weights["base_model.lm_head.weight"] = weights[
+        "base_model.model.model.embed_tokens.weight"].flip(0).clone()
+
+
+def with_buffers(weights):
+    weights["step"] = torch.ones(1, dtype=torch.int64)
+    weights["model.layers.0.self_attn.bias"] = torch.ones(4, dtype=torch.uint8)
+
+
 def without_model(weights):
     for name in [*weights]:
         weights[name.removeprefix("model.")] = weights.pop(name)
@@ -106,13 +119,18 @@ def heads_of_trainers(weights):
 
 @pytest.mark.parametrize("change, said", [
     (other_head, "lm_head.weight is another matrix"), (head_alone, None), (wrapped, None),
-    (without_model, None), (heads_of_trainers, "2 tensors beside the decoder")])
+    (without_model, None), (heads_of_trainers, "2 tensors beside the decoder"),
+    (wrapped_by_a_trainer, "lm_head.weight is another matrix"),
+    (with_buffers, "1 tensors beside the decoder")])
 def test_weights_as_people_have_them(hf, token_ids, change, said):
     """transformers 5.23 reads the first two as we do, and knows no wrapped names."""
     theirs, folder = hf()
     edit_weights(folder, change)
     if change in (other_head, head_alone):
         theirs = type(theirs).from_pretrained(folder)
+    elif change is wrapped_by_a_trainer:
+        theirs.config.tie_word_embeddings = False
+        theirs.lm_head.weight = torch.nn.Parameter(theirs.get_input_embeddings().weight.flip(0))
     lines, ids = [], token_ids(1, 50)
     ours = llama.load(folder, report=lines.append)
     with torch.no_grad():
@@ -651,9 +669,21 @@ def test_quantised_folders_are_named_as_such(hf, config, name, dtype, method):
 
 
 def test_a_quantisers_settings_beside_plain_weights_are_no_matter(hf):
+    """But for a method whose layers compute otherwise."""
     _, folder = hf()
     edit_config(folder, quantization_config=BNB)
-    assert llama.load(folder)
+    lines = []
+    assert llama.load(folder, report=lines.append) and "they are used as they are" in lines[0]
+    edit_config(folder, quantization_config={"quant_method": "bitnet"})
+    with pytest.raises(llama.ModelError, match="quantised by bitnet"):
+        llama.load(folder)
+
+
+def test_an_adapter_beside_the_weights_is_not_passed_over(hf):
+    _, folder = hf()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(llama.ModelError, match="merge it .* or delete the adapter's files"):
+        llama.load(folder)
 
 
 def test_other_kinds_of_folders_and_what_helps(hf, tmp_path, monkeypatch):
