@@ -85,8 +85,8 @@ def files_of(kind: str, path: str) -> list[Path]:
 
 
 def left_out(kind: str, path: str) -> list[Path]:
-    """The files in a folder that end as the kind's do, and are not read because others there have
-    the names that the kind's files have, such as a readme beside DeepMind's modules."""
+    """The files in a folder that end as the kind's do and are not read: beside DeepMind's modules
+    all that are named otherwise, and readmes and licences that would be read as sums."""
     return _chosen_files(kind, path)[1]
 
 
@@ -115,14 +115,16 @@ def _chosen_files(kind: str, path: str) -> tuple[list[Path], list[Path]]:
             f"from datasets import load_from_disk as l; l('{path}')", path))
     if not files:
         raise DataError(f"{path}: nothing found, expected {expected}: check the path")
-    named = [p for p in files if names and p.match(names)]
-    return named or files, [p for p in files if named and p not in named]
+    if not names:
+        return files, []
+    chosen = [p for p in files if p.match(names)] or [
+        p for p in files if not p.name.upper().startswith(("README", "LICENSE"))] or files
+    return chosen, [p for p in files if p not in chosen]
 
 
 def _is_hidden(path: Path) -> bool:
-    """Whether a path below a folder is the system's or an editor's, not data."""
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts) \
-        or path.name.upper().startswith(("README", "LICENSE"))
+    """Whether a path below a folder is the system's or an editor's, as a glob does not find it."""
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
 def _export(table: str, path: str | Path) -> str:
@@ -481,7 +483,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 class Reader(NamedTuple):
     read_file: Callable[[Path], Iterator[Example]]  # raises DataError for a file of another format
     suffixes: tuple[str, ...]  # endings of the files that are looked for in a folder
-    names: str | None = None  # if a file there has such a name, only those that have it are read
+    names: str | None = None  # pattern; if files there have such names, only these are read
 
 
 # To add a format, write its read_file above and give it a line. The kind of its examples decides

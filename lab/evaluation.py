@@ -98,8 +98,8 @@ def check_weights(run: Run, model: ModelSettings, is_asked_for: bool) -> None:
 
 def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:
     """A run's data settings, with shorter texts if its own leave no room for other text prompts."""
-    stored, (room, _, _) = settings.data.max_length, room_for_text(loaded, settings.data,
-                                                                   settings.prior)
+    stored = settings.data.max_length
+    room, _, _ = room_for_text(loaded, settings.data, settings.prior)
     if stored is None or stored <= room or not room:
         return settings.data
     say(f"contexts are cut to fit {room} tokens and not the run's {stored}, which leaves room for "

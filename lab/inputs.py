@@ -190,8 +190,8 @@ def say_files(kind: str, path: str) -> None:
         return
     left_out, files = data.left_out(kind, path), data.files_of(kind, path)
     if left_out:
-        say(f"{path}: {len(left_out)} files whose names are no module's are left out, such as "
-            f"{left_out[0].name}")
+        say(f"{path}: files left out, because their names are no module's: "
+            f"{file_list([file.name for file in left_out])}")
     splits = sorted({file.parent.name for file in files})
     if len(splits) > 1:
         say(f"{path}: its splits are mixed: {', '.join(splits[:9])}")

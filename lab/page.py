@@ -271,7 +271,7 @@ def trajectories(opened: OpenRun, steps: list[int], maps: dict[int, LayerMap]) -
     run = opened.run
     states = [shown_prompts(run, step) for step in steps]
     by_layer = {}
-    for i in progress(sorted(states[0][0]), desc="layers", unit=" layers", leave=False):
+    for i in progress(sorted(states[0][0]), desc="paths of rows", unit=" layers", leave=False):
         at_steps = [torch.cat([vectors[i] for vectors in prompts]) for prompts in states]
         x = torch.stack(at_steps)  # (S, P, W)
         S, P, W = x.shape

@@ -108,6 +108,15 @@ def test_of_deepminds_archive_the_modules_are_read(tmp_path):
     assert data.left_out("math", str(readme)) == []
 
 
+def test_a_readme_is_no_sum_and_hidden_files_are_no_data(tmp_path):
+    for name in ("sums.txt", "README.txt", "._sums.txt", "__MACOSX/a__b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "1 + 1\n2\n")
+    assert data.files_of("math", str(tmp_path)) == [tmp_path / "sums.txt"]
+    assert data.left_out("math", str(tmp_path)) == [tmp_path / "README.txt"]
+    assert data.files_of("text", str(tmp_path)) == [tmp_path / "README.txt", tmp_path / "sums.txt"]
+
+
 @pytest.mark.parametrize("start, message", [
     (b"PAR1\x15\x04", "a Parquet file: .*read_parquet"), (b"ARROW1\0\0", "an Arrow file"),
     (b"\xff\xff\xff\xff\x10", "an Arrow stream"), (b"PK\3\4rest", "a zip archive"),

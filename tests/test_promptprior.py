@@ -502,7 +502,7 @@ def test_what_of_a_folder_is_not_read_is_said(tmp_path, capsys):
     (tmp_path / "train-readme.txt").write_text("one\ntwo\n")
     assert len(inputs.read_questions(f"math:{tmp_path}", 0, False)) == 2
     err = capsys.readouterr().err
-    assert "1 files whose names are no module's are left out, such as train-readme.txt" in err
+    assert "files left out, because their names are no module's: train-readme.txt\n" in err
     assert "its splits are mixed: interpolate, train-easy" in err
 
 
