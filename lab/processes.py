@@ -4,7 +4,9 @@ of one, so the callers need not ask."""
 from __future__ import annotations
 
 import atexit
+import gc
 import os
+import sys
 import warnings
 from typing import Callable
 
@@ -39,9 +41,24 @@ def _init_group(device: str) -> None:
             raise UserError(f"process {local} of this machine has no device: there are "
                             f"{torch.cuda.device_count()}: lower --nproc-per-node")
         torch.cuda.set_device(local)
+    # torch.optim imports this module, whose functions keep the group of that moment as their default
+    # argument. Imported before there is a group, they keep none.
+    import torch.distributed.nn.functional  # noqa: F401
+
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    # If Python ends before gloo's threads do, they abort the process.
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    """End gloo's threads: one that still runs when Python has ended aborts the process. They end
+    with the group, once nothing refers to it."""
+    if "torch.distributed.fsdp" in sys.modules:
+        # Sharded tensors refer to it, and a cache of their layouts.
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        gc.collect()
+        _clear_sharding_prop_cache()
+    dist.destroy_process_group()
 
 
 def rank_and_size() -> tuple[int, int]:
