@@ -55,6 +55,7 @@ class Example(NamedTuple):
     answers: tuple[str, ...]  # all that are accepted, the first is trained on; () is unanswerable
     source: str = ""  # the article or the module that it is of, "" if the file names none
     rationale: str = ""  # the worked solution, where the data have one
+    choices: tuple[str, ...] = ()  # of "choice": all answers that may be given, each of them once
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,13 +270,13 @@ def _read_squad(path: Path) -> Iterator[Example]:
     """SQuAD v1.1 and v2.0, and the shapes in which people have their questions: articles or
     paragraphs alone, one record a question, with answers of any form that `_answers` knows; as
     JSON, JSON lines or columns, or as a table (.csv, .tsv)."""
-    text = read_text(path)
-    if path.suffix in (".csv", ".tsv"):
-        records = _table(text, path)
-    else:
-        records = _records(text, path)
-    for where, record in records:
+    for where, record in _records_or_table(path):
         yield from _questions(record, where)
+
+
+def _records_or_table(path: Path) -> Iterator[tuple[str, dict]]:
+    read_records = _table if path.suffix in (".csv", ".tsv") else _records
+    return read_records(read_text(path), path)
 
 
 def _questions(item: dict, where: str, context: str | None = None, title: str = ""
@@ -408,6 +409,105 @@ def _read_gsm8k(path: Path) -> Iterator[Example]:
                       rationale=rationale.strip())
 
 
+# What the fields of multiple-choice data are called; of those that a record has the first counts.
+CONTEXTS = ("passage", "context", "article", "premise", "sentence1", "question1")
+QUESTIONS = ("question", "question_stem", "hypothesis", "sentence2", "question2", "sentence", "text",
+             "ctx")
+CHOICES = ("choices", "options", "endings")
+LABELS = ("label_text", "answerKey", "answer", "label")
+MOST_LABELS = 200
+
+
+def _read_choice(path: Path) -> Iterator[Example]:
+    """Multiple choice. Records with choices of their own (ARC, MMLU, HellaSwag) are asked with
+    these in a list, and answered by a letter. Of records without (BoolQ, SST-2, intents) the
+    choices are all labels of the file; true and false are asked for as yes and no."""
+    records = [(where, record, _listed(record, where))
+               for where, record in _records_or_table(path)]
+    labels = tuple(sorted({_label(record, where) for where, record, listed in records
+                           if not listed}))
+    if labels and not 2 <= len(labels) <= MOST_LABELS:
+        raise DataError(f"{path}: no lists of choices, and {len(labels)} different labels, expected "
+                        f"2 to {MOST_LABELS}: check that the file is multiple choice")
+    for i, (where, record, listed) in enumerate(records):
+        context, question = _asked(record, where)
+        choices, answer = labels, _label(record, where)
+        if listed:
+            choices = tuple(string.ascii_uppercase[:len(listed)])
+            answer = choices[_right_choice(record, listed, where)]
+            lines = [f"\n{letter}. {text}" for letter, text in zip(choices, listed.values())]
+            question += "".join(lines)
+        name = str(record.get("id", f"{path.stem}-{i}"))
+        yield Example(name, "choice", context, question, (answer,), choices=choices)
+
+
+def _first_of(record: dict, names: tuple[str, ...]) -> str:
+    """The first name that the record has; if it has none, the first at all."""
+    return next((name for name in names if record.get(name) is not None), names[0])
+
+
+def _asked(record: dict, where: str) -> tuple[str, str]:
+    """(context, question) of a record of multiple choice."""
+    name = _first_of(record, QUESTIONS)
+    if isinstance(record.get(name), dict):  # of ARC's own files
+        record = {**record, name: record[name].get("stem")}
+    question, name = _field(record, name, str, where), _first_of(record, CONTEXTS)
+    return (_field(record, name, str, where) if name in record else ""), question
+
+
+def _listed(record: dict, where: str) -> dict[str, str]:
+    """A record's own choices, {label: text}, {} if it has none: a list of texts or of {"label",
+    "text"}, or {"label": [...], "text": [...]}."""
+    inner = record.get("question")
+    holder = inner if isinstance(inner, dict) and "choices" in inner else record
+    choices = holder.get(_first_of(holder, CHOICES))
+    if isinstance(choices, str):  # in a table
+        choices = _literal(choices, where)
+    if choices is None:
+        return {}
+    if isinstance(choices, dict) and all(isinstance(v, list) for v in choices.values()):
+        choices = [dict(zip(choices, values)) for values in zip(*choices.values())]
+    if isinstance(choices, list):
+        choices = [c if isinstance(c, dict) else {"label": str(i), "text": c}
+                   for i, c in enumerate(choices)]
+        texts = {str(c.get("label", i)): c.get("text") for i, c in enumerate(choices)}
+        if all(isinstance(t, str) for t in texts.values()) and 2 <= len(choices) == len(texts) <= 26:
+            return {label: one_line(text) for label, text in texts.items()}
+    raise DataError(f"{where}: its choices are {choices!r:.80}, expected 2 to 26 texts, as a list "
+                    "or with labels of their own: check that the file is multiple choice")
+
+
+def _right_choice(record: dict, listed: dict[str, str], where: str) -> int:
+    """The index of the right choice, which is named by its label, its text, its letter, or its
+    number from 0 on."""
+    answer, is_number = _label(record, where), isinstance(record[_first_of(record, LABELS)], int)
+    labels, texts = list(listed), list(listed.values())
+    matches = {labels.index(answer)} if answer in labels else set()
+    # A number that is written as a text may be a choice's text as well.
+    if not is_number and (not matches or labels[0] == "0"):
+        matches |= {i for i, text in enumerate(texts) if text == answer}
+        matches |= {i for i in range(len(texts)) if string.ascii_uppercase[i] == answer}
+    if len(matches) != 1:
+        raise DataError(f"{where}: the answer {answer!r:.80} names {len(matches)} of its "
+                        f"{len(texts)} choices: give the label or the text of one, or its number "
+                        "from 0 on")
+    return matches.pop()
+
+
+def _label(record: dict, where: str) -> str:
+    """What names the right answer, as text."""
+    value = record.get(_first_of(record, LABELS))
+    if isinstance(value, bool) or str(value).lower() in ("true", "false"):
+        value = "yes" if str(value).lower() == "true" else "no"
+    if isinstance(value, float) and value.is_integer():  # as pandas writes counts
+        value = int(value)
+    text = one_line(str(value)).strip() if isinstance(value, (str, int)) else ""
+    if not text or text == "-1":
+        raise DataError(f"{where}: {value!r:.80} is no right answer; expected one as "
+                        f"{', '.join(LABELS[:-1])} or {LABELS[-1]}: give data with labels")
+    return text
+
+
 def last_boxed(solution: str) -> str | None:
     """The argument of the last \\boxed{..}, \\fbox{..} or \\boxed x, by matching braces."""
     boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*", solution))
@@ -493,6 +593,7 @@ READERS = {
     "math": Reader(_read_math, (".txt", ".json", ".jsonl"), "*__*"),
     "hendrycks": Reader(_read_hendrycks, (".json", ".jsonl")),
     "gsm8k": Reader(_read_gsm8k, (".json", ".jsonl")),
+    "choice": Reader(_read_choice, (".json", ".jsonl", ".csv", ".tsv")),
     "text": Reader(_read_texts, (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".txt", ".txt.gz")),
 }
 
@@ -898,9 +999,12 @@ def _padded(lists: list[list[int]], value: int) -> Tensor:
 
 def score(example: Example, prediction: str | None) -> dict[str, float]:
     """Scores of a prediction, 0 to 1, the best over all accepted answers; None, a missing one, has
-    0. Kind "squad" has those of evaluate-v2.0.py, others have accuracy and accuracy_value."""
+    0. Kind "squad" has those of evaluate-v2.0.py, "choice" has accuracy, whatever the case of
+    letters, others have accuracy and accuracy_value."""
     judge = functools.partial(_score_value, example)
     golds = list(example.answers)
+    if example.kind == "choice":
+        judge = _score_choice
     if example.kind == "squad":
         judge = _score_text
         # v2.0 drops golds that are empty once normalised; without golds the right answer is ""
@@ -942,6 +1046,11 @@ def _score_text(prediction: str, gold: str) -> dict[str, float]:
         precision, recall = common / len(p), common / len(g)
         f1 = 2 * precision * recall / (precision + recall)
     return {"exact_match": exact_match, "precision": precision, "recall": recall, "f1": f1}
+
+
+def _score_choice(prediction: str, gold: str) -> dict[str, float]:
+    same = prediction.strip(" .").casefold() == one_line(gold).strip(" .").casefold()
+    return {"accuracy": float(same)}
 
 
 def _score_value(example: Example, prediction: str, gold: str) -> dict[str, float]:

@@ -20,6 +20,7 @@ LONGEST_LINE = 1000  # characters of an error message
 # Scores of an answer, in the order of a table's columns: key -> heading.
 SCORES = {"loss": "loss", "exact_match": "exact match", "precision": "precision",
           "recall": "recall", "f1": "F1", "accuracy": "accuracy", "accuracy_value": "same value",
+          "choice_accuracy": "likeliest",
           "calibration_error": "ECE", "calibrated": "if calibrated"}
 CALIBRATION = ("calibration_error", "calibrated")  # scores of `eval` alone
 

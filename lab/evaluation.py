@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +28,12 @@ from lab.folder import Run, best_evaluation
 from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
                         model_files, plain_prompts, read_questions, room_for_text, rows_per_layer,
                         sample_topics, topic, training_and_evaluation)
-from lab.loss import answers, begin
+from lab.loss import answer_losses, answers, begin
 from lab.processes import all_gather, rank_and_size
 from lab.settings import (DataSettings, ModelSettings, Settings, from_flags, text_names,
                           with_flags)
 
+MAJORITY = "always the commonest answer"  # what multiple choice is compared with
 FEW_CONTEXTS = 10  # fewer clusters than these give no standard error worth printing
 
 
@@ -125,25 +128,12 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
     # What a prompt before the text leaves in the cache is the same for every batch.
     if place == "before":
         prompts = [p.past(loaded.model) if isinstance(p, llama.Prompt) else p for p in prompts]
-    # Every process takes its share of the batches.
-    rank, size = (0, 1) if everywhere else rank_and_size()
-    indices = range(len(questions))
-    batches = [indices[i:i + settings.batch_size] for i in indices[::settings.batch_size]]
-    batches = batches[rank::size]
+    by_question = partial(_by_question, loaded.model, prompts, place, settings, everywhere)
 
-    answered: dict[int, tuple] = {}  # by question
-    with progress(total=sum(map(len, batches)), desc=name, unit=" questions", leave=False) as bar:
-        for members in batches:
-            batch = questions.batch(members, settings.share, place, loaded.device)
-            started = [begin(loaded.model, batch, prompt, place) for prompt in prompts]
-            result = answers(loaded.model, [past for past, _ in started], started[0][1],
-                             settings.max_new, loaded.vocabulary.stop)
-            answered.update(zip(members, zip(*result)))
-            bar.update(len(members))
-    if size > 1:
-        for part in all_gather(answered):
-            answered.update(part)
-    losses, tokens, ids, confidence, is_right = zip(*(answered[i] for i in indices))
+    def answered(pasts: list[llama.Past], batch: data.Batch) -> Iterable[tuple]:
+        return zip(*answers(loaded.model, pasts, batch, settings.max_new, loaded.vocabulary.stop))
+
+    losses, tokens, ids, confidence, is_right = zip(*by_question(questions, name, answered))
     if not math.isfinite(sum(losses)):
         dtype = str(loaded.model.embeddings.dtype).removeprefix("torch.")
         raise Stopped(f"{name}: its loss is {sum(losses)}, not finite in {dtype}: lower --lr, or "
@@ -153,12 +143,15 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
     scores, predictions = [], []
     for example, answer in zip(questions.examples, ids):
         prediction = loaded.vocabulary.first_line(answer)
-        score = data.score(example, prediction)
-        scores.append(score)
-        predictions.append({
-            "id": example.id, "question": example.question, "prediction": prediction,
-            "answers": list(example.answers),
-            **{key: round(100 * value, 2) for key, value in score.items()}})
+        scores.append(data.score(example, prediction))
+        predictions.append({"id": example.id, "question": example.question,
+                            "prediction": prediction, "answers": list(example.answers)})
+    if choices := questions.each_choice():
+        choice_losses = by_question(choices, f"{name}, every choice",
+                                    partial(answer_losses, loaded.model))
+        _score_choices(questions, choice_losses, scores, predictions)
+    for prediction, score in zip(predictions, scores):
+        prediction |= {key: round(100 * value, 2) for key, value in score.items()}
     calibrated, low, high = statistics.calibrated_error(np.array(confidence))
     metrics = {"loss": sum(losses) / sum(tokens), **data.mean_scores(scores),
                **standard_errors(questions, losses, tokens, scores),
@@ -166,6 +159,48 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
                                                                  np.array(is_right)),
                "calibrated": calibrated, "calibrated_low": low, "calibrated_high": high}
     return metrics, predictions
+
+
+def _by_question(model: llama.Llama, prompts: list[llama.Prompt | llama.Past], place: str,
+                 settings: DataSettings, everywhere: bool, questions: Questions, name: str,
+                 score: Callable[[list[llama.Past], data.Batch], Iterable]) -> list:
+    """What `score` returns of every question of a batch, which goes on from the pasts."""
+    # Every process takes its share of the batches.
+    rank, size = (0, 1) if everywhere else rank_and_size()
+    indices = range(len(questions))
+    batches = [indices[i:i + settings.batch_size] for i in indices[::settings.batch_size]]
+    batches = batches[rank::size]
+
+    scored = {}
+    with progress(total=sum(map(len, batches)), desc=name, unit=" questions", leave=False) as bar:
+        for members in batches:
+            batch = questions.batch(members, settings.share, place, model.embeddings.device)
+            begun = [begin(model, batch, prompt, place) for prompt in prompts]
+            scored.update(zip(members, score([past for past, _ in begun], begun[0][1])))
+            bar.update(len(members))
+    if size > 1:
+        for part in all_gather(scored):
+            scored.update(part)
+    return [scored[i] for i in indices]
+
+
+def _score_choices(questions: Questions, losses: list[float], scores: list[dict],
+                   predictions: list[dict]) -> None:
+    """Add to scores and predictions which choice is the likeliest. losses: of every choice of every
+    question, in nats."""
+    left = iter(losses)
+    for example, score, prediction in zip(questions.examples, scores, predictions):
+        of_choices = dict(zip(example.choices, left))
+        prediction["choice"] = min(of_choices, key=of_choices.get)
+        score["choice_accuracy"] = float(prediction["choice"] in example.answers)
+
+
+def majority(questions: Questions) -> dict[str, float]:
+    """The scores of the answer that is right most often, whatever is asked; {} if the questions are
+    no multiple choice."""
+    right = Counter(e.answers[0] for e in questions.examples if e.choices)
+    share = 100 * max(right.values(), default=0) / len(questions)
+    return {"accuracy": share, "choice_accuracy": share} if right else {}
 
 
 def standard_errors(questions: Questions, losses: list[float], tokens: list[int],
@@ -186,7 +221,8 @@ def standard_errors(questions: Questions, losses: list[float], tokens: list[int]
 def score_table(settings: Settings, metrics: list[dict]) -> str:
     """The scores that a run logged: without a prompt, of text prompts, of the prior's draw, at the
     last evaluation, and at the best one if that was another."""
-    rows = [("no prompt", line) for line in metrics if line["split"] == "baseline"]
+    rows = [(MAJORITY, line) for line in metrics if line["split"] == "majority"]
+    rows += [("no prompt", line) for line in metrics if line["split"] == "baseline"]
     text_lines = [line for line in metrics if line["split"] == "text"]
     rows += zip(text_names(settings.prior.text), text_lines)
     evals = [line for line in metrics if line["split"] == "eval"]
@@ -225,7 +261,7 @@ def command_eval(given: dict) -> None:
     plain = plain_prompts(loaded, settings.prior, questions)
     asked = [(p.name, [p.past], p.questions) for p in plain]
     asked += [(label, prompts, questions) for label, prompts in trained_prompts(opened)]
-    rows = []
+    rows = [(MAJORITY, scores)] if (scores := majority(questions)) else []
     for label, prompts, asked_questions in asked:
         scores, _ = evaluate(loaded, prompts, asked_questions, settings.prompt.place,
                              settings.data, label)

@@ -277,6 +277,14 @@ class Questions:
         self.row.cache_clear()
         return ids
 
+    def each_choice(self) -> Questions:
+        """Every choice of every question of multiple choice, as if it were the right answer; none
+        of other questions."""
+        examples = [choice for e in self.examples if e.choices for choice in each_choice(e)]
+        choices = Choices(examples, self.vocabulary, self.max_length, self.name, self.beginning)
+        choices.skip = self.skip
+        return choices
+
     def say_cut(self) -> None:
         """Say how many contexts were cut, of those that this process has read."""
         cut = [tokens for tokens in self.cut.values() if tokens]
@@ -296,14 +304,28 @@ class Questions:
                             body=row.body - k)
 
 
+class Choices(Questions):
+    """Questions of multiple choice with each of their choices."""
+
+    def _make_row(self, i: int) -> data.Row:
+        # The choices of one question share not only its context but the question itself.
+        row = super()._make_row(i)
+        return row._replace(context=f"{row.context}\n{self.examples[i].question}")
+
+
+def each_choice(example: data.Example) -> list[data.Example]:
+    """An example with each of its choices as its answer; itself if it has none."""
+    return [example._replace(answers=(choice,)) for choice in example.choices] or [example]
+
+
 def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int,
            name: str) -> Questions:
     """The questions of those examples that fit max_length with a shortened context. Says how many
     do not."""
-    unsure = {i: e for i, e in enumerate(examples)
-              if not data.surely_fits(e, vocabulary, max_length)}
-    lengths = data.sizes([*unsure.values()], vocabulary)
-    too_long = {i for i, (tokens, _) in zip(unsure, lengths) if tokens > max_length}
+    unsure = [(i, answered) for i, e in enumerate(examples) for answered in each_choice(e)
+              if not data.surely_fits(answered, vocabulary, max_length)]
+    lengths = data.sizes([answered for _, answered in unsure], vocabulary)
+    too_long = {i for (i, _), (tokens, _) in zip(unsure, lengths) if tokens > max_length}
     if too_long:
         say(f"{name}: {len(too_long)} questions dropped, longer than {max_length} tokens without "
             "any context")

@@ -119,10 +119,24 @@ def answers(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch, max_
         generated = llama.generate(model, questions, pasts, max_new, stop, batch.parent[merged])
         for i, answer in zip(merged, generated):
             ids[i] = answer
-    sizes = counts.tolist()
-    losses = [part.sum() for part in _cross_entropy(logits, labels, "none").split(sizes)]
-    return Answers(torch.stack(losses).tolist(), sizes, ids, confidence.tolist(),
+    return Answers(_losses(logits, labels, counts), counts.tolist(), ids, confidence.tolist(),
                    (likeliest == labels[first]).tolist())
+
+
+@torch.no_grad()
+def answer_losses(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch) -> list[float]:
+    """Cross-entropy of each right answer in nats, summed over its tokens; of several pasts as in
+    answers."""
+    is_scored = batch.labels != data.NO_LABEL
+    logits = llama.ensemble([model.logits(model.states(batch.tails, past, batch.parent, is_scored))
+                             for past in pasts])
+    return _losses(logits, batch.labels[is_scored], is_scored.sum(dim=1))
+
+
+def _losses(logits: Tensor, labels: Tensor, counts: Tensor) -> list[float]:
+    """Summed cross-entropy of each of the answers that labels (N,) holds one after the other."""
+    parts = _cross_entropy(logits, labels, "none").split(counts.tolist())
+    return torch.stack([part.sum() for part in parts]).tolist()
 
 
 def _confirmed(likeliest: Tensor, labels: Tensor, counts: Tensor, max_new: int,

@@ -29,7 +29,7 @@ from lab import posteriors
 from lab.commands import TrainOptions
 from lab.console import (FIRST, Stopped, UserError, file_list, out_of_memory, progress, say,
                          scores_line, show)
-from lab.evaluation import evaluate, score_table
+from lab.evaluation import MAJORITY, evaluate, majority, score_table
 from lab.folder import Checkpoint, Run, read_config, versions
 from lab.inputs import (LoadedModel, Questions, check_place, checksums, encode, layers_with_rows,
                         load_model, longest_text, mean_answer_tokens, plain_prompts,
@@ -490,6 +490,9 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
         run.clear()
         flags = flags_of(config) if explicit is None else explicit
         write_config(run, inputs, flags, begun.reports, posterior)
+        if scores_of_majority := majority(inputs.held_out):
+            run.log({"split": "majority", **scores_of_majority})
+            say(f"{MAJORITY}: {scores_line(scores_of_majority)}")
         for plain in plain_prompts(loaded, settings.prior, inputs.held_out):
             metrics, _ = scores([plain.past], plain.name, plain.questions)
             run.log({"split": plain.split, **metrics})

@@ -104,6 +104,9 @@ def world(folder: Path) -> None:
                 f'"{r["context"]}","{r["question"]}","{r["answers"]["text"]}"\n' for r in flat),
             "gsm8k.jsonl": lines([{"question": q, "answer": f"so <<1+1=2>>\n#### {a}"}
                                   for q, a in sums]),
+            "choice.json": json.dumps([{"question": q, "choices": ["Bolu", "Tarn", "me"],
+                                        "answer": i} for i, (q, _) in enumerate(asked)]),
+            "labels.csv": "text,label\n" + "".join(f"{q},{len(a)}\n" for q, a in asked),
             "sums.txt": "".join(f"{q}\n{a}\n" for q, a in sums),
             "export.json": json.dumps([{"question": f"b'{q}\\n'", "answer": f"b'{a}\\n'"}
                                        for q, a in sums]),
@@ -188,6 +191,8 @@ KINDS = {
     **{f"squad {name}": Kind(name, "", of_data("squad")) for name in (
         "squad.json", "flat.json", "flat.jsonl", "columns.json", "records.json", "table.csv")},
     "gsm8k": Kind("gsm8k.jsonl", "", of_data("gsm8k")),
+    **{f"choice {name}": Kind(name, "", of_data("choice")) for name in (
+        "choice.json", "labels.csv")},
     "math text": Kind("sums.txt", "", of_data("math")),
     "math export": Kind("export.json", "", of_data("math")),
     "hendrycks": Kind("hendrycks.json", "", of_data("hendrycks")),

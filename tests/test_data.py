@@ -96,6 +96,70 @@ def test_gsm8k(tmp_path):
         data.read("gsm8k", write(tmp_path / "y.jsonl", json.dumps({**record, "answer": "4"})))
 
 
+CHOICES = {  # name -> (record, the example's context, question, answer, choices)
+    "BoolQ": ({"question": "Is it?", "passage": "It is.", "answer": True},
+              "It is.", "Is it?", "yes", ("no", "yes")),
+    "BoolQ as columns": ({"question": ["Is it?"], "passage": ["It is."], "answer": [True]},
+                         "It is.", "Is it?", "yes", ("no", "yes")),
+    "SST-2": ({"sentence": "a fine film", "label": 1}, "", "a fine film", "1", ("0", "1")),
+    "with names": ({"text": "a fine film", "label": 1, "label_text": "good"},
+                   "", "a fine film", "good", ("bad", "good")),
+    "pairs": ({"premise": "It rains.", "hypothesis": "It is wet.", "label": 1.0},
+              "It rains.", "It is wet.", "1", ("0", "1")),
+    "ARC of the hub": ({"id": "M1", "question": "Which?", "answerKey": "2", "choices": {
+        "text": ["one", "two"], "label": ["1", "2"]}}, "", "Which?\nA. one\nB. two", "B", "AB"),
+    "ARC": ({"question": {"stem": "Which?", "choices": [
+        {"text": "one", "label": "C"}, {"text": "two", "label": "A"}]}, "answerKey": "C"},
+        "", "Which?\nA. one\nB. two", "A", "AB"),
+    "MMLU": ({"question": "Which?", "choices": ["2", "1", "0"], "answer": 1, "subject": "x"},
+             "", "Which?\nA. 2\nB. 1\nC. 0", "B", "ABC"),
+    "RACE": ({"article": "It is.", "question": "Which?", "options": ["one", "two"], "answer": "B"},
+             "It is.", "Which?\nA. one\nB. two", "B", "AB"),
+    "HellaSwag": ({"ctx": "He then", "endings": ["runs.", "\nsits."], "label": "1"},
+                  "", "He then\nA. runs.\nB.  sits.", "B", "AB"),
+    "by its text": ({"question": "Which?", "options": ["one", "two"], "answer": "two"},
+                    "", "Which?\nA. one\nB. two", "B", "AB")}
+OTHER_LABEL = {"BoolQ": {"answer": False}, "BoolQ as columns": {"answer": [False]},
+               "SST-2": {"label": 0}, "with names": {"label_text": "bad"}, "pairs": {"label": 0.0}}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_multiple_choice(tmp_path, name):
+    record, context, question, answer, choices = CHOICES[name]
+    records = [record, {**record, **OTHER_LABEL.get(name, {})}]
+    if name == "BoolQ as columns":
+        records = {key: value + records[1][key] for key, value in record.items()}
+    first = data.read("choice", write(tmp_path / "x.json", json.dumps(records)))[0]
+    id_ = "M1" if "id" in record else "x-0"
+    assert first == data.Example(id_, "choice", context, question, (answer,),
+                                 choices=tuple(choices))
+
+
+def test_a_table_of_labels_and_of_printed_choices(tmp_path):
+    path = write(tmp_path / "x.tsv", "sentence\tlabel\na fine film\tTrue\na dull one\tFalse\n")
+    assert [e.answers for e in data.read("choice", path)] == [("yes",), ("no",)]
+    path = write(tmp_path / "x.csv", "question,choices,answer\nWhich?,\"['one', 'two']\",two\n")
+    assert data.read("choice", path)[0].answers == ("B",)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"answer": "0"}, "names 2 of its 2 choices"), ({"answer": 2}, "names 0 of its 2 choices"),
+    ({"answer": None}, "None is no right answer"), ({"answer": -1}, "no right answer"),
+    ({"choices": ["1"]}, "expected 2 to 26 texts"), ({"choices": [["1"], "2"]}, "2 to 26 texts"),
+    ({"choices": "['1' '2']"}, "expected 2 to 26 texts"), ({"choices": None}, "1 different labels"),
+    ({"question": 3}, "'question' is int")])
+def test_choices_that_name_no_answer(tmp_path, change, message):
+    record = {"question": "Which?", "choices": ["1", "0"], "answer": 0, **change}
+    with pytest.raises(data.DataError, match=message):
+        data.read("choice", write(tmp_path / "x.json", json.dumps([record])))
+
+
+def test_the_score_of_a_choice_is_blind_to_case():
+    example = data.Example("", "choice", "", "q", ("Yes",), choices=("Yes", "No"))
+    scores = [data.score(example, text)["accuracy"] for text in ("yes.", "Yes", "no", "")]
+    assert scores == [1, 1, 0, 0] and data.score(example, None) == {"accuracy": 0}
+
+
 def test_of_deepminds_archive_the_modules_are_read(tmp_path):
     """Not its readme. A folder whose files have other names is read whole."""
     for split in ("interpolate", "train-easy"):

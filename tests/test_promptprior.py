@@ -22,7 +22,7 @@ import priors
 import promptprior
 from lab import commands, inputs, populations
 from lab.console import Stopped
-from lab.evaluation import open_run
+from lab.evaluation import evaluate, open_run
 from lab.folder import Run
 from lab.page import about_run, shown_steps
 from lab.settings import TINY, DataSettings, ModelSettings, PriorSettings
@@ -756,3 +756,41 @@ def test_not_finite_stops_before_the_step(tmp_path, capsys):
     rows = {k: t for k, t in Run(out).load_checkpoint()[0].tensors.items()
             if k.startswith("rows")}
     assert rows and all(torch.isfinite(t).all() for t in rows.values())
+
+
+def test_multiple_choice_is_scored_by_likelihood(tmp_path, capsys):
+    """As plain forwards of the whole text with each choice do; of a text prompt too."""
+    records = [{"text": f"Bolu has {i} {kind}.", "label_text": label} for i in range(6)
+               for kind, label in (("cats", "an animal"), ("pans", "thing"), ("dogs", "an animal"))]
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    spec, run = f"choice:{tmp_path}/x.json", tmp_path / "run"
+    assert promptprior.main(["train", "--data", spec, "--eval-data", spec, "--steps", "2",
+                             "--eval-every", "1", "--text", "a thing:", "--out", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "always the commonest answer" in out and "likeliest" in out and "66.7" in out
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"split": "majority", "accuracy": pytest.approx(200 / 3),
+                        "choice_accuracy": pytest.approx(200 / 3)}
+
+    opened = open_run(run, {})
+    questions = inputs.encode(data.read("choice", f"{tmp_path}/x.json"), opened.vocabulary,
+                              opened.max_length, "")
+    plain = inputs.plain_prompts(opened.loaded, opened.settings.prior, questions)
+    starts = {"": (opened.prompt, questions), "a thing:\n": (plain[1].past, plain[1].questions)}
+    for beginning, (prompt, asked) in starts.items():
+        scores, said = evaluate(opened.loaded, [prompt], asked, "before", opened.settings.data, "")
+        for example, line in zip(questions.examples, said):
+            losses = {}
+            for choice in example.choices:
+                text = beginning + data.question_text("", example.question)
+                row = opened.vocabulary.encode(text + f" {choice}\n")
+                start = len(opened.vocabulary.encode(text))
+                past = opened.prompt.past(opened.model) if not beginning else None
+                with torch.no_grad():
+                    h, _ = opened.model(torch.tensor([row[:-1]]), past)
+                    log_p = opened.model.logits(h)[0].log_softmax(-1)
+                losses[choice] = -sum(log_p[k - 1, row[k]] for k in range(start, len(row)))
+            assert line["choice"] == min(losses, key=losses.get)
+            assert line["choice_accuracy"] == 100 * (line["choice"] == example.answers[0])
+        assert scores["choice_accuracy"] == pytest.approx(
+            sum(line["choice_accuracy"] for line in said) / len(said))
