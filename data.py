@@ -411,8 +411,8 @@ def _read_gsm8k(path: Path) -> Iterator[Example]:
 
 # What the fields of multiple-choice data are called; of those that a record has the first counts.
 CONTEXTS = ("passage", "context", "article", "premise", "sentence1", "question1")
-QUESTIONS = ("question", "question_stem", "hypothesis", "sentence2", "question2", "sentence", "text",
-             "ctx")
+QUESTIONS = ("question", "question_stem", "hypothesis", "sentence2", "question2", "sentence",
+             "text", "ctx")
 CHOICES = ("choices", "options", "endings")
 LABELS = ("label_text", "answerKey", "answer", "label")
 MOST_LABELS = 200
@@ -427,8 +427,8 @@ def _read_choice(path: Path) -> Iterator[Example]:
     labels = tuple(sorted({_label(record, where) for where, record, listed in records
                            if not listed}))
     if labels and not 2 <= len(labels) <= MOST_LABELS:
-        raise DataError(f"{path}: no lists of choices, and {len(labels)} different labels, expected "
-                        f"2 to {MOST_LABELS}: check that the file is multiple choice")
+        raise DataError(f"{path}: no lists of choices, and {len(labels)} different labels, "
+                        f"expected 2 to {MOST_LABELS}: check that the file is multiple choice")
     for i, (where, record, listed) in enumerate(records):
         context, question = _asked(record, where)
         choices, answer = labels, _label(record, where)
@@ -471,7 +471,8 @@ def _listed(record: dict, where: str) -> dict[str, str]:
         choices = [c if isinstance(c, dict) else {"label": str(i), "text": c}
                    for i, c in enumerate(choices)]
         texts = {str(c.get("label", i)): c.get("text") for i, c in enumerate(choices)}
-        if all(isinstance(t, str) for t in texts.values()) and 2 <= len(choices) == len(texts) <= 26:
+        is_text = all(isinstance(text, str) for text in texts.values())
+        if is_text and 2 <= len(choices) == len(texts) <= 26:
             return {label: one_line(text) for label, text in texts.items()}
     raise DataError(f"{where}: its choices are {choices!r:.80}, expected 2 to 26 texts, as a list "
                     "or with labels of their own: check that the file is multiple choice")

@@ -189,9 +189,10 @@ def unimodal_p(x: np.ndarray, groups: np.ndarray | None = None, draws: int = 500
     """The p-value of the hypothesis that x (N,) has a density of one mode, by Silverman's test
     (1981): does a sample of the least smoothed density that has one mode show more?
 
-    The densities of x and of the samples are kernel estimates of the critical width, the least at which x's has no valley
-    between its 1 % and 99 % points; in the tails single rows would be modes (Hall and York 2001). A
-    draw takes whole groups with replacement, and shifts each as a whole by the kernel's noise."""
+    The densities of x and of the samples are kernel estimates of the critical width, the least at
+    which x's has no valley between its 1 % and 99 % points; in the tails single rows would be modes
+    (Hall and York 2001). A draw takes whole groups with replacement, and shifts each as a whole by
+    the kernel's noise."""
     values = _centred(x)
     values = values / values.std()
     group = group_numbers(groups, len(values))

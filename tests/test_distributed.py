@@ -93,8 +93,8 @@ def test_two_processes_train_as_one(tmp_path, arguments):
     assert said[0] == said[1]
 
 
-APART = """  # promptprior.py, with another draw in every process; writes down what training begins from,
-# and the threads that run when Python ends
+APART = """  # promptprior.py, with another draw in every process; writes down what training begins
+# from, and the threads that run when Python ends
 import atexit, os, sys
 sys.path.insert(0, os.getcwd())
 import priors, promptprior
