@@ -16,7 +16,7 @@ import sys
 import time
 
 from lab.commands import COMMANDS, parse, resolved
-from lab.console import FIRST, Stopped, one_line, out_of_memory, say, show
+from lab.console import FIRST, Stopped, one_line, out_of_memory, rank_and_count, say, show
 
 # A ValueError of these modules, or of lab, is the user's mistake; any other is a fault of ours.
 ROOT_MODULES = ("data", "llama", "priors", "viz")
@@ -31,9 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     # numpy's OpenBLAS can only spin, and its decompositions wait at every column.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     name, given = parse(arguments, __doc__.splitlines()[0])
-    if name != "train" and not FIRST:
-        return 0  # only training has work for several processes
     try:
+        rank_and_count()
+        if name != "train" and not FIRST:
+            return 0  # only training has work for several processes
         module = importlib.import_module(f"lab.{COMMANDS[name].module}")
         getattr(module, f"command_{name}")(resolved(given))
         return 0
@@ -64,7 +65,7 @@ def exit_status(e: Exception) -> int | None:
         return 2
     if isinstance(e, Stopped):
         return e.status
-    return 1 if isinstance(e, OSError) or out_of_memory(e) else None
+    return 1 if isinstance(e, OSError) or out_of_memory(e) or has_lost_others(e) else None
 
 
 def report(e: Exception, status: int) -> None:
@@ -89,6 +90,14 @@ def in_a_group() -> bool:
     return rank_and_size()[1] > 1
 
 
+def has_lost_others(e: Exception) -> bool:
+    if not isinstance(e, RuntimeError):
+        return False
+    from lab import processes
+
+    return processes.has_lost_others(e)
+
+
 def message(e: Exception) -> str:
     """What, where, and the remedy."""
     if isinstance(e, OSError) and e.strerror and e.filename:
@@ -96,6 +105,9 @@ def message(e: Exception) -> str:
     if out_of_memory(e):
         return (f"memory does not suffice ({e or 'no more of it'}): lower --batch-size, "
                 "--max-length or --limit, or use a smaller model")
+    if has_lost_others(e):
+        return ("another of the processes has ended, and this one cannot go on alone: start all of "
+                "them again with train --out RUN --resume, which goes on from the last checkpoint")
     return str(e) or type(e).__name__
 
 

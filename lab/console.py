@@ -12,9 +12,6 @@ import os
 import re
 import sys
 
-# Of the processes that torchrun starts, only the first one speaks.
-FIRST = "MASTER_ADDR" not in os.environ or int(os.environ.get("RANK", 0)) == 0
-
 LONGEST_LINE = 1000  # characters of an error message
 
 # Scores of an answer, in the order of a table's columns: key -> heading.
@@ -31,6 +28,29 @@ SPREADS = {"spread": "spread", "kl": "KL", "narrowed": "narrowed", "narrowest": 
 
 class UserError(ValueError):
     """What a user can mend: what is wrong, where, and the remedy, in one line."""
+
+
+def rank_and_count() -> tuple[int, int]:
+    """This process's rank and the number of processes that torchrun started, by the environment;
+    (0, 1) of a process alone. Raises UserError if these are no numbers that torchrun sets."""
+    given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    if "MASTER_ADDR" not in os.environ or given["WORLD_SIZE"] in (None, "1"):
+        return 0, 1  # other tools set RANK alone
+    try:
+        rank, count = int(given["RANK"]), int(given["WORLD_SIZE"])
+    except (TypeError, ValueError):
+        rank, count = 0, 0
+    if not 0 <= rank < count:
+        raise UserError(f"MASTER_ADDR, RANK {given['RANK']} and WORLD_SIZE {given['WORLD_SIZE']} "
+                        "are in the environment, which are not as torchrun sets them: start by "
+                        "torchrun, or `unset MASTER_ADDR`")
+    return rank, count
+
+
+try:
+    FIRST = rank_and_count()[0] == 0  # of several processes only the first one speaks
+except UserError:
+    FIRST = True  # and says it in `main`
 
 
 class Stopped(Exception):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
 import sys
 import warnings
 from typing import Callable
@@ -15,17 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 import llama
-from lab.console import UserError
+from lab.console import UserError, rank_and_count
 
 
 def init_processes(device: str, batch_size: int, shard: bool) -> None:
     """Meet the other processes, if torchrun started any. Raises UserError for settings that do not
     suit their number."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    _, count = rank_and_count()
     if count > batch_size:
         raise UserError(f"--batch-size {batch_size}: fewer than the {count} processes, which share "
                         "a batch: raise it")
-    if count > 1 and "MASTER_ADDR" in os.environ:
+    if count > 1:
         _init_group(device)
     if shard and rank_and_size()[1] == 1:
         raise UserError("--shard divides a model among processes: start them by `torchrun "
@@ -64,6 +65,12 @@ def _leave_group() -> None:
 def rank_and_size() -> tuple[int, int]:
     """This process's rank, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def has_lost_others(e: Exception) -> bool:
+    """Whether an exchange failed because another process has ended."""
+    return (isinstance(e, RuntimeError) and rank_and_size()[1] > 1
+            and re.search("gloo|nccl|connection (closed|reset)", str(e), re.I) is not None)
 
 
 def barrier() -> None:

@@ -154,6 +154,49 @@ def test_a_signal_stops_both_and_the_run_goes_on(tmp_path):
     assert steps == list(range(1, config["settings"]["steps"] + 1))
 
 
+DIES = """  # promptprior.py, whose second process is killed at the third step
+import os, signal, sys
+sys.path.insert(0, os.getcwd())
+import promptprior
+from lab import train
+schedule = train.schedule
+def dies(step, *more):
+    if step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return schedule(step, *more)
+train.schedule = dies
+sys.exit(promptprior.main(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_is_killed_leaves_the_others_a_line(tmp_path):
+    (tmp_path / "dies.py").write_text(DIES)
+    process = torchrun("train", "--out", tmp_path / "run", *FEW, program=tmp_path / "dies.py")
+    _, err = process.communicate(timeout=300)
+    ours = err.partition("torch/distributed/elastic")[0]
+    assert process.returncode != 0 and "Traceback" not in ours and "gloo" not in err, err
+    assert err.count("--resume") == 1
+
+
+@pytest.mark.parametrize("environment, message", [
+    ({"MASTER_ADDR": "x", "WORLD_SIZE": "2"}, "RANK None and WORLD_SIZE 2 are in the environment"),
+    ({"MASTER_ADDR": "x", "WORLD_SIZE": "two", "RANK": "1"}, "start by torchrun"),
+    ({"MASTER_ADDR": "x", "WORLD_SIZE": "2", "RANK": "2"}, "or `unset MASTER_ADDR`"),
+    ({"RANK": "1"}, None), ({"RANK": "x"}, None), ({"MASTER_ADDR": "x", "RANK": "1"}, None),
+    ({"MASTER_ADDR": "x", "WORLD_SIZE": "1", "RANK": "0"}, None)])
+def test_an_environment_that_is_not_torchruns(tmp_path, environment, message):
+    """Either one line, or a process alone, which speaks."""
+    process = subprocess.run(
+        [sys.executable, "promptprior.py", "sample", "--tokens", "1", "--out",
+         tmp_path / "x.safetensors"], cwd=HERE, text=True, capture_output=True, timeout=120,
+        env={**os.environ, **environment})
+    if message:
+        assert process.returncode == 2 and process.stderr.count("\n") == 1
+        assert message in process.stderr
+    else:
+        assert process.returncode == 0 and "layer 0: " in process.stderr + process.stdout
+
+
 def test_mistakes_are_said_once(tmp_path):
     process = torchrun("train", "--out", tmp_path, *FEW, "--batch-size", "1")
     _, err = process.communicate(timeout=60)
