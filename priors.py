@@ -905,6 +905,9 @@ def parse(spec: str) -> tuple[str, dict[str, object], list[str]]:
     return name, given, sources
 
 
+LARGEST_OPTION = 1e6  # products and powers of such numbers are finite
+
+
 def _option(name: str, key: str, text: str) -> object:
     """The value of an option, in the type of its default."""
     known = options(name)
@@ -914,9 +917,9 @@ def _option(name: str, key: str, text: str) -> object:
     type_ = type(known[key])
     try:
         value = type_(text)
-        if type_ in (int, float) and not math.isfinite(value):
+        if type_ in (int, float) and not abs(value) <= LARGEST_OPTION:
             raise ValueError
     except ValueError:
-        raise PriorError(f"prior {name}: {key}={text!r} is not a finite "
-                         f"{type_.__name__}") from None
+        raise PriorError(f"prior {name}: {key}={text!r:.80} is no {type_.__name__} of at most "
+                         f"{LARGEST_OPTION:.0e}") from None
     return value

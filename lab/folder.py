@@ -406,7 +406,11 @@ NUMBERS = {"train": ("step", "loss"), "skipped": ("step",), "eval": ("step", "lo
 def _check_metric(line: dict) -> None:
     for key in NUMBERS[line["split"]]:
         float(line[key])
-    if "step" in NUMBERS[line["split"]] and type(line["step"]) is not int:
+    for key, value in line.items():
+        if isinstance(value, float) and not abs(value) < 1e30:  # no picture has room for it
+            raise ValueError(f"{key} is {value}")
+    if "step" in NUMBERS[line["split"]] and not (type(line["step"]) is int
+                                                 and 0 <= line["step"] < 2**53):
         raise ValueError(f"step is {line['step']!r:.80}")
     # Scores are drawn and compared; ids and the split alone are no numbers.
     for key, value in line.items():

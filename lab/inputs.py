@@ -84,7 +84,7 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
 def check_device(device: str) -> None:
     try:
         torch.zeros(0, device=device).cpu()  # the device "meta" has nothing to copy back
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:  # torch imports some kinds of device
         raise UserError(f"--device {device}: {str(e).splitlines()[0]}: use cpu") from None
 
 

@@ -490,7 +490,7 @@ def test_names_are_printed_clean(world, refused, name):
 
 RUN_CONFIG = {
     "model": [None, 5, "\0", "/nowhere", []],
-    "device": [None, "", "meta", "cuda:99", "x\x1b[2J", 0],
+    "device": [None, "", "meta", "privateuseone", "cuda:99", "x\x1b[2J", 0],
     "dtype": [None, "int8", "float64", 5], "seed": [-1, 2**70, "0", 1.5, None, True],
     "prior": [None, "", "x", "fitted:c", "vocab:a=b", 5, "posterior:"],
     "reference": [None, [], [5], {}, "csv:x", ["vocab", None]], "reference_rows": [0, "5", -1],
@@ -552,7 +552,10 @@ def test_a_priors_run_that_is_no_file(world, own, refused, tmp_path):
     "{", "[]", "5", "{}", '{"split": []}', '{"split": "other"}', '{"split": "eval"}',
     '{"split": "eval", "step": "1", "loss": 1}', '{"split": "eval", "step": 1, "loss": "x"}',
     '{"split": "baseline", "loss": null}', '{"split": "train", "step": 1}', "\0", DEEP,
-    '{"split": "eval", "step": true, "loss": 1}'])
+    '{"split": "eval", "step": true, "loss": 1}', '{"split": "eval", "step": 1, "loss": 1e308}',
+    '{"split": "train", "step": 1, "loss": -Infinity}',
+    '{"split": "eval", "step": 1, "loss": 0.5, "f1": 1e400}',
+    '{"split": "eval", "step": 1%s, "loss": 0.5}' % ("0" * 30)])
 def test_a_runs_log(own, refused, line):
     folder = own("runs/point")
     path = folder / "metrics.jsonl"
