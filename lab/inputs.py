@@ -26,6 +26,7 @@ from lab.hub import GENERATION, from_hub, model_folder, needed_files
 from lab.processes import shard_model
 from lab.settings import (BUNDLED, TINY, TOKENS, DataSettings, ModelSettings, PriorSettings,
                           PromptSettings, Settings, on_hub, text_name, text_names)
+from lab.trial import try_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # the model
@@ -63,6 +64,8 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     if shard:
         shard_model(model, settings.device)
     c = model.config
+    if folder != TINY and (folder / "tokenizer.json").is_file():
+        try_tokenizer(folder / "tokenizer.json")
     vocabulary = data.Vocabulary(folder, c.eos_token_id,
                                  c.bos_token_id if settings.bos == "always" else None,
                                  c.vocab_size)

@@ -1,8 +1,11 @@
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
+cache = tempfile.TemporaryDirectory()  # tokenizers that were made for a test are no user's
+os.environ["PROMPTPRIOR_CACHE"] = cache.name
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would stall each other
     os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

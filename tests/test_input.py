@@ -25,7 +25,7 @@ import data
 import fuzz
 import llama
 import promptprior
-from lab import activations, console, page
+from lab import activations, console, page, trial
 from lab import folder as runs
 from lab.console import UserError
 
@@ -264,6 +264,32 @@ def test_tokenizers(own, capfd, change):
     with pytest.raises(data.DataError, match="tokenizer.json"):
         data.Vocabulary(folder).encode("a text")
     assert not "".join(capfd.readouterr())
+
+
+def replaced(text, by):
+    return {"type": "Replace", "pattern": {"String": text}, "content": by}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA/////w=="}}, "SIGABRT"),
+    ({"normalizer": {"type": "Prepend", "prepend": "x" * 30000}}, "many times more of a text"),
+    ({"decoder": replaced("a", "a" * 10**5)}, "many times more of a text"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [replaced("a", "aa")] * 60}},
+     "busy for more than 2 seconds|SIGABRT")])
+def test_a_tokenizer_that_breaks_its_library_is_tried_in_a_child(own, refused, monkeypatch, change,
+                                                                 message):
+    """Once: a file that has passed is known."""
+    folder = own("model")
+    path = folder / "tokenizer.json"
+    whole = path.read_text()
+    sample = ["sample", "--model", folder, "--tokens", "1", "--out", folder.parent / "x"]
+    monkeypatch.setattr(trial, "SECONDS", 2)
+    path.write_text(json.dumps({**json.loads(whole), **change}))
+    assert re.search(message, refused(*sample))
+    path.write_text(whole)
+    assert promptprior.main([*map(str, sample)]) == 0
+    monkeypatch.setattr(trial.subprocess, "run", None)
+    trial.try_tokenizer(path)
 
 
 # --------------------------------------------------------------------------------------------------
