@@ -575,7 +575,7 @@ def check_enough(figure: Figure, file: Collection) -> None:
         rows, texts = len(index), len(file.field["text"][index].unique())
         least_rows, least_texts = figure.least.get(domain) or figure.least.get("", (0, 0))
         if rows < least_rows or texts < least_texts:
-            raise UserError(f"{file.path}: {rows} rows of {texts} texts in {domain}, and the figure "
+            raise UserError(f"{file.path}: {rows} rows of {texts} texts in {domain}, and figure "
                             f"{figure.title!r} needs {least_rows} of {least_texts}: choose another "
                             "--out and a larger --limit or --examples, or data of more texts")
 
