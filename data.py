@@ -23,6 +23,7 @@ import math
 import os
 import random
 import re
+import shlex
 import string
 import zlib
 from collections import Counter
@@ -99,7 +100,7 @@ def _chosen_files(kind: str, path: str) -> tuple[list[Path], list[Path]]:
             _, suffixes, names = READERS[kind]
             expected = f"a file ending in {' or '.join(suffixes)} below it"
             below = [p for p in root.rglob("*") if not _is_hidden(p.relative_to(root))]
-            candidates = [p for p in below if p.name.endswith(suffixes)]
+            candidates = [p for p in below if p.name.lower().endswith(suffixes)]
         elif root.exists():
             candidates = [root]
         else:
@@ -111,10 +112,14 @@ def _chosen_files(kind: str, path: str) -> tuple[list[Path], list[Path]]:
         files = sorted(p for p in candidates if p.is_file())  # reading a pipe could wait for ever
     except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read ({e}): check the path") from None
-    if any(p.suffix == ".arrow" for p in below):
-        raise DataError(f"{path}: a folder of Arrow files: " + _export(
-            f"from datasets import load_from_disk as l; l('{path}')", path))
+    arrow_files = sorted(p for p in below if p.suffix == ".arrow")
+    if arrow_files:
+        _refuse_arrow(path, arrow_files)
     if not files:
+        for other in sorted(below)[:1000]:  # a file of another kind has another ending
+            with contextlib.suppress(OSError):
+                if other.is_file():
+                    _refuse_other_kinds(other)
         raise DataError(f"{path}: nothing found, expected {expected}: check the path")
     if not names:
         return files, []
@@ -128,37 +133,112 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def _export(table: str, path: str | Path) -> str:
-    """The remedy for a table that a Python library reads: its conversion to JSON lines. table: the
-    Python code that makes it."""
-    target = f"{path}.jsonl"
-    how = ", orient='records', lines=True" if "pandas" in table else ""
-    return f"convert it by `python -c \"{table}.to_json('{target}'{how})\"` and give {target}"
+def _refuse_arrow(path: str, files: list[Path]) -> None:
+    """Raise DataError for a folder of Arrow files: of datasets' cache, or of its save_to_disk,
+    which leaves a state.json, and makes a folder of every split."""
+    names = ", ".join(sorted({file.parent.name for file in files}))
+    file = next((file for file in files if file.parent.name == "train"), files[0])
+    remedy = _export("datasets", "datasets.Dataset.from_file(p)", file)
+    if (file.parent / "state.json").exists():
+        remedy = _export("datasets", "datasets.load_from_disk(p)", file.parent)
+    raise DataError(f"{path}: a folder of Arrow files, in {names:.200}, of which one is read at "
+                    f"once: {remedy}")
 
 
-# How a file that is no text begins -> what it is, and what helps.
-SIGNATURES = {
-    b"PAR1": lambda path: "a Parquet file: " + _export(
-        f"import pandas; pandas.read_parquet('{path}')", path),
-    b"ARROW1": lambda path: "an Arrow file: " + _export(
-        f"import pandas; pandas.read_feather('{path}')", path),
-    b"\xff\xff\xff\xff": lambda path: "an Arrow stream: " + _export(
-        f"from datasets import Dataset; Dataset.from_file('{path}')", path),
-    b"PK\3\4": lambda path: "a zip archive: unpack it, and give the file or folder",
-    b"\x1f\x8b": lambda path: "packed by gzip: unpack it by `gunzip`, and give the file",
-    b"version https://git-lfs": lambda path: "a git-lfs pointer, not the data: run `git lfs pull` "
-                                             "in its folder",
-    b"<!doctype html": lambda path: "a web page, not the data: fetch it by the page's download "
-                                    "link",
-    b"<html": lambda path: "a web page, not the data: fetch it by the page's download link",
+# --------------------------------------------------------------------------------------------------
+# files of other kinds, and the commands that turn them into one that is read
+
+
+def _export(modules: str, table: str, path: Path, ending: str = ".jsonl") -> str:
+    """The remedy for a table that Python libraries read. table: the code that makes it of the path
+    p. ending: .csv where lists were written as texts, or numbers may be answers."""
+    write = {".jsonl": "to_json(p + '.jsonl', orient='records', lines=True)",
+             ".csv": "to_csv(p + '.csv', index=False)"}[ending]
+    return (f"convert it by `python -c \"import sys, {modules}; p = sys.argv[1]; {table}.{write}\" "
+            f"{shlex.quote(str(path))}` and give {path}{ending}")
+
+
+def _pandas(what: str, table: str, ending: str = ".jsonl") -> Callable[[Path], str]:
+    return lambda path: f"{what}: " + _export("pandas", f"pandas.{table}", path, ending)
+
+
+def _archive(what: str, command: str) -> Callable[[Path], str]:
+    """command: what unpacks PATH into the folder DIR."""
+    def explain(path: Path) -> str:
+        target = path.with_name(f"{path.stem}-unpacked")
+        words = {"PATH": shlex.quote(str(path)), "DIR": shlex.quote(str(target))}
+        filled = re.sub("PATH|DIR", lambda m: words[m[0]], command)
+        return f"{what}: unpack it by `{filled}` and give {target}"
+
+    return explain
+
+
+def _packed(what: str, command: str) -> Callable[[Path], str]:
+    """command: what unpacks its standard input."""
+    def explain(path: Path) -> str:
+        is_named = path.suffix.lower() in (".gz", ".xz", ".zst", ".bz2")
+        target = path.with_suffix("") if is_named else path.with_name(f"unpacked-{path.name}")
+        return (f"packed by {what}: unpack it by `{command} < {shlex.quote(str(path))} > "
+                f"{shlex.quote(str(target))}` and give {target}")
+
+    return explain
+
+
+def _zip(path: Path) -> str:
+    """An Excel table is a zip of files, whose names stand at its end."""
+    with open(path, "rb") as file:
+        file.seek(-min(path.stat().st_size, 2**16), os.SEEK_END)
+        is_table = b"xl/workbook.xml" in file.read()
+    return _excel(path) if is_table else _unzip(path)
+
+
+_excel = _pandas("an Excel table", "read_excel(p, dtype=str)", ".csv")
+_unzip = _archive("a zip archive", "python -m zipfile -e PATH DIR")
+_tar = _archive("a tar archive", "python -m tarfile -e PATH DIR")
+TRUST = "which can run any program, so only if you trust its maker"
+
+# How a file that is no text begins, as a regular expression -> what it is, and what helps.
+SIGNATURES: dict[bytes, Callable[[Path], str]] = {
+    rb"PAR1": _pandas("a Parquet file", "read_parquet(p)"),
+    rb"ARROW1": _pandas("an Arrow file", "read_feather(p)"),
+    rb"\xff{4}": lambda path: "an Arrow stream: " + _export(
+        "datasets", "datasets.Dataset.from_file(p)", path),
+    rb"PK\x03\x04": _zip,
+    rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": _excel,
+    rb"SQLite format 3\0": lambda path: "an SQLite database, of whose first table: " + _export(
+        "sqlite3, pandas", "d = sqlite3.connect(p); t, = d.execute('select name from sqlite_master "
+        "where type = ? and name not like ?', ('table', 'sqlite%')).fetchone(); "
+        "pandas.read_sql(f'select * from [{t}]', d)", path, ".csv"),
+    rb"\x89HDF\r\n\x1a\n": _pandas("an HDF5 file", "read_hdf(p)"),
+    rb"\x80[\x02-\x05]": _pandas(f"a pickle, {TRUST}", "DataFrame(pandas.read_pickle(p))"),
+    rb"\x93NUMPY": lambda path: f"a numpy array, perhaps with a pickle, {TRUST}: " + _export(
+        "numpy, pandas", "pandas.DataFrame(numpy.load(p, allow_pickle=True).tolist())", path),
+    rb"(?s).{257}ustar": _tar,
+    rb"7z\xbc\xaf\x27\x1c": _archive("a 7z archive", "7z x PATH -oDIR"),
+    rb"\x1f\x8b": _packed("gzip", "gzip -d"),
+    rb"\xfd7zXZ\0": _packed("xz", "xz -d"),
+    rb"\x28\xb5\x2f\xfd": _packed("zstd", "zstd -d"),
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": _packed("bzip2", "bzip2 -d"),
+    rb"version https://git-lfs": lambda path: "a git-lfs pointer, not the data: run `git lfs "
+                                              "pull` in its folder",
+    rb"(?i)\s*<(!doctype )?html": lambda path: "a web page, not the data: fetch it by the page's "
+                                               "download link",
 }
 
 
-def _refuse_other_kinds(path: Path, start: bytes) -> None:
-    """Raise DataError if a file that begins with `start` is a known kind that is no text."""
+def _refuse_other_kinds(path: Path, start: bytes | None = None) -> None:
+    """Raise DataError if a file is a known kind that is no text. start: its first 300 bytes or
+    more, if they have been read."""
+    if start is None:
+        with open(path, "rb") as file:
+            start = file.read(300)
     for signature, explain in SIGNATURES.items():
-        if start.lstrip()[:len(signature)].lower() == signature.lower():
+        if re.match(signature, start):
             raise DataError(f"{path}: {explain(path)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# texts and records
 
 
 def read_text(path: str | Path, most: int = LARGEST) -> str:
@@ -174,7 +254,7 @@ def read_text(path: str | Path, most: int = LARGEST) -> str:
             raise DataError(f"{path}: {size} bytes, and no more than {most} are read at once: "
                             "check the file, or divide it")
         content = path.read_bytes()
-        _refuse_other_kinds(path, content[:100])
+        _refuse_other_kinds(path, content[:300])
         text = content.decode("utf-8-sig")
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror}): check the path") from None
@@ -226,27 +306,76 @@ def json_lines(text: str, path: str | Path) -> Iterator[tuple[str, dict]]:
             yield where, value
 
 
+TABLES = (".csv", ".tsv")
+RECORDS = (".json", ".jsonl", *TABLES)  # endings of what _records reads
+# What the fields of multiple-choice data are called; of those that a record has the first counts.
+CONTEXTS = ("passage", "context", "article", "premise", "sentence1", "question1")
+QUESTIONS = ("question", "question_stem", "hypothesis", "sentence2", "question2", "sentence",
+             "text", "ctx")
+CHOICES = ("choices", "options", "endings")
+LABELS = ("label_text", "answerKey", "answer", "label")
+# An object with one of these names is a record, or has the columns of records.
+FIELDS = {*CONTEXTS, *QUESTIONS, *CHOICES, *LABELS, "paragraphs", "qas", "answers", "problem",
+          "solution"}
+
+
 def _records(text: str, path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a JSON array, also as {"data": [...]}, of JSON lines, or of one object of
-    columns."""
-    stripped = text.strip()
-    first_line, line_end, _ = stripped.partition("\n")
-    if line_end and first_line.rstrip().endswith("}") and not first_line.startswith("["):
-        yield from json_lines(text, path)
-        return
-    table = parse_json(text, str(path)) if stripped else []
-    records = table if isinstance(table, list) else [table]
-    inner = table.get("data") if isinstance(table, dict) else None
-    if isinstance(inner, list) and all(isinstance(item, dict) for item in inner):
-        records = inner
-    elif isinstance(table, dict) and "paragraphs" in table:
-        records = [table]  # one article, not columns
-    elif isinstance(table, dict) and table and all(isinstance(v, list) for v in table.values()):
-        if len(set(map(len, table.values()))) > 1:
-            raise DataError(f"{path}: its columns differ in length: fetch the file again")
-        records = [dict(zip(table, values)) for values in zip(*table.values())]
-    for number, record in enumerate(records, 1):
-        yield f"{path} record {number}", record
+    """(where, record) of a table (.csv, .tsv), of JSON lines, or of a JSON value. A record may be
+    wrapped as {"row": record}, as the hub's API wraps it."""
+    first_line, line_end, _ = text.strip().partition("\n")
+    if path.suffix.lower() in TABLES:
+        found = _table(text, path)
+    elif line_end and first_line.rstrip().endswith("}") and not first_line.startswith("["):
+        found = json_lines(text, path)
+    else:
+        value = parse_json(text, str(path)) if first_line else []
+        found = ((f"{path} record {number}", record)
+                 for number, record in enumerate(_record_list(value, path), 1))
+    for where, record in found:
+        yield where, _unwrapped(record)
+
+
+def _unwrapped(record):
+    is_wrapped = isinstance(record, dict) and isinstance(record.get("row"), dict)
+    return record["row"] if is_wrapped else record
+
+
+def _record_list(value, path: Path) -> list:
+    """The records of a JSON array; of the list of records in an object, under any name; of an
+    object of columns, which are lists, or objects of rows as pandas writes them; or the one record
+    that an object is."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else [value]
+    columns = list(value.values())
+    if FIELDS.isdisjoint(value):
+        lists = {key: items for key, items in value.items() if isinstance(items, list)
+                 and all(isinstance(item, dict) for item in items)}
+        # The hub's API lists the features beside the rows. They have none of the names.
+        lists = {key: items for key, items in lists.items()
+                 if items and not FIELDS.isdisjoint(_unwrapped(items[0]))} or lists
+        if len(lists) > 1:
+            raise DataError(f"{path}: {_choose_list(lists, path)}")
+        if lists:
+            return next(iter(lists.values()))
+    elif all(isinstance(column, dict) and column.keys() == columns[0].keys()
+             for column in columns):
+        columns = [list(column.values()) for column in columns]
+    if "paragraphs" in value or not all(isinstance(column, list) for column in columns):
+        return [value]
+    if len(set(map(len, columns))) > 1:
+        raise DataError(f"{path}: its columns differ in length: fetch the file again")
+    return [dict(zip(value, values)) for values in zip(*columns)]
+
+
+def _choose_list(lists: dict[str, list], path: Path) -> str:
+    """The refusal of an object with several lists of records, and the command that writes one."""
+    key = min(lists, key=len)[:80]
+    target = f"{path}.{re.sub(r'[^0-9A-Za-z]', '_', key)}.jsonl"
+    return (f"has several lists of records, {', '.join(map(repr, lists)):.200}, such as splits: "
+            "write one as JSON lines by `python -c \"import json, sys; [print(json.dumps(r)) for r "
+            "in json.load(open(sys.argv[1], 'rb'))[sys.argv[2]]]\" "
+            f"{shlex.quote(str(path))} {shlex.quote(key)} > {shlex.quote(target)}` and give "
+            f"{target}")
 
 
 def _field(record: dict, key: str, type_: type, where: str):
@@ -270,13 +399,12 @@ def _read_squad(path: Path) -> Iterator[Example]:
     """SQuAD v1.1 and v2.0, and the shapes in which people have their questions: articles or
     paragraphs alone, one record a question, with answers of any form that `_answers` knows; as
     JSON, JSON lines or columns, or as a table (.csv, .tsv)."""
-    for where, record in _records_or_table(path):
+    for where, record in _records(read_text(path), path):
+        if path.suffix.lower() in TABLES:
+            for key in ("answers", "answer"):
+                if key in record:
+                    record[key] = _literal(record[key], where)
         yield from _questions(record, where)
-
-
-def _records_or_table(path: Path) -> Iterator[tuple[str, dict]]:
-    read_records = _table if path.suffix in (".csv", ".tsv") else _records
-    return read_records(read_text(path), path)
 
 
 def _questions(item: dict, where: str, context: str | None = None, title: str = ""
@@ -324,26 +452,32 @@ def _answers(record: dict, where: str) -> tuple[str, ...]:
 
 
 def _table(text: str, path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a table whose first line names its columns. Answers that were written as
-    Python or JSON values are read as these."""
+    """(where, record) of a table whose first line names its columns."""
     csv.field_size_limit(LONGEST)
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",",
-                            strict=True)  # a quote that is not closed would swallow the rest
+    # A quote that is not closed would swallow the rest if the reader were not strict.
+    reader = csv.DictReader(io.StringIO(text), delimiter=_delimiter(text, path), strict=True)
     try:
         for record in reader:
             where = f"{path} line {reader.line_num}"
             if None in record or None in record.values():
                 raise DataError(f"{where}: not as many fields as the first line names: repair it")
-            for key in ("answers", "answer"):
-                if record.get(key, "").startswith(("[", "{")):
-                    record[key] = _literal(record[key], where)
             yield where, record
     except csv.Error as e:
         raise DataError(f"{path} line {reader.line_num}: not a table ({e}): repair it") from None
 
 
+def _delimiter(text: str, path: Path) -> str:
+    """What divides the columns: the one mark that stands between the names in the first line, as
+    Excel writes ; in many countries. If none or several do, the mark of the file's ending."""
+    names = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
+    marks = [mark for mark in ",;|\t" if mark in names]
+    return marks[0] if len(marks) == 1 else "\t" if path.suffix.lower() == ".tsv" else ","
+
+
 def _literal(text: str, where: str):
-    """The value of a list or dict that was printed into a table."""
+    """A text of a table, or the list or dict that it is the Python or JSON spelling of."""
+    if not text.startswith(("[", "{")):
+        return text
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     if len(text) <= 2**16:  # Python's parser is not made for hostile texts
@@ -354,10 +488,11 @@ def _literal(text: str, where: str):
 
 
 def _read_math(path: Path) -> Iterator[Example]:
-    """DeepMind mathematics: question and answer on alternating lines, or a JSON export of them."""
+    """DeepMind mathematics: question and answer on alternating lines, or an export of them as
+    JSON or a table."""
     text = read_text(path)
     name = f"{path.parent.name}/{path.stem}"
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix.lower() in RECORDS:
         for i, (where, record) in enumerate(_records(text, path)):
             question = _unbyte(_field(record, "question", str, where))
             answer = _unbyte(_field(record, "answer", str, where))
@@ -409,12 +544,6 @@ def _read_gsm8k(path: Path) -> Iterator[Example]:
                       rationale=rationale.strip())
 
 
-# What the fields of multiple-choice data are called; of those that a record has the first counts.
-CONTEXTS = ("passage", "context", "article", "premise", "sentence1", "question1")
-QUESTIONS = ("question", "question_stem", "hypothesis", "sentence2", "question2", "sentence",
-             "text", "ctx")
-CHOICES = ("choices", "options", "endings")
-LABELS = ("label_text", "answerKey", "answer", "label")
 MOST_LABELS = 200
 
 
@@ -423,7 +552,7 @@ def _read_choice(path: Path) -> Iterator[Example]:
     these in a list, and answered by a letter. Of records without (BoolQ, SST-2, intents) the
     choices are all labels of the file; true and false are asked for as yes and no."""
     records = [(where, record, _listed(record, where))
-               for where, record in _records_or_table(path)]
+               for where, record in _records(read_text(path), path)]
     labels = tuple(sorted({_label(record, where) for where, record, listed in records
                            if not listed}))
     if labels and not 2 <= len(labels) <= MOST_LABELS:
@@ -528,7 +657,7 @@ def last_boxed(solution: str) -> str | None:
 def _read_texts(path: Path) -> Iterator[Example]:
     """C4 JSON lines (.json, .jsonl, also .gz), or plain text with empty lines between its
     paragraphs. The file is read line by line, as it may be larger than memory."""
-    if path.name.removesuffix(".gz").endswith((".json", ".jsonl")):
+    if path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl")):
         for number, line in _lines(path):
             if line.strip():
                 where = f"{path} line {number}"
@@ -557,12 +686,12 @@ def _paragraphs(path: Path) -> Iterator[str]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, line) of a text file or a .gz of one, with one line in memory at a time. Raises
     DataError if a line or an unpacked .gz is too long, as a small .gz may unpack to terabytes."""
-    open_file = gzip.open if path.suffix == ".gz" else open
+    open_file = gzip.open if path.suffix.lower() == ".gz" else open
     number, size = 0, 0
     try:
         packed_size = path.stat().st_size
         with open_file(path, "rb") as file:
-            _refuse_other_kinds(path, file.peek(100)[:100])
+            _refuse_other_kinds(path, file.peek(300)[:300])
             text = io.TextIOWrapper(file, encoding="utf-8-sig")
             while line := text.readline(LONGEST + 1):
                 number += 1
@@ -583,18 +712,18 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 class Reader(NamedTuple):
     read_file: Callable[[Path], Iterator[Example]]  # raises DataError for a file of another format
-    suffixes: tuple[str, ...]  # endings of the files that are looked for in a folder
+    suffixes: tuple[str, ...]  # of the files that are looked for in a folder, in lower case
     names: str | None = None  # pattern; if files there have such names, only these are read
 
 
 # To add a format, write its read_file above and give it a line. The kind of its examples decides
 # how answers are scored: see Example.
 READERS = {
-    "squad": Reader(_read_squad, (".json", ".jsonl", ".csv", ".tsv")),
-    "math": Reader(_read_math, (".txt", ".json", ".jsonl"), "*__*"),
-    "hendrycks": Reader(_read_hendrycks, (".json", ".jsonl")),
-    "gsm8k": Reader(_read_gsm8k, (".json", ".jsonl")),
-    "choice": Reader(_read_choice, (".json", ".jsonl", ".csv", ".tsv")),
+    "squad": Reader(_read_squad, RECORDS),
+    "math": Reader(_read_math, (".txt", *RECORDS), "*__*"),
+    "hendrycks": Reader(_read_hendrycks, RECORDS),
+    "gsm8k": Reader(_read_gsm8k, RECORDS),
+    "choice": Reader(_read_choice, RECORDS),
     "text": Reader(_read_texts, (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".txt", ".txt.gz")),
 }
 

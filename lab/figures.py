@@ -42,7 +42,7 @@ from lab.files import write_file
 from lab.folder import Run
 from lab.inputs import LoadedModel, check_same_model, load_model, parse_spec
 from lab.locality import paths_of, walks
-from lab.sample import judge_prior
+from lab.sample import LEAST, LEAST_TEXTS, judge_prior
 from lab.settings import ModelSettings, absolute, from_flags, prior_name, spec_name
 from lab.train import command_train, differences
 
@@ -443,21 +443,25 @@ class Figure(NamedTuple):
     draw: Callable[..., Drawing]  # draw(world, *runs)
     collections: tuple[str, ...] = ()
     runs: tuple[str, ...] = ()
+    least: dict[str, tuple[int, int]] = {}  # rows and texts that it needs of a domain; "" is any
 
 
 PAPER_FIGURES = 13  # the paper's own; figures with larger numbers are ours
 TOKENS = ("tokens",)
 SQUAD_RUNS = ("fitted-squad", "xavier")
+FEWEST = 4, 2  # rows and texts: a row has three neighbours, and a probe is judged by other texts
+OF_TEXT, OF_SQUAD, OF_ANY = {"text": FEWEST}, {"text": FEWEST, "squad": FEWEST}, {"": FEWEST}
 FIGURES = {
     1: Figure("trajectories-vocabulary", "Sentences over the vocabulary",
               sentences_over_vocabulary, TOKENS),
     2: Figure("trajectories-last-layer", "Sentences over last-layer activations",
               sentences_over_activations, TOKENS),
     3: Figure("answers-last-layer", "SQuAD answers over last-layer activations",
-              answers_over_activations, TOKENS),
-    4: Figure("density-by-layer", "Density of activations by layer", density_by_layer, TOKENS),
+              answers_over_activations, TOKENS, least=OF_SQUAD),
+    4: Figure("density-by-layer", "Density of activations by layer", density_by_layer, TOKENS,
+              least=OF_TEXT),
     5: Figure("mean-activations", "Mean activations of prose and arithmetic", mean_activations,
-              ("means",)),
+              ("means",), least=OF_ANY),
     6: Figure("isotropic-5e-3", "Isotropic prior, high learning rate", rows_over_vocabulary,
               runs=("isotropic-5e-3",)),
     7: Figure("isotropic-5e-4", "Isotropic prior, low learning rate", rows_over_vocabulary,
@@ -466,12 +470,13 @@ FIGURES = {
               runs=("fitted-5e-3",)),
     9: Figure("exclusion", "Exclusion prior over the vocabulary", exclusion_draws),
     10: Figure("tokens-squad", "Prompts among token embeddings", rows_among_tokens, TOKENS,
-               SQUAD_RUNS),
+               SQUAD_RUNS, OF_SQUAD),
     11: Figure("last-layer-squad", "Prompts among last-layer activations", rows_among_activations,
-               TOKENS, SQUAD_RUNS),
+               TOKENS, SQUAD_RUNS, OF_SQUAD),
     12: Figure("last-layer-interpolation", "A prior between prose and arithmetic",
-               rows_between_domains, TOKENS, ("interpolation",)),
-    13: Figure("vae-last-layer", "VAE draws beside SQuAD activations", vae_draws, TOKENS),
+               rows_between_domains, TOKENS, ("interpolation",), OF_ANY),
+    13: Figure("vae-last-layer", "VAE draws beside SQuAD activations", vae_draws, TOKENS,
+               least={"squad": (LEAST, LEAST_TEXTS)}),
 }
 
 
@@ -557,7 +562,22 @@ def needed_collections(figures: list[Figure], options: FigureOptions, loaded: Lo
             raise UserError(f"{path}: collected from other data or with other limits: choose "
                             "another --out, or remove it")
         collections[name] = file
+    for figure in figures:
+        for name in figure.collections:
+            check_enough(figure, collections[name])
     return collections
+
+
+def check_enough(figure: Figure, file: Collection) -> None:
+    """Raise UserError if a domain of the collection has too few rows or texts for the figure."""
+    for domain in file.domains:
+        index = file.chosen(domain)
+        rows, texts = len(index), len(file.field["text"][index].unique())
+        least_rows, least_texts = figure.least.get(domain) or figure.least.get("", (0, 0))
+        if rows < least_rows or texts < least_texts:
+            raise UserError(f"{file.path}: {rows} rows of {texts} texts in {domain}, and figure "
+                            f"{figure.title!r} needs {least_rows} of {least_texts}: choose another "
+                            "--out and a larger --limit or --examples, or data of more texts")
 
 
 def needed_runs(figures: list[Figure], options: FigureOptions, loaded: LoadedModel

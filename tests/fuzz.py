@@ -15,10 +15,12 @@ Cases run in a process of their own, one after the other, until one fails.
 from __future__ import annotations
 
 import argparse
+import bz2
 import copy
 import faulthandler
 import gzip
 import json
+import lzma
 import os
 import pickle
 import random
@@ -100,8 +102,19 @@ def world(folder: Path) -> None:
                 {k: [r[k] for r in flat] for k in flat[0]}),
             "records.json": json.dumps({"data": [
                 {**r, "answers": [{"text": a} for a in r["answers"]["text"]]} for r in flat]}),
-            "table.csv": "context,question,answers\n" + "".join(
-                f'"{r["context"]}","{r["question"]}","{r["answers"]["text"]}"\n' for r in flat),
+            "hub.json": json.dumps({
+                "features": [{"feature_idx": i, "name": k} for i, k in enumerate(flat[0])],
+                "rows": [{"row_idx": i, "row": r} for i, r in enumerate(flat)], "partial": False}),
+            "rows.jsonl": lines([{"row_idx": i, "row": r} for i, r in enumerate(flat)]),
+            "named.json": json.dumps({"version": 1, "instances": flat}),
+            "splits.json": json.dumps({"train": flat, "validation": flat[:1]}),
+            "pandas.json": json.dumps(
+                {k: {str(i): r[k] for i, r in enumerate(flat)} for k in flat[0]}),
+            **{name: mark.join(("context", "question", "answers\n")) + "".join(
+                mark.join(f'"{x}"' for x in (r["context"], r["question"], r["answers"]["text"]))
+                + "\n" for r in flat) for name, mark in (
+                    ("table.csv", ","), ("excel.CSV", ";"), ("pipes.csv", "|"))},
+            "sums.csv": "question;answer\n" + "".join(f"b'{q}\\n';{a}\n" for q, a in sums),
             "gsm8k.jsonl": lines([{"question": q, "answer": f"so <<1+1=2>>\n#### {a}"}
                                   for q, a in sums]),
             "choice.json": json.dumps([{"question": q, "choices": ["Bolu", "Tarn", "me"],
@@ -189,12 +202,15 @@ KINDS = {
     "generation_config": Kind("model", "generation_config.json", MODEL),
     "tokenizer": Kind("model", "tokenizer.json", MODEL),
     **{f"squad {name}": Kind(name, "", of_data("squad")) for name in (
-        "squad.json", "flat.json", "flat.jsonl", "columns.json", "records.json", "table.csv")},
+        "squad.json", "flat.json", "flat.jsonl", "columns.json", "records.json", "hub.json",
+        "rows.jsonl", "named.json", "splits.json", "pandas.json", "table.csv", "excel.CSV",
+        "pipes.csv")},
     "gsm8k": Kind("gsm8k.jsonl", "", of_data("gsm8k")),
     **{f"choice {name}": Kind(name, "", of_data("choice")) for name in (
         "choice.json", "labels.csv")},
     "math text": Kind("sums.txt", "", of_data("math")),
     "math export": Kind("export.json", "", of_data("math")),
+    "math table": Kind("sums.csv", "", of_data("math")),
     "hendrycks": Kind("hendrycks.json", "", of_data("hendrycks")),
     **{f"text {name}": Kind(name, "", of_data("text")) for name in (
         "c4.json", "c4.json.gz", "prose.txt")},
@@ -380,7 +396,12 @@ def damaged_safetensors(r: random.Random, content: bytes) -> bytes:
 def other_content(r: random.Random, content: bytes) -> bytes:
     return r.choice([
         b"", b"\n", b"{}", b"[]", b"null", DEEP.encode(), pickle.dumps({"a": 1}, 2),
-        b"PK\x03\x04" + bytes(60), b"<!DOCTYPE html><html>" * 40, gzip.compress(content),
+        b"PK\x03\x04" + bytes(60), bz2.compress(content), lzma.compress(content),
+        b"PK\x03\x04" + bytes(2**17) + b"xl/workbook.xml", b"SQLite format 3\0" + bytes(90),
+        b"\x28\xb5\x2f\xfd" + content, bytes(257) + b"ustar" + content, b"\x93NUMPY" + content,
+        b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99), b"\x89HDF\r\n\x1a\n" + content,
+        b"7z\xbc\xaf\x27\x1c" + content, b"PAR1" + content, b"<!DOCTYPE html><html>" * 40,
+        gzip.compress(content),
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", bytes(5000),
         content.decode("latin-1").encode("utf-16"), content.decode("latin-1").encode("utf-16-le"),
         content * 3, content[::-1], (2**63).to_bytes(8, "little") + content[8:],
@@ -432,7 +453,7 @@ def damage(r: random.Random, path: Path) -> bool:
     some: list[Callable] = [damaged_bytes, other_content]
     if path.suffix == ".safetensors":
         some = [damaged_safetensors] * 5 + some
-    elif path.name.endswith((".jsonl", "c4.json", ".txt")):
+    elif path.name.lower().endswith((".jsonl", "c4.json", ".txt", ".csv")):
         some = [damaged_lines] * 4 + some
     elif path.suffix == ".json":
         some = [damaged_json] * 5 + some

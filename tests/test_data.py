@@ -1,11 +1,22 @@
 """data.py: formats, tokens, tries and scores."""
 
+import bz2
+import contextlib
 import csv
 import gzip
 import itertools
 import json
+import lzma
+import pickle
 import random
+import re
+import shutil
+import sqlite3
 import string
+import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +26,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 import data
 import llama
 from lab.loss import answer_loss
+
+
+def obey(e, cwd):
+    """Run the command that an error names, and return the path that it then says to give."""
+    command, target = re.search(r"`(.*)` and give (.*)$", str(e.value)).groups()
+    if command.startswith("python "):
+        command = f"'{sys.executable}' {command.removeprefix('python ')}"
+    elif not shutil.which(command.split()[0]):
+        pytest.skip(f"no {command.split()[0]} here")
+    subprocess.run(["sh", "-c", command], check=True, cwd=cwd)
+    return target
 
 
 def write(path, text):
@@ -34,20 +56,31 @@ NESTED = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{
 FLAT = [{"id": q["id"], "title": "t", "context": "In Ülm lives a cat.", "question": q["question"],
          "answers": {"text": [a["text"] for a in q["answers"]], "answer_start": []}}
         for q in NESTED["data"][0]["paragraphs"][0]["qas"]]
+PARAGRAPHS = [{**paragraph, "title": "t"} for paragraph in NESTED["data"][0]["paragraphs"]]
+HUB = {"features": [{"feature_idx": i, "name": key, "type": {"dtype": "string"}}
+                    for i, key in enumerate(FLAT[0])],
+       "rows": [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(FLAT)],
+       "num_rows_total": 2, "num_rows_per_page": 100, "partial": False}
 
 
 @pytest.mark.parametrize("text", [
     json.dumps(NESTED), "\ufeff" + json.dumps(NESTED, indent=2, ensure_ascii=False),
     json.dumps(FLAT),
     "\n".join(map(json.dumps, FLAT)), "\r\n".join(map(json.dumps, FLAT)) + "\r\n",
-    json.dumps({key: [row[key] for row in FLAT] for key in FLAT[0]})])
+    json.dumps({key: [row[key] for row in FLAT] for key in FLAT[0]}),
+    json.dumps({key: {str(i): row[key] for i, row in enumerate(FLAT)} for key in FLAT[0]}),
+    json.dumps({**{key: [row[key] for row in FLAT] for key in FLAT[0]},
+                "answers": [[{"text": text} for text in row["answers"]["text"]] for row in FLAT]}),
+    json.dumps({"train": FLAT}), json.dumps({"name": "n", "licences": ["l"], "instances": FLAT}),
+    json.dumps({"examples": PARAGRAPHS}), json.dumps({"questions": FLAT, "errors": []}),
+    json.dumps(HUB), json.dumps(HUB, indent=1), json.dumps(HUB["rows"]),
+    "\n".join(map(json.dumps, HUB["rows"]))])
 def test_squad(tmp_path, text):
     first, second = data.read("squad", write(tmp_path / "x.json", text))
     assert first == data.Example("1", "squad", "In Ülm lives a cat.", "Who?", ("a cat", "cat"), "t")
     assert second.answers == ()
 
 
-PARAGRAPHS = NESTED["data"][0]["paragraphs"]
 ONE = {"id": "1", "context": "In Ülm lives a cat.", "question": "Who?"}
 
 
@@ -61,6 +94,21 @@ def test_questions_as_people_have_them(tmp_path, records):
     assert examples[0] == data.Example(
         "1", "squad", "In Ülm lives a cat.", "Who?", ("a cat", "cat"), examples[0].source)
     assert len(examples) == 1 or examples[1].answers == ()
+
+
+def test_of_several_lists_of_records_one_is_chosen(tmp_path):
+    """By the command that the error names, which works for any name of a file."""
+    splits = {"validation": FLAT[:1], "train": FLAT, "x; touch y": FLAT, "none": []}
+    folder = tmp_path / "it's $(touch z)"
+    folder.mkdir()
+    with pytest.raises(data.DataError, match="'validation', 'train', 'x; touch y'") as e:
+        data.read("squad", write(folder / "x.json", "\ufeff" + json.dumps(splits)))
+    target = obey(e, tmp_path)
+    assert target == str(folder / "x.json.train.jsonl")
+    assert data.read("squad", target) == data.read(
+        "squad", write(folder / "y.json", json.dumps(FLAT)))
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
+        "x.json", "x.json.train.jsonl", "y.json"]
 
 
 @pytest.mark.parametrize("answer, read", [
@@ -86,6 +134,54 @@ def test_a_quote_that_is_not_closed_does_not_swallow_the_table(tmp_path):
     path = write(tmp_path / "x.csv", 'id,context,question,answers\n1,c,q,"a\n2,c,q,b\n')
     with pytest.raises(data.DataError, match="not a table"):
         data.read("squad", path)
+
+
+@pytest.mark.parametrize("mark", [",", ";", "|", "\t"])
+@pytest.mark.parametrize("suffix", [".csv", ".CSV", ".tsv"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_the_first_line_shows_what_divides_a_table(tmp_path, mark, suffix, quoting):
+    """Unless it shows several marks."""
+    names = ["id", "context", "question", "answers", "kind, place; or |time\t|"]
+    fields = ["1", "A cat; a dog, a cow.\n|\tEnd", "Who?", "a cat; a, b", "k"]
+    for count in (4, 5):
+        with (tmp_path / f"x{suffix}").open("w", newline="") as file:
+            csv.writer(file, delimiter=mark, quoting=quoting).writerows(
+                [names[:count], fields[:count]])
+        assert data.read("squad", str(tmp_path / f"x{suffix}")) == [data.Example(
+            "1", "squad", "A cat; a dog, a cow.\n|\tEnd", "Who?", ("a cat; a, b",))]
+
+
+def test_a_first_line_that_shows_several_marks_is_divided_as_its_ending_says(tmp_path):
+    path = write(tmp_path / "x.csv", "context,question,answers,a;b|c\nc,q,a,\n")
+    assert data.read("squad", path)[0].answers == ("a",)
+    path = write(tmp_path / "x.tsv", "context\tquestion\tanswers, all\tanswer\nc\tq\t\ta\n")
+    assert data.read("squad", path)[0].answers == ("a",)
+
+
+def test_tables_of_problems(tmp_path):
+    """What only looks like a list is a text where no lists are expected."""
+    path = write(tmp_path / "x.csv", 'question;answer\nHow many?;"2 + 2 = 4\n#### 4"\n')
+    assert [e.answers for e in data.read("gsm8k", path)] == [("4",)]
+    path = write(tmp_path / "x.CSV", "question,answer\nb'1 + 1?\\n',b'2\\n'\nWhere?,[0\n")
+    assert [(e.question, e.answers) for e in data.read("math", path)] == [
+        ("1 + 1?", ("2",)), ("Where?", ("[0",))]
+    path = write(tmp_path / "x.tsv", "problem\tsolution\tanswer\np\tso \\boxed{[0,1)}\t[0,1)\n")
+    assert [e.answers for e in data.read("hendrycks", path)] == [("[0,1)",)]
+
+
+@pytest.mark.parametrize("kind, name, text", [
+    ("squad", "X.JSON", json.dumps(FLAT)), ("squad", "X.JSONL", json.dumps(FLAT[0])),
+    ("squad", "X.TSV", "context\tquestion\tanswers\nc\tq\ta\n"),
+    ("squad", "X.Csv", "context,question,answers\nc,q,a\n"), ("math", "X.TXT", "1 + 1\n2\n"),
+    ("math", "X.JSON", '[{"question": "1 + 1", "answer": "2"}]'),
+    ("text", "X.JSONL", '{"text": "t"}'), ("text", "X.TXT", "t"),
+    ("text", "X.JSON.GZ", gzip.compress(b'{"text": "t"}'))])
+def test_endings_in_upper_case(tmp_path, kind, name, text):
+    lower = data.read(kind, write(tmp_path / name.lower(), text))
+    (tmp_path / name.lower()).unlink()
+    for path in (write(tmp_path / name, text), str(tmp_path)):
+        assert [e._replace(id="", source="") for e in data.read(kind, path)] == [
+            e._replace(id="", source="") for e in lower]
 
 
 def test_gsm8k(tmp_path):
@@ -184,7 +280,11 @@ def test_a_readme_is_no_sum_and_hidden_files_are_no_data(tmp_path):
 @pytest.mark.parametrize("start, message", [
     (b"PAR1\x15\x04", "a Parquet file: .*read_parquet"), (b"ARROW1\0\0", "an Arrow file"),
     (b"\xff\xff\xff\xff\x10", "an Arrow stream"), (b"PK\3\4rest", "a zip archive"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel table: .*read_excel"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file: .*read_hdf"),
+    (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive: unpack it by `7z x "),
     (b"\x1f\x8b\x08rest", "packed by gzip"), (b"\n <!DOCTYPE html>", "a web page"),
+    (b"<HTML lang=x>", "a web page"),
     (b"version https://git-lfs.github.com/spec/v1", "git lfs pull")])
 @pytest.mark.parametrize("kind", ["squad", "math", "text"])
 def test_files_of_other_kinds_are_named(tmp_path, kind, start, message):
@@ -193,8 +293,118 @@ def test_files_of_other_kinds_are_named(tmp_path, kind, start, message):
     assert "\n" not in str(e.value)
 
 
+def test_texts_that_begin_like_other_kinds(tmp_path):
+    for text in ("BZh, they said.", "Pk", "par1", "7z is a program.", "SQLite format", "htmlx",
+                 "x" * 257 + "Ustar", "<htm>"):
+        assert data.read("text", write(tmp_path / "x.txt", text))[0].context == text
+
+
+QUESTION = {**FLAT[0], "answers": ["a cat", "cat"]}
+LINE = json.dumps(QUESTION) + "\n"
+PRINTED = {**QUESTION, "answers": "['a cat', 'cat']"}  # for tables whose cells hold no lists
+
+
+def in_archive(path):
+    (path.parent / "in.jsonl").write_text(LINE)
+    if "zip" in path.name:
+        with zipfile.ZipFile(path, "w") as file:
+            file.write(path.parent / "in.jsonl", "folder/x.JSONL")
+    else:
+        with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as file:
+            file.add(path.parent / "in.jsonl", "folder/x.JSONL")
+    (path.parent / "in.jsonl").unlink()
+
+
+def frame(path, method, question=QUESTION, **options):
+    import pandas
+
+    getattr(pandas.DataFrame([question]), method)(path, **options)
+
+
+def in_database(path):
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.execute("create table counted (id integer primary key autoincrement)")
+        file.execute("drop table counted")
+        frame("my questions", "to_sql", PRINTED, con=file, index=False)
+
+
+def in_array(path):
+    import numpy
+
+    numpy.save(path, numpy.array([QUESTION], dtype=object))
+
+
+# A file's name -> the modules that it needs, and what writes the question into it
+OTHER_KINDS = {
+    "x.json.gz": ([], lambda p: p.write_bytes(gzip.compress(LINE.encode()))),
+    "x.json.xz": ([], lambda p: p.write_bytes(lzma.compress(LINE.encode()))),
+    "x.json.bz2": ([], lambda p: p.write_bytes(bz2.compress(LINE.encode()))),
+    "x.json.zst": ([], lambda p: subprocess.run(["zstd", "-q", "-o", p], input=LINE.encode())),
+    "packed.json": ([], lambda p: p.write_bytes(gzip.compress(LINE.encode()))),
+    "x.zip": ([], in_archive), "x.tar": ([], in_archive), "x.tar.gz": ([], in_archive),
+    "x.parquet": (["pandas", "pyarrow"], lambda p: frame(p, "to_parquet")),
+    "x.feather": (["pandas", "pyarrow"], lambda p: frame(p, "to_feather")),
+    "x.xlsx": (["pandas", "openpyxl"], lambda p: frame(p, "to_excel", PRINTED, index=False)),
+    "x.db": (["pandas"], in_database), "x.pkl": (["pandas"], lambda p: frame(p, "to_pickle")),
+    "list.pkl": (["pandas"], lambda p: p.write_bytes(pickle.dumps([QUESTION]))),
+    "x.npy": (["pandas"], in_array),
+    "x.h5": (["pandas", "tables"], lambda p: frame(p, "to_hdf", key="x"))}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+@pytest.mark.filterwarnings("ignore")  # HDF5 has no lists, so pandas pickles them, and warns
+def test_what_is_said_of_other_kinds_helps(tmp_path, name):
+    """Also of such a file in a folder, where no other is."""
+    modules, make = OTHER_KINDS[name]
+    for module in modules:
+        pytest.importorskip(module)
+    if name.endswith(".zst") and not shutil.which("zstd"):
+        pytest.skip("no zstd here")
+    folder = tmp_path / "it's mine"
+    folder.mkdir()
+    make(folder / name)
+    for _ in range(3):
+        with pytest.raises(data.DataError) as e:
+            data.read("squad", str(folder / name))
+        with pytest.raises(data.DataError) as other:
+            data.read("squad", str(folder))
+        assert str(other.value) == str(e.value) or (folder / "packed.json").exists()
+        name = obey(e, tmp_path)
+        if not name.endswith(".tar"):
+            break
+    assert [e._replace(id="", source="") for e in data.read("squad", name)] == [
+        data.Example("", "squad", FLAT[0]["context"], "Who?", ("a cat", "cat"))]
+
+
+def test_numbers_in_excel_are_answers(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("openpyxl")
+    table = {"context": ["c", "c"], "question": ["q", "q"], "answers": [42, None]}
+    pandas.DataFrame(table).to_excel(tmp_path / "x.xlsx", index=False)
+    with pytest.raises(data.DataError) as e:
+        data.read("squad", str(tmp_path / "x.xlsx"))
+    assert [x.answers for x in data.read("squad", obey(e, tmp_path))] == [("42",), ()]
+
+
 def test_a_folder_that_datasets_saved(tmp_path):
-    write(tmp_path / "data-00000-of-00001.arrow", b"\xff\xff\xff\xff")
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(FLAT)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": rows.select([0]), "train": rows}).save_to_disk(tmp_path / "two")
+    with pytest.raises(data.DataError, match="Arrow files, in test, train") as e:
+        data.read("squad", str(tmp_path / "two"))
+    assert obey(e, tmp_path) == str(tmp_path / "two/train.jsonl")
+    for path in ("one", "two/train", "one/data-00000-of-00001.arrow"):
+        with pytest.raises(data.DataError, match="an Arrow stream|in (one|train), ") as e:
+            data.read("squad", str(tmp_path / path))
+        assert [x.answers for x in data.read("squad", obey(e, tmp_path))] == [("a cat", "cat"), ()]
+
+
+def test_a_folder_of_arrow_files_needs_no_state(tmp_path):
+    write(tmp_path / "x-train.arrow", b"\xff\xff\xff\xff")
+    write(tmp_path / "dataset_info.json", "{}")
+    with pytest.raises(data.DataError, match="Dataset.from_file.*x-train.arrow"):
+        data.read("squad", str(tmp_path))
     write(tmp_path / "state.json", "{}")
     with pytest.raises(data.DataError, match="load_from_disk"):
         data.read("squad", str(tmp_path))

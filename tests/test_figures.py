@@ -8,12 +8,14 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from scipy import stats
 
 import promptprior
 import viz
 from lab import figures, pictures
+from lab.activations import Collection
 from lab.folder import Run
 
 FEW = ["--steps", "2", "--eval-limit", "4", "--batch-size", "2", "--examples", "40", "--limit",
@@ -107,6 +109,36 @@ def test_a_collection_without_the_layer(folder, tmp_path, capsys):
     capsys.readouterr()
     assert run("figures", 4, "--out", copy, *FEW) == 2
     assert "layer 2 is not in it" in capsys.readouterr().err and not list(copy.glob("*.svg"))
+
+
+@pytest.mark.parametrize("number, limits, message", [
+    (4, ["--limit", 3], r"2 rows of 1 texts in text, .*'Density of .* needs 4 of 2"),
+    (5, ["--examples", 3], r"means.* 3 rows of 3 texts in text, .*'Mean .* needs 4 of 2"),
+    (11, ["--limit", 40], r" 39 rows of 1 texts in text, .*'Prompts among .* needs 4 of 2"),
+    (13, ["--limit", 40], r" \d+ rows of \d texts in squad, .*'VAE .* needs 100 of 10")])
+def test_too_few_points_are_named_before_anything_is_trained(tmp_path, capsys, number, limits,
+                                                            message):
+    assert run("figures", number, "--out", tmp_path / "F", *FEW, *limits) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, error) and "larger --limit or --examples" in error
+    assert not (tmp_path / "F/runs").exists()
+
+
+def test_the_fewest_points_can_be_drawn(folder, tmp_path, monkeypatch):
+    """Four rows of two texts in every domain, as FEW's larger --limit gives more."""
+    shutil.copytree(folder, tmp_path / "F")
+    chosen = Collection.chosen
+
+    def few(file, domain=None, *rest):
+        index = chosen(file, domain, *rest)
+        if domain is None or rest:
+            return index
+        texts = file.field["text"][index]
+        return torch.cat([index[texts == text][:2] for text in texts.unique()[:2]]) \
+            if len(texts.unique()) < len(texts) else index[:4]
+
+    monkeypatch.setattr(Collection, "chosen", few)
+    assert run("figures", 4, 5, 10, 11, 12, "--out", tmp_path / "F", *FEW) == 0
 
 
 def test_curves_of_seeds_have_a_band(folder, tmp_path):

@@ -332,10 +332,12 @@ def test_json(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["squad.json", "flat.json", "flat.jsonl", "columns.json",
+                                  "hub.json", "rows.jsonl", "named.json", "pandas.json",
+                                  "table.csv", "excel.CSV", "sums.csv",
                                   "sums.txt", "export.json", "hendrycks.json", "c4.json",
                                   "prose.txt"])
 def test_other_spellings_are_read_alike(world, tmp_path, name):
-    kind = {"sums.txt": "math", "export.json": "math", "hendrycks.json": "hendrycks",
+    kind = {"sums.txt": "math", "sums.csv": "math", "export.json": "math", "hendrycks.json": "hendrycks",
             "c4.json": "text", "prose.txt": "text"}.get(name, "squad")
     content, path = (world / name).read_bytes(), tmp_path / name
     bare = lambda found: [e._replace(id="", source="", context=e.context.strip())
