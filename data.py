@@ -211,8 +211,9 @@ SIGNATURES: dict[bytes, Callable[[Path], str]] = {
         "pandas.read_sql(f'select * from [{t}]', d)", path, ".csv"),
     rb"\x89HDF\r\n\x1a\n": _pandas("an HDF5 file", "read_hdf(p)"),
     rb"\x80[\x02-\x05]": _pandas(f"a pickle, {TRUST}", "DataFrame(pandas.read_pickle(p))"),
-    rb"\x93NUMPY": lambda path: f"a numpy array, perhaps with a pickle, {TRUST}: " + _export(
-        "numpy, pandas", "pandas.DataFrame(numpy.load(p, allow_pickle=True).tolist())", path),
+    rb"\x93NUMPY": lambda path: "a numpy array: if its fields have names and are no objects, "
+                                 + _export("numpy, pandas", "pandas.DataFrame(numpy.load(p))",
+                                           path, ".csv"),
     rb"(?s).{257}ustar": _tar,
     rb"7z\xbc\xaf\x27\x1c": _archive("a 7z archive", "7z x PATH -oDIR"),
     rb"\x1f\x8b": _packed("gzip", "gzip -d"),

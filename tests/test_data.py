@@ -331,7 +331,8 @@ def in_database(path):
 def in_array(path):
     import numpy
 
-    numpy.save(path, numpy.array([QUESTION], dtype=object))
+    fields = [(key, "U99") for key in ("id", "context", "question", "answers")]
+    numpy.save(path, numpy.array([tuple(PRINTED[key] for key, _ in fields)], dtype=fields))
 
 
 # A file's name -> the modules that it needs, and what writes the question into it
