@@ -7,6 +7,7 @@ from pathlib import Path
 
 import llama
 from lab.console import UserError, one_line, say
+from lab.foreign import explained
 from lab.settings import TINY, ModelSettings, on_hub
 
 GENERATION = "generation_config.json"  # names the tokens that end an answer, beside config.json
@@ -29,7 +30,9 @@ def model_folder(settings: ModelSettings) -> Path:
 
 def needed_files(folder: Path) -> list[str]:
     """What a model's folder must have to be loaded: its configuration, tokenizer and weights."""
-    return sorted({"config.json", "tokenizer.json", *llama.weight_files(folder)})
+    with explained():
+        weights = llama.weight_files(folder)
+    return sorted({"config.json", "tokenizer.json", *weights})
 
 
 def missing_files(folder: Path) -> list[str]:

@@ -22,6 +22,7 @@ import priors
 from lab.console import UserError, file_list, say
 from lab.files import checksum
 from lab.folder import Run
+from lab.foreign import explained
 from lab.hub import GENERATION, from_hub, model_folder, needed_files
 from lab.processes import shard_model
 from lab.settings import (BUNDLED, TINY, TOKENS, DataSettings, ModelSettings, PriorSettings,
@@ -59,7 +60,8 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     check_device(settings.device)
 
     # A model that is divided among devices may be too large for one of them.
-    model = llama.load(folder, settings.dtype, "cpu" if shard else settings.device, say)
+    with explained():
+        model = llama.load(folder, settings.dtype, "cpu" if shard else settings.device, say)
     if shard:
         shard_model(model, settings.device)
     c = model.config
