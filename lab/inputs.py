@@ -67,7 +67,13 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     c = model.config
     vocabulary = data.Vocabulary(folder, c.eos_token_id,
                                  c.bos_token_id if settings.bos == "always" else None,
-                                 c.vocab_size)
+                                 c.vocab_size, c.bos_token_id)
+    for remark in vocabulary.remarks:
+        say(remark)
+    if vocabulary.adds_bos and c.bos_token_id not in (None, vocabulary.bos):
+        say(f"{folder.name}: its tokenizer puts token {vocabulary.bos} in front of a text, as in "
+            f"transformers, and config.json's bos_token_id is {c.bos_token_id}: both count as "
+            "special")
     if vocabulary.unembedded:
         say(f"{folder.name}: its tokenizer has {len(vocabulary.unembedded)} tokens that the model "
             f"does not embed, such as {next(iter(vocabulary.unembedded.values()))!r}; a text with "
