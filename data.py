@@ -733,8 +733,8 @@ def _added_tokens(tokenizer: Tokenizer, folder: Path, c: dict, own: set[str]) ->
         fields = {k: value[k] for k in FLAGS if k in value}
         return AddedToken(value["content"], **fields | flags)
 
-    # Tokens without a name of their own. The list has two fields, of which the newer one counts, and
-    # which may instead give names.
+    # Tokens without a name. Of the two fields that list them the newer one counts, and it may give
+    # names after all.
     has_decoder = "added_tokens_decoder" in c
     old = {} if has_decoder else _json_or_nothing(folder / "special_tokens_map.json")
     extra: list = []

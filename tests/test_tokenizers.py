@@ -133,7 +133,8 @@ def test_the_token_of_padding_is_one(tmp_path):
 
 
 CLASSES = [
-    {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True},
+    {"tokenizer_class": "LlamaTokenizer"},
+    {"tokenizer_class": "LlamaTokenizerFast", "legacy": True},
     {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False},
     {"tokenizer_class": "LlamaTokenizer", "bos_token": None, "eos_token": "ab",
      "pad_token": "<pad>"},
