@@ -651,7 +651,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of a tok
 # Values of tokenizer_class for which transformers takes tokenizer.json as it stands.
 PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", "BloomTokenizer")
 # A text that pre-tokenizers divide in different ways.
-SPECIMEN = "In 1856, Ada's 12345 x-rays\nQuestion: Who said \"it's 3.50\"?\nAnswer: Dr. 40 Öl\n"
+SPECIMEN = "In 1856, Ada's  12345 x-rays\n\n40 Öl\nQuestion: \"it's 3.50\"?\nAnswer: Dr. X\n"
 
 
 def _apply_settings(tokenizer: Tokenizer, folder: Path, byte_level: bool) -> list[str]:
@@ -666,8 +666,8 @@ def _apply_settings(tokenizer: Tokenizer, folder: Path, byte_level: bool) -> lis
     is_anew = not is_plain and name in BUILT_ANEW and type(tokenizer.model).__name__ == "BPE"
     faults = []
     if not is_plain and not is_anew:
-        faults.append("may make other tokens of a text than tokenizer.json, which is used as it "
-                      "stands")
+        faults.append("may make other tokens of some texts than tokenizer.json, which is used as "
+                      "it stands")
     with _tokenizer_errors(f"{path}, or the files of tokens beside it"):
         own = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
         if is_anew:
@@ -676,7 +676,8 @@ def _apply_settings(tokenizer: Tokenizer, folder: Path, byte_level: bool) -> lis
             before = tokenizer.encode(SPECIMEN, add_special_tokens=False).ids
             c = BUILT_ANEW[name](tokenizer, c) | c
             if tokenizer.encode(SPECIMEN, add_special_tokens=False).ids != before:
-                faults.append("makes other tokens of a text than tokenizer.json alone, and is used")
+                faults.append("makes other tokens of some texts than tokenizer.json alone, and is "
+                              "used")
         tokens = _added_tokens(tokenizer, folder, c, set() if is_anew else own)
         unknown = sorted(own - {t.content for t in tokens}) if is_anew else []
         if unknown:

@@ -170,9 +170,10 @@ def test_what_the_class_of_llama_2_changes_is_small(tmp_path):
 
 
 @pytest.mark.parametrize("make, settings, said", [
-    (byte_level, {"tokenizer_class": "GPT2Tokenizer"}, "GPT2Tokenizer makes other tokens"),
+    (byte_level, {"tokenizer_class": "GPT2Tokenizer"},
+     "GPT2Tokenizer makes other tokens of some texts"),
     (sentencepiece, {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False},
-     "LlamaTokenizer makes other tokens"),
+     "LlamaTokenizer makes other tokens of some texts"),
     (byte_level, {"tokenizer_class": "Qwen2TokenizerFast"}, "Qwen2TokenizerFast may make other"),
     (sentencepiece, {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": {}},
      "LlamaTokenizer knows 3 tokens of tokenizer.json only if")])
@@ -241,7 +242,7 @@ def test_two_tokens_that_are_bos_are_both_special(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "puts token 0 in front of a text, as in transformers, and config.json's bos_token_id " \
         f"is {other}: both count as special" in said and said.count("\n") == 2
-    assert "transformers' Qwen2Tokenizer may make other tokens" in said
+    assert "transformers' Qwen2Tokenizer may make other tokens of some texts" in said
     assert loaded.vocabulary.encode("a")[0] == 0 and {0, other} < loaded.vocabulary.special
     assert loaded.vocabulary.ordinary == [i for i in ordinary if i != other]
     assert promptprior.main(["sample", "--model", str(tmp_path), "--tokens", "4"]) == 0
