@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
     from torch import Tensor
 
 PAD = -1  # an empty place in a batch of token ids
@@ -734,31 +735,32 @@ READERS = {
 
 
 class Vocabulary:
-    """A model folder's tokenizer.json. The ids of a text are those of transformers' AutoTokenizer,
-    except that an EOS at the end is dropped, and that a text which begins with BOS gets no second
-    one.
+    """A model folder's tokenizer.json, with what the files beside it change. The ids of a text are
+    those of transformers' AutoTokenizer (5.23), except that an EOS at the end is dropped, and that
+    a text which begins with BOS gets no second one.
 
     self.bos is the id in front of every text, or None. adds_bos, adds_eos: whether the
     tokenizer puts one in front of a text, or behind it. unembedded: its tokens that the model does
-    not embed, {id: token}; a text with one is refused."""
+    not embed, {id: token}; a text with one is refused. remarks: lines about what is unusual."""
 
     def __init__(self, folder: str | Path, eos: tuple[int, ...] = (), bos: int | None = None,
-                 embedded: int | None = None):
-        """eos: the ids in config.json. bos: what to put in front where the tokenizer has none.
-        embedded: how many ids the model embeds."""
+                 embedded: int | None = None, config_bos: int | None = None):
+        """eos, config_bos: the ids in config.json. bos: what to put in front where the tokenizer
+        has none. embedded: how many ids the model embeds."""
         from tokenizers import Tokenizer
 
         self.path = Path(folder) / "tokenizer.json"
-        self.eos = eos
+        self.eos, self.config_bos = eos, config_bos
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file: {_without_tokenizer(self.path.parent)}")
         text = read_text(self.path)
         with _silent_stderr(), _tokenizer_errors(self.path):
             self.tokenizer = Tokenizer.from_str(text)
-            self.tokenizer.no_truncation()  # a file may ask for either; both falsify texts
-            self.tokenizer.no_padding()
             if getattr(self.tokenizer.model, "dropout", None):
                 self.tokenizer.model.dropout = None  # it would draw other tokens each time
+            self.remarks = _apply_settings(self.tokenizer, self.path.parent, '"ByteLevel"' in text)
+            self.tokenizer.no_truncation()  # a file may ask for either; both falsify texts
+            self.tokenizer.no_padding()
             encoding = self.tokenizer.encode(string.printable + "\u00fc\u732b\0")
             # Some broken files load without error and fail when they are used.
             self.tokenizer.decode(encoding.ids)
@@ -798,10 +800,11 @@ class Vocabulary:
 
     @functools.cached_property
     def special(self) -> set[int]:
-        """Ids that no text contains: BOS, EOS, reserved places."""
+        """Ids that no text contains: BOS, whether the tokenizer's or config.json's, EOS, reserved
+        places."""
         reserved = {i for i in self.ids if RESERVED.fullmatch(self.tokenizer.id_to_token(i))}
         added = self.tokenizer.get_added_tokens_decoder().items()
-        ends = {*self.eos} if self.bos is None else {self.bos, *self.eos}
+        ends = {self.bos, self.config_bos, *self.eos} - {None}
         return reserved | ends | {i for i, token in added if token.special}
 
     @functools.cached_property
@@ -874,6 +877,142 @@ class Vocabulary:
 RESERVED = re.compile(r"[<\[]\|?(reserved|unused|dummy|placeholder|pad|extra_id)[\w ]*\|?[>\]]",
                       re.I)
 
+# What tokenizer_config.json calls tokens, in the order in which transformers adds them.
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of a token
+# Values of tokenizer_class for which transformers takes tokenizer.json as it stands.
+PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", "BloomTokenizer")
+# A text that pre-tokenizers divide in different ways.
+SPECIMEN = "In 1856, Ada's  12345 x-rays\n\n40 Öl\nQuestion: \"it's 3.50\"?\nAnswer: Dr. X\n"
+
+
+def _apply_settings(tokenizer: Tokenizer, folder: Path, byte_level: bool) -> list[str]:
+    """Make of a tokenizer.json what transformers' AutoTokenizer makes of it with the files beside
+    it, which name tokens and a class -> remarks. byte_level: tokenizer.json says ByteLevel."""
+    path = folder / "tokenizer_config.json"
+    c = _json_or_nothing(path)
+    declared = c.get("tokenizer_class") or _json_or_nothing(
+        folder / "config.json").get("tokenizer_class") or "TokenizersBackend"
+    name = str(declared).removesuffix("Fast")
+    is_plain = name in PLAIN_CLASSES or name == "LlamaTokenizer" and byte_level
+    is_anew = not is_plain and name in BUILT_ANEW and type(tokenizer.model).__name__ == "BPE"
+    faults = []
+    if not is_plain and not is_anew:
+        faults.append("may make other tokens of some texts than tokenizer.json, which is used as "
+                      "it stands")
+    with _tokenizer_errors(f"{path}, or the files of tokens beside it"):
+        own = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
+        if is_anew:
+            # tokenizer.json's own normalizer and pre-tokenizer are what the model was trained with,
+            # so it is said if the class changes ordinary texts.
+            before = tokenizer.encode(SPECIMEN, add_special_tokens=False).ids
+            c = BUILT_ANEW[name](tokenizer, c) | c
+            if tokenizer.encode(SPECIMEN, add_special_tokens=False).ids != before:
+                faults.append("makes other tokens of some texts than tokenizer.json alone, and is "
+                              "used")
+        tokens = _added_tokens(tokenizer, folder, c, set() if is_anew else own)
+        unknown = sorted(own - {t.content for t in tokens}) if is_anew else []
+        if unknown:
+            faults.append(f"knows {len(unknown)} tokens of tokenizer.json only if they stand there "
+                          f"too, such as {unknown[0]!r:.80}, which are used")
+        tokenizer.add_tokens(tokens)
+        tokenizer.encode_special_tokens = bool(c.get("split_special_tokens"))
+    return [f"{path}: transformers' {declared!s:.80} {fault}: write \"tokenizer_class\": "
+            "\"PreTrainedTokenizerFast\" there, and all read tokenizer.json as it stands"
+            for fault in faults]
+
+
+def _as_llama(tokenizer: Tokenizer, c: dict) -> dict:
+    """Give tokenizer what transformers' LlamaTokenizer puts in place of tokenizer.json's own ->
+    the tokens that it has where tokenizer_config.json, c, names none."""
+    from tokenizers import pre_tokenizers
+
+    scheme = "always" if c.get("legacy") else "first"
+    if c.get("add_prefix_space") is False:
+        scheme = "never"
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.model.unk_token = None
+    tokenizer.model.fuse_unk = tokenizer.model.byte_fallback = True
+    return {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def _as_gpt2(tokenizer: Tokenizer, c: dict) -> dict:
+    """As `_as_llama`, of transformers' GPT2Tokenizer."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(bool(c.get("add_prefix_space")))
+    tokenizer.model.unk_token = None
+    tokenizer.model.fuse_unk = tokenizer.model.byte_fallback = False
+    return dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | {
+        "pad_token": None}
+
+
+# Classes that transformers 5 builds anew of tokenizer.json's vocabulary, merges and post_processor.
+BUILT_ANEW = {"LlamaTokenizer": _as_llama, "GPT2Tokenizer": _as_gpt2}
+
+
+def _added_tokens(tokenizer: Tokenizer, folder: Path, c: dict, own: set[str]) -> list[AddedToken]:
+    """The tokens that tokenizer_config.json, c, and the older files beside it name, in the order in
+    which transformers adds them to those that it has of tokenizer.json, own. New ones get the ids
+    that follow the last."""
+    from tokenizers import AddedToken
+
+    def token(value, **flags):
+        """The AddedToken that a file describes. A string stays one."""
+        if not isinstance(value, dict):
+            return value
+        fields = {k: value[k] for k in FLAGS if k in value}
+        return AddedToken(value["content"], **fields | flags)
+
+    # Tokens without a name. Of the two fields that list them the newer one counts, and it may give
+    # names after all.
+    has_decoder = "added_tokens_decoder" in c
+    old = {} if has_decoder else _json_or_nothing(folder / "special_tokens_map.json")
+    extra: list = []
+    for source in (c, old):
+        given = source.get("extra_special_tokens") or {}
+        if isinstance(given, dict):  # names and tokens
+            c, given = c | given, source.get("additional_special_tokens") or []
+        extra = extra or given
+    c = c | {k: token(t, special=True) for k, t in old.items() if k.endswith("_token")}
+
+    # Tokens with numbers. These give their order alone, as a number that is taken stays taken.
+    if has_decoder:
+        added = {int(i): token(t) for i, t in c["added_tokens_decoder"].items()}
+    else:
+        special = {str(t) for t in (*extra, *map(c.get, NAMED))}
+        added = {i: AddedToken(t, normalized=t not in special, special=t in special)
+                 for t, i in _json_or_nothing(folder / "added_tokens.json").items()}
+        added |= tokenizer.get_added_tokens_decoder()
+
+    # Tokens with names, which are added if no number is given for them.
+    if tokenizer.padding:
+        c = {"pad_token": tokenizer.padding["pad_token"]} | c
+
+    others = [k for k in c if k.endswith("_token") and k not in NAMED]
+    named = [token(c[k]) for k in (*NAMED, *others)
+             if isinstance(c.get(k), (str, dict, AddedToken))]
+    tokens = [t for _, t in sorted(added.items())]
+    present = own | {t.content for t in tokens}
+    for t in (*named, *map(token, extra)):
+        if str(t) not in present and t not in tokens:
+            tokens.append(t)
+
+    # One that was described twice comes twice, and the last description counts.
+    tokens = [AddedToken(t, special=True) if isinstance(t, str) else t for t in tokens]
+    names = {*map(str, named)}
+    for t in tokens:
+        if t.content in names and not t.special:
+            t.special = True
+    return tokens
+
+
+def _json_or_nothing(path: Path) -> dict:
+    """The object in a JSON file, {} if there is no file."""
+    return read_json(path, dict) if path.exists() else {}
+
 
 def _without_tokenizer(folder: Path) -> str:
     """What helps a folder without tokenizer.json: the end of an error."""
@@ -887,10 +1026,12 @@ def _without_tokenizer(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _tokenizer_errors(path: Path) -> Iterator[None]:
+def _tokenizer_errors(path: str | Path) -> Iterator[None]:
     """Turns any failure of the tokenizers library into a DataError that names the file."""
     try:
         yield
+    except DataError:
+        raise
     except BaseException as e:
         # A panic of its Rust code is a BaseException, as Ctrl-C is, and its class has no import.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":

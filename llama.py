@@ -41,6 +41,15 @@ class ModelError(ValueError):
     """A model folder or a prompt that cannot be used: what, where, and the remedy, in one line."""
 
 
+class FileError(ModelError):
+    """A file of a model folder that is missing, or is not what its name says. A caller who knows
+    other layouts of folders can look at `path` and say more."""
+
+    def __init__(self, path: Path, fault: str):
+        super().__init__(f"{path}: {fault}")
+        self.path = path
+
+
 # --------------------------------------------------------------------------------------------------
 # configuration
 
@@ -106,7 +115,7 @@ def read_config(path: Path) -> Config:
         raise ModelError(f"{path}: model_type is {c.get('model_type')!r}, and only 'llama' is "
                          "known here: choose a folder of Llama, TinyLlama, SmolLM or another "
                          "LLaMA-architecture model")
-    if c.get("hidden_act", "silu") != "silu":
+    if c.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise ModelError(f"{path}: hidden_act is {c['hidden_act']!r}, a LLaMA has 'silu': "
                          "choose another folder")
 
@@ -245,14 +254,17 @@ def _read_json(path: Path) -> dict:
             raise OSError("larger than 256 MiB")
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file: {other_kind(path.parent)}") from None
+        raise FileError(path, f"no such file: {EXPECTED}") from None
     except (OSError, ValueError, RecursionError) as e:
-        explanation = not_the_file(path) or f"cannot be read as JSON ({e}): fetch it again"
-        raise ModelError(f"{path}: {explanation}") from None
+        raise FileError(path, f"cannot be read as JSON ({e}): fetch it again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds {type(value).__name__}, expected a JSON object: "
                          "fetch it again")
     return value
+
+
+EXPECTED = ("expected a Hugging Face model folder with config.json, tokenizer.json and safetensors "
+            "weights")
 
 
 def regular(path: Path) -> Path:
@@ -957,7 +969,8 @@ def load(folder: str | Path, dtype: str | torch.dtype | None = None, device: str
         with _open(path) as file:
             for name, w in weights.items():
                 if w.path == path:
-                    tensors[name] = _finite(w, file.get_tensor(w.name).to(device, dtype))
+                    own = file.get_tensor(w.name)
+                    tensors[name] = _checked(w, own.to(device, dtype), own)
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False)
 
@@ -995,9 +1008,9 @@ def weight_files(folder: Path) -> list[str]:
         # a path from the index could reach any file of this machine, so only plain file names are
         # accepted; symbolic links are followed, because the hub's cache consists of them
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]{0,200}", file, re.A):
-            raise ModelError(f"{index}: {name!r:.80} is said to be in {file!r:.80}, which is not "
-                             "a file name in this folder: do not use this folder unless you "
-                             "trust its maker")
+            raise ModelError(f"{index}: {name!r:.80} is said to be in {file!r:.200}, which is not "
+                             "a file name in this folder: if you trust the folder's maker, put "
+                             "the file there, and write its name alone")
     return sorted(set(weight_map.values()))
 
 
@@ -1009,18 +1022,19 @@ def _stored(folder: Path) -> dict[str, Stored]:
                          "transformers would add to them: merge it with PEFT's "
                          "merge_and_unload(), or delete the adapter's files")
     if not any((folder / name).exists() for name in files):
-        others = [p.name for p in folder.glob("*.safetensors") if "adapter" not in p.name]
-        raise ModelError(f"{folder / files[0]}: no such file: " + (
-            f"the weights are in {others[0]}: rename it to model.safetensors" if len(others) == 1
-            else other_kind(folder)))
+        raise FileError(folder / files[0], f"no such file: {EXPECTED}")
     stored: dict[str, Stored] = {}
     for file_name in files:
         path = folder / file_name
         with _open(path) as file:
             for name in file.keys():
                 if name in stored:
-                    raise ModelError(f"{path}: tensor {name!r} is in {stored[name].path.name} "
-                                     "too: delete the file that is not of this model")
+                    raise ModelError(
+                        f"{path}: tensor {name!r:.120} is in {stored[name].path.name} too: delete "
+                        "it from the file in which it is not meant: `python -c \"from "
+                        f"safetensors.torch import load_file as l, save_file as s; f = '{path}'; "
+                        f"s({{k: t.clone() for k, t in l(f).items() if k != {name!r}}}, f, "
+                        "dict(format='pt'))\"`, where f is the file")
                 piece = file.get_slice(name)
                 stored[name] = Stored(path, name, tuple(piece.get_shape()), piece.get_dtype())
     return stored
@@ -1028,7 +1042,7 @@ def _stored(folder: Path) -> dict[str, Stored]:
 
 @contextmanager
 def _open(path: Path) -> Iterator:
-    """The safetensors file at path, with errors that say what it is instead."""
+    """The safetensors file at path."""
     try:
         with safe_open(regular(path), framework="pt") as file:
             yield file
@@ -1036,9 +1050,8 @@ def _open(path: Path) -> Iterator:
         raise ModelError(f"{path}: no such file, though the folder's index or layout asks for "
                          "it: fetch it again") from None
     except (SafetensorError, OSError) as e:
-        explanation = (not_the_file(path)
-                       or f"not a readable safetensors file ({cause(e)}): fetch it again")
-        raise ModelError(f"{path}: {explanation}") from None
+        raise FileError(path, f"not a readable safetensors file ({cause(e)}): fetch it "
+                              "again") from None
 
 
 # The types of weights that are numbers themselves. Everything else is a code for numbers.
@@ -1169,62 +1182,20 @@ def _home(folder: Path, name: str) -> str:
     return f", which {index.name} says is in {file}" if file else ""
 
 
-def _finite(stored: Stored, weight: Tensor) -> Tensor:
+def _checked(stored: Stored, weight: Tensor, own: Tensor) -> Tensor:
+    """weight, if it is finite. own: the same as the file has it."""
+    if _is_finite(weight):
+        return weight
+    fault = f"{stored.path}: tensor {stored.name!r:.120} holds numbers that are not finite"
+    if _is_finite(own.to(torch.bfloat16)):
+        raise ModelError(f"{fault} in {weight.dtype}: use --dtype bfloat16")
+    raise ModelError(f"{fault}: fetch it again; if its maker's file has them too, choose an "
+                     "earlier checkpoint or another model, for no dtype helps")
+
+
+def _is_finite(t: Tensor) -> bool:
     # torch.isfinite would allocate another tensor of this size
-    if not all(map(math.isfinite, torch.stack(weight.aminmax()).tolist())):
-        raise ModelError(f"{stored.path}: tensor {stored.name!r} holds numbers that are not "
-                         f"finite in {weight.dtype}: fetch it again, or use "
-                         "--dtype bfloat16")
-    return weight
-
-
-# --------------------------------------------------------------------------------------------------
-# what a folder or a file is instead
-
-
-# the line that makes a folder in Hugging Face's layout
-SAVE = "`python -c \"from transformers import AutoModelForCausalLM as A; " \
-       "A.from_pretrained({}).save_pretrained('NEW')\"`"
-
-# files that tell a folder's kind -> what it is, and what to do. {file} is the first such file.
-KINDS = {
-    "snapshots/*/config.json": "this is a model's root in the hub's cache: give {file.parent}",
-    "adapter_config.json": "this is an adapter, not a model: give --model the model that "
-                           "{file} names as base_model_name_or_path",
-    "consolidated.*.pth": "this is Meta's own layout: fetch the model in Hugging Face's layout "
-                          "(`hf download NAME --exclude 'original/*'`); or convert it with "
-                          "convert_llama_weights_to_hf.py of transformers 4",
-    "*.gguf": "{file.name} is GGUF, which is quantised: give the folder it was made from; or run "
-              + SAVE.format("'{folder}', gguf_file='{file.name}'")
-              + ", copy tokenizer.json there, and give NEW",
-    "pytorch_model*.bin": "the weights are pickled, and a pickle may run code: if you trust it, "
-                          "run " + SAVE.format("'{folder}'") + ", copy tokenizer.json there, and "
-                          "give NEW",
-}
-
-
-def other_kind(folder: Path) -> str:
-    """What a folder without config.json or weights is, and what helps: the end of an error."""
-    for pattern, text in KINDS.items():
-        files = sorted(folder.glob(pattern))
-        if files:
-            return text.format(file=files[0], folder=folder)
-    return ("expected a Hugging Face model folder with config.json, tokenizer.json and "
-            "safetensors weights")
-
-
-def not_the_file(path: Path) -> str | None:
-    """What a file is that something else was saved as, and what helps: the end of an error."""
-    try:
-        with regular(path).open("rb") as file:
-            start = file.read(100).lstrip().lower()
-    except OSError:
-        return None
-    if start.startswith(b"version https://git-lfs"):
-        return "this is a git-lfs pointer, not the file: run `git lfs pull` in its folder"
-    if start.startswith((b"<!doctype", b"<html")):
-        return "this is a web page, not the file: fetch it again by the page's download link"
-    return None
+    return all(map(math.isfinite, torch.stack(t.aminmax()).tolist()))
 
 
 def cause(e: Exception) -> str:

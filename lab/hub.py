@@ -7,11 +7,16 @@ from pathlib import Path
 
 import llama
 from lab.console import UserError, one_line, say
+from lab.foreign import explained
 from lab.settings import TINY, ModelSettings, on_hub
 
 GENERATION = "generation_config.json"  # names the tokens that end an answer, beside config.json
-WANTED = ["config.json", GENERATION, "tokenizer.json", "model.safetensors.index.json",
-          "*.safetensors"]
+SETTINGS = "tokenizer_config.json"  # may name tokens that tokenizer.json has not
+# Files that not every model has -> what is not known without them.
+OPTIONAL = {GENERATION: "config.json alone says which tokens end an answer",
+            SETTINGS: "tokenizer.json alone says which tokens there are"}
+WANTED = ["config.json", "tokenizer.json", "model.safetensors.index.json", "*.safetensors",
+          *OPTIONAL, "special_tokens_map.json", "added_tokens.json"]
 UNWANTED = ["*/*", "consolidated*"]  # the same weights again, in another layout
 
 
@@ -29,7 +34,9 @@ def model_folder(settings: ModelSettings) -> Path:
 
 def needed_files(folder: Path) -> list[str]:
     """What a model's folder must have to be loaded: its configuration, tokenizer and weights."""
-    return sorted({"config.json", "tokenizer.json", *llama.weight_files(folder)})
+    with explained():
+        weights = llama.weight_files(folder)
+    return sorted({"config.json", "tokenizer.json", *weights})
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -59,10 +66,10 @@ def from_hub(name: str, revision: str | None) -> Path:
     if folder is None:
         return fetch(name, revision)
     # None means that the file is not there and that nobody has asked the hub for it yet.
-    if try_to_load_from_cache(name, GENERATION, revision=folder.name) is None:
-        say(f"{name}: no {GENERATION} in the cache, so config.json alone says which tokens end an "
-            f"answer: `hf download {name} {GENERATION} --revision {folder.name}` fetches it, if "
-            "there is one")
+    for file, consequence in OPTIONAL.items():
+        if try_to_load_from_cache(name, file, revision=folder.name) is None:
+            say(f"{name}: no {file} in the cache, so {consequence}: `hf download {name} {file} "
+                f"--revision {folder.name}` fetches it, if there is one")
     return folder
 
 
@@ -91,10 +98,11 @@ def _download(name: str, revision: str | None) -> Path:
     # The name of the snapshot's folder is the commit, so that both downloads are of one version.
     folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=WANTED,
                                     ignore_patterns=UNWANTED))
-    if not (folder / GENERATION).exists():
-        # Asking once writes into the cache that the hub has none.
-        with contextlib.suppress(EntryNotFoundError):
-            hf_hub_download(name, GENERATION, revision=folder.name)
+    for file in OPTIONAL:
+        if not (folder / file).exists():
+            # Asking once writes into the cache that the hub has none.
+            with contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(name, file, revision=folder.name)
     return folder
 
 

@@ -22,6 +22,7 @@ import priors
 from lab.console import UserError, file_list, say
 from lab.files import checksum
 from lab.folder import Run
+from lab.foreign import explained
 from lab.hub import GENERATION, from_hub, model_folder, needed_files
 from lab.processes import shard_model
 from lab.settings import (BUNDLED, TINY, TOKENS, DataSettings, ModelSettings, PriorSettings,
@@ -60,7 +61,8 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     check_device(settings.device)
 
     # A model that is divided among devices may be too large for one of them.
-    model = llama.load(folder, settings.dtype, "cpu" if shard else settings.device, say)
+    with explained():
+        model = llama.load(folder, settings.dtype, "cpu" if shard else settings.device, say)
     if shard:
         shard_model(model, settings.device)
     c = model.config
@@ -68,7 +70,13 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
         try_tokenizer(folder / "tokenizer.json")
     vocabulary = data.Vocabulary(folder, c.eos_token_id,
                                  c.bos_token_id if settings.bos == "always" else None,
-                                 c.vocab_size)
+                                 c.vocab_size, c.bos_token_id)
+    for remark in vocabulary.remarks:
+        say(remark)
+    if vocabulary.adds_bos and c.bos_token_id not in (None, vocabulary.bos):
+        say(f"{folder.name}: its tokenizer puts token {vocabulary.bos} in front of a text, as in "
+            f"transformers, and config.json's bos_token_id is {c.bos_token_id}: both count as "
+            "special")
     if vocabulary.unembedded:
         say(f"{folder.name}: its tokenizer has {len(vocabulary.unembedded)} tokens that the model "
             f"does not embed, such as {next(iter(vocabulary.unembedded.values()))!r}; a text with "

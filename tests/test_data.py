@@ -572,7 +572,7 @@ def vocabulary(tmp_path):
                                                      special_tokens=[("<bos>", 0)])
     t.decoder = decoders.ByteLevel()
     t.enable_truncation(5)  # published tokenizers carry such settings; they must not apply
-    t.enable_padding(length=50)
+    t.enable_padding(length=50, pad_id=1, pad_token="<eos>")
     t.save(str(tmp_path / "tokenizer.json"))
     return data.Vocabulary(tmp_path, (1,))
 

@@ -24,6 +24,8 @@ from lab.settings import ModelSettings
 
 ROOT = Path(promptprior.__file__).parent
 COMMIT, OLDER = "a" * 40, "b" * 40
+TOKENS = {"tokenizer_config.json": b"{}", "special_tokens_map.json": b"{ }",
+          "added_tokens.json": b"{}\n"}
 
 
 def lay_out(cache, name, commit, files, ref="main"):
@@ -229,8 +231,8 @@ def hub(files):
         "org/whole": files[0] | {
             "README.md": b"#", "pytorch_model.bin": b"\x80", "consolidated.safetensors": b"0",
             "original/consolidated.00.pth": b"\x80", "onnx/model.safetensors": b"0",
-            "tokenizer_config.json": b"{}"},
-        "org/shards": files[1],
+            **TOKENS},
+        "org/shards": files[1] | TOKENS,
         "org/bare": {k: v for k, v in files[0].items() if k != "generation_config.json"}, "org/gated": files[0],
         "org/bert": files[0] | {"config.json": b'{"model_type": "bert"}'},
         "org/pickle": {k: v for k, v in files[0].items() if k != "model.safetensors"} | {
@@ -247,8 +249,8 @@ def test_a_download_takes_what_is_needed_and_a_mistake_is_one_line(hub, tmp_path
                        "org/gated", "org/private", "org/none", "org/whole@v9", "org/broken")
     assert len(out) == 9, (out, err)
     assert Path(out[0]).name == COMMIT
-    assert {p.name: p.read_bytes() for p in Path(out[0]).iterdir()} == files[0]
-    assert {p.name: p.read_bytes() for p in Path(out[1]).iterdir()} == files[1]
+    for k in range(2):
+        assert {p.name: p.read_bytes() for p in Path(out[k]).iterdir()} == files[k] | TOKENS
     assert "model_type is 'bert'" in out[2]
     assert [f for name, f in Hub.asked if name == "org/bert"] == ["config.json"]
     assert "no model.safetensors came from the hub or its cache: run `hf download org/pickle`" in out[3]
@@ -264,14 +266,18 @@ def test_a_download_takes_what_is_needed_and_a_mistake_is_one_line(hub, tmp_path
         m.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         folder = model_folder(ModelSettings(model="org/whole"))
     assert str(folder) == out[0] and len(Hub.asked) == count
-    # and what tells a chat model's ends is missed, unless it is known that there is none
-    (folder / "generation_config.json").unlink()
+    # and what tells a chat model's ends, or names tokens, is missed, unless it is known that there
+    # is none
+    missed = "generation_config.json", "tokenizer_config.json"
+    for file in missed:
+        (folder / file).unlink()
     out, err = fetched(hub, tmp_path, "org/whole", "org/bare", "org/bare")
     assert not any("Error" in line for line in out)
-    assert err.count("no generation_config.json in the cache") == 1
-    assert f"`hf download org/whole generation_config.json --revision {COMMIT}`" in err
     assert not [f for name, f in Hub.asked[count:] if name == "org/whole"]
-    assert Hub.asked.count(("org/bare", "no generation_config.json")) == 1
+    for file in missed:
+        assert err.count(f"no {file} in the cache") == 1
+        assert f"`hf download org/whole {file} --revision {COMMIT}`" in err
+        assert Hub.asked.count(("org/bare", f"no {file}")) == 1
     hub.shutdown(), hub.server_close()
     out, _ = fetched(hub, tmp_path, "org/other")
     assert "the hub does not answer: run `hf download org/other`" in out[0]

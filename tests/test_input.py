@@ -211,13 +211,16 @@ def test_weights_that_are_not_finite(own, number):
     weights = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
     weights["model.norm.weight"][3] = number
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(llama.ModelError, match="'model.norm.weight' holds numbers.*not finite"):
-        llama.load(folder)
+    for dtype in (None, "float32", "bfloat16"):
+        with pytest.raises(llama.ModelError, match="'model.norm.weight' holds numbers that are not "
+                           "finite: fetch it again.*choose an earlier checkpoint"):
+            llama.load(folder, dtype)
     weights["model.norm.weight"][3] = 1e38  # is, until it is made half
     save_file(weights, folder / "model.safetensors")
     llama.load(folder)
-    with pytest.raises(llama.ModelError, match="not finite in torch.float16"):
+    with pytest.raises(llama.ModelError, match="in torch.float16: use --dtype bfloat16"):
         llama.load(folder, "float16")
+    llama.load(folder, "bfloat16")
 
 
 @pytest.mark.parametrize("part, name", [("model", "model.safetensors"),

@@ -5,8 +5,10 @@ The folder is made once, in a cache (542 MB; PROMPTPRIOR_SMOLLM2 names another p
 package cannot be had, these tests are skipped."""
 
 import fcntl
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +89,23 @@ def test_tokens_are_auto_tokenizers(folder, vocabulary):
     expected = [tokenizer(text).input_ids for text in texts]
     assert vocabulary.bos is None
     assert [vocabulary.encode(text) for text in texts] == vocabulary.encode_batch(texts) == expected
+
+
+def test_tokens_of_the_class_that_the_hub_names(folder, vocabulary, tmp_path):
+    """transformers 5 forgets the pre-tokenizer of GPT2Tokenizer's tokenizer.json, which tells where
+    two spaces stand before a digit. It is followed, and said."""
+    from transformers import AutoTokenizer
+
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(folder / name, tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "GPT2Tokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer, own = AutoTokenizer.from_pretrained(tmp_path), data.Vocabulary(tmp_path, (2,))
+    texts = varied_texts(60)
+    assert own.encode_batch(texts) == [tokenizer(text).input_ids for text in texts]
+    assert own.encode("a  12") != vocabulary.encode("a  12") and not vocabulary.remarks
+    assert "GPT2Tokenizer makes other tokens of some texts" in own.remarks[0]
 
 
 def token_ids(vocabulary, count: int) -> list[int]:

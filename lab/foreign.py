@@ -1,0 +1,127 @@
+"""What a model's folder is that llama.py cannot read, and what helps.
+
+llama.py reads good folders, and of others it says what they lack. Here the same error says what the
+folder or the file is instead, with the path to give or the command that converts it.
+
+    with explained():
+        model = llama.load(folder)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Iterator
+
+import data
+import llama
+from lab.console import UserError
+
+# the line that makes a folder in Hugging Face's layout
+SAVE = "`python -c \"from transformers import AutoModelForCausalLM as A; " \
+       "A.from_pretrained({}).save_pretrained('NEW')\"`"
+THEN = ", copy the tokenizer's files there, and give NEW"
+
+# files that tell a folder's kind -> what it is, and what to do. {file} is the first such file.
+KINDS = {
+    "adapter_config.json": "this is an adapter, not a model: give --model the model that "
+                           "{file} names as base_model_name_or_path",
+    "checkpoint-*/adapter_config.json": "this holds checkpoints of an adapter, not a model: give "
+                                        "--model the model that {file} names as "
+                                        "base_model_name_or_path",
+    "consolidated.*.pth": "this is Meta's own layout: fetch the model in Hugging Face's layout "
+                          "(`hf download NAME --exclude 'original/*'`); or convert it with "
+                          "convert_llama_weights_to_hf.py of transformers 4",
+    "*.gguf": "{file.name} is GGUF, which is quantised: give the folder it was made from; or run "
+              + SAVE.format("'{folder}', gguf_file='{file.name}'") + THEN,
+    "pytorch_model*.bin": "the weights are pickled, and a pickle may run code: if you trust it, "
+                          "run " + SAVE.format("'{folder}'") + THEN,
+}
+PICKLES = "pytorch_model.bin.index.json"  # names the files of pickled weights
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turn llama's error of a file that is missing, or is not what its name says, into a UserError
+    that says what is there instead, if this is known here."""
+    try:
+        yield
+    except llama.FileError as e:
+        explanation = _other_file(e.path) if e.path.exists() else _other_folder(e.path)
+        if not explanation:
+            raise
+        raise UserError(f"{e.path}: {explanation}") from None
+
+
+def _other_file(path: Path) -> str | None:
+    """What a file is that something else was saved as, and what helps."""
+    try:
+        with llama.regular(path).open("rb") as file:
+            start = file.read(100).lstrip().lower()
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "this is a git-lfs pointer, not the file: run `git lfs pull` in its folder"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "this is a web page, not the file: fetch it again by the page's download link"
+    return None
+
+
+def _other_folder(path: Path) -> str | None:
+    """What a folder is that lacks the file at path, its configuration or its weights."""
+    folder = path.parent
+    explanation = (_renamed_weights(path) or _cache(folder) or _checkpoints(folder)
+                   or _pickled_shards(folder))
+    for pattern, text in KINDS.items():
+        files = sorted(folder.glob(pattern))
+        if files and not explanation:
+            explanation = text.format(file=files[0], folder=folder)
+    return explanation and f"no such file: {explanation}"
+
+
+def _renamed_weights(path: Path) -> str | None:
+    others = [p.name for p in path.parent.glob("*.safetensors") if "adapter" not in p.name]
+    if path.suffix == ".safetensors" and len(others) == 1:
+        return f"the weights are in {others[0]}: rename it to model.safetensors"
+    return None
+
+
+def _cache(folder: Path) -> str | None:
+    """A model's folder in the hub's cache, or the one of its versions: give the version that the
+    branch main is, or else the newest."""
+    snapshots = folder if folder.resolve().name == "snapshots" else folder / "snapshots"
+    versions = {p.parent.name: p.parent for p in snapshots.glob("*/config.json")}
+    if not versions:
+        return None
+    main = snapshots / "../refs/main"
+    commit = main.read_text(errors="replace").strip() if main.is_file() else ""
+    newest = max(versions.values(), key=lambda version: version.stat().st_mtime)
+    return f"this is a model's root in the hub's cache: give {versions.get(commit, newest)}"
+
+
+def _checkpoints(folder: Path) -> str | None:
+    """A trainer's output, whose subfolders hold the model as it was after so many steps."""
+    steps = {int(p.parent.name.removeprefix("checkpoint-")): p.parent
+             for p in folder.glob("checkpoint-*/config.json")
+             if re.fullmatch(r"checkpoint-\d+", p.parent.name, re.A)}
+    if not steps:
+        return None
+    newest = steps[max(steps)]
+    lacks = "" if (newest / "tokenizer.json").exists() else (
+        ", after you have copied the tokenizer's files there")
+    return f"this is a trainer's output, and the model is in its checkpoints: give {newest}{lacks}"
+
+
+def _pickled_shards(folder: Path) -> str | None:
+    """Pickled weights of which files are missing. Of whole ones the kind is told by their names."""
+    if not (folder / PICKLES).exists():
+        return None
+    places = data.read_json(folder / PICKLES, dict).get("weight_map")
+    files = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+    missing = [name for name in files if not (folder / name).exists()]
+    if not missing:
+        return None
+    return (f"the weights are pickled, and {len(missing)} of the {len(files)} files that {PICKLES} "
+            f"names are missing, first {missing[0]!r:.80}: fetch them, or the model with "
+            "safetensors weights")

@@ -1,0 +1,139 @@
+"""What a folder that cannot be loaded is: doing what the line says makes it load."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import llama
+from lab.console import UserError
+from lab.foreign import explained
+from lab.hub import needed_files
+from lab.inputs import load_model
+from lab.settings import TINY, ModelSettings
+
+WEIGHTS = "model.safetensors"
+
+
+def told(folder) -> str:
+    with pytest.raises(UserError) as e, explained():
+        llama.load(folder)
+    assert "\n" not in str(e.value) and str(folder) in str(e.value)
+    return str(e.value)
+
+
+def given(line) -> str:
+    """The folder that a line says to give."""
+    return re.search(r"give (\S+?)(,|$)", line)[1]
+
+
+def run_command(line, monkeypatch, tmp_path):
+    """The command of a line, and the folder NEW that it makes."""
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r'`python -c "(.*)"`', line)[1])
+    return tmp_path / "NEW"
+
+
+def test_a_folder_of_the_hubs_cache(hf, tmp_path):
+    """That of the branch main; of several without it, the newest."""
+    _, folder = hf()
+    cache = tmp_path / "models--org--name"
+    for age, commit in enumerate(("bbb", "aaa", "ccc")):
+        shutil.copytree(folder, cache / "snapshots" / commit)
+        os.utime(cache / "snapshots" / commit, (1e9 - age, 1e9 - age))
+    for path in (cache, cache / "snapshots"):
+        assert given(told(path)) == str(cache / "snapshots/bbb")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("aaa")
+    for path in (cache, cache / "snapshots"):
+        assert f"{path}/config.json: no such file: this is a model's root in the" in told(path)
+        assert given(told(path)) == str(cache / "snapshots/aaa")
+    assert llama.load(given(told(cache)))
+
+
+def test_checkpoints_of_a_trainer(hf, tmp_path):
+    _, folder = hf()
+    output = tmp_path / "output"
+    for name in ("checkpoint-500", "checkpoint-1000", "checkpoint-90", "checkpoint-last"):
+        shutil.copytree(folder, output / name)
+    line = told(output)
+    assert "the model is in its checkpoints" in line
+    assert line.endswith("after you have copied the tokenizer's files there")
+    assert given(line) == str(output / "checkpoint-1000")
+    shutil.copy(folder / "config.json", output)  # some trainers leave it beside
+    shutil.copy(TINY / "tokenizer.json", output / "checkpoint-1000")
+    assert told(output).endswith(f"give {output / 'checkpoint-1000'}")
+    assert llama.load(output / "checkpoint-1000")
+
+
+def test_pickled_weights(hf, tmp_path, monkeypatch):
+    theirs, folder = hf()
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).rename(folder / "weights.safetensors")
+    assert "weights.safetensors: rename it to model.safetensors" in told(folder)
+    (folder / "weights.safetensors").rename(tmp_path / WEIGHTS)
+    new = run_command(told(folder), monkeypatch, tmp_path)
+    assert load_file(new / WEIGHTS).keys() == load_file(tmp_path / WEIGHTS).keys()
+    torch.testing.assert_close(llama.load(new).embeddings, theirs.get_input_embeddings().weight)
+
+
+def test_pickled_shards(hf, tmp_path, monkeypatch):
+    """A part of them is no model; the whole is converted."""
+    theirs, folder = hf()
+    (folder / WEIGHTS).unlink()
+    places = {}
+    for i, name in enumerate(theirs.state_dict()):
+        places[name] = f"pytorch_model-0000{i % 2 + 1}-of-00002.bin"
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert "pickled, and 2 of the 2 files" in told(folder)
+    for file in sorted(set(places.values())):
+        assert f"names are missing, first '{file}': fetch them" in told(folder)
+        torch.save({k: t for k, t in theirs.state_dict().items() if places[k] == file},
+                   folder / file)
+    new = run_command(told(folder), monkeypatch, tmp_path)
+    torch.testing.assert_close(llama.load(new).embeddings, theirs.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("consolidated.00.pth", "hf download"), ("q4.gguf", "gguf_file='q4.gguf'"),
+    ("adapter_config.json", "base_model_name_or_path"),
+    ("checkpoint-5/adapter_config.json", "base_model_name_or_path")])
+def test_other_kinds_of_folders(tmp_path, name, text):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"{}")
+    assert text in told(tmp_path)
+
+
+@pytest.mark.parametrize("content, text", [
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    ("<html>" * 99, "a web page, not the file")])
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, f"{WEIGHTS}.index.json"])
+def test_files_that_are_others(hf, name, content, text):
+    _, folder = hf()
+    if name.endswith("index.json"):
+        (folder / WEIGHTS).unlink()
+    (folder / name).write_text(content)
+    assert text in told(folder) and f"{name}: this is a" in told(folder)
+    if name.endswith("index.json"):
+        with pytest.raises(UserError, match=text):
+            needed_files(folder)
+
+
+def test_what_is_not_known_is_said_as_the_model_says_it(hf, tmp_path):
+    _, folder = hf()
+    (folder / WEIGHTS).write_bytes(b"x" * 99)
+    with pytest.raises(llama.ModelError, match="not a readable safetensors file"), explained():
+        llama.load(folder)
+    with pytest.raises(llama.ModelError, match="no such file: expected a Hugging"), explained():
+        llama.load(tmp_path)
+
+
+def test_a_command_explains_too(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="which is quantised"):
+        load_model(ModelSettings(model=str(tmp_path), device="cpu").complete())
