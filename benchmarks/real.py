@@ -358,8 +358,8 @@ def main() -> int:
         about, points = read_points(out)
         if not points:
             raise UserError(f"{out}/points.jsonl: no points in it: measure first")
-        write_file(out / "real.svg", picture(about, points).encode())
-        show(f"{table(points)}\n{agreement(points)}\n{out}/real.svg")
+        write_file(out / "against-peft.svg", picture(about, points).encode())
+        show(f"{table(points)}\n{agreement(points)}\n{out}/against-peft.svg")
         return 0
     except Stopped as e:
         # Behind the semicolon stands how `train` would go on.
