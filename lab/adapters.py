@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -202,10 +203,11 @@ def _numpy_rows(path: Path) -> Tensor:
     prompt-tuning have no ending)."""
     with reading(path, "floating-point rows (n, width) that numpy.save wrote",
                  "give such a file, or a PEFT adapter's folder"):
-        x = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
-        if x.dtype.kind != "f":
-            raise ValueError(f"it holds {x.dtype} numbers")
-        return torch.from_numpy(x.astype(np.float32))
+        with warnings.catch_warnings(action="ignore"):  # of Python 2's files, and of overflows
+            x = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
+            if x.dtype.kind != "f":
+                raise ValueError(f"it holds {x.dtype} numbers")
+            return torch.from_numpy(x.astype(np.float32))
 
 
 def _checked(x: Tensor, path: Path) -> Tensor:

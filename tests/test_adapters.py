@@ -181,6 +181,20 @@ def test_rows_in_numpys_format(hf, tmp_path):
         assert "\n" not in str(e.value)
 
 
+@pytest.mark.filterwarnings("error")
+def test_numpys_rows_raise_no_warning(hf, tmp_path):
+    """Of Python 2's files, of rows in columns' order, and of numbers that overflow."""
+    model, path, x = llama.load(hf()[1]), tmp_path / "x.npy", np.ones((2, 48), np.float32)
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2L, 48L), }".ljust(117) + b"\n"
+    path.write_bytes(b"\x93NUMPY\x01\x00v\x00" + header + x.tobytes())
+    assert (from_peft(path, model).layers[0].numpy() == x).all()
+    np.save(path, np.asfortranarray(x))
+    assert (from_peft(path, model).layers[0].numpy() == x).all()
+    np.save(path, np.full((2, 48), 1e300))
+    with pytest.raises(UserError, match="not finite"):
+        from_peft(path, model)
+
+
 def test_bad_adapters_are_one_line_with_the_remedy(hf, tmp_path):
     model = llama.load(hf()[1])
     made = {kind: peft_trained(hf()[0], tmp_path / kind, kind)
