@@ -286,7 +286,8 @@ def test_a_tokenizer_that_breaks_its_library_is_tried_in_a_child(own, refused, m
     path = folder / "tokenizer.json"
     whole = path.read_text()
     sample = ["sample", "--model", folder, "--tokens", "1", "--out", folder.parent / "x"]
-    monkeypatch.setattr(trial, "SECONDS", 2)
+    if "busy" in message:
+        monkeypatch.setattr(trial, "SECONDS", 2)
     path.write_text(json.dumps({**json.loads(whole), **change}))
     assert re.search(message, refused(*sample))
     path.write_text(whole)
