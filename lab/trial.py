@@ -8,14 +8,15 @@ A file that has passed is known by its checksum, and is not tried again.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import data
 from lab.console import UserError
-from lab.files import checksum
 
 MEMORY = 4 * 2**30  # bytes of address space; a vocabulary of 128,000 tokens takes a tenth
 SECONDS = 20  # of the processor; by the clock six times as many
@@ -47,8 +48,9 @@ sys.exit(3 if grown else 0)
 
 
 def try_tokenizer(path: Path) -> None:
-    """Raise UserError if a tokenizer.json cannot be used safely."""
-    mark = cache_folder() / f"tokenizer-{checksum([path])}"
+    """Raise UserError if a tokenizer.json cannot be used safely, DataError if it is no text."""
+    content = data.read_text(path).encode()  # refuses a pipe, and more than memory has room for
+    mark = cache_folder() / f"tokenizer-{hashlib.sha256(content).hexdigest()}"
     if mark.exists():
         return
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
