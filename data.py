@@ -2,7 +2,7 @@
 batches, and the scores of predictions.
 
 Needs tokenizers, and torch only in `collate`. It reads files and returns values; it never prints or
-writes, and knows nothing of models.
+writes, though the tokenizers library reports its panics, and knows nothing of models.
 
     examples = read("squad", "train-v1.1.json")          # [Example(context, question, ...), ...]
     rows = [encode(e, vocabulary, max_length=512) for e in examples]
@@ -20,7 +20,6 @@ import gzip
 import io
 import json
 import math
-import os
 import random
 import re
 import shlex
@@ -628,7 +627,7 @@ class Vocabulary:
             raise DataError(f"{self.path}: no such file: a model folder needs its tokenizer.json: "
                             "fetch it")
         text = read_text(self.path)
-        with _silent_stderr(), _tokenizer_errors(self.path):
+        with _tokenizer_errors(self.path):
             self.tokenizer = Tokenizer.from_str(text)
             if getattr(self.tokenizer.model, "dropout", None):
                 self.tokenizer.model.dropout = None  # it would draw other tokens each time
@@ -900,23 +899,6 @@ def _tokenizer_errors(path: str | Path) -> Iterator[None]:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise DataError(f"{path}: not a tokenizer ({e}): fetch it again") from None
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drops what native code writes to stderr: a panic in Rust prints its own report there."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # the process has no stderr
-        yield
-        return
-    try:
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 2)
-            yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 class Row(NamedTuple):

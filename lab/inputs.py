@@ -19,7 +19,7 @@ import torch
 import data
 import llama
 import priors
-from lab.console import UserError, file_list, say
+from lab.console import UserError, file_list, say, silent_stderr
 from lab.files import checksum
 from lab.folder import Run
 from lab.foreign_data import check_data
@@ -70,9 +70,9 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     check_tokenizer(folder)
     if folder != TINY and (folder / "tokenizer.json").is_file():
         try_tokenizer(folder / "tokenizer.json")
-    vocabulary = data.Vocabulary(folder, c.eos_token_id,
-                                 c.bos_token_id if settings.bos == "always" else None,
-                                 c.vocab_size, c.bos_token_id)
+    bos = c.bos_token_id if settings.bos == "always" else None
+    with silent_stderr():
+        vocabulary = data.Vocabulary(folder, c.eos_token_id, bos, c.vocab_size, c.bos_token_id)
     for remark in vocabulary.remarks:
         say(remark)
     if vocabulary.adds_bos and c.bos_token_id not in (None, vocabulary.bos):
