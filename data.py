@@ -175,11 +175,15 @@ def json_lines(text: str, path: str | Path) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path} line {number}"
-            value = parse_json(line, where)
-            if not isinstance(value, dict):
-                raise DataError(f"{where}: holds {type(value).__name__}, expected an object with "
-                                "named fields: check the file's kind")
-            yield where, value
+            yield where, _object(parse_json(line, where), where)
+
+
+def _object(value, where: str) -> dict:
+    """value, a JSON object. Raises DataError that begins with `where` for any other value."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: holds {type(value).__name__}, expected an object with named "
+                        "fields: check the file's kind")
+    return value
 
 
 TABLES = (".csv", ".tsv")
@@ -208,7 +212,7 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, dict]]:
         found = ((f"{path} record {number}", record)
                  for number, record in enumerate(_record_list(value, path), 1))
     for where, record in found:
-        yield where, _unwrapped(record)
+        yield where, _object(_unwrapped(record), where)
 
 
 def _unwrapped(record):
@@ -256,9 +260,6 @@ def _choose_list(lists: dict[str, list], path: Path) -> str:
 
 def _field(record: dict, key: str, type_: type, where: str):
     """record[key]. Raises DataError that begins with `where` if it is absent or of another type."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: found {type(record).__name__}, expected an object with named "
-                        "fields: check the file's kind")
     value = record.get(key)
     if not isinstance(value, type_):
         actual = f"{key!r} is {type(value).__name__}" if key in record else f"no {key!r}"
@@ -286,13 +287,12 @@ def _read_squad(path: Path) -> Iterator[Example]:
 def _questions(item: dict, where: str, context: str | None = None, title: str = ""
                ) -> Iterator[Example]:
     """The questions of an article, a paragraph, or a record of one question."""
-    if isinstance(item, dict):
-        title = str(item.get("title") or title)
-    if isinstance(item, dict) and "paragraphs" in item:
+    title = str(_object(item, where).get("title") or title)
+    if "paragraphs" in item:
         for number, paragraph in enumerate(_field(item, "paragraphs", list, where)):
             yield from _questions(paragraph, f"{where} paragraph {number}", title=title)
         return
-    if isinstance(item, dict) and "qas" in item:
+    if "qas" in item:
         context = _field(item, "context", str, where)
         for question in _field(item, "qas", list, where):
             yield from _questions(question, where, context, title)
@@ -307,7 +307,7 @@ def _questions(item: dict, where: str, context: str | None = None, title: str = 
 def _answers(record: dict, where: str) -> tuple[str, ...]:
     """All accepted answers: {"text": [...]}, [{"text": ...}, ...], [...], or a single text; under
     "answers", or "answer" where a record has no "answers"."""
-    if not isinstance(record, dict) or not {"answers", "answer"} & record.keys():
+    if not {"answers", "answer"} & record.keys():
         _field(record, "answers", dict, where)  # raises
     answers = record.get("answers")
     if answers is None:
@@ -537,7 +537,7 @@ def _read_texts(path: Path) -> Iterator[Example]:
         for number, line in _lines(path):
             if line.strip():
                 where = f"{path} line {number}"
-                text = _field(parse_json(line, where), "text", str, where)
+                text = _field(_object(parse_json(line, where), where), "text", str, where)
                 yield Example(f"{path.stem}-{number}", "text", text, "", ())
     else:
         for number, text in enumerate(_paragraphs(path), 1):

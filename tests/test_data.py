@@ -396,6 +396,13 @@ def test_bad_files(tmp_path, name):
     assert file in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("kind", [k for k, reader in data.READERS.items() if k != "text"])
+@pytest.mark.parametrize("text, what", [('["x"]', "str"), ("null", "NoneType"), ("[[]]", "list")])
+def test_records_that_are_no_objects(tmp_path, kind, text, what):
+    with pytest.raises(data.DataError, match=f"record 1: holds {what}, expected an object with"):
+        data.read(kind, write(tmp_path / "x.json", text))
+
+
 def test_a_folder_or_glob_is_read_in_order_and_to_any_depth(tmp_path):
     (tmp_path / "b" / "c").mkdir(parents=True)
     for name in ("b/c/2.txt", "a.txt", "b/1.txt", "b/note.md", ".hidden.txt"):
