@@ -2,7 +2,7 @@
 batches, and the scores of predictions.
 
 Needs tokenizers, and torch only in `collate`. It reads files and returns values; it never prints or
-writes, and knows nothing of models.
+writes, though the tokenizers library reports its panics, and knows nothing of models.
 
     examples = read("squad", "train-v1.1.json")          # [Example(context, question, ...), ...]
     rows = [encode(e, vocabulary, max_length=512) for e in examples]
@@ -20,7 +20,6 @@ import gzip
 import io
 import json
 import math
-import os
 import random
 import re
 import shlex
@@ -82,26 +81,16 @@ def stream(kind: str, path: str) -> Iterator[Example]:
 
 
 def files_of(kind: str, path: str) -> list[Path]:
-    """The files that a path stands for, sorted: the file itself, those in a folder (at any depth)
-    whose names are as the kind's are, or those that a glob matches."""
-    return _chosen_files(kind, path)[0]
-
-
-def left_out(kind: str, path: str) -> list[Path]:
-    """The files in a folder that end as the kind's do and are not read: beside DeepMind's modules
-    all that are named otherwise, and readmes and licences that would be read as sums."""
-    return _chosen_files(kind, path)[1]
-
-
-def _chosen_files(kind: str, path: str) -> tuple[list[Path], list[Path]]:
-    root, names, below = Path(path), None, []
+    """The files that a path stands for, sorted: the file itself, those that a glob matches, or
+    those in a folder that end as the kind's do; of them only DeepMind's modules, if there are any,
+    and no readmes and licences that would be read as sums. Raises DataError if there are none."""
+    root, names = Path(path), None
     expected = "a file, a folder, or a pattern that matches files"
     try:
         if root.is_dir():
             _, suffixes, names = READERS[kind]
             expected = f"a file ending in {' or '.join(suffixes)} below it"
-            below = [p for p in root.rglob("*") if not _is_hidden(p.relative_to(root))]
-            candidates = [p for p in below if p.name.lower().endswith(suffixes)]
+            candidates = [p for p in files_below(root) if p.name.lower().endswith(suffixes)]
         elif root.exists():
             candidates = [root]
         else:
@@ -113,130 +102,17 @@ def _chosen_files(kind: str, path: str) -> tuple[list[Path], list[Path]]:
         files = sorted(p for p in candidates if p.is_file())  # reading a pipe could wait for ever
     except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read ({e}): check the path") from None
-    arrow_files = sorted(p for p in below if p.suffix == ".arrow")
-    if arrow_files:
-        _refuse_arrow(path, arrow_files)
     if not files:
-        for other in sorted(below)[:1000]:  # a file of another kind has another ending
-            with contextlib.suppress(OSError):
-                if other.is_file():
-                    _refuse_other_kinds(other)
         raise DataError(f"{path}: nothing found, expected {expected}: check the path")
-    if not names:
-        return files, []
-    chosen = [p for p in files if p.match(names)] or [
+    return files if not names else [p for p in files if p.match(names)] or [
         p for p in files if not p.name.upper().startswith(("README", "LICENSE"))] or files
-    return chosen, [p for p in files if p not in chosen]
 
 
-def _is_hidden(path: Path) -> bool:
-    """Whether a path below a folder is the system's or an editor's, as a glob does not find it."""
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
-
-
-def _refuse_arrow(path: str, files: list[Path]) -> None:
-    """Raise DataError for a folder of Arrow files: of datasets' cache, or of its save_to_disk,
-    which leaves a state.json, and makes a folder of every split."""
-    names = ", ".join(sorted({file.parent.name for file in files}))
-    file = next((file for file in files if file.parent.name == "train"), files[0])
-    remedy = _export("datasets", "datasets.Dataset.from_file(p)", file)
-    if (file.parent / "state.json").exists():
-        remedy = _export("datasets", "datasets.load_from_disk(p)", file.parent)
-    raise DataError(f"{path}: a folder of Arrow files, in {names:.200}, of which one is read at "
-                    f"once: {remedy}")
-
-
-# --------------------------------------------------------------------------------------------------
-# files of other kinds, and the commands that turn them into one that is read
-
-
-def _export(modules: str, table: str, path: Path, ending: str = ".jsonl") -> str:
-    """The remedy for a table that Python libraries read. table: the code that makes it of the path
-    p. ending: .csv where lists were written as texts, or numbers may be answers."""
-    write = {".jsonl": "to_json(p + '.jsonl', orient='records', lines=True)",
-             ".csv": "to_csv(p + '.csv', index=False)"}[ending]
-    return (f"convert it by `python -c \"import sys, {modules}; p = sys.argv[1]; {table}.{write}\" "
-            f"{shlex.quote(str(path))}` and give {path}{ending}")
-
-
-def _pandas(what: str, table: str, ending: str = ".jsonl") -> Callable[[Path], str]:
-    return lambda path: f"{what}: " + _export("pandas", f"pandas.{table}", path, ending)
-
-
-def _archive(what: str, command: str) -> Callable[[Path], str]:
-    """command: what unpacks PATH into the folder DIR."""
-    def explain(path: Path) -> str:
-        target = path.with_name(f"{path.stem}-unpacked")
-        words = {"PATH": shlex.quote(str(path)), "DIR": shlex.quote(str(target))}
-        filled = re.sub("PATH|DIR", lambda m: words[m[0]], command)
-        return f"{what}: unpack it by `{filled}` and give {target}"
-
-    return explain
-
-
-def _packed(what: str, command: str) -> Callable[[Path], str]:
-    """command: what unpacks its standard input."""
-    def explain(path: Path) -> str:
-        is_named = path.suffix.lower() in (".gz", ".xz", ".zst", ".bz2")
-        target = path.with_suffix("") if is_named else path.with_name(f"unpacked-{path.name}")
-        return (f"packed by {what}: unpack it by `{command} < {shlex.quote(str(path))} > "
-                f"{shlex.quote(str(target))}` and give {target}")
-
-    return explain
-
-
-def _zip(path: Path) -> str:
-    """An Excel table is a zip of files, whose names stand at its end."""
-    with open(path, "rb") as file:
-        file.seek(-min(path.stat().st_size, 2**16), os.SEEK_END)
-        is_table = b"xl/workbook.xml" in file.read()
-    return _excel(path) if is_table else _unzip(path)
-
-
-_excel = _pandas("an Excel table", "read_excel(p, dtype=str)", ".csv")
-_unzip = _archive("a zip archive", "python -m zipfile -e PATH DIR")
-_tar = _archive("a tar archive", "python -m tarfile -e PATH DIR")
-TRUST = "which can run any program, so only if you trust its maker"
-
-# How a file that is no text begins, as a regular expression -> what it is, and what helps.
-SIGNATURES: dict[bytes, Callable[[Path], str]] = {
-    rb"PAR1": _pandas("a Parquet file", "read_parquet(p)"),
-    rb"ARROW1": _pandas("an Arrow file", "read_feather(p)"),
-    rb"\xff{4}": lambda path: "an Arrow stream: " + _export(
-        "datasets", "datasets.Dataset.from_file(p)", path),
-    rb"PK\x03\x04": _zip,
-    rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": _excel,
-    rb"SQLite format 3\0": lambda path: "an SQLite database, of whose first table: " + _export(
-        "sqlite3, pandas", "d = sqlite3.connect(p); t, = d.execute('select name from sqlite_master "
-        "where type = ? and name not like ?', ('table', 'sqlite%')).fetchone(); "
-        "pandas.read_sql(f'select * from [{t}]', d)", path, ".csv"),
-    rb"\x89HDF\r\n\x1a\n": _pandas("an HDF5 file", "read_hdf(p)"),
-    rb"\x80[\x02-\x05]": _pandas(f"a pickle, {TRUST}", "DataFrame(pandas.read_pickle(p))"),
-    rb"\x93NUMPY": lambda path: "a numpy array: if its fields have names and are no objects, "
-                                 + _export("numpy, pandas", "pandas.DataFrame(numpy.load(p))",
-                                           path, ".csv"),
-    rb"(?s).{257}ustar": _tar,
-    rb"7z\xbc\xaf\x27\x1c": _archive("a 7z archive", "7z x PATH -oDIR"),
-    rb"\x1f\x8b": _packed("gzip", "gzip -d"),
-    rb"\xfd7zXZ\0": _packed("xz", "xz -d"),
-    rb"\x28\xb5\x2f\xfd": _packed("zstd", "zstd -d"),
-    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": _packed("bzip2", "bzip2 -d"),
-    rb"version https://git-lfs": lambda path: "a git-lfs pointer, not the data: run `git lfs "
-                                              "pull` in its folder",
-    rb"(?i)\s*<(!doctype )?html": lambda path: "a web page, not the data: fetch it by the page's "
-                                               "download link",
-}
-
-
-def _refuse_other_kinds(path: Path, start: bytes | None = None) -> None:
-    """Raise DataError if a file is a known kind that is no text. start: its first 300 bytes or
-    more, if they have been read."""
-    if start is None:
-        with open(path, "rb") as file:
-            start = file.read(300)
-    for signature, explain in SIGNATURES.items():
-        if re.match(signature, start):
-            raise DataError(f"{path}: {explain(path)}")
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder at any depth, sorted, without what is the system's or an editor's, as a
+    glob does not find it either."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not any(
+        part.startswith((".", "__MACOSX")) for part in p.relative_to(folder).parts))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,9 +131,7 @@ def read_text(path: str | Path, most: int = LARGEST) -> str:
         if size > most:
             raise DataError(f"{path}: {size} bytes, and no more than {most} are read at once: "
                             "check the file, or divide it")
-        content = path.read_bytes()
-        _refuse_other_kinds(path, content[:300])
-        text = content.decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror}): check the path") from None
     except UnicodeDecodeError as e:
@@ -301,11 +175,15 @@ def json_lines(text: str, path: str | Path) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path} line {number}"
-            value = parse_json(line, where)
-            if not isinstance(value, dict):
-                raise DataError(f"{where}: holds {type(value).__name__}, expected an object with "
-                                "named fields: check the file's kind")
-            yield where, value
+            yield where, _object(parse_json(line, where), where)
+
+
+def _object(value, where: str) -> dict:
+    """value, a JSON object. Raises DataError that begins with `where` for any other value."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: holds {type(value).__name__}, expected an object with named "
+                        "fields: check the file's kind")
+    return value
 
 
 TABLES = (".csv", ".tsv")
@@ -334,7 +212,7 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, dict]]:
         found = ((f"{path} record {number}", record)
                  for number, record in enumerate(_record_list(value, path), 1))
     for where, record in found:
-        yield where, _unwrapped(record)
+        yield where, _object(_unwrapped(record), where)
 
 
 def _unwrapped(record):
@@ -382,9 +260,6 @@ def _choose_list(lists: dict[str, list], path: Path) -> str:
 
 def _field(record: dict, key: str, type_: type, where: str):
     """record[key]. Raises DataError that begins with `where` if it is absent or of another type."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: found {type(record).__name__}, expected an object with named "
-                        "fields: check the file's kind")
     value = record.get(key)
     if not isinstance(value, type_):
         actual = f"{key!r} is {type(value).__name__}" if key in record else f"no {key!r}"
@@ -412,13 +287,12 @@ def _read_squad(path: Path) -> Iterator[Example]:
 def _questions(item: dict, where: str, context: str | None = None, title: str = ""
                ) -> Iterator[Example]:
     """The questions of an article, a paragraph, or a record of one question."""
-    if isinstance(item, dict):
-        title = str(item.get("title") or title)
-    if isinstance(item, dict) and "paragraphs" in item:
+    title = str(_object(item, where).get("title") or title)
+    if "paragraphs" in item:
         for number, paragraph in enumerate(_field(item, "paragraphs", list, where)):
             yield from _questions(paragraph, f"{where} paragraph {number}", title=title)
         return
-    if isinstance(item, dict) and "qas" in item:
+    if "qas" in item:
         context = _field(item, "context", str, where)
         for question in _field(item, "qas", list, where):
             yield from _questions(question, where, context, title)
@@ -433,7 +307,7 @@ def _questions(item: dict, where: str, context: str | None = None, title: str = 
 def _answers(record: dict, where: str) -> tuple[str, ...]:
     """All accepted answers: {"text": [...]}, [{"text": ...}, ...], [...], or a single text; under
     "answers", or "answer" where a record has no "answers"."""
-    if not isinstance(record, dict) or not {"answers", "answer"} & record.keys():
+    if not {"answers", "answer"} & record.keys():
         _field(record, "answers", dict, where)  # raises
     answers = record.get("answers")
     if answers is None:
@@ -663,7 +537,7 @@ def _read_texts(path: Path) -> Iterator[Example]:
         for number, line in _lines(path):
             if line.strip():
                 where = f"{path} line {number}"
-                text = _field(parse_json(line, where), "text", str, where)
+                text = _field(_object(parse_json(line, where), where), "text", str, where)
                 yield Example(f"{path.stem}-{number}", "text", text, "", ())
     else:
         for number, text in enumerate(_paragraphs(path), 1):
@@ -692,10 +566,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     number, size = 0, 0
     try:
         packed_size = path.stat().st_size
-        with open_file(path, "rb") as file:
-            _refuse_other_kinds(path, file.peek(300)[:300])
-            text = io.TextIOWrapper(file, encoding="utf-8-sig")
-            while line := text.readline(LONGEST + 1):
+        with open_file(path, "rt", encoding="utf-8-sig") as file:
+            while line := file.readline(LONGEST + 1):
                 number += 1
                 size += len(line)
                 where = f"{path} line {number}"
@@ -752,9 +624,10 @@ class Vocabulary:
         self.path = Path(folder) / "tokenizer.json"
         self.eos, self.config_bos = eos, config_bos
         if not self.path.is_file():
-            raise DataError(f"{self.path}: no such file: {_without_tokenizer(self.path.parent)}")
+            raise DataError(f"{self.path}: no such file: a model folder needs its tokenizer.json: "
+                            "fetch it")
         text = read_text(self.path)
-        with _silent_stderr(), _tokenizer_errors(self.path):
+        with _tokenizer_errors(self.path):
             self.tokenizer = Tokenizer.from_str(text)
             if getattr(self.tokenizer.model, "dropout", None):
                 self.tokenizer.model.dropout = None  # it would draw other tokens each time
@@ -1014,17 +887,6 @@ def _json_or_nothing(path: Path) -> dict:
     return read_json(path, dict) if path.exists() else {}
 
 
-def _without_tokenizer(folder: Path) -> str:
-    """What helps a folder without tokenizer.json: the end of an error."""
-    others = [name for name in ("tokenizer.model", "vocab.json", "spiece.model")
-              if (folder / name).exists()]
-    if not others:
-        return "a model folder needs its tokenizer.json: fetch it"
-    return (f"the folder has {others[0]}, from which `python -c \"from transformers import "
-            f"AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')\"` "
-            "makes it (pip install transformers sentencepiece)")
-
-
 @contextlib.contextmanager
 def _tokenizer_errors(path: str | Path) -> Iterator[None]:
     """Turns any failure of the tokenizers library into a DataError that names the file."""
@@ -1037,23 +899,6 @@ def _tokenizer_errors(path: str | Path) -> Iterator[None]:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise DataError(f"{path}: not a tokenizer ({e}): fetch it again") from None
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drops what native code writes to stderr: a panic in Rust prints its own report there."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # the process has no stderr
-        yield
-        return
-    try:
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 2)
-            yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 class Row(NamedTuple):

@@ -36,6 +36,7 @@ from lab.console import UserError, say, show
 from lab.evaluation import OpenRun, open_run
 from lab.files import free_place, read_tensors, reading, write_file
 from lab.folder import Run, versions
+from lab.foreign_data import not_foreign
 from lab.hub import model_folder
 from lab.inputs import check_place, check_same_model, checksums, load_model, longest_text
 from lab.settings import ModelSettings, Settings, flat, from_flags, on_hub, spec_name
@@ -154,7 +155,7 @@ def read(path: Path) -> Adapter:
         remedy = str(inside[0]) if inside else "a folder that PEFT's save_pretrained made"
         raise UserError(f"{path}: no {CONFIG} in it, so it is no adapter: give {remedy}")
 
-    config = data.read_json(path / CONFIG, dict)
+    config = data.read_json(not_foreign(path / CONFIG), dict)
     kind = config.get("peft_type")
     if kind not in ROWS + PREFIX:
         raise UserError(f"{path}: peft_type is {kind!r:.80}, which is no prompt that can stand "

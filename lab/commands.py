@@ -15,6 +15,7 @@ from typing import NamedTuple
 import data
 import priors
 from lab.console import one_line, say
+from lab.foreign_data import not_foreign
 from lab.settings import (DataSettings, ModelSettings, PriorSettings, PromptSettings,
                           TrainSettings, flag_name, setting, value_type)
 
@@ -261,11 +262,12 @@ def parse(arguments: list[str], description: str) -> tuple[str, dict]:
 
 def resolved(given: dict) -> dict:
     """Flags {name: value} with the text prompts of files among the others, without empty ones, and
-    with the line breaks and tabs that a separator names. Raises DataError for a file that cannot be
-    read."""
+    with the line breaks and tabs that a separator names. Raises DataError or UserError for a file
+    that cannot be read."""
     given = dict(given)
     if "text_file" in given:
-        texts = [data.read_text(path, most=2**20).rstrip("\n") for path in given.pop("text_file")]
+        texts = [data.read_text(not_foreign(path), most=2**20).rstrip("\n")
+                 for path in given.pop("text_file")]
         given["text"] = [*given.get("text", []), *texts]
     if "text" in given:
         given["text"] = [text for text in given["text"] if text]

@@ -6,11 +6,13 @@ file names may hold anything, so every text is cleaned of what a terminal would 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import re
 import sys
+from typing import Iterator
 
 LONGEST_LINE = 1000  # characters of an error message
 
@@ -93,6 +95,23 @@ def say(text: str) -> None:
     """Print a remark on standard error, in the first process only."""
     if FIRST:
         show(text, sys.stderr)
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Drop what native code writes to stderr: a panic in Rust prints its own report there."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # the process has no stderr
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 SILENCE = 30  # seconds at most between two lines of a stage, where there is no terminal

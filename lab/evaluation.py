@@ -25,6 +25,7 @@ from lab.console import (CALIBRATION, SCORES, SPREADS, Stopped, UserError, progr
                          table)
 from lab.files import checksum
 from lab.folder import Run, best_evaluation
+from lab.foreign_data import not_foreign
 from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
                         model_files, plain_prompts, read_questions, room_for_text, rows_per_layer,
                         sample_topics, topic, training_and_evaluation)
@@ -316,7 +317,8 @@ def command_generate(given: dict) -> None:
     # One text is a batch of one line. All are checked before the first is answered.
     lines = [("the text", {"text": options.beginning})]
     if options.batch is not None:
-        lines = list(data.json_lines(data.read_text(Path(options.batch)), options.batch))
+        text = data.read_text(not_foreign(options.batch))
+        lines = list(data.json_lines(text, options.batch))
     rows = [_asked(opened, where, line) for where, line in lines]
 
     settings = opened.settings

@@ -33,6 +33,7 @@ import llama
 from lab import posteriors
 from lab.console import UserError
 from lab.files import read_tensors, reading, write_file
+from lab.foreign_data import not_foreign
 from lab.hub import model_folder
 from lab.processes import rank_and_size
 from lab.settings import Settings, from_config
@@ -326,7 +327,7 @@ def read_config(path: Path) -> dict:
     if not path.exists():
         raise UserError(f"{path.parent}: no {path.name}, so no run is here: give the folder that "
                         "train made")
-    config = data.read_json(path, dict)
+    config = data.read_json(not_foreign(path), dict)
     settings = config.get("settings")
     if not isinstance(settings, dict) or not {
             "model", "prior", "data", "tokens", "cut", "seed"} <= settings.keys():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llama
 from lab.console import UserError, one_line, say
-from lab.foreign import explained
+from lab.foreign_models import explained
 from lab.settings import TINY, ModelSettings, on_hub
 
 GENERATION = "generation_config.json"  # names the tokens that end an answer, beside config.json

@@ -19,10 +19,11 @@ import torch
 import data
 import llama
 import priors
-from lab.console import UserError, file_list, say
+from lab.console import UserError, file_list, say, silent_stderr
 from lab.files import checksum
 from lab.folder import Run
-from lab.foreign import explained
+from lab.foreign_data import check_data
+from lab.foreign_models import check_tokenizer, explained
 from lab.hub import GENERATION, from_hub, model_folder, needed_files
 from lab.processes import shard_model
 from lab.settings import (BUNDLED, TINY, TOKENS, DataSettings, ModelSettings, PriorSettings,
@@ -66,11 +67,12 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     if shard:
         shard_model(model, settings.device)
     c = model.config
+    check_tokenizer(folder)
     if folder != TINY and (folder / "tokenizer.json").is_file():
         try_tokenizer(folder / "tokenizer.json")
-    vocabulary = data.Vocabulary(folder, c.eos_token_id,
-                                 c.bos_token_id if settings.bos == "always" else None,
-                                 c.vocab_size, c.bos_token_id)
+    bos = c.bos_token_id if settings.bos == "always" else None
+    with silent_stderr():
+        vocabulary = data.Vocabulary(folder, c.eos_token_id, bos, c.vocab_size, c.bos_token_id)
     for remark in vocabulary.remarks:
         say(remark)
     if vocabulary.adds_bos and c.bos_token_id not in (None, vocabulary.bos):
@@ -163,14 +165,18 @@ SIZED = 1000  # questions whose answers' lengths are averaged, in a tenth of a s
 
 
 def parse_spec(spec: str, split: int) -> tuple[str, str]:
-    """"squad:PATH" -> ("squad", PATH); "squad" -> the bundled one's split 0 (train) or 1 (eval)."""
+    """"squad:PATH" -> ("squad", PATH); "squad" -> the bundled one's split 0 (train) or 1 (eval).
+    Raises UserError for an unknown kind, and for files that are no data; DataError if there are
+    none."""
     kind, _, path = spec.partition(":")
     if kind not in data.READERS:
         raise UserError(f"data {spec!r}: unknown kind {kind!r}: write KIND:PATH with KIND one of "
                         f"{', '.join(data.READERS)}")
     if not path and kind not in BUNDLED:
         raise UserError(f"data {spec!r}: there is no bundled {kind} data: write {kind}:PATH")
-    return kind, path or str(TINY / BUNDLED[kind][split])
+    path = path or str(TINY / BUNDLED[kind][split])
+    check_data(kind, path)
+    return kind, path
 
 
 def read_questions(spec: str, split: int, keep_unanswerable: bool) -> list[data.Example]:
@@ -199,7 +205,9 @@ def say_files(kind: str, path: str) -> None:
     """Say which files of a folder are not read, and whether they are of several splits."""
     if not Path(path).is_dir():
         return
-    left_out, files = data.left_out(kind, path), data.files_of(kind, path)
+    files, suffixes = data.files_of(kind, path), data.READERS[kind].suffixes
+    left_out = sorted(file for file in {*data.files_below(Path(path))} - {*files}
+                      if file.name.lower().endswith(suffixes))
     if left_out:
         say(f"{path}: files left out, because their names are no module's: "
             f"{file_list([file.name for file in left_out])}")

@@ -499,7 +499,8 @@ def test_what_of_a_folder_is_not_read_is_said(tmp_path, capsys):
     for split in ("interpolate", "train-easy"):
         (tmp_path / split).mkdir()
         (tmp_path / split / "arithmetic__mul.txt").write_text("What is 2 * 3?\n6\n")
-    (tmp_path / "train-readme.txt").write_text("one\ntwo\n")
+    for name in ("train-readme.txt", "._hidden.txt", "notes.md"):
+        (tmp_path / name).write_text("one\ntwo\n")
     assert len(inputs.read_questions(f"math:{tmp_path}", 0, False)) == 2
     err = capsys.readouterr().err
     assert "files left out, because their names are no module's: train-readme.txt\n" in err

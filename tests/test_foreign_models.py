@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import llama
 from lab.console import UserError
-from lab.foreign import explained
+from lab.foreign_models import explained
 from lab.hub import needed_files
 from lab.inputs import load_model
 from lab.settings import TINY, ModelSettings
@@ -118,7 +119,7 @@ def test_files_that_are_others(hf, name, content, text):
     if name.endswith("index.json"):
         (folder / WEIGHTS).unlink()
     (folder / name).write_text(content)
-    assert text in told(folder) and f"{name}: this is a" in told(folder)
+    assert text in told(folder) and f"{name}: a " in told(folder)
     if name.endswith("index.json"):
         with pytest.raises(UserError, match=text):
             needed_files(folder)
@@ -137,3 +138,23 @@ def test_a_command_explains_too(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="which is quantised"):
         load_model(ModelSettings(model=str(tmp_path), device="cpu").complete())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_a_tokenizers_file_that_is_another(tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("squad", "math", "text"))
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name}: a git-lfs pointer, not the file: run `git lfs"):
+        load_model(ModelSettings(model=str(folder), device="cpu").complete())
+
+
+def test_a_folder_with_another_tokenizer_file(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("squad", "math", "text"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(data.DataError, match="no such file: a model folder needs its tokenizer"):
+        load_model(ModelSettings(model=str(folder), device="cpu").complete())
+    (folder / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(UserError, match="has tokenizer.model, from which `python -c"):
+        load_model(ModelSettings(model=str(folder), device="cpu").complete())

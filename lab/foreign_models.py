@@ -1,10 +1,11 @@
-"""What a model's folder is that llama.py cannot read, and what helps.
+"""What a model's folder is that llama.py or data.Vocabulary cannot read, and what helps.
 
-llama.py reads good folders, and of others it says what they lack. Here the same error says what the
+They read good folders, and of others they say what these lack. Here the same error says what the
 folder or the file is instead, with the path to give or the command that converts it.
 
     with explained():
         model = llama.load(folder)
+    check_tokenizer(folder)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Iterator
 import data
 import llama
 from lab.console import UserError
+from lab.foreign_data import STAND_INS, not_foreign
 
 # the line that makes a folder in Hugging Face's layout
 SAVE = "`python -c \"from transformers import AutoModelForCausalLM as A; " \
@@ -48,24 +50,25 @@ def explained() -> Iterator[None]:
     try:
         yield
     except llama.FileError as e:
-        explanation = _other_file(e.path) if e.path.exists() else _other_folder(e.path)
+        not_foreign(e.path, STAND_INS)
+        explanation = None if e.path.exists() else _other_folder(e.path)
         if not explanation:
             raise
         raise UserError(f"{e.path}: {explanation}") from None
 
 
-def _other_file(path: Path) -> str | None:
-    """What a file is that something else was saved as, and what helps."""
-    try:
-        with llama.regular(path).open("rb") as file:
-            start = file.read(100).lstrip().lower()
-    except OSError:
-        return None
-    if start.startswith(b"version https://git-lfs"):
-        return "this is a git-lfs pointer, not the file: run `git lfs pull` in its folder"
-    if start.startswith((b"<!doctype", b"<html")):
-        return "this is a web page, not the file: fetch it again by the page's download link"
-    return None
+def check_tokenizer(folder: Path) -> None:
+    """Raise UserError if a model's folder has its tokenizer in another form than tokenizer.json, or
+    if something else was saved as one of the tokenizer's files."""
+    others = [name for name in ("tokenizer.model", "vocab.json", "spiece.model")
+              if (folder / name).exists()]
+    if others and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder / 'tokenizer.json'}: no such file: the folder has {others[0]}, "
+                        "from which `python -c \"from transformers import AutoTokenizer as A; "
+                        f"A.from_pretrained('{folder}').save_pretrained('{folder}')\"` makes it "
+                        "(pip install transformers sentencepiece)")
+    for path in sorted(folder.glob("*token*.json")):
+        not_foreign(path)
 
 
 def _other_folder(path: Path) -> str | None:
