@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import json
 import math
-import mmap
 import os
 import shutil
 import socket
@@ -24,6 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterator
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -54,9 +54,7 @@ def reading(path: str | Path, expected: str, remedy: str = "") -> Iterator[None]
 
 def read_tensors(path: Path, expected: str, remedy: str = "") -> tuple[dict[str, Tensor], dict]:
     """The tensors and the metadata of a safetensors file. Raises UserError."""
-    with reading(path, expected, remedy):
-        open(llama.regular(path), "rb").close()  # safetensors calls any that it cannot open missing
-    with reading(path, expected, remedy), safe_open(path, framework="pt") as f:
+    with reading(path, expected, remedy), safe_open(llama.regular(path), framework="pt") as f:
         # Copies, because a mapped file may be replaced while its tensors are in use.
         tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
         return tensors, f.metadata() or {}
@@ -488,7 +486,7 @@ def mapped(file: BinaryIO, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]
     except OSError as e:
         raise OSError(e.errno, f"no room for {size / 2**30:.1f} GiB ({e.strerror})") from None
 
-    content = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)[-end:]
+    content = torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(size,)))[-end:]
     tensors = {}
     for name, (start, stop) in ranges.items():
         shape, dtype = shapes[name]

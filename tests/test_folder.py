@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,15 +103,16 @@ def test_a_lost_prompt_is_written_again(run, capsys, lost):
     assert "--overwrite" in refused(capsys, "generate", run, "a")
 
 
-def test_a_file_that_may_not_be_read_is_not_called_missing(run, tmp_path, monkeypatch, capsys):
-    original = open
+@pytest.mark.parametrize("name", [LAST_PROMPT, "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_missing(run, monkeypatch, capsys, name):
+    original = Path.open
 
     def forbidden(path, *more, **options):
-        if str(path).endswith(LAST_PROMPT):
+        if path.name == name:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return original(path, *more, **options)
 
-    monkeypatch.setattr(files, "open", forbidden, raising=False)
+    monkeypatch.setattr(Path, "open", forbidden)
     error = refused(capsys, "generate", run, "a")
     assert "Permission denied" in error and "no such file" not in error.lower()
 
