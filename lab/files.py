@@ -232,6 +232,7 @@ class Folder:
             with Folder(self.path / name, inside=self) as inner:
                 yield inner
                 inner.synchronise()
+                self._check_places(inner.names())
             os.rename(name, MADE, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
             os.fsync(self.descriptor)
         except BaseException as e:
@@ -241,9 +242,20 @@ class Folder:
             raise
         self.finish(is_ours)
 
+    def _check_places(self, names: list[str]) -> None:
+        """Raises NotWritten or UserError if a file cannot come to one of these places."""
+        for name in names:
+            try:
+                with self._holder(name) as (at, last):
+                    _check_replaceable(last, at)
+            except NotWritten as e:
+                if e.errno != errno.ENOENT:  # its folder is made when it comes
+                    raise
+
     def finish(self, is_ours: Callable[[str], bool]) -> None:
         """Put what `making` made in its place. It may be cut short anywhere and called again."""
-        there = os.listdir(self.descriptor)
+        there = [entry.name for entry in os.scandir(self.descriptor)
+                 if entry.is_dir(follow_symlinks=False)]
         if MADE in there:
             for name in filter(is_ours, self.names()):
                 self.remove(name)
@@ -339,7 +351,8 @@ def only_begun(path: Path) -> bool:
 
 def is_unfinished(path: Path) -> bool:
     """Whether there are new files that are whole and not in their places yet."""
-    return any((path / name).is_dir() for name in (MADE, MOVING))
+    return any((path / name).is_dir() and not (path / name).is_symlink()
+               for name in (MADE, MOVING))
 
 
 @contextlib.contextmanager

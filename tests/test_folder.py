@@ -163,7 +163,7 @@ def an_import(run, rows, overwrite):
 
 
 def test_an_overwrite_leaves_the_old_run_or_the_new(run):
-    """Each is read as one run, and a command that was killed can be repeated."""
+    """At every second call. Each is read as one run, and a killed command can be repeated."""
     (run / "notes.txt").write_text("mine")
     (run / "prompts/.mine").write_text("mine")
     old, new, copy = 3, torch.ones(5, 8), run.parent / "copy"
@@ -188,7 +188,7 @@ def test_an_overwrite_leaves_the_old_run_or_the_new(run):
                                     "prompts/.mine"}, n
         an_import(found, new, True)
         shutil.rmtree(copy)
-        n += 1
+        n += 2
     assert seen == {3, 5} and n > 60
 
 
@@ -286,6 +286,35 @@ def test_nothing_is_written_through_a_link(run, tmp_path, capsys, link):
         error = capsys.readouterr().err.strip().split("\n")[-1]
         assert status == 0 or "a link" in error or "not a regular file" in error, error
     assert (tmp_path / "way").is_symlink()
+
+
+@pytest.mark.parametrize("name", [files.MADE, files.MOVING])
+def test_a_link_is_no_run_to_be_finished(runs, run, name):
+    before = everything(run)
+    (run / name).symlink_to(runs / "1")
+    assert main("compare", run) == 0 and main("train", "--out", run, "--resume") == 0
+    (run / name).unlink()
+    assert everything(run).keys() == before.keys()
+    assert (run / LAST_PROMPT).read_bytes() == before[LAST_PROMPT]
+
+
+@pytest.mark.parametrize("name", ["prompts", LAST_PROMPT, CONFIG])
+def test_what_stands_in_the_way_is_found_before_the_old_goes(tmp_path, name):
+    """A folder of the user's with a file's name, or a file with a folder's."""
+    run, mine = Run(tmp_path / "run"), tmp_path / "run" / name
+    an_import(run, torch.ones(3, 8), False)
+    shutil.rmtree(mine) if mine.is_dir() else mine.unlink()
+    if name == "prompts":
+        mine.write_text("mine")
+    else:
+        mine.mkdir()
+        (mine / "notes").write_text("mine")
+    before = everything(run.path)
+    with pytest.raises((OSError, UserError), match=name):
+        with run.lock(), run.beginning():
+            for file in (CONFIG, LAST_PROMPT, "prompts/000000.safetensors"):
+                run.write(file, b"new")
+    assert everything(run.path) == before
 
 
 def test_a_page_elsewhere_replaces_only_a_page(run, tmp_path, monkeypatch, capsys):
