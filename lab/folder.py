@@ -489,12 +489,14 @@ def identity(settings: Settings) -> dict:
 def check_same_run(path: Path, settings: dict, config: dict) -> None:
     """Raises UserError for a file with the identity of another run than that of a config.json.
     Settings with which the run went on later may differ."""
-    now = config["settings"]
-    changed = {"out", "device"}.union(*map(set, config.get("changes", [])))
-    other = [key for key in sorted({**settings, **now}.keys() - changed)
-             if settings.get(key) != now.get(key)]
+    # Each may be of a version that lacked some settings.
+    own, there = (identity(from_config({"settings": values}, file)) for values, file in (
+        (settings, path), (config["settings"], CONFIG)))
+    changed = set().union(*config.get("changes", []))
+    other = [key for key in sorted({**own, **there}.keys() - changed)
+             if own.get(key) != there.get(key)]
     if other:
-        differences = [f"{key} {settings.get(key)!r:.60}, there {now.get(key)!r:.60}"
+        differences = [f"{key} {own.get(key)!r:.60}, there {there.get(key)!r:.60}"
                        for key in other[:3]]
         raise UserError(f"{path}: of another run than {CONFIG} beside it ({'; '.join(differences)})"
                         ": put back the file that belongs there, or take this one away")

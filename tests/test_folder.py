@@ -404,7 +404,10 @@ def test_flipped_bits_are_noticed(run):
 
 
 def test_runs_of_early_versions_open(run, capsys):
-    """Their prompts and checkpoints do not say whose they are."""
+    """Their prompts and checkpoints do not say whose they are, and settings may be missing."""
+    config = json.loads((run / CONFIG).read_text())
+    del config["settings"]["place"], config["settings"]["share"]
+    (run / CONFIG).write_text(json.dumps(config))
     for path in (run / LAST_PROMPT, *(run / "prompts").iterdir()):
         save_file(load_file(path), path, {"settings": "{}"})
     opened = Run(run)
@@ -418,6 +421,8 @@ def test_runs_of_early_versions_open(run, capsys):
             "state": json.dumps(state), "sha256": _digest(checkpoint.tensors, state)}))
     assert main("compare", run) == 0 and main("plot", run) == 0
     assert "4 steps" in (run / "figures/layer-00.svg").read_text()
+    (run / "checkpoints/000004.safetensors").unlink()  # to write prompts that say whose they are
+    assert main("train", "--out", run, "--resume") == 0 and main("compare", run) == 0
     assert main("train", "--out", run, "--resume", "--steps", 6) == 0
     assert main("compare", run) == 0
 
