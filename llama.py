@@ -268,10 +268,13 @@ EXPECTED = ("expected a Hugging Face model folder with config.json, tokenizer.js
 
 
 def regular(path: Path) -> Path:
-    """path, if it is a regular file, a link to one, or does not exist. Raises OSError otherwise:
-    opening a pipe would block for ever."""
-    if path.exists() and not path.is_file():
-        raise OSError("a folder, a pipe or a device, not a file")
+    """path, if it is a regular file that may be read, a link to one, or does not exist. Raises
+    OSError otherwise: opening a pipe would block for ever, and safetensors calls a file missing that
+    may not be read."""
+    if path.exists():
+        if not path.is_file():
+            raise OSError("a folder, a pipe or a device, not a file")
+        path.open("rb").close()
     return path
 
 

@@ -1338,8 +1338,10 @@ def braille(background: np.ndarray, series: list[tuple[str, np.ndarray]], column
 
 
 def _clean(text: str) -> str:
-    """text with U+FFFD for what XML forbids: control characters, surrogates, U+FFFE and U+FFFF."""
-    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
+    """text with U+FFFD for what XML forbids (control characters, surrogates, U+FFFE, U+FFFF), and
+    for changes of direction, which make a name look like another."""
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff"
+                  "\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
 
 
 def _xml(text: str) -> str:

@@ -51,8 +51,8 @@ from lab.folder import Run  # noqa: E402
 from lab.inputs import mean_answer_tokens, parse_spec  # noqa: E402
 from lab.loss import answer_loss, begin  # noqa: E402
 from lab.settings import Settings, flat, spec_name  # noqa: E402
-from lab.train import (Inputs, Training, begin_run, checkpoint_of,  # noqa: E402
-                       keep_freed_memory, make_posterior, read_inputs, schedule)
+from lab.train import (Inputs, Training, begin_or_cut_back, begin_run,  # noqa: E402
+                       checkpoint_of, keep_freed_memory, make_posterior, read_inputs, schedule)
 from promptprior import exit_status, message  # noqa: E402
 
 METHODS = OURS, PEFT = "promptprior", "PEFT"
@@ -222,7 +222,9 @@ def measure_seed(out: Path, inputs: Inputs, base, peft_steps: int, there: set[tu
                         mean_answer_tokens(inputs.questions))
         peft = PeftTraining(base, start[0][0], ours, run.path / "peft.safetensors")
         peft.check()
-        ours.go(checkpoint_of(run, settings))
+        checkpoint = checkpoint_of(run, settings)
+        begin_or_cut_back(ours, checkpoint, inputs, [], begun.reports)
+        ours.go(checkpoint)
 
 
 # --------------------------------------------------------------------------------------------------

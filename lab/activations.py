@@ -188,12 +188,12 @@ def _limited(chosen: Chosen, pool: str, limit: int, seed: int) -> Chosen:
 
 def collect(loaded: LoadedModel, domains: dict[str, Chosen], layers: list[int], path: Path,
             pool: str, about: dict, past: llama.Past | None = None,
-            prompt_inputs: dict[int, Tensor] | None = None) -> None:
+            prompt_inputs: dict[int, Tensor] | None = None, overwrite: bool = False) -> None:
     """Write the activations of each domain's tokens to a new file, every batch straight to its
     place, so that no more than a batch is held. about goes into the file's metadata.
 
     past: of a prompt in front of every text. prompt_inputs {layer: (n, D)}: the prompt's own rows,
-    if it has any."""
+    if it has any. overwrite: else OSError if there is a file when all is written."""
     # Work out the labels of all rows, which give the number of rows and so the file's size.
     model, prompt_inputs = loaded.model, prompt_inputs or {}
     roles, fields = _row_fields(domains, pool, loaded.vocabulary.bos)
@@ -207,8 +207,8 @@ def collect(loaded: LoadedModel, domains: dict[str, Chosen], layers: list[int], 
              "pool": pool, "roles": list(ROLES), "domains": list(domains)}
 
     # The file is laid out first, and every batch then written to its place.
-    with replacing(path) as temporary:
-        out = mapped(temporary, shapes, {"promptprior": json.dumps(about)})
+    with replacing(path, is_new=not overwrite) as file:
+        out = mapped(file, shapes, {"promptprior": json.dumps(about)})
         for key, values in fields.items():
             out[key].copy_(torch.tensor(values))
         out["role"].copy_(torch.tensor([ROLES.index(role) for role in roles], dtype=torch.uint8))
@@ -414,7 +414,7 @@ def command_collect(given: dict) -> None:
         "data": [absolute(named_spec(spec)[1]) for spec in options.specs],
         "under": os.path.abspath(options.under) if options.under else None, "step": step,
         "examples": options.examples, "limit": options.limit, "seed": options.seed},
-        past, prompt_inputs)
+        past, prompt_inputs, options.overwrite)
     report(Collection(path), domains)
 
 

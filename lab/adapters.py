@@ -34,13 +34,14 @@ import llama
 from lab.commands import ExportOptions, ImportOptions
 from lab.console import UserError, say, show
 from lab.evaluation import OpenRun, open_run
-from lab.files import free_place, read_tensors, reading, write_file
-from lab.folder import Run, versions
+from lab.files import (free_folder, free_place, new_folder, read_tensors, reading, write_file)
+from lab.folder import CONFIG as RUN_CONFIG
+from lab.folder import FIRST_PROMPT, LAST_PROMPT, Run, versions
 from lab.foreign_data import not_foreign
-from lab.hub import model_folder
+from lab.hub import cached, model_folder
 from lab.inputs import check_place, check_same_model, checksums, load_model, longest_text
 from lab.settings import ModelSettings, Settings, flat, from_flags, on_hub, spec_name
-from lab.train import new_run
+from lab.train import check_new
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ABOUT = "promptprior.json"  # what only adapters of our making have: the run that it is of
@@ -290,10 +291,17 @@ def to_csv(lines: list[dict]) -> str:
     """A run's log as a table, one record a line: step, split, and what any of the records has."""
     columns = dict.fromkeys([*COLUMNS, *(key for line in lines for key in line)])
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_cell, columns))
+    writer.writerows([_cell(line.get(key, "")) for key in columns] for line in lines)
     return text.getvalue()
+
+
+def _cell(value):
+    """A value as a spreadsheet shows it. A text that it would execute becomes one by a quote."""
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return value
 
 
 def is_table(path: Path) -> bool:
@@ -315,19 +323,23 @@ def command_export(given: dict) -> None:
         raise UserError("export: give --to DIR for a PEFT adapter, --csv for the log, or both")
     folder = None
     if options.to is not None:
-        folder = free_place(options.to, "--to", options.overwrite, is_ours,
-                            "an adapter that export made", is_folder=True)
+        folder = free_folder(options.to, "--to", options.overwrite, **OVERWRITTEN)
     if "step" in given and options.to is None:
         raise UserError(f"--step {given['step']} is for --to DIR: give that too, or leave it out")
     if options.csv is not None:
         export_log(Run(Path(options.run)), options)
     if folder:
-        export_adapter(open_run(options.run, given, any_weights=False), folder)
+        export_adapter(open_run(options.run, given, any_weights=False), folder, options.overwrite)
 
 
 def is_ours(folder: Path) -> bool:
     """Whether export made the adapter in a folder."""
     return (folder / ABOUT).is_file()
+
+
+# What --overwrite replaces, see files.free_folder.
+OVERWRITTEN = {"ours": is_ours, "kind": "an adapter that export made",
+               "files": (ABOUT, CONFIG, WEIGHTS)}
 
 
 def export_log(run: Run, options: ExportOptions) -> None:
@@ -339,12 +351,12 @@ def export_log(run: Run, options: ExportOptions) -> None:
         return
     path = free_place(options.csv, "--csv", options.overwrite, is_table,
                       "a table that export made")
-    write_file(path, to_csv(lines).encode())
+    write_file(path, to_csv(lines).encode(), is_new=not options.overwrite)
     show(f"{path}: {len(lines)} records of {run.path}")
 
 
 @torch.no_grad()
-def export_adapter(opened: OpenRun, folder: Path) -> None:
+def export_adapter(opened: OpenRun, folder: Path, overwrite: bool) -> None:
     """Write a run's prompt as an adapter, and read it back: its logits must be the run's."""
     run, settings, model = opened.run, opened.settings, opened.model
 
@@ -359,20 +371,16 @@ def export_adapter(opened: OpenRun, folder: Path) -> None:
                     opened.loaded.revision)
     files = {ABOUT: (json.dumps(origin(opened), indent=2) + "\n").encode(), **files}
 
-    # Without its configuration a folder is no adapter. So it is removed first and written last.
-    (folder / CONFIG).unlink(missing_ok=True)
-    for name, content in files.items():
-        write_file(folder / name, content)
-
-    # Read the files back, and compare the logits.
-    adapter = read(folder)
-    prompt = fit(adapter, model).to(opened.loaded.device)
-    change, largest = difference(model, past, prompt.past(model))
-    if not change <= largest * TOLERANCE[settings.model.dtype]:  # nan is refused too
-        for name in files:
-            (folder / name).unlink()
-        raise OSError(f"{folder}: read back, the adapter's logits differ by {change:.3g}: removed; "
-                      "is the disk sound?")
+    # Write the files, read them back, and compare the logits.
+    with new_folder(folder, "--to", overwrite, **OVERWRITTEN) as new:
+        for name, content in files.items():
+            new.write(name, content)
+        adapter = read(new.path)
+        prompt = fit(adapter, model).to(opened.loaded.device)
+        change, largest = difference(model, past, prompt.past(model))
+        if not change <= largest * TOLERANCE[settings.model.dtype]:  # nan is refused too
+            raise OSError(f"{folder}: read back, the adapter's logits differ by {change:.3g}: "
+                          "removed; is the disk sound?")
 
     if settings.train.posterior != "point":
         say(f"{run.path}: the {settings.train.representative} of its "
@@ -430,7 +438,8 @@ def command_import(given: dict) -> None:
     options = from_flags(ImportOptions, given)
     adapter = read(Path(options.adapter))
     settings = settings_for(adapter, given)
-    run = new_run(options.out, options.overwrite)
+    run = Run(Path(options.out))
+    check_new(run, options.overwrite)
     loaded = load_model(settings.model)
     check_place(settings.prompt, loaded, settings.model.model)
     max_length = longest_text(loaded, settings.data, settings.prior)
@@ -448,7 +457,7 @@ def command_import(given: dict) -> None:
         prompt = fit(columns, loaded.model, first=1)
     else:
         prompt = fit(adapter, loaded.model)
-    write_imported(run, settings, adapter, prompt)
+    write_imported(run, options.overwrite, settings, adapter, prompt)
     kind = "keys and values a layer" if prompt.is_prefix else "rows"
     show(f"{run.path}: {prompt.n} {kind} of {adapter.kind}, for {settings.model.model}; "
          f"`eval {run.path}` scores them on {spec_name(settings.data.data)}")
@@ -478,21 +487,28 @@ def model_of(adapter: Adapter, given: dict) -> dict[str, str]:
                         "--model")
     if Path(base) == model_folder(ModelSettings("tiny")):
         return {"model": "tiny"}
-    if isinstance(revision, str) and "revision" not in given and on_hub(base):
-        return {"model": base, "revision": revision}
-    return {"model": base}
+    if not on_hub(base):
+        return {"model": base}
+    # The hub, and with the user's token, is asked for nothing that only a stranger's file names.
+    revision = given.get("revision", revision if isinstance(revision, str) else None)
+    if not cached(base, revision):
+        raise UserError(f"{adapter.path}: it names the hub's model {base}, which is not in the "
+                        f"cache: if you trust who made the adapter, fetch it by --model {base}")
+    return {"model": base, "revision": revision}
 
 
-def write_imported(run: Run, settings: Settings, adapter: Adapter, prompt: llama.Prompt) -> None:
+def write_imported(run: Run, overwrite: bool, settings: Settings, adapter: Adapter,
+                   prompt: llama.Prompt) -> None:
     """The run's folder of a prompt that was not trained here."""
-    content, sums = save(prompt.tensors()), checksums(settings)
+    config = {
+        "settings": flat(settings), "imported_from": {
+            "path": str(adapter.path.resolve()), "config": adapter.config,
+            "about": adapter.about},
+        "priors": [], "learning_rates": {}, "threads": torch.get_num_threads(), "processes": 1,
+        "versions": versions(), "sha256": checksums(settings)}
     with run.lock():
-        run.clear()
-        run.write("prompts/000000.safetensors", content)
-        run.write("prompt.safetensors", content)
-        run.write_json("config.json", {
-            "settings": flat(settings), "imported_from": {
-                "path": str(adapter.path.resolve()), "config": adapter.config,
-                "about": adapter.about},
-            "priors": [], "learning_rates": {}, "threads": torch.get_num_threads(), "processes": 1,
-            "versions": versions(), "sha256": sums})
+        check_new(run, overwrite)  # another process may have made one since
+        with run.beginning():
+            for name in (FIRST_PROMPT, LAST_PROMPT):
+                run.write_prompt(name, prompt.tensors(), settings, 0)
+            run.write_json(RUN_CONFIG, config)

@@ -26,7 +26,6 @@ from lab.commands import AttentionOptions
 from lab.compare import TITLES
 from lab.console import UserError, say, show, table
 from lab.evaluation import OpenRun, open_run
-from lab.files import write_file
 from lab.inputs import encode, sample_topics, training_and_evaluation
 from lab.settings import from_flags, spec_name
 
@@ -160,14 +159,14 @@ def command_attention(given: dict) -> None:
     whose = ""
     if settings.train.posterior != "point":
         whose = f" The {settings.train.representative} of the {settings.train.posterior} posterior."
-    figure = run.path / "figures/attention.svg"
+    figure = "figures/attention.svg"
     caption = describe(opened, len(questions), rows[0][1]["content"]) + whose
-    write_file(figure, pictures.attention(rows, caption).encode())
+    run.write(figure, pictures.attention(rows, caption).encode())
     if options.json:
         show(json.dumps({"run": str(run.path), "step": run.step, "attention": dict(rows)}))
     else:
         show(f"{run.title}, {len(questions)} questions.{whose}\n\n{table(rows, TITLES)}")
-    say(str(figure))
+    say(str(run.path / figure))
 
 
 def describe(opened: OpenRun, questions: int, content: float) -> str:

@@ -158,6 +158,7 @@ class PlotOptions:
                               flag_metavar="FILE")
     in_characters: bool = setting(False, "print each layer's plane in characters, and write "
                                   "nothing", flag="--text")
+    overwrite: bool = setting(False, "replace the page in --out")
 
 
 @dataclass(frozen=True)

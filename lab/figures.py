@@ -606,7 +606,8 @@ def needed_runs(figures: list[Figure], options: FigureOptions, loaded: LoadedMod
 
 
 def is_finished(run: Run, steps: int) -> bool:
-    return any(line["split"] == "eval" and line["step"] == steps for line in run.metrics())
+    """Whether the last step's prompt is there, and scored."""
+    return steps == run.last_scored() == run.last_step()
 
 
 def draw_figures(numbers: list[int], world: World) -> None:

@@ -2,8 +2,10 @@
 
     run = Run(Path("runs/first"))
     with run.lock():                                   # one process at a time
-        run.write("prompt.safetensors", content)
-        run.save_checkpoint(step, tensors, due=False)
+        with run.beginning():                          # an earlier run goes when this is whole
+            run.write_json("config.json", config)
+        run.write_prompt("prompt.safetensors", rows, settings, step)
+        run.save_checkpoint(step, tensors, False, settings)
     checkpoint, damaged = run.load_checkpoint()        # the newest that is whole
     run.cut_back(checkpoint)                           # as if nothing had come after it
 
@@ -18,7 +20,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -32,18 +33,32 @@ import data
 import llama
 from lab import posteriors
 from lab.console import UserError
-from lab.files import read_tensors, reading, write_file
+from lab.files import (Folder, NotWritten, is_unfinished, locked, only_begun, read_tensors,
+                       reading)
 from lab.foreign_data import not_foreign
 from lab.hub import model_folder
 from lab.processes import rank_and_size
-from lab.settings import Settings, from_config
+from lab.settings import Settings, flat, from_config
 
 CHECKPOINTS = 2  # that are kept: the newest, and one more in case it turns out to be damaged
-LOCK = "run.lock"
-FIRST_PROMPT, LAST_PROMPT = "prompts/000000.safetensors", "prompt.safetensors"
+CONFIG, LOG = "config.json", "metrics.jsonl"
+LAST_PROMPT = "prompt.safetensors"
 NUMBERED = re.compile(r"[0-9]{6,}\.safetensors")  # a file that is named by its step
+# What the program writes into a run's folder, all that an overwritten run loses.
+OURS = re.compile(r"config\.json|metrics\.jsonl|prompt\.safetensors|predictions\.jsonl|"
+                  r"report\.html|(prompts|checkpoints)/[0-9]{6,}\.safetensors|"
+                  r"figures/(layer-[0-9]+|curves|attention)\.svg")
+FOLDERS = ("prompts", "checkpoints", "figures")
 RESTORE = "restore the file"
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what a killed writer leaves
+ABOUT = "promptprior"  # the metadata of a prompt, in JSON: its run's settings, step and checksum
+
+
+def snapshot(step: int) -> str:
+    """The file of a step's prompt."""
+    return f"prompts/{step:06d}.safetensors"
+
+
+FIRST_PROMPT = snapshot(0)  # the prior's draw
 
 
 class Checkpoint(NamedTuple):
@@ -53,6 +68,8 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     due: bool  # whether the evaluation of this step is still to come
     metrics_bytes: int  # the length of metrics.jsonl
+    metrics_sha256: str = ""  # of that length; of early versions neither this
+    settings: dict | None = None  # nor these, which say whose it is
 
 
 class Run:
@@ -63,6 +80,7 @@ class Run:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.step: int | None = None
+        self.folder: Folder | None = None  # while it is locked: what is written goes there
 
     @property
     def writes(self) -> bool:
@@ -70,76 +88,108 @@ class Run:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is there, or only leftovers of an interrupted start."""
-        if not self.path.exists():
-            return True
-        return self.path.is_dir() and all(
-            p.name == LOCK or TEMPORARY.fullmatch(p.name) for p in self.path.iterdir())
+        """Whether nothing is there, or only what an interrupted start began."""
+        return not self.path.exists() or only_begun(self.path)
 
     # ----------------------------------------------------------------------------------------------
     # the lock
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[str]:
-        """Keep other processes from training this run, and remove what one that died left
-        half-written. Yields a remark on whose lock was taken over, or "". Raises UserError if
-        another process has it."""
-        path = self.path / LOCK
-        new_folders = [p for p in (self.path, *self.path.parents) if not p.exists()]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file, owner = _locked(path)
-        except OSError as e:
-            raise OSError(f"{path}: cannot be written: {e.strerror or e}") from e
-        try:
-            for leftover in self.path.rglob(".*.tmp"):
-                if TEMPORARY.fullmatch(leftover.name):
-                    leftover.unlink(missing_ok=True)
-            yield f"{path}: taken over from {owner}, which is gone" if owner else ""
-        finally:
-            path.unlink(missing_ok=True)
-            file.close()
-            with contextlib.suppress(OSError):  # a folder with files in it stays
-                for folder in new_folders:
-                    folder.rmdir()
+        """Keep other processes from training this run, and finish or remove what one that died
+        left. Yields a remark on whose lock was taken over, or "". Raises UserError if another
+        process has it, and for a folder of the run that is a link: what it leads to is another's.
+        """
+        with locked(self.path, OURS.fullmatch) as (self.folder, owner):
+            try:
+                for link in (self.path / name for name in FOLDERS):
+                    if link.is_symlink():
+                        raise UserError(f"{link}: a link, through which nothing is written: put "
+                                        "what it leads to in its place, or remove it")
+                yield f"{self.path}: taken over from {owner}, which is gone" if owner else ""
+            finally:
+                self.folder = None
+
+    @contextlib.contextmanager
+    def beginning(self) -> Iterator[None]:
+        """What is written inside the block takes the place of all that an earlier run left here,
+        and of nothing else, when the block ends well. The run is locked."""
+        if not self.writes:
+            yield
+            return
+        outer = self.folder
+        with outer.making(OURS.fullmatch) as self.folder:
+            try:
+                yield
+            finally:
+                self.folder = outer
+
+    @property
+    def place(self) -> Path | None:
+        """Where the run's folder is now, wherever it was moved to while it is locked; None if it
+        was removed."""
+        return self.folder.place if self.folder else self.path
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether its path leads elsewhere than when it was locked."""
+        return self.place != self.path
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Folder]:
+        if self.folder:
+            yield self.folder
+        else:
+            with Folder(self.path) as folder:
+                yield folder
 
     # ----------------------------------------------------------------------------------------------
     # files
 
     def write(self, name: str, content: bytes) -> None:
         if self.writes:
-            write_file(self.path / name, content)
+            with self._opened() as folder:
+                folder.write(name, content)
 
     def write_json(self, name: str, value) -> None:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
-    def clear(self) -> None:
-        """Remove what an earlier run left here, and nothing else."""
-        if not self.writes:
-            return
-        files = [*self.checkpoints(), *self.numbered("prompts")]
-        for pattern in ("metrics.jsonl", "prompt.safetensors", "predictions.jsonl", "figures/*.svg",
-                        "report.html"):
-            files += self.path.glob(pattern)
-        for path in files:
-            path.unlink()
-
     def config(self) -> dict:
-        return read_config(self.path / "config.json")
+        if self.folder is None and is_unfinished(self.path):
+            with self.lock():
+                pass  # a run that was made whole, and killed before it was in its place
+        return read_config(self.path / CONFIG)
 
     def settings(self) -> Settings:
-        return from_config(self.config(), self.path / "config.json")
+        return from_config(self.config(), self.path / CONFIG)
 
     # ----------------------------------------------------------------------------------------------
     # prompts
+
+    @property
+    def has_prompt(self) -> bool:
+        return os.path.lexists(self.path / LAST_PROMPT) or bool(self.numbered("prompts"))
 
     def snapshots(self) -> list[int]:
         """The steps whose prompts are in prompts/; 0 is the prior's draw."""
         steps = [int(path.stem) for path in self.numbered("prompts")]
         if not steps or steps[0] != 0:
-            raise UserError(f"{self.path}: no snapshot of the prior's draw in prompts/: restore "
-                            "it, or train again with --overwrite")
+            raise UserError(f"{self.path}: no snapshot of the prior's draw in prompts/: "
+                            f"{self._how_to_restore()}")
         return steps
+
+    def _how_to_restore(self) -> str:
+        """The remedy for a prompt that is lost."""
+        if self.settings().imported:
+            return f"import it again with --out {self.path} --overwrite"
+        if self.checkpoints():
+            return f"train --out {self.path} --resume writes it"
+        return f"restore it, or train again by {self.again}"
+
+    @property
+    def again(self) -> str:
+        """The command that trains the same anew."""
+        return f"train --config {self.path / CONFIG} --out {self.path} --overwrite"
 
     @property
     def title(self) -> str:
@@ -149,7 +199,7 @@ class Run:
     @property
     def shown(self) -> str:
         """The file of the prompt that commands are about."""
-        return LAST_PROMPT if self.step is None else f"prompts/{self.step:06d}.safetensors"
+        return LAST_PROMPT if self.step is None else snapshot(self.step)
 
     def show_step(self, step: str) -> None:
         """Make commands be about the prompt of this step. best: that of the lowest evaluation
@@ -173,20 +223,62 @@ class Run:
         layers.I.particles (K, n, D) too, or of early versions layers.I.sd (n, D)."""
         name = name or self.shown
         path = self.path / name
-        if not path.exists():
-            self.config()  # refuses a folder that is no run
-            raise UserError(f"{path}: no such file; training has not come that far: train it with "
-                            "--resume")
-        tensors, _ = read_tensors(path, "prompt rows", RESTORE)
-        check_prompt(tensors, path)
-        if any(key.endswith(".keys") for key in tensors):
-            tensors = from_rotated(tensors, self.settings())
-        # A snapshot of another run, in this one's place, would be silently wrong.
-        if name != LAST_PROMPT and (self.path / LAST_PROMPT).exists():
-            if shapes_of(tensors) != shapes_of(self.tensors(LAST_PROMPT)):
+        config = self.config()  # refuses a folder that is no run
+        if not os.path.lexists(path):
+            raise UserError(f"{path}: no such file; it is lost, or training has not come that far: "
+                            f"{self._how_to_restore()}")
+        tensors, about = read_prompt(path)
+        if about:
+            self._check_whose(path, about, config)
+        elif name != LAST_PROMPT and (self.path / LAST_PROMPT).exists():
+            # Of an early version: a snapshot of another run would be silently wrong.
+            if shapes_of(tensors) != shapes_of(read_prompt(self.path / LAST_PROMPT)[0]):
                 raise UserError(f"{path}: rows of other layers or shapes than {LAST_PROMPT} has, "
                                 "so the two are not of one run: restore the file")
+        if any(key.endswith(".keys") for key in tensors):
+            tensors = from_rotated(tensors, self.settings())
         return tensors
+
+    def _check_whose(self, path: Path, about: dict, config: dict) -> None:
+        """Raises UserError for a prompt of another run than config.json and the log are of, or of
+        another step than its name says."""
+        check_same_run(path, about["settings"], config)
+        step = about["step"]
+        if path.name == LAST_PROMPT:
+            scored = self.last_scored()
+            if step < scored:
+                raise UserError(f"{path}: the prompt of step {step}, while {LOG} has scored step "
+                                f"{scored}: {self._how_to_restore()}")
+        elif step != int(path.stem):
+            raise UserError(f"{path}: the prompt of step {step}: {RESTORE}")
+
+    def last_scored(self) -> int:
+        """The last step that the log has an evaluation of; -1 if it has none."""
+        path = self.path / LOG
+        lines = (data.read_text(path) if path.exists() else "").split("\n")[:-1]
+        for line in reversed(lines):
+            if '"eval"' in line:
+                # What else is wrong with the log is told by those who read all of it.
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                    return int(json.loads(line)["step"])
+        return -1
+
+    def last_step(self) -> int:
+        """The step of prompt.safetensors, -1 if there is none; of early versions the last step in
+        the log."""
+        if not os.path.lexists(self.path / LAST_PROMPT):
+            return -1
+        _, about = read_prompt(self.path / LAST_PROMPT)
+        if about:
+            return about["step"]
+        return max((line["step"] for line in self.metrics() if "step" in line), default=0)
+
+    def write_prompt(self, name: str, tensors: dict[str, Tensor], settings: Settings, step: int
+                     ) -> None:
+        """Write tensors as `tensors` reads them, with what tells whose they are."""
+        about = {"settings": identity(settings), "step": step}
+        about["sha256"] = _digest(tensors, about)
+        self.write(name, save(tensors, {ABOUT: json.dumps(about, sort_keys=True)}))
 
     def prompt(self, name: str | None = None) -> llama.Prompt:
         """The prompt, of a posterior the one that stands for it."""
@@ -218,17 +310,17 @@ class Run:
         """Append a whole line to metrics.jsonl, in one write."""
         if not self.writes:
             return
-        path, line = self.path / "metrics.jsonl", (json.dumps(record) + "\n").encode()
+        line = (json.dumps(record) + "\n").encode()
         try:
-            with open(path, "ab", buffering=0) as f:
+            with self._opened() as folder, folder.open(LOG, os.O_WRONLY | os.O_APPEND) as f:
                 if f.write(line) < len(line):
                     raise OSError(None, "the disk is full")
         except OSError as e:
-            raise OSError(f"{path}: cannot be written: {e.strerror or e}") from e
+            raise NotWritten(self.path / LOG, e) if e.strerror else e
 
     def metrics(self) -> list[dict]:
         """The log, without a last line that a killed run left unfinished."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / LOG
         text = data.read_text(path) if path.exists() else ""
         lines = []
         for where, line in data.json_lines(text[:text.rfind("\n") + 1], path):
@@ -251,19 +343,22 @@ class Run:
     # checkpoints: a checkpoint is one file with its step and its checksum in the metadata, so that
     # no two files can disagree
 
-    def save_checkpoint(self, step: int, tensors: dict[str, Tensor], due: bool) -> None:
+    def save_checkpoint(self, step: int, tensors: dict[str, Tensor], due: bool,
+                        settings: Settings) -> None:
         """due: whether the evaluation at this step is still to come. Older checkpoints are removed
         when the new one is durable."""
         if not self.writes:
             return
-        log = self.path / "metrics.jsonl"
-        with open(log, "ab") as f:
-            os.fsync(f.fileno())
-        state = {"step": step, "metrics_bytes": log.stat().st_size, "due": due}
-        about = {"state": json.dumps(state), "sha256": _digest(tensors, state)}
-        self.write(f"checkpoints/{step:06d}.safetensors", save(tensors, about))
-        for path in self.checkpoints()[:-CHECKPOINTS]:
-            path.unlink()
+        with self._opened() as folder:
+            with folder.open(LOG, os.O_RDWR) as f:
+                os.fsync(f.fileno())
+                log = hashlib.file_digest(f, "sha256").hexdigest()
+                state = {"step": step, "metrics_bytes": f.tell(), "metrics_sha256": log,
+                         "due": due, "settings": identity(settings)}
+            about = {"state": json.dumps(state), "sha256": _digest(tensors, state)}
+            folder.write(f"checkpoints/{step:06d}.safetensors", save(tensors, about))
+            for name in numbered(folder.names(), "checkpoints")[:-CHECKPOINTS]:
+                folder.remove(name)
 
     def checkpoints(self) -> list[Path]:
         """Their files, the oldest first."""
@@ -271,33 +366,69 @@ class Run:
 
     def numbered(self, folder: str) -> list[Path]:
         """The files in a folder of the run that are named by their steps, in the steps' order."""
-        files = [path for path in (self.path / folder).glob("*.safetensors")
-                 if NUMBERED.fullmatch(path.name)]
-        return sorted(files, key=lambda path: int(path.stem))
+        names = [f"{folder}/{path.name}" for path in (self.path / folder).glob("*.safetensors")]
+        return [self.path / name for name in numbered(names, folder)]
 
     def load_checkpoint(self) -> tuple[Checkpoint, list[str]]:
-        """The newest checkpoint that is whole, and what is wrong with newer ones. Changes nothing:
-        see cut_back."""
-        problems, log = [], self.path / "metrics.jsonl"
+        """The newest checkpoint that is whole, and what is wrong with newer ones. Raises UserError
+        for one of another run. Changes nothing: see cut_back."""
+        problems = []
         for path in reversed(self.checkpoints()):
             try:
                 checkpoint = read_checkpoint(path)
-                if log.stat().st_size < checkpoint.metrics_bytes:
-                    raise UserError(f"{log}: shorter than at {path.name}: its end is lost")
-                return checkpoint, problems
             except (UserError, OSError) as e:
                 problems.append(str(e))
-        raise UserError(f"{'; '.join(problems) or f'{self.path}: no checkpoint'}: train again with "
-                        "--overwrite")
+                continue
+            if checkpoint.settings:
+                check_same_run(path, checkpoint.settings, self.config())
+            problem = self._problem_of_log(checkpoint, path)
+            if not problem:
+                return checkpoint, problems
+            problems.append(problem)
+        raise UserError(f"{'; '.join(problems) or f'{self.path}: no checkpoint'}: "
+                        f"{self.how_to_begin()}")
+
+    def how_to_begin(self) -> str:
+        """The remedy where no checkpoint is left to go on from."""
+        from_prompt = ""
+        if os.path.lexists(self.path / LAST_PROMPT):
+            from_prompt = (f"start a run from its prompt by --prior posterior:{self.path},"
+                           "resample=1 and another --out, or ")
+        return f"{from_prompt}train again by {self.again}"
+
+    def _problem_of_log(self, checkpoint: Checkpoint, path: Path) -> str:
+        """What is wrong with the log if it is not the one that a checkpoint was saved beside."""
+        log, length = self.path / LOG, checkpoint.metrics_bytes
+        try:
+            with open(llama.regular(log), "rb") as f:
+                beginning = f.read(length)
+        except OSError as e:
+            return f"{log}: {llama.cause(e)}"
+        digest = hashlib.sha256(beginning).hexdigest()
+        if len(beginning) < length:
+            return f"{log}: shorter than at {path.name}: its end is lost"
+        if beginning[-1:] not in (b"", b"\n") or checkpoint.metrics_sha256 not in ("", digest):
+            return f"{log}: not the log that {path.name} was saved beside"
+        return ""
 
     def cut_back(self, checkpoint: Checkpoint) -> None:
         """Take the folder back to a checkpoint: what was logged and written after it is removed."""
         if not self.writes:
             return
-        os.truncate(self.path / "metrics.jsonl", checkpoint.metrics_bytes)
-        for path in [*self.checkpoints(), *self.numbered("prompts")]:
-            if int(path.stem) > checkpoint.step:
-                path.unlink()
+        with self._opened() as folder:
+            with folder.open(LOG, os.O_RDWR) as f:
+                f.truncate(checkpoint.metrics_bytes)
+            names = folder.names()
+            for name in [*numbered(names, "checkpoints"), *numbered(names, "prompts")]:
+                if int(Path(name).stem) > checkpoint.step:
+                    folder.remove(name)
+
+
+def numbered(names: list[str], folder: str) -> list[str]:
+    """Those of a run's files that are named by their steps, in a folder, in the steps' order."""
+    files = [name for name in names
+             if name.startswith(f"{folder}/") and NUMBERED.fullmatch(name.partition("/")[2])]
+    return sorted(files, key=lambda name: int(Path(name).stem))
 
 
 def best_evaluation(metrics: list[dict], steps: list[int]) -> dict | None:
@@ -324,7 +455,7 @@ def versions() -> dict[str, str]:
 
 def read_config(path: Path) -> dict:
     """A run's config.json. Raises UserError for what no run writes."""
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{path.parent}: no {path.name}, so no run is here: give the folder that "
                         "train made")
     config = data.read_json(not_foreign(path), dict)
@@ -340,13 +471,53 @@ def read_config(path: Path) -> dict:
         "threads": type(threads) is int and 0 < threads <= 2**10,
         "processes": type(processes) is int and 0 < processes < 2**20,
         "given": isinstance(flags, list) and all(isinstance(flag, str) for flag in flags),
-        "changes": isinstance(changes, list),
+        "changes": isinstance(changes, list) and all(isinstance(c, dict) for c in changes),
         "sha256": isinstance(sums, dict) and all(isinstance(s, str) for s in sums.values())}
     for key, is_right in expected.items():
         if not is_right:
             raise UserError(f"{path}: {key} is {config.get(key)!r:.80}, which no run has: restore "
                             "the file")
     return config
+
+
+def identity(settings: Settings) -> dict:
+    """The settings that make a run what it is, as JSON holds them: without the folder and the
+    device, so that a run has the same bytes anywhere."""
+    values = {key: value for key, value in flat(settings).items() if key not in ("out", "device")}
+    return json.loads(json.dumps(values))
+
+
+def check_same_run(path: Path, settings: dict, config: dict) -> None:
+    """Raises UserError for a file with the identity of another run than that of a config.json.
+    Settings with which the run went on later may differ."""
+    # Each may be of a version that lacked some settings.
+    own, there = (identity(from_config({"settings": values}, file)) for values, file in (
+        (settings, path), (config["settings"], CONFIG)))
+    changed = set().union(*config.get("changes", []))
+    other = [key for key in sorted({**own, **there}.keys() - changed)
+             if own.get(key) != there.get(key)]
+    if other:
+        differences = [f"{key} {own.get(key)!r:.60}, there {there.get(key)!r:.60}"
+                       for key in other[:3]]
+        raise UserError(f"{path}: of another run than {CONFIG} beside it ({'; '.join(differences)})"
+                        ": put back the file that belongs there, or take this one away")
+
+
+def read_prompt(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a prompt's file, checked, and what it says of itself: settings, step; {} of
+    early versions."""
+    tensors, metadata = read_tensors(path, "prompt rows", RESTORE)
+    check_prompt(tensors, path)
+    if ABOUT not in metadata:
+        return tensors, {}
+    with reading(path, "prompt rows", RESTORE):
+        about = json.loads(metadata[ABOUT])
+        sha256 = about.pop("sha256")
+        if {key: type(value) for key, value in about.items()} != {"settings": dict, "step": int}:
+            raise ValueError("its metadata is not that of a run")
+        if sha256 != _digest(tensors, about):
+            raise ValueError("its contents do not match their checksum, the file is damaged")
+    return tensors, about
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
@@ -407,16 +578,14 @@ NUMBERS = {"train": ("step", "loss"), "skipped": ("step",), "eval": ("step", "lo
 def _check_metric(line: dict) -> None:
     for key in NUMBERS[line["split"]]:
         float(line[key])
-    for key, value in line.items():
-        if isinstance(value, float) and not abs(value) < 1e30:  # no picture has room for it
-            raise ValueError(f"{key} is {value}")
     if "step" in NUMBERS[line["split"]] and not (type(line["step"]) is int
                                                  and 0 <= line["step"] < 2**53):
         raise ValueError(f"step is {line['step']!r:.80}")
-    # Scores are drawn and compared; ids and the split alone are no numbers.
-    for key, value in line.items():
-        if type(value) not in (int, float) and key not in ("split", "ids"):
-            raise ValueError(f"{key} is {value!r:.80}")
+    # Scores are drawn and compared; ids and the split alone are no numbers. No picture has room for
+    # numbers of hundreds of digits.
+    for key in line.keys() - {"split", "ids"}:
+        if type(line[key]) not in (int, float) or not abs(line[key]) < 1e30:
+            raise ValueError(f"{key} is {line[key]!r:.80}")
 
 
 def _check_prediction(line: dict) -> None:
@@ -436,7 +605,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     with reading(path, expected):
         state = json.loads(about["state"])
         kinds = {key: type(value) for key, value in state.items()}
-        if kinds != {"step": int, "metrics_bytes": int, "due": bool}:
+        early = {"step": int, "metrics_bytes": int, "due": bool}
+        if kinds not in (early, {**early, "metrics_sha256": str, "settings": dict}):
             raise ValueError("its state is not that of a run")
         if about.get("sha256") != _digest(tensors, state):
             raise ValueError("its contents do not match their checksum, the file is damaged")
@@ -450,30 +620,3 @@ def _digest(tensors: dict[str, Tensor], state: dict) -> str:
         content = t.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         total.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + content)
     return total.hexdigest()
-
-
-def _locked(path: Path):
-    """The open file with an exclusive lock, and who held it earlier without giving it back."""
-    import fcntl
-
-    while True:
-        file = open(path, "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            file.close()
-            raise UserError(f"{path.parent}: {owner} is training it: wait for its end, or choose "
-                            "another --out") from None
-        # Between opening and locking, the file may have been removed by its owner.
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
-                break
-        file.close()
-    file.seek(0)
-    earlier_owner = file.read().strip()
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file, earlier_owner

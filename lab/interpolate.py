@@ -14,7 +14,7 @@ from lab import pictures
 from lab.commands import InterpolateOptions
 from lab.console import UserError, say, show, table
 from lab.evaluation import OpenRun, evaluate, open_run
-from lab.files import checksum, free_place, write_file
+from lab.files import checksum, free_folder, new_folder
 from lab.inputs import (LoadedModel, Questions, encode, model_files,
                         training_and_evaluation)
 from lab.settings import DataSettings, ModelSettings, from_flags, spec_name
@@ -25,7 +25,7 @@ Tasks = dict[str, tuple[DataSettings, Questions]]
 def command_interpolate(given: dict) -> None:
     options = from_flags(InterpolateOptions, given)
     out = options.out or f"{options.run_a.rstrip('/')}-to-{Path(options.run_b).name}"
-    folder = free_place(out, "--out", is_folder=True)  # as a failed try leaves one
+    free_folder(out, "--out")
 
     # Everything is checked before the folder is made, and that before the work, which takes long.
     models: dict[ModelSettings, LoadedModel] = {}
@@ -34,17 +34,14 @@ def command_interpolate(given: dict) -> None:
     check_same_model(first, last)
     check_same_shape(first, last)
     tasks = tasks_of(first, last)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    # Score every point of the line on both tasks.
-    curve = []
-    for step in range(options.points):
-        t = step / (options.points - 1)
-        prompt = point_between(first.prompt, last.prompt, t)
-        for name, (data_settings, questions) in tasks.items():
-            scores, _ = evaluate(first.loaded, [prompt], questions, first.settings.prompt.place,
-                                 data_settings, f"{t:.2f} {name}")
-            curve.append({"t": t, "data": name, **scores})
+    with new_folder(out, "--out") as folder:
+        curve = scored_line(first, last, tasks, options.points)
+        lines = [json.dumps(line) + "\n" for line in curve]
+        folder.write("curve.jsonl", "".join(lines).encode())
+        caption = (f"(1 - t) {first.run.title} + t {last.run.title}, model "
+                   f"{Path(first.settings.model.model).name}, seeds {first.settings.seed} and "
+                   f"{last.settings.seed}; {options.points} prompts.")
+        folder.write("curve.svg", pictures.line(curve, caption).encode())
 
     # Show the curve task by task, and keep it in the order of t.
     if options.json:
@@ -54,13 +51,20 @@ def command_interpolate(given: dict) -> None:
         rows = [(f"{line['t']:.2f} on {line['data']}", line) for line in by_task]
         show(f"(1 - t) {first.run.title} + t {last.run.title}; scores in percent, loss in nats a "
              f"token\n\n{table(rows)}\n")
-    lines = [json.dumps(line) + "\n" for line in curve]
-    write_file(folder / "curve.jsonl", "".join(lines).encode())
-    caption = (f"(1 - t) {first.run.title} + t {last.run.title}, model "
-               f"{Path(first.settings.model.model).name}, seeds {first.settings.seed} and "
-               f"{last.settings.seed}; {options.points} prompts.")
-    write_file(folder / "curve.svg", pictures.line(curve, caption).encode())
-    say(f"{folder}: curve.jsonl, curve.svg")
+    say(f"{out}: curve.jsonl, curve.svg")
+
+
+def scored_line(first: OpenRun, last: OpenRun, tasks: Tasks, points: int) -> list[dict]:
+    """The scores of every prompt of the line on both tasks."""
+    curve = []
+    for step in range(points):
+        t = step / (points - 1)
+        prompt = point_between(first.prompt, last.prompt, t)
+        for name, (data_settings, questions) in tasks.items():
+            scores, _ = evaluate(first.loaded, [prompt], questions, first.settings.prompt.place,
+                                 data_settings, f"{t:.2f} {name}")
+            curve.append({"t": t, "data": name, **scores})
+    return curve
 
 
 def check_same_model(first: OpenRun, last: OpenRun) -> None:

@@ -14,6 +14,8 @@ B rows of a map, S snapshots of a run, P prompt rows of a snapshot (of all parti
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +33,10 @@ import viz
 from lab import geometry
 from lab.activations import ROLES
 from lab.commands import PlotOptions
-from lab.console import UserError, progress, show
+from lab.console import UserError, progress, say, show
 from lab.evaluation import OpenRun, open_run
-from lab.files import write_file
-from lab.folder import Run
+from lab.files import NotWritten, free_place, write_file
+from lab.folder import Run, snapshot
 from lab.inputs import LoadedModel
 from lab.pictures import curves, draw_run, text_picture
 from lab.populations import (Labels, Part, Reference, population, prefix_vectors, references_of,
@@ -244,10 +246,6 @@ def categories(names: list[str]) -> tuple[list[str], np.ndarray]:
 # runs
 
 
-def snapshot(step: int) -> str:
-    return f"prompts/{step:06d}.safetensors"
-
-
 def shown_prompts(run: Run, step: int) -> list[dict[int, Tensor]]:
     """Vectors {layer: (n, W)} of the prompts shown of a snapshot: the first of a posterior's, or
     the one."""
@@ -406,26 +404,55 @@ def command_plot(given: dict) -> None:
         return
     runs = [Run(Path(path)) for path in options.runs]
     check_one_space(runs)  # before a model is loaded or a file is written
+    target = None
+    if options.out:
+        target = free_place(options.out, "--out", options.overwrite, is_page, "a page of plot")
 
     # The runs' own pictures, and the page.
-    content = gather(drawn_runs(options.runs, given, models))
-    target = Path(options.out) if options.out else runs[0].path / "report.html"
-    write_file(target, viz.page(TEMPLATE.read_text(encoding="utf-8"), content).encode())
+    content = gather(drawn_runs(options, given, models))
+    page = viz.page(TEMPLATE.read_text(encoding="utf-8"), content).encode()
+    if target:
+        write_file(target, page, is_new=not options.overwrite)
+    else:
+        target = runs[0].path / "report.html"
+        runs[0].write("report.html", page)
     # Loss and scores of all runs in one picture, in the first one's folder.
     scored = [run for run in runs if any(line["split"] == "eval" for line in run.metrics())]
     if scored:  # an imported prompt is not
-        runs[0].write("figures/curves.svg", curves(scored).encode())
-        show(str(runs[0].path / "figures/curves.svg"))
+        with left_out_if_read_only(options):
+            runs[0].write("figures/curves.svg", curves(scored).encode())
+            show(str(runs[0].path / "figures/curves.svg"))
     show(str(target))
 
 
-def drawn_runs(paths: tuple[str, ...], given: dict, models: dict[ModelSettings, LoadedModel]
+def is_page(path: Path) -> bool:
+    """Whether plot made the page."""
+    beginning = TEMPLATE.read_bytes()[:80]
+    if not path.is_file():
+        return False
+    with path.open("rb") as f:
+        return f.read(len(beginning)) == beginning
+
+
+@contextlib.contextmanager
+def left_out_if_read_only(options: PlotOptions) -> Iterator[None]:
+    """A run that may only be read has its page elsewhere, and no figures."""
+    try:
+        yield
+    except NotWritten as e:
+        if not options.out or e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        say(f"{e}: left out")
+
+
+def drawn_runs(options: PlotOptions, given: dict, models: dict[ModelSettings, LoadedModel]
                ) -> Iterator[tuple[OpenRun, dict[int, Reference]]]:
     """Runs with what their prompts lie among, one after the other; the pictures of each are drawn
     when it is opened."""
-    for path in paths:
+    for path in options.runs:
         opened = open_run(path, given, models)
         by_layer = references_of(opened)
-        names = draw_run(opened.run, opened.settings, by_layer)
-        show("\n".join(str(opened.run.path / name) for name in names))
+        with left_out_if_read_only(options):
+            names = draw_run(opened.run, opened.settings, by_layer)
+            show("\n".join(str(opened.run.path / name) for name in names))
         yield opened, by_layer

@@ -36,9 +36,7 @@ PALETTE = (viz.VERMILION, viz.BLUE, viz.GREEN, viz.PURPLE, viz.ORANGE, viz.SKY)
 def draw_run(run: Run, settings: Settings, by_layer: dict[int, Reference]) -> list[str]:
     """Write figures/layer-NN.svg for every layer of a run's prompt -> the files' names."""
     start, end = run.start_and_end()
-    steps = run.step
-    if steps is None:
-        steps = max((line["step"] for line in run.metrics() if "step" in line), default=0)
+    steps = run.last_step() if run.step is None else run.step
     names = []
     for i, reference in by_layer.items():
         count = len(reference.rows)

@@ -23,7 +23,7 @@ from lab import gaps, geometry, pictures, two_samples
 from lab.commands import SampleOptions
 from lab.compare import TITLES, sample, sample_index
 from lab.console import file_list, say, show, table
-from lab.files import free_place, write_file
+from lab.files import free_folder, new_folder
 from lab.inputs import layers_with_rows, load_model, longest_text, rows_per_layer
 from lab.populations import Reference, draw, references
 from lab.settings import Settings, from_flags
@@ -127,7 +127,7 @@ def _third_neighbour(x: np.ndarray, population: np.ndarray) -> float:
 def command_sample(given: dict) -> None:
     options = from_flags(SampleOptions, given)
     settings = Settings.from_flags(given).complete()
-    folder = free_place(options.out, "--out") if options.out else None
+    folder = free_folder(options.out, "--out") if options.out else None
 
     # Find the population of every layer that owns rows.
     loaded = load_model(settings.model)
@@ -148,7 +148,7 @@ def command_sample(given: dict) -> None:
     if folder:
         names = write_draw(folder, settings, {i: rows[0] for i, rows in drawn.rows.items()},
                            by_layer)
-        say(f"{folder}: rows.safetensors, {file_list(names)}")
+        say(f"{folder}: {names[0]}, {file_list(names[1:])}")
     else:
         say("nothing written (--out DIR keeps the rows and a figure for every layer)")
     if options.json:
@@ -171,19 +171,19 @@ def judge_reference(settings: Settings, reference: Reference
 
 def write_draw(folder: Path, settings: Settings, rows: dict[int, Tensor],
                by_layer: dict[int, Reference]) -> list[str]:
-    """Write a draw {layer: (n, D)}, and a figure of it in each layer's reference -> the figures'
+    """Write a draw {layer: (n, D)}, and a figure of it in each layer's reference -> the files'
     names."""
     asked = {**vars(settings.model), **vars(settings.prior), **vars(settings.data)}
     content = save(llama.Prompt(rows).tensors(), {"settings": json.dumps(asked)})
-    write_file(folder / "rows.safetensors", content)
-
-    names = []
+    files = {"rows.safetensors": content}
     for i, reference in by_layer.items():
         caption = (f"{len(rows[i])} draws of the prior {settings.prior_name}, seed "
                    f"{settings.seed}, model {Path(settings.model.model).name}; on "
                    f"{reference.name}.")
         series = [(f"draws of {settings.prior_name}", rows[i])]
         svg = pictures.layer_figure(i, reference, series, caption)
-        names.append(f"figures/layer-{i:02d}.svg")
-        write_file(folder / names[-1], svg.encode())
-    return names
+        files[f"figures/layer-{i:02d}.svg"] = svg.encode()
+    with new_folder(folder, "--out") as new:
+        for name, content in files.items():
+            new.write(name, content)
+    return [*files]

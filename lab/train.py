@@ -9,7 +9,6 @@ is folder.py's.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import signal
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 import data
@@ -30,7 +28,8 @@ from lab.commands import TrainOptions
 from lab.console import (FIRST, Stopped, UserError, file_list, out_of_memory, progress, say,
                          scores_line, show)
 from lab.evaluation import MAJORITY, evaluate, majority, score_table
-from lab.folder import Checkpoint, Run, read_config, versions
+from lab.folder import (CONFIG, FIRST_PROMPT, LAST_PROMPT, LOG, Checkpoint, Run, read_config,
+                        snapshot, versions)
 from lab.inputs import (LoadedModel, Questions, check_place, checksums, encode, layers_with_rows,
                         load_model, longest_text, mean_answer_tokens, plain_prompts,
                         training_and_evaluation)
@@ -38,7 +37,7 @@ from lab.loss import answer_loss, begin
 from lab.pictures import draw_run
 from lab.populations import Reference, draw, norm_ratio, prefix_of, references, prefix_references
 from lab.processes import (all_reduce_gradients, all_reduce_sum, barrier, broadcast,
-                           init_processes, only_first, rank_and_size)
+                           init_processes, keep_freed_memory, only_first, rank_and_size)
 from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_name, from_config,
                           from_flags, spec_name, with_flags)
 
@@ -93,18 +92,17 @@ class Training:
         self.seconds: dict[str, list[float]] = {"steps": [], "evaluations": []}
 
     def go(self, checkpoint: Checkpoint | None = None) -> None:
-        """Train to the last step, from a checkpoint if one is given; the run is cut back to it.
+        """Train to the last step, from a checkpoint if one is given; the run was cut back to it.
 
         Raises Stopped on SIGINT, SIGTERM and SIGHUP, after the step, and when a loss is not finite,
-        a file cannot be written or memory does not suffice. The checkpoints are whole then."""
+        a file cannot be written, the folder was moved or memory does not suffice. The checkpoints
+        are whole then."""
         if checkpoint:
             self._restore(checkpoint)
         steps = self.settings.train.steps
         with self._explain_failures(), _collect_signals() as received, progress(
                 total=steps, initial=self.step, desc="train", unit=" steps") as bar:
             bar.seconds_left = self._seconds_left
-            if not checkpoint:
-                self._save()
             while self.evaluation_due or self.step < steps:
                 started = time.perf_counter()
                 if self.evaluation_due:
@@ -213,32 +211,30 @@ class Training:
         self.evaluation_due = self.step % train.eval_every == 0 or self.step == train.steps
         if self.evaluation_due:
             # The evaluation may take longer than the steps since the last one.
-            self._save()
+            self.save()
         elif train.snapshot_every and self.step % train.snapshot_every == 0:
-            self._write_prompt(f"prompts/{self.step:06d}.safetensors")
+            self._write_prompt(snapshot(self.step))
 
     # ----------------------------------------------------------------------------------------------
     # what is written
 
     def _record(self) -> None:
-        """Score the prompt as it is, and log the scores and the prompt."""
+        """Score the prompt as it is, and write the prompt and the scores."""
         metrics, predictions = self.evaluate(self.step)
-        self.run.log({"step": self.step, "split": "eval", **metrics, **self.posterior.report()})
-        self._write_prompt(f"prompts/{self.step:06d}.safetensors")
-        self._write_prompt("prompt.safetensors")
+        self._write_prompt(snapshot(self.step))
+        self._write_prompt(LAST_PROMPT)
         lines = [json.dumps(prediction) + "\n" for prediction in predictions]
         self.run.write("predictions.jsonl", "".join(lines).encode())
+        # The log comes after what it scores: its last scores are never of a prompt to come.
+        self.run.log({"step": self.step, "split": "eval", **metrics, **self.posterior.report()})
         self.evaluation_due = False
-        self._save()
+        self.save()
 
     def _write_prompt(self, name: str) -> None:
         tensors = {key: t.float().cpu().contiguous() for key, t in self.posterior.tensors().items()}
-        # Without the folder and the device, a run has the same bytes anywhere.
-        settings = {key: value for key, value in flat(self.settings).items()
-                    if key not in ("out", "device")}
-        self.run.write(name, save(tensors, {"settings": json.dumps(settings, sort_keys=True)}))
+        self.run.write_prompt(name, tensors, self.settings, self.step)
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Write a checkpoint: the parameters and the optimiser's state of each."""
         tensors = {}
         for name, p in self.posterior.named_parameters():
@@ -246,10 +242,12 @@ class Training:
             for key, value in self.optimiser.state[p].items():
                 tensors[f"{key}.{name}"] = value
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        self.run.save_checkpoint(self.step, tensors, self.evaluation_due)
+        self.run.save_checkpoint(self.step, tensors, self.evaluation_due, self.settings)
         self.saved_step = self.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        if not (self.run.path / FIRST_PROMPT).exists() and checkpoint.step:
+            self._write_prompt(FIRST_PROMPT)  # the posterior is still as the prior drew it
         self.step = self.saved_step = checkpoint.step
         self.evaluation_due = checkpoint.due
         for name, p in self.posterior.named_parameters():
@@ -261,7 +259,8 @@ class Training:
                     state[key] = t if key == "step" else t.to(p.device)
             if state:
                 self.optimiser.state[p] = state
-        self.run.cut_back(checkpoint)
+        if not checkpoint.due:
+            self._write_prompt(LAST_PROMPT)  # it may be lost, or of a later step
         barrier()  # all processes read the same log
         self.skipped = sum(line["split"] == "skipped" for line in self.run.metrics())
 
@@ -271,20 +270,25 @@ class Training:
     def _how_to_go_on(self) -> str:
         size = rank_and_size()[1]
         command = f"torchrun --nproc-per-node {size} promptprior.py " if size > 1 else ""
-        command += f"train --out {self.run.path} --resume"
-        if self.saved_step is None:
-            return f"begin again with: {command}"
-        return f"{self.run.path}/checkpoints holds step {self.saved_step}; go on with: {command}"
+        place = self.run.place
+        if place is None:
+            return "its folder is gone, and with it the run: train it again"
+        return (f"{place}/checkpoints holds step {self.saved_step}; go on with: {command}train "
+                f"--out {place} --resume")
 
     def _stop_if_signalled(self, received: list[int]) -> None:
         # Processes may have received different signals. All stop by the same one.
-        counts = all_reduce_sum(*map(received.count, SIGNALS), device=self.loaded.device)
+        *counts, moved = all_reduce_sum(*map(received.count, SIGNALS), self.run.is_elsewhere,
+                                        device=self.loaded.device)
         number = next((s for s, count in zip(SIGNALS, counts) if count), None)
-        if number is None:
+        if number is None and not moved:
             return
         if self.saved_step != self.step:
-            self._save()
-        self._write_prompt("prompt.safetensors")
+            self.save()
+        self._write_prompt(LAST_PROMPT)
+        if moved:
+            raise Stopped(f"{self.run.path}: its folder was moved or replaced while it trained; "
+                          f"all is saved up to step {self.step}; {self._how_to_go_on()}", 1)
         raise Stopped(f"stopped by {signal.Signals(number).name} after step {self.step} of "
                       f"{self.settings.train.steps}, all is saved; {self._how_to_go_on()}", -number)
 
@@ -335,17 +339,6 @@ def _collect_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory. By default it returns every freed activation to the system
-    and asks for it again, which takes a tenth to a quarter of a step on the CPU."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return  # another C library
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
 # --------------------------------------------------------------------------------------------------
 # the command
 
@@ -375,21 +368,23 @@ def command_train(given: dict) -> None:
     init_processes(settings.model.device, settings.data.batch_size, settings.train.shard)
     out = broadcast(settings.train.out or free_name(settings))
     settings = replace(settings, train=replace(settings.train, out=out))
-    run = new_run(out, options.overwrite, "go on with it by --resume, ")
-    barrier()  # nothing is written before all processes have looked
+    run = Run(Path(out))
+    remedy = "go on with it by --resume, "
+    only_first(lambda: check_new(run, options.overwrite, remedy))
     with locked_together(run):
+        # Another process may have begun it since.
+        only_first(lambda: check_new(run, options.overwrite, remedy))
         train_run(run, settings, config, sorted(explicit))
 
 
-def new_run(path: str, overwrite: bool, remedy: str = "") -> Run:
-    """A folder for a run that begins: none yet, or a run's that may be overwritten."""
-    run = Run(Path(path))
+def check_new(run: Run, overwrite: bool, remedy: str = "") -> None:
+    """Raises UserError unless a run may begin here: where nothing is, or a run that may be
+    overwritten."""
     if not run.empty:
         run.config()  # refuses what is not a run, which is never overwritten
         if not overwrite:
             raise UserError(f"{run.path} exists: {remedy}replace it by --overwrite, or choose "
                             "another --out")
-    return run
 
 
 def resume(run: Run, flags: dict, any_processes: bool) -> None:
@@ -416,6 +411,8 @@ def resume(run: Run, flags: dict, any_processes: bool) -> None:
                         f"round differently: start {processes} by torchrun, or give "
                         "--any-processes, and the run does not end in the same bytes")
     with locked_together(run):
+        if run.config() != config:
+            raise UserError(f"{run.path}: another process just replaced it: look, and try again")
         train_run(run, settings, config, None)
 
 
@@ -452,8 +449,8 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
               ) -> None:
     """Train a run. Everything is read and checked before the first byte of it is written.
 
-    config: the config.json of the run that is resumed or repeated, else None. explicit: the flags
-    that the user gave for a run that begins; None when a run is resumed."""
+    config: that of the run that is resumed or repeated, else None. explicit: the flags that the
+    user gave for a run that begins; None when a run is resumed."""
     started = time.time()
     keep_freed_memory()
     checkpoint = checkpoint_of(run, settings) if explicit is None else None
@@ -483,13 +480,15 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
         log_p = sum(begun.fitted[i].log_prob(rows.cpu()).sum() for i, rows in layers.items())
         return -log_p.to(loaded.device) / answers
 
-    # Write what the run is, and score what its prompt is compared with.
+    training = Training(run, settings, loaded, posterior, inputs.questions,
+                        penalty if settings.train.prior_weight else None, evaluate_posterior,
+                        mean_tokens)
     if checkpoint:
         record_changes(run, settings, config, checkpoint.step)
-    else:
-        run.clear()
-        flags = flags_of(config) if explicit is None else explicit
-        write_config(run, inputs, flags, begun.reports, posterior)
+    begin_or_cut_back(training, checkpoint, inputs,
+                      flags_of(config) if explicit is None else explicit, begun.reports)
+    # Score what the prompt is compared with.
+    if not checkpoint or not checkpoint.metrics_bytes:
         if scores_of_majority := majority(inputs.held_out):
             run.log({"split": "majority", **scores_of_majority})
             say(f"{MAJORITY}: {scores_line(scores_of_majority)}")
@@ -498,10 +497,6 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
             run.log({"split": plain.split, **metrics})
             say(f"{plain.name}: {scores_line(metrics)}")
         inputs.held_out.say_cut()
-
-    training = Training(run, settings, loaded, posterior, inputs.questions,
-                        penalty if settings.train.prior_weight else None, evaluate_posterior,
-                        mean_tokens)
     training.go(checkpoint)
     if FIRST:
         inputs.questions.say_cut()
@@ -607,9 +602,9 @@ def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, 
 
 
 def checkpoint_of(run: Run, settings: Settings) -> Checkpoint | None:
-    """Where a run stood; None if it was stopped before its first checkpoint. Says which newer
-    checkpoints are damaged."""
-    if not run.checkpoints():
+    """Where a run stood; None if it has neither a checkpoint nor anything that would be lost if it
+    began anew. Says which newer checkpoints are damaged."""
+    if not run.checkpoints() and not run.metrics() and not run.has_prompt:
         return None
     checkpoint, damaged = run.load_checkpoint()
     if checkpoint.step > settings.train.steps:
@@ -644,10 +639,23 @@ def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) 
                             "early version: start a run anew")
 
 
+def begin_or_cut_back(training: Training, checkpoint: Checkpoint | None, inputs: Inputs,
+                      flags: list[str], reports: list[dict]) -> None:
+    """Take the run's folder back to a checkpoint. Without one it begins: with what the run is and
+    its first checkpoint, so that there always is one."""
+    if checkpoint:
+        training.run.cut_back(checkpoint)
+        return
+    with training.run.beginning():
+        write_config(training.run, inputs, flags, reports, training.posterior)
+        training.run.write(LOG, b"")
+        training.save()
+
+
 def write_config(run: Run, inputs: Inputs, flags: list[str], reports: list[dict],
                  posterior: posteriors.Point) -> None:
     groups = posterior.groups(inputs.settings.train.lr)
-    run.write_json("config.json", {
+    run.write_json(CONFIG, {
         "settings": flat(inputs.settings), "given": flags, "priors": reports,
         "learning_rates": {group["name"]: group["lr"] for group in groups},
         "threads": torch.get_num_threads(), "processes": rank_and_size()[1], "versions": versions(),
@@ -667,7 +675,7 @@ def record_changes(run: Run, settings: Settings, config: dict, step: int) -> Non
     say(f"{run.path}: from step {step} on with {', '.join(listed)}"
         + (": not the end that it would have come to" if changes.keys() - set(MAY_MOVE) else ""))
     processes = values.pop("processes")
-    run.write_json("config.json", {
+    run.write_json(CONFIG, {
         **config, "settings": values, "processes": processes,
         "given": sorted({*flags_of(config), *changes} - {"processes"}),
         "changes": [*config.get("changes", []), {"step": step, **changes}]})

@@ -1,9 +1,7 @@
 """Prompts as PEFT's adapters and back, against peft itself."""
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import llama
 import promptprior
 from lab.adapters import from_peft, to_csv, to_peft
 from lab.console import UserError
+from lab.files import Folder
 from lab.settings import TINY
 
 N = 5
@@ -297,10 +296,13 @@ def made(tmp_path):
 
 
 def change(folder, **changes):
-    """Change a run's settings."""
+    """Change a run's settings. Its prompts become those of an early version, which did not say
+    whose they are."""
     config = json.loads((folder / "config.json").read_text())
     config["settings"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
+    for file in ("prompt.safetensors", "prompts/000000.safetensors"):
+        save_file(load_file(folder / file), folder / file)
 
 
 def answers(folder, capsys):
@@ -462,17 +464,16 @@ def test_mistakes_are_one_line(made, tmp_path, capsys):
 
 def test_an_adapter_that_reads_back_otherwise_is_removed(made, tmp_path, monkeypatch, capsys):
     """A disk that keeps other numbers than were written."""
-    first, rename = made("first"), os.replace
+    first, write = made("first"), Folder.write
 
-    def damaging(source, target):
-        rename(source, target)
-        if Path(target).name == "adapter_model.safetensors":
-            content = Path(target).read_bytes()
-            Path(target).write_bytes(content[:-400] + bytes(400))  # 100 numbers become zeros
+    def damaging(folder, name, content):
+        if name == "adapter_model.safetensors":
+            content = content[:-400] + bytes(400)  # 100 numbers become zeros
+        write(folder, name, content)
 
-    monkeypatch.setattr(os, "replace", damaging)
+    monkeypatch.setattr(Folder, "write", damaging)
     assert run("export", first, "--to", tmp_path / "adapter") == 1
-    assert "removed" in capsys.readouterr().err and not [*(tmp_path / "adapter").iterdir()]
+    assert "removed" in capsys.readouterr().err and not (tmp_path / "adapter").exists()
     monkeypatch.undo()
     assert run("export", first, "--to", tmp_path / "adapter") == 0
 

@@ -113,13 +113,16 @@ def test_runs_of_early_posteriors_open(runs, tmp_path, capsys):
         config = opened.config()
         config["settings"]["posterior"] = early
         opened.write_json("config.json", config)
+        for file in (*opened.path.glob("prompts/*"), opened.path / "prompt.safetensors"):
+            rows = load_file(file)
+            if early == "gaussian":
+                rows = {k: v for k, v in rows.items() if "particles" not in k}
+                rows |= {f"{k}.sd": v.abs() / 100 for k, v in rows.items()}
+            save_file(rows, file)  # early prompts have no metadata that is checked
         if early == "gaussian":
-            for file in (*opened.path.glob("prompts/*"), opened.path / "prompt.safetensors"):
-                rows = {k: v for k, v in load_file(file).items() if "particles" not in k}
-                save_file(rows | {f"{k}.sd": v.abs() / 100 for k, v in rows.items()}, file)
             tensors = opened.load_checkpoint()[0].tensors
             opened.save_checkpoint(3, {k.replace("log_ratio", "log_sd"): t
-                                       for k, t in tensors.items()}, False)
+                                       for k, t in tensors.items()}, False, opened.settings())
         capsys.readouterr()
         assert run("eval", opened.path, "--json") == 0
         scores = json.loads(capsys.readouterr().out)["scores"]
@@ -305,8 +308,13 @@ def test_interpolate_between_models(runs, tmp_path, capsys):
     config["sha256"]["model"] = json.loads(
         (runs / "math/config.json").read_text())["sha256"]["model"]
     (tmp_path / "run/config.json").write_text(json.dumps(config))
+    path = tmp_path / "run/prompt.safetensors"
+    save_file(load_file(path), path)  # of no run, for it was of another
+    (tmp_path / "line").mkdir()
+    (tmp_path / "line/run.lock").write_text("process 1 on elsewhere")  # as a killed try leaves it
     assert run("interpolate", runs / "math", tmp_path / "run", "--points", 2, "--limit", 2,
                "--out", tmp_path / "line") == 0
+    assert {p.name for p in (tmp_path / "line").iterdir()} == {"curve.jsonl", "curve.svg"}
 
 
 def test_what_cannot_be_measured_is_left_empty(tmp_path, capsys):

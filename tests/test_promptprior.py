@@ -549,6 +549,8 @@ def test_an_early_run_keeps_its_meaning(trained, tmp_path, capsys):
         del config["settings"][key]
     config["settings"]["text"] = "short answer"
     (tmp_path / "early/config.json").write_text(json.dumps(config))
+    path = tmp_path / "early/prompt.safetensors"
+    save_file(load_file(path), path)  # it did not say whose it is
     assert run("eval", tmp_path / "early", "--json", "--limit", 6) == 0
     early = json.loads(capsys.readouterr().out)["scores"]["text prompt 'short answer'"]
 
