@@ -589,7 +589,7 @@ def test_a_priors_run_that_is_no_file(world, own, refused, tmp_path):
     '{"split": "eval", "step": true, "loss": 1}', '{"split": "eval", "step": 1, "loss": 1e308}',
     '{"split": "train", "step": 1, "loss": -Infinity}',
     '{"split": "eval", "step": 1, "loss": 0.5, "f1": 1e400}',
-    '{"split": "eval", "step": 1%s, "loss": 0.5}' % ("0" * 30)])
+    '{"split": "train", "step": 1%s, "loss": 0.5}' % ("0" * 30)])
 def test_a_runs_log(own, refused, line):
     folder = own("runs/point")
     path = folder / "metrics.jsonl"
