@@ -45,6 +45,10 @@ RESTORE = "restore the file"
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what a killed writer leaves
 
 
+class Locked(UserError):
+    """Another process is training the run."""
+
+
 class Checkpoint(NamedTuple):
     """Where training stood."""
 
@@ -81,8 +85,8 @@ class Run:
     @contextlib.contextmanager
     def lock(self) -> Iterator[str]:
         """Keep other processes from training this run, and remove what one that died left
-        half-written. Yields a remark on whose lock was taken over, or "". Raises UserError if
-        another process has it."""
+        half-written. Yields a remark on whose lock was taken over, or "". Raises Locked if another
+        process has it."""
         path = self.path / LOCK
         new_folders = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
@@ -400,7 +404,8 @@ def from_rotated(tensors: dict[str, Tensor], settings: Settings) -> dict[str, Te
 
 # The numbers that a line of metrics.jsonl must have, by its split.
 NUMBERS = {"train": ("step", "loss"), "skipped": ("step",), "eval": ("step", "loss"),
-           "baseline": ("loss",), "text": ("loss",), "majority": ("accuracy",)}
+           "held_out": ("step", "loss"), "baseline": ("loss",), "text": ("loss",),
+           "majority": ("accuracy",)}
 
 
 def _check_metric(line: dict) -> None:
@@ -463,8 +468,8 @@ def _locked(path: Path):
             file.seek(0)
             owner = file.read().strip() or "another process"
             file.close()
-            raise UserError(f"{path.parent}: {owner} is training it: wait for its end, or choose "
-                            "another --out") from None
+            raise Locked(f"{path.parent}: {owner} is training it: wait for its end, or choose "
+                         "another --out") from None
         # Between opening and locking, the file may have been removed by its owner.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:

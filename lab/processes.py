@@ -4,6 +4,7 @@ of one, so the callers need not ask."""
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import os
 import re
@@ -146,3 +147,14 @@ def shard_model(model: llama.Llama, device: str) -> None:
     for module in (model.model.embed_tokens, model.model.norm, getattr(model, "lm_head", None)):
         if module is not None:
             module.to(device)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory. By default it returns every freed activation to the system
+    and asks for it again, which takes a tenth to a quarter of a step on the CPU."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return  # another C library
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
