@@ -24,8 +24,8 @@ from lab.evaluation import FEW_CONTEXTS
 from lab.files import write_file
 from lab.folder import Run
 from lab.inputs import topic, training_and_evaluation, unit
+from lab.plan import Plan, setting_name, varied_settings
 from lab.settings import DataSettings, Settings
-from lab.sweep import Plan, setting_name, varied_settings
 
 LEVEL = 0.05
 SCORE_TITLES = {"lr": "lr", "seeds": "seeds", "held_out": "held-out loss", **SCORES}

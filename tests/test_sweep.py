@@ -18,7 +18,7 @@ from scipy import stats
 from test_survival import same
 
 import promptprior
-from lab import populations, sweep, train
+from lab import commands, plan, populations, sweep, train
 from lab.folder import Run
 from lab.inputs import divided, topic
 from lab.settings import DataSettings
@@ -66,12 +66,12 @@ def rows(folder):
 
 
 def test_the_plan_says_all(whole):
-    plan = json.loads((whole / "plan.json").read_text())
-    assert plan["margin"] == 2 and plan["threads"] == 1
+    written = json.loads((whole / "plan.json").read_text())
+    assert written["margin"] == 2 and written["threads"] == 1
     # One seed of all cells comes first, and of a cell all rates.
-    assert list(plan["runs"]) == [f"{prior}-seed{seed}-lr{lr}" for seed in (0, 1)
-                                  for prior in ("vocab", "fitted") for lr in ("0.003", "0.01")]
-    flags = plan["runs"]["fitted-seed1-lr0.01"]
+    assert list(written["runs"]) == [f"{prior}-seed{seed}-lr{lr}" for seed in (0, 1)
+                                     for prior in ("vocab", "fitted") for lr in ("0.003", "0.01")]
+    flags = written["runs"]["fitted-seed1-lr0.01"]
     assert flags == {"data": "math", "tokens": 3, "batch_size": 2, "eval_limit": 12, "max_new": 2,
                      "steps": 4, "eval_every": 2, "train_examples": 40, "prior": "fitted",
                      "seed": 1, "lr": 0.01, "hold_out": True}
@@ -81,15 +81,13 @@ def test_the_plan_says_all(whole):
 
 def test_grids():
     """Of switches and of flags that take several values; what is given twice is one run."""
-    from lab import commands
-
     given = commands.parse(["sweep", "--cut", "--keep", "--reference", "vocab", "--reference",
                             "squad", "math", "--steps", "0", "0"], "")[1]
-    runs = sweep.make_runs([{name[5:]: values for name, values in given.items()}])
+    runs = plan.make_runs([{name[5:]: values for name, values in given.items()}])
     assert sorted((flags["cut"], *flags["reference"]) for flags in runs.values()) == [
         (False, "squad", "math"), (False, "vocab"), (True, "squad", "math"), (True, "vocab")]
     assert all("hold_out" not in flags for flags in runs.values())
-    assert len({*runs}) == 4 and all(sweep.NAME.fullmatch(name) for name in runs)
+    assert len({*runs}) == 4 and all(plan.NAME.fullmatch(name) for name in runs)
 
 
 def test_a_file_of_grids(tmp_path, capsys):
@@ -97,8 +95,8 @@ def test_a_file_of_grids(tmp_path, capsys):
     path.write_text(json.dumps([
         {"prior": ["vocab", "fitted"], "seed": 0},
         {"prior": "vocab", "seed": [0, 1], "deep_layers": [None, 2]}]))
-    grids = sweep.read_grids(str(path))
-    assert list(sweep.make_runs(grids)) == [
+    grids = plan.read_grids(str(path))
+    assert list(plan.make_runs(grids)) == [
         "vocab-seed0", "fitted-seed0", "vocab-seed0-deep-layers2", "vocab-seed1",
         "vocab-seed1-deep-layers2"]
     for content, words in (('{"priors": 1}', "no setting 'priors'"), ('{"seed": "a"}', "seed is"),
@@ -340,10 +338,10 @@ def test_numbers_of_the_table(copy, capsys):
 
 
 def test_the_page_is_safe(copy):
-    plan = (copy / "plan.json").read_text().replace('"fitted"', '"posterior:<b>"')
+    changed = (copy / "plan.json").read_text().replace('"fitted"', '"posterior:<b>"')
     page = (copy / "table.html").read_text()
     assert "<svg" in page and "<script" not in page
-    (copy / "plan.json").write_text(plan)
+    (copy / "plan.json").write_text(changed)
     assert main("sweep", copy, "--table") == 0
     assert "&lt;b&gt;" in (copy / "table.html").read_text()
     assert "<b>" not in (copy / "table.html").read_text()
