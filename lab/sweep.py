@@ -184,8 +184,8 @@ def command_sweep(given: dict) -> None:
     left = len(plan.runs) - len(finished) - len(failed)
     if left:
         say(f"{left} of {len(plan.runs)} runs have not ended: sweep {plan.folder} goes on with "
-            "those that no other process trains")
-    if finished:
+            "those that no other process trains; with --table it shows the others")
+    if finished and (options.table or not left):  # of several processes the last one shows it
         show_table(plan, finished, margin)
     if failed and not options.table:
         raise Stopped(f"{plan.folder}: {len(failed)} of {len(plan.runs)} runs failed, see above: "

@@ -21,7 +21,7 @@ import numpy as np
 from lab import geometry, pictures, statistics
 from lab.console import SCORES, say, show, table
 from lab.evaluation import FEW_CONTEXTS
-from lab.files import write_file
+from lab.files import reading, write_file
 from lab.folder import Run
 from lab.inputs import topic, training_and_evaluation, unit
 from lab.plan import Plan, setting_name, varied_settings
@@ -120,7 +120,8 @@ def scores_of(cell: Cell) -> dict[str, float]:
 
 
 def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict[str, float]]]:
-    """(cell, the cell that it is compared with, numbers), of cells with a seed in common."""
+    """(cell, the cell that it is compared with, numbers), of cells with a seed in common, and with
+    questions of two articles or more."""
     asked = [[(p["id"], p["question"]) for p in next(iter(cell.runs.values())).predictions()]
              for cell in cells]
     units: dict[DataSettings, np.ndarray] = {}
@@ -128,11 +129,13 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
     for i, cell in enumerate(cells):
         j = asked.index(asked[i])
         seeds = [seed for seed in cell.runs if seed in cells[j].runs]
+        first, settings = cells[j], cells[j].settings.data
         if i == j or not seeds:
             continue
-        first, settings = cells[j], cells[j].settings.data
         if settings not in units:
             units[settings] = question_units(settings, asked[j])
+        if not units[settings].any():
+            continue
         numbers = with_interval("difference", [
             cell.logs[seed][cell.key] - first.logs[seed][cell.key] for seed in seeds])
         answers = np.array([[by_question(c.runs[seed], cell.key) for seed in seeds]
@@ -228,10 +231,12 @@ def norm_ratios(run: Run, layer: int, start, end) -> tuple[float, float]:
 
 def show_table(plan: Plan, finished: list[str], margin: float) -> None:
     """Print what the finished runs came to, and write it as table.csv and table.html."""
-    cells = cells_of(plan, finished)
-    scores = [(cell.name, scores_of(cell)) for cell in cells]
-    differences = compare_cells(cells, margin)
-    ends = ends_of(cells)
+    with reading(plan.folder / "runs", "runs as this sweep made them", "restore them"):
+        cells = cells_of(plan, finished)
+        scores = [(cell.name, scores_of(cell)) for cell in cells]
+        differences = compare_cells(cells, margin)
+        ends = ends_of(cells)
+        curves = pictures.curves([run for cell in cells for run in cell.runs.values()])
 
     text = [f"{plan.folder.resolve().name}: {len(finished)} of {len(plan.runs)} runs; scores in "
             f"percent, loss in nats a token\n\n{table(scores, SCORE_TITLES)}\n\n{ABOUT}"]
@@ -245,7 +250,6 @@ def show_table(plan: Plan, finished: list[str], margin: float) -> None:
     text.append(f"{table(ends, END_TITLES)}\n\n{ABOUT_ENDS}")
     show("\n\n".join(text))
 
-    curves = pictures.curves([run for cell in cells for run in cell.runs.values()])
     write_file(plan.folder / "table.csv", as_csv(scores, differences, ends).encode())
     write_file(plan.folder / "table.html", as_page(plan.folder, text, curves).encode())
     say(f"\n{plan.folder}: table.csv, table.html")

@@ -230,8 +230,10 @@ def test_runs_of_others_are_left_to_them(copy, capsys):
         assert main("sweep", copy) == 0
     error = capsys.readouterr().err
     assert "taken over from process 1 on nowhere" in error
-    assert "1 of 8 runs have not ended" in error and "7 of 8 runs" in (
-        copy / "table.html").read_text()
+    assert "1 of 8 runs have not ended" in error
+    (copy / "runs" / names[0] / "figures/layer-00.svg").unlink(missing_ok=True)
+    assert main("sweep", copy, "--table") == 0
+    assert "7 of 8 runs" in (copy / "table.html").read_text()
     assert main("sweep", copy) == 0 and (
         copy / "runs" / names[0] / "figures/layer-00.svg").exists()
 
@@ -262,6 +264,18 @@ def test_processes_share_the_runs(tmp_path, capsys):
     there = (tmp_path / "a/jobs/2.txt").read_text().count("\nrun ")
     assert here + there == 6 and len(list((tmp_path / "a/runs").iterdir())) == 6
     assert rows(tmp_path / "a")[0]["seeds"] == "6"
+
+
+def test_a_process_of_torchrun_works_alone(tmp_path):
+    """Any of them: it meets no others."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "1", "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "promptprior.py"), "sweep", "--out", str(tmp_path / "a"), *FEW,
+         "--steps", "1"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a/runs/run/figures/layer-00.svg").exists()
+    assert rows(tmp_path / "a")[0]["cell"] == "defaults"
 
 
 def test_a_signal_stops_it_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
@@ -335,6 +349,29 @@ def test_numbers_of_the_table(copy, capsys):
     assert float(second["difference"]) == pytest.approx(difference.mean(), abs=1e-9)
     assert float(second["wide"]) == pytest.approx(difference.mean(), abs=0.02)  # rounded answers
     assert first["difference"] == "" and second["against"] == "vocab"
+
+
+def test_damaged_runs_are_one_line(copy, capsys):
+    run = copy / "runs/vocab-seed0-lr0.01"
+    other = copy / "runs/vocab-seed0-lr0.003"
+    for name, old, new in (("predictions.jsonl", '"accuracy"', '"acc"'),
+                           ("config.json", '"layer": 0', '"layer": 7'),
+                           ("metrics.jsonl", '"accuracy"', '"acc"')):
+        for folder in (run, other):
+            text = (folder / name).read_text()
+            (folder / f"{name}.whole").write_text(text)
+            (folder / name).write_text(text.replace(old, new))
+        assert main("sweep", copy, "--table") == 2, name
+        assert "restore" in capsys.readouterr().err
+        for folder in (run, other):
+            (folder / f"{name}.whole").rename(folder / name)
+    assert main("sweep", copy, "--table") == 0
+
+
+def test_of_one_question_nothing_is_tested(tmp_path, capsys):
+    few = ["--prior", "vocab", "fitted", *FEW, "--steps", "0", "--eval-limit", "1"]
+    assert main("sweep", "--out", tmp_path / "a", *few) == 0
+    assert "p, equal" not in capsys.readouterr().out
 
 
 def test_the_page_is_safe(copy):
