@@ -24,8 +24,8 @@ import torch
 import data
 from lab.commands import SweepOptions
 from lab.console import Stopped, UserError, one_line, say
-from lab.files import free_place, write_file
-from lab.folder import Locked
+from lab.files import write_file
+from lab.folder import Locked, Run
 from lab.inputs import Shared
 from lab.plan import Plan, make_runs, read_grids, read_plan
 from lab.settings import from_flags
@@ -52,7 +52,9 @@ def open_plan(options: SweepOptions, grids: list[dict[str, list]]) -> tuple[Plan
     folder, shared = Path(options.folder or options.out), Shared()
     path, runs = folder / "plan.json", make_runs(grids)
     if runs and not path.exists():
-        free_place(folder, "--out", is_folder=True)
+        # Another process may be writing the same plan at this moment.
+        if not Run(folder).empty and not path.exists():
+            raise UserError(f"{folder} exists, and is no sweep: choose another --out")
         plan = Plan(folder, runs, max(1, torch.get_num_threads() // options.jobs),
                     options.margin or MARGIN)
         check_inputs(plan, shared)

@@ -39,8 +39,8 @@ In brackets: 95 % intervals, of Student's t over seeds. held-out loss: on questi
 data that no run was trained on, by which the rate was chosen."""
 ABOUT_DIFFERENCES = """\
 by seed: the difference, paired by seed, on these questions; other questions too: as it may be of
-other seeds and other questions (whole articles). p, equal: of two one-sided tests that it is
-{margin:g} points or more; Holm's: corrected for the number of rows."""
+other seeds and other questions (whole articles or paragraphs). p, equal: of two one-sided tests
+that it is {margin:g} points or more; Holm's: corrected for the number of rows."""
 ABOUT_ENDS = """\
 norm: mean norm of rows over the reference's. moved: mean distance from the draw. own: percent of
 rows to which no other draw, of any run here, is nearer than their own; by chance: the same of rows

@@ -133,7 +133,7 @@ def test_a_folder_has_one_plan(copy, capsys):
     assert "a plan of other runs" in capsys.readouterr().err
     assert main("sweep", copy, "--out", copy) == 2 and main("sweep") == 2
     assert main("sweep", "--out", copy / "runs", *GRID) == 2
-    assert "choose another --out" in capsys.readouterr().err
+    assert "is no sweep: choose another --out" in capsys.readouterr().err
     assert (copy / "plan.json").read_bytes() == before
     for old, new in (('"threads": 1', '"threads": -1'), ('"margin": 2.0', '"margin": "a"'),
                      ('"vocab-seed0-lr0.003"', '"../x"'), ('"seed": 0', '"seed": {}'),
