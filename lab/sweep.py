@@ -126,7 +126,9 @@ def train_or_resume(plan: Plan, name: str, shared: Shared) -> None:
     if not (run.path / "config.json").exists():
         train_run(run, plan.settings(name), None, sorted(flags), shared)
         return
-    if different := differences(run.settings(), flags):
+    # A run keeps the commit that a revision stood for.
+    fixed = {key: value for key, value in flags.items() if key != "revision"}
+    if different := differences(run.settings(), fixed):
         raise UserError(f"{run.path}: trained otherwise, with {different[0]}: remove it, or choose "
                         "another --out")
     train_run(run, run.settings(), run.config(), None, shared)

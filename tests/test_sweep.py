@@ -256,6 +256,17 @@ def test_a_run_that_failed_does_not_stop_the_rest(tmp_path, capsys):
     assert main("sweep", out, "--table") == 0
 
 
+def test_another_run_in_a_runs_place_is_not_taken_for_it(copy, capsys):
+    run = copy / "runs/vocab-seed0-lr0.01"
+    assert main("train", "--config", run / "config.json", "--out", run, "--overwrite", "--lr",
+                "0.02", "--steps", 1) == 0
+    assert main("sweep", copy) == 1
+    assert "trained otherwise, with --steps 4 (the run has 1): remove it" in (
+        capsys.readouterr().err)
+    shutil.rmtree(run)
+    assert main("sweep", copy, "--retry") == 0
+
+
 def test_processes_share_the_runs(tmp_path, capsys):
     """Each does some, and together they do what one would."""
     few = [*FEW, "--steps", "1", "--seed", *map(str, range(6))]
