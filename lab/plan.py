@@ -1,7 +1,7 @@
 """The plan of a sweep: a grid of settings, and the runs that it stands for.
 
     runs = make_runs([{"prior": ["vocab", "fitted"], "seed": [0, 1]}])      # {name: flags of train}
-    plan = read_plan(Path("sweeps/first/plan.json"))
+    plan = read_plan(Path("runs/first/plan.json"))
     plan.is_finished("vocab-seed0")
 
 Settings that a user writes, or that a file holds, are checked here without loading anything.
