@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     name, given = parse(arguments, __doc__.splitlines()[0])
     try:
         rank_and_count()
-        if name != "train" and not FIRST:
+        if name not in ("train", "sweep") and not FIRST:
             return 0  # only training has work for several processes
         module = importlib.import_module(f"lab.{COMMANDS[name].module}")
         getattr(module, f"command_{name}")(resolved(given))

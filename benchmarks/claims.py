@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import llama  # noqa: E402
-from lab import geometry  # noqa: E402
 from lab.folder import Run  # noqa: E402
+from lab.geometry import keep_their_own, moved_at_random  # noqa: E402
 from lab.settings import TINY  # noqa: E402
 from lab.statistics import interval  # noqa: E402
 
@@ -44,20 +44,6 @@ def chance(scores: np.ndarray, draws: int = 10000) -> float:
     spread = scores.mean(axis=1).var()
     shuffled = (rng.permuted(scores, axis=0).mean(axis=1).var() for _ in range(draws))
     return (1 + sum(s >= spread - 1e-12 for s in shuffled)) / (1 + draws)
-
-
-def keep_their_own(rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """(N,) bool: whether no other draw is nearer to a row (N, D) than the one that it began as."""
-    # The draws of a text are the same in every run: they have twins that are as near.
-    nearest = geometry.nearest(rows, draws, 1)[1][:, 0]
-    return np.linalg.norm(rows - draws, axis=1) <= 1.0001 * nearest
-
-
-def moved_at_random(rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Rows (N, D) as far from their draws as these are, in random directions."""
-    direction = np.random.default_rng(0).normal(size=draws.shape)
-    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    return draws + direction * np.linalg.norm(rows - draws, axis=1, keepdims=True)
 
 
 def paired(differences: np.ndarray) -> str:

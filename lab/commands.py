@@ -55,6 +55,29 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class SweepOptions:
+    folder: str | None = argument("DIR", "a sweep's folder, to go on with it or to show it",
+                                  nargs="?")
+    out: str | None = setting(None, "the folder of a sweep to begin, or that this command began",
+                              flag_metavar="DIR")
+    grid: str | None = setting(
+        None, "begin with the settings of a JSON file, {name of a flag: value, or list of values}, "
+        "or a list of such grids; other flags replace them", flag_metavar="FILE")
+    jobs: int = setting(1, "processes that share the runs, here", above=0, below=257)
+    table: bool = setting(False, "show and write the table of the runs that have ended, and train "
+                          "nothing")
+    margin: float | None = setting(
+        None, "points of F1 or accuracy: settings whose difference is shown to be smaller are "
+        "called equal; chosen when the sweep begins, before scores are seen (2)", above=0)
+    retry: bool = setting(False, "train again the runs that failed")
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    text_file: tuple[str, ...] = TEXT_FILE
+
+
+@dataclass(frozen=True)
 class EvalOptions:
     run: str | None = argument("RUN", "a run's folder")
     spec: str | None = setting(None, "data to evaluate on, a SPEC (the run's evaluation data)",
@@ -182,12 +205,16 @@ class ImportOptions:
 # the table
 
 
+NOT_IN_GRIDS = ("out", "shard")  # flags of train that a sweep gives itself, or cannot give
+
+
 class Command(NamedTuple):
     module: str  # of lab; it has a function command_NAME
     help: str
     options: tuple[type, ...]  # dataclasses whose fields are the command's flags
     stored: tuple[type, ...] = ()  # the same; the default of each is the value that the run has
     lists_priors: bool = False  # --help ends with the priors
+    grid: tuple[type, ...] = ()  # the same; each flag takes several values, given as "grid.FLAG"
 
 
 COMMANDS = {
@@ -195,6 +222,13 @@ COMMANDS = {
         "train", "Tune a prompt, starting from a draw of a prior.",
         (ModelSettings, PriorSettings, PromptSettings, DataSettings, TrainSettings, TrainOptions),
         lists_priors=True),
+    "sweep": Command(
+        "sweep", "Train a grid of runs, every combination of the values of train's flags, in any "
+        "number of processes; then tell with intervals which differ, and which are equal. A flag "
+        "that takes several values, as --reference, is given again for the next of them.",
+        (SweepOptions,), lists_priors=True,
+        grid=(ModelSettings, PriorSettings, PromptSettings, DataSettings, TrainSettings,
+              GridOptions)),
     "eval": Command(
         "evaluation", "Score a run's prompt beside no prompt and a text prompt.",
         (EvalOptions, StepOptions), (ModelSettings,)),
@@ -293,12 +327,17 @@ def parser(description: str) -> argparse.ArgumentParser:
         for kind in command.options:
             for f in fields(kind):
                 add_field(sub, f, show_default=True)
+        for kind in command.grid:
+            for f in fields(kind):
+                if f.name not in NOT_IN_GRIDS:
+                    add_field(sub, f, show_default=True, several=True)
     return top
 
 
-def add_field(sub: argparse.ArgumentParser, f, show_default: bool) -> None:
-    """Add the argument or the flags of one field of settings."""
-    about = f.metadata
+def add_field(sub: argparse.ArgumentParser, f, show_default: bool, several: bool = False) -> None:
+    """Add the argument or the flags of one field of settings. several: they make a list of values,
+    and are given as "grid.FLAG"."""
+    about, dest = f.metadata, f"grid.{f.name}" if several else f.name
     kind = int if about.get("number") else value_type(f)
     help = about["help"].replace("%", "%%")
     if "metavar" in about:
@@ -306,21 +345,23 @@ def add_field(sub: argparse.ArgumentParser, f, show_default: bool) -> None:
                          type=int if kind is int else str)
         return
     if "switches" in about:
-        group = sub.add_mutually_exclusive_group()
+        group = sub if several else sub.add_mutually_exclusive_group()
         for switch, (value, text) in about["switches"].items():
-            group.add_argument(f"--{switch}", dest=f.name, action="store_const", const=value,
-                               help=text.replace("%", "%%"))
+            group.add_argument(f"--{switch}", dest=dest, const=value, help=text.replace("%", "%%"),
+                               action="append_const" if several else "store_const")
         return
     flag = about.get("flag") or flag_name(f.name)
     if kind is bool:
-        sub.add_argument(flag, dest=f.name, action="store_true", help=help)
+        sub.add_argument(flag, dest=dest, const=True, help=help,
+                         action="append_const" if several else "store_const")
         return
     if show_default and about.get("show_default", True) and f.default not in (None, ()):
         default = " ".join(f.default) if kind is tuple else f.default
         help = f"{help} ({default})"
-    sub.add_argument(flag, dest=f.name, type=str if kind is tuple else kind,
-                     nargs="+" if kind is tuple else about.get("nargs"), const=about.get("const"),
-                     required=about.get("required", False), help=help,
+    sub.add_argument(flag, dest=dest, type=str if kind is tuple else kind,
+                     nargs="+" if several or kind is tuple else about.get("nargs"),
+                     action="append" if several and kind is tuple else "store",
+                     const=about.get("const"), required=about.get("required", False), help=help,
                      metavar=about.get("flag_metavar") or f.name.upper().split("_")[-1])
 
 

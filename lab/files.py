@@ -79,6 +79,10 @@ MADE, MOVING = ".made" + UNFINISHED, ".moving" + UNFINISHED
 NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # and a pipe is not waited for
 
 
+class Locked(UserError):
+    """Another process is at work in the folder."""
+
+
 class NotWritten(OSError):
     """A file that cannot be written. The message names it."""
 
@@ -391,7 +395,7 @@ def _lock(path: Path, flag: str) -> tuple[Folder, BinaryIO, str]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{path}: {owner or 'another process'} is at work in it: wait for "
+                raise Locked(f"{path}: {owner or 'another process'} is at work in it: wait for "
                                 f"its end, or choose another {flag}") from None
             if not os.fstat(file.fileno()).st_nlink:
                 continue  # between opening and locking, its owner removed the file

@@ -97,8 +97,8 @@ class Run:
     @contextlib.contextmanager
     def lock(self) -> Iterator[str]:
         """Keep other processes from training this run, and finish or remove what one that died
-        left. Yields a remark on whose lock was taken over, or "". Raises UserError if another
-        process has it, and for a folder of the run that is a link: what it leads to is another's.
+        left. Yields a remark on whose lock was taken over, or "". Raises Locked if another process
+        has it, and UserError for a folder of the run that is a link: what it leads to is another's.
         """
         with locked(self.path, OURS.fullmatch) as (self.folder, owner):
             try:
@@ -572,7 +572,8 @@ def from_rotated(tensors: dict[str, Tensor], settings: Settings) -> dict[str, Te
 
 # The numbers that a line of metrics.jsonl must have, by its split.
 NUMBERS = {"train": ("step", "loss"), "skipped": ("step",), "eval": ("step", "loss"),
-           "baseline": ("loss",), "text": ("loss",), "majority": ("accuracy",)}
+           "held_out": ("step", "loss"), "baseline": ("loss",), "text": ("loss",),
+           "majority": ("accuracy",)}
 
 
 def _check_metric(line: dict) -> None:

@@ -43,6 +43,19 @@ def displacement(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     return _distances(start.astype(np.float64), end.astype(np.float64))
 
 
+def keep_their_own(rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """(N,) bool: whether no other draw is nearer to a row (N, D) than the one (N, D) that it began
+    as. Draws that are equal, as those of a text are in every run, count as one."""
+    return displacement(draws, rows) <= 1.0001 * nearest(rows, draws)[1][:, 0]
+
+
+def moved_at_random(rows: np.ndarray, draws: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Rows (N, D) as far from their draws (N, D) as these are, in random directions."""
+    direction = np.random.default_rng(seed).normal(size=draws.shape)
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    return draws + direction * displacement(draws, rows)[:, None]
+
+
 def nearest(rows: np.ndarray, population: np.ndarray, k: int = 1, metric: str = "l2"
             ) -> tuple[np.ndarray, np.ndarray]:
     """The k members of population (N, D) nearest to each of rows (n, D): index (n, k) and value

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import random
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -29,6 +29,22 @@ from lab.processes import shard_model
 from lab.settings import (BUNDLED, TINY, TOKENS, DataSettings, ModelSettings, PriorSettings,
                           PromptSettings, Settings, on_hub, text_name, text_names)
 from lab.trial import try_tokenizer
+
+class Shared:
+    """What the runs that a process trains one after the other have in common, made once. Of every
+    kind the last one is kept, so that the memory of one run suffices."""
+
+    def __init__(self):
+        self.kept: dict = {}  # by kind: the key, and what was made
+
+    def once(self, kind, key, make: Callable):
+        """What make() returns, or returned last time if the key is the same. A key has to tell all
+        that the result depends on, and nobody may change the result."""
+        if kind not in self.kept or self.kept[kind][0] != key:
+            self.kept.pop(kind, None)  # frees it first
+            self.kept[kind] = key, make()
+        return self.kept[kind][1]
+
 
 # --------------------------------------------------------------------------------------------------
 # the model
@@ -239,28 +255,50 @@ def sample_topics(examples: list[data.Example], count: int) -> list[data.Example
     return [examples[i] for i in sorted(order)]
 
 
-def training_and_evaluation(settings: DataSettings
-                            ) -> tuple[list[data.Example], list[data.Example]]:
-    """The examples to train and to evaluate on. Without --eval-data a tenth of the training data is
-    held out, by whole topics."""
-    examples = read_questions(settings.data, 0, settings.keep_unanswerable)
+class Examples(NamedTuple):
+    """Data, divided by whole topics."""
+
+    training: list[data.Example]
+    evaluation: list[data.Example]
+    choice: list[data.Example]  # to choose settings by; none without --hold-out
+
+
+def divided(settings: DataSettings) -> Examples:
+    """The examples of --data and --eval-data. Without --eval-data a tenth of the training data is
+    held out for evaluation; with --hold-out another tenth is held out, to choose settings by."""
+    examples, choice = read_questions(settings.data, 0, settings.keep_unanswerable), []
     if settings.eval_data is not None:
         evals = read_questions(settings.eval_data, 1, settings.keep_unanswerable)
-        return (sample_topics(examples, settings.train_examples),
-                sample_topics(evals, settings.eval_limit))
+        evals = sample_topics(evals, settings.eval_limit)
+    else:
+        examples, evals = _hold_out(examples, settings, "for evaluation (no --eval-data)",
+                                    "give --eval-data")
+    if settings.hold_out:
+        examples, choice = _hold_out(examples, settings, "to choose settings by (--hold-out)",
+                                     "leave out --hold-out, or several --lr")
+    return Examples(sample_topics(examples, settings.train_examples), evals, choice)
 
+
+def training_and_evaluation(settings: DataSettings
+                            ) -> tuple[list[data.Example], list[data.Example]]:
+    """The examples to train and to evaluate on."""
+    return divided(settings)[:2]
+
+
+def _hold_out(examples: list[data.Example], settings: DataSettings, purpose: str, remedy: str
+              ) -> tuple[list[data.Example], list[data.Example]]:
+    """Examples without about a tenth of them, and these."""
     # Draw a tenth of the questions, and hold out all questions of their topics, so that no
-    # evaluated paragraph was trained on.
+    # paragraph that is scored was trained on.
     count = max(len(examples) // 10, 1)
-    held_out = sample_topics(examples, min(count, settings.eval_limit or count))
-    topics = set(map(topic, held_out))
-    evals = [e for e in examples if topic(e) in topics]
-    if len(evals) == len(examples):
+    drawn = sample_topics(examples, min(count, settings.eval_limit or count))
+    topics = set(map(topic, drawn))
+    held_out = [e for e in examples if topic(e) in topics]
+    if len(held_out) == len(examples):
         raise UserError(f"--data {settings.data}: all {len(examples)} questions share one context, "
-                        "so none can be held out: give --eval-data")
-    say(f"{len(evals)} of {len(examples)} questions held out for evaluation (no --eval-data)")
-    others = [e for e in examples if topic(e) not in topics]
-    return sample_topics(others, settings.train_examples), evals
+                        f"so none can be held out: {remedy}")
+    say(f"{len(held_out)} of {len(examples)} questions held out {purpose}")
+    return [e for e in examples if topic(e) not in topics], held_out
 
 
 class Questions:
@@ -396,9 +434,10 @@ def model_files(settings: ModelSettings) -> list[Path]:
     return [folder / name for name in needed_files(folder) if (folder / name).is_file()]
 
 
-def checksums(settings: Settings) -> dict[str, str]:
+def checksums(settings: Settings, shared: Shared | None = None) -> dict[str, str]:
     """SHA-256 of each input: the model, its generation config, the training data, the evaluation
     data, and the references that are none of these."""
+    shared = shared or Shared()
     generation = model_folder(settings.model) / GENERATION
     files = {"model": model_files(settings.model),
              GENERATION: [generation] if generation.is_file() else [],
@@ -406,7 +445,8 @@ def checksums(settings: Settings) -> dict[str, str]:
     if settings.data.eval_data:
         files["eval_data"] = data.files_of(*parse_spec(settings.data.eval_data, 1))
     files["reference"] = reference_files(settings.prior)
-    return {name: checksum(paths) for name, paths in files.items() if paths}
+    return {name: shared.once(("checksum", name), paths, lambda: checksum(paths))
+            for name, paths in files.items() if paths}
 
 
 def reference_files(prior: PriorSettings) -> list[Path]:

@@ -25,13 +25,15 @@ import data
 import llama
 import priors
 import viz
+from lab import posteriors
 from lab.activations import BATCH, ROLES, Collection, is_massive, roles_of, stream
 from lab.console import UserError, progress, say
 from lab.evaluation import OpenRun
 from lab.folder import Run
 from lab.inputs import (LoadedModel, check_same_model, collection_of, parse_spec, rows_per_layer,
                         topic, training_and_evaluation)
-from lab.settings import REFERENCE_ROWS, DataSettings, PriorSettings, prior_name, spec_name
+from lab.settings import (REFERENCE_ROWS, DataSettings, PriorSettings, Settings, prior_name,
+                          spec_name)
 
 
 class Labels(NamedTuple):
@@ -111,6 +113,17 @@ def references(prior: PriorSettings, settings: DataSettings, loaded: LoadedModel
         by_layer[i] = Reference([part.rows for part in layer_parts], " and ".join(names), labels,
                                 is_prefix)
     return by_layer
+
+
+def population_key(settings: Settings, layers: list[int]) -> tuple:
+    """What tells the references of a run from those of another run: see Shared."""
+    prior = settings.prior
+    name, _, runs = priors.parse(prior.prior)
+    # The vocabulary is taken whole; of other populations rows are drawn by the seed.
+    seed = None if layers == [0] and prior.reference == ("vocab",) else prior.seed
+    return (settings.model, settings.data, priors.PRIORS[name].several, tuple(runs),
+            prior.text if name == "text" else None, prior.reference, prior.reference_rows, seed,
+            tuple(layers), settings.prompt.method)
 
 
 def check_references(prior: str, specs: tuple[str, ...]) -> None:
@@ -339,15 +352,32 @@ class Draw(NamedTuple):
     reports: list[dict]  # what each says of itself
 
 
-def draw(settings: PriorSettings, by_layer: dict[int, Reference], prompts: int = 1) -> Draw:
-    """Fit the prior on each layer's reference and draw prompts from it. Says how their norms
-    compare with the reference's."""
+def fit(settings: PriorSettings, by_layer: dict[int, Reference]) -> dict[int, priors.Prior]:
+    """The prior of each layer, fitted on its reference."""
     name, options, _ = priors.parse(settings.prior)
     prior = priors.PRIORS[name]
-    rows, fitted, reports = {}, {}, []
+    return {i: prior.fit(*(reference.parts if prior.several else [reference.rows]), **options)
+            for i, reference in by_layer.items()}
+
+
+def gaussian_like(prior: priors.Prior, reference: Reference) -> posteriors.Gaussian:
+    """The Gaussian that a prior is. Of a prior that is none: that of the reference which it was
+    fitted on."""
+    if isinstance(prior, priors.Isotropic):
+        scale = torch.full((prior.width,), prior.std)
+        return posteriors.Gaussian(torch.zeros(prior.width), torch.eye(prior.width), scale)
+    if not isinstance(prior, priors.Fitted):
+        prior = priors.Fitted.fit(reference.rows)
+    return posteriors.Gaussian(prior.mean, prior.basis, prior.scale)
+
+
+def draw(settings: PriorSettings, by_layer: dict[int, Reference], prompts: int = 1,
+         fitted: dict[int, priors.Prior] | None = None) -> Draw:
+    """Draw prompts from the prior of each layer, which is fitted on its reference if it is not
+    given. Says how their norms compare with the reference's."""
+    fitted = fitted or fit(settings, by_layer)
+    rows, reports = {}, []
     for i, reference in by_layer.items():
-        parts = reference.parts if prior.several else [reference.rows]
-        fitted[i] = prior.fit(*parts, **options)
         # A layer's draw is a function of the seed and the layer, and not of how many layers there
         # are.
         generator = torch.Generator().manual_seed(1000 * settings.seed + i)

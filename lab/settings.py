@@ -183,6 +183,9 @@ class DataSettings:
                                     "of --data held out)")
     train_examples: int = setting(0, "training questions, drawn at random; 0 for all", least=0)
     eval_limit: int = setting(200, "most questions evaluated; 0 for all", least=0)
+    hold_out: bool = setting(False, "train without a tenth of the questions (at most --eval-limit, "
+                             "and all of their contexts), and score these at the end: settings are "
+                             "chosen by them, and not by the evaluation data")
     max_length: int | None = setting(None, "most tokens of context, question and answer; longer "
                                      "contexts are cut (1024, or what fits)", above=0)
     max_new: int = setting(32, "most tokens of a generated answer", above=0)
@@ -366,7 +369,7 @@ def from_config(config: dict, path: str | Path = "config.json") -> Settings:
     if str(stored.get("prior")).startswith("vae:"):  # of a version whose vae was a network
         stored["prior"] = re.sub(r"(?<=[:,])(hidden|steps|free_bits)=[^,]*,?", "", stored["prior"])
     for name, f in FIELDS.items():
-        if name in stored and not _fits(f, stored[name]):
+        if name in stored and not is_value(f, stored[name]):
             raise UserError(f"{path}: the setting {name} is {stored[name]!r:.80}, which no run "
                             "has: restore the file")
     imported = stored.get("imported")
@@ -379,7 +382,7 @@ def from_config(config: dict, path: str | Path = "config.json") -> Settings:
         raise UserError(f"{path}: {e}") from None
 
 
-def _fits(f, value) -> bool:
+def is_value(f, value) -> bool:
     """Whether a run can have this value of a setting."""
     if value is None:
         return (f.default is None and f.name not in COMPLETED) or EARLY.get(f.name, "") is None

@@ -4,18 +4,20 @@
     error = jackknife_error(totals, lambda t: t[..., 0] / t[..., 1])    # groups are the units
     low, high = interval(value, error, groups=len(totals))
     unimodal_p(x, groups)                                     # small: x has more than one mode
+    paired(scores - others, articles).equivalence_p(margin=2)  # small: equal within the margin
 
 Rows of one text, and questions of one article, depend on each other. Where a function takes groups
 (N,), rows of one group may depend on each other, and different groups are independent. The same
 seed gives the same number. StatisticsError refuses data that cannot be tested.
 
-N rows, D width, G groups.
+N rows, D width, G groups, S seeds.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 
@@ -81,14 +83,20 @@ def student_quantile(freedom: int, level: float = 0.95) -> float:
     probability `level`, to 1e-5."""
     if freedom < 1:
         raise StatisticsError(f"{freedom} degrees of freedom: give at least two values")
-    # For t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1). Of
-    # many degrees the mass lies near 0, and what lies beyond t = 40 is less than 1e-15 of it
+    share, angles = _student_angles(freedom)
+    return math.sqrt(freedom) * math.tan(np.interp(level, share, angles))
+
+
+@functools.lru_cache(maxsize=64)
+def _student_angles(freedom: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of t = sqrt(freedom) tan(angle), with the density of an angle proportional to
+    cos(angle)^(freedom - 1): the probabilities of angles up to these either way, and the angles."""
+    # Of many degrees the mass lies near 0, and what lies beyond t = 40 is less than 1e-15 of it
     largest = min(math.pi / 2, math.atan(40 / math.sqrt(freedom)) if freedom > 40 else 2)
     edges = np.linspace(0, largest, 20001)
     middles = (edges[1:] + edges[:-1]) / 2
     mass = np.cumsum(np.cos(middles) ** (freedom - 1))
-    angle = np.interp(level * mass[-1], np.append(0, mass), edges)
-    return math.sqrt(freedom) * math.tan(angle)
+    return np.append(0, mass / mass[-1]), edges
 
 
 def interval(value: float, error: float, groups: int) -> tuple[float, float]:
@@ -96,6 +104,13 @@ def interval(value: float, error: float, groups: int) -> tuple[float, float]:
     independent groups, by Student's t."""
     half = student_quantile(groups - 1) * error
     return value - half, value + half
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The mean of independent values (n,), of two or more, and its 95 % interval."""
+    n = len(values)
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n)
+    return mean, *interval(mean, error, n)
 
 
 def jackknife_error(totals: np.ndarray, statistic: Callable) -> float:
@@ -134,6 +149,87 @@ def group_numbers(groups: np.ndarray | None, N: int) -> np.ndarray:
     if np.shape(groups) != (N,):
         raise StatisticsError(f"groups of shape {np.shape(groups)} for {N} rows: give one a row")
     return np.unique(groups, return_inverse=True)[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# sameness
+
+
+class Paired(NamedTuple):
+    """A mean difference between paired scores of seeds and questions, which are both random: the
+    mean is meant to hold of other seeds and of other questions."""
+
+    mean: float
+    by_seed: float  # the variance of the mean by the spread among seeds; 0 of a single one
+    by_group: float  # the same by the spread among groups of questions
+    by_both: float  # the share of both that is of neither seeds nor groups alone
+    seeds: int
+    groups: int
+
+    def half_width(self, level: float = 0.95) -> float:
+        """Half of the interval about the mean that holds the true difference with this probability,
+        or more. A part of the variance that was estimated from few seeds is weighted by their
+        Student's t (Howe 1974), so that three lucky seeds do not make a narrow interval."""
+        question = student_quantile(self.groups - 1, level) ** 2
+        least = question * self.by_group
+        if self.seeds == 1:
+            return math.sqrt(least)
+        seed = student_quantile(self.seeds - 1, level) ** 2
+        rest = max(self.by_group - self.by_both, 0)  # by_seed has what is of both already
+        return math.sqrt(max(seed * self.by_seed + question * rest, least))
+
+    def equivalence_p(self, margin: float) -> float:
+        """The p-value of the hypothesis that the true difference is the margin or more, either way,
+        by two one-sided tests (Schuirmann 1987). The margin has to be chosen before scores are
+        seen. Small: the two are equal within the margin. Not small: nothing is known."""
+        room = margin - abs(self.mean)
+        return self._tail(room) if room > 0 else 1 - self._tail(-room)
+
+    def difference_p(self) -> float:
+        """The two-sided p-value of the hypothesis that there is no difference. Not small: nothing
+        is known; that there is none is a matter of equivalence_p."""
+        return 2 * self._tail(abs(self.mean))
+
+    def _tail(self, distance: float) -> float:
+        """The probability, to 1e-6, that the mean lies this far above the truth: the level is found
+        by bisection at which half_width is the distance."""
+        if distance == 0:
+            return 0.5
+        low, high = 1e-6, 0.5
+        while high - low > 1e-7 + 1e-4 * low:
+            middle = math.sqrt(low * high)
+            too_wide = self.half_width(1 - 2 * middle) > distance
+            low, high = (middle, high) if too_wide else (low, middle)
+        return high
+
+
+def paired(difference: np.ndarray, groups: np.ndarray | None = None) -> Paired:
+    """Differences (S, N) between two scores of the same seed and question. groups (N,): questions
+    of one group depend on each other. One seed is allowed; then the result is about that seed.
+
+    The variances are those to which bootstraps of seeds alone, of groups alone, and of the part
+    that neither explains converge, without their bias. A two-way bootstrap that draws both at once
+    and takes percentiles counts that part three times (Owen 2007), and of few seeds it draws no
+    other ones: the test of levels shows both."""
+    difference = np.atleast_2d(np.asarray(difference, np.float64))
+    S, N = difference.shape
+    group = group_numbers(groups, N)
+    sizes = np.bincount(group)
+    G = len(sizes)
+    if G < 2:
+        raise StatisticsError(f"{G} independent groups: give two or more")
+
+    # What each group adds to the mean of a seed, linearised, because groups differ in size
+    mean = difference.mean()
+    residual = difference - mean
+    cells = np.stack([np.bincount(group, row) for row in residual]) * G / N  # (S, G), mean 0
+    of_seed, of_group = cells.mean(axis=1), cells.mean(axis=0)
+    by_group = float(of_group @ of_group) / (G - 1) / G
+    if S == 1:
+        return Paired(float(mean), 0.0, by_group, 0.0, S, G)
+    rest = cells - of_seed[:, None] - of_group
+    return Paired(float(mean), float(of_seed @ of_seed) / (S - 1) / S, by_group,
+                  float(np.square(rest).sum()) / ((S - 1) * (G - 1)) / (S * G), S, G)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,17 +25,18 @@ import llama
 import priors
 from lab import posteriors
 from lab.commands import TrainOptions
-from lab.console import (FIRST, Stopped, UserError, file_list, out_of_memory, progress, say,
-                         scores_line, show)
+from lab.console import (Stopped, UserError, file_list, out_of_memory, progress, say, scores_line,
+                         show)
 from lab.evaluation import MAJORITY, evaluate, majority, score_table
 from lab.folder import (CONFIG, FIRST_PROMPT, LAST_PROMPT, LOG, Checkpoint, Run, read_config,
                         snapshot, versions)
-from lab.inputs import (LoadedModel, Questions, check_place, checksums, encode, layers_with_rows,
-                        load_model, longest_text, mean_answer_tokens, plain_prompts,
-                        training_and_evaluation)
+from lab.inputs import (LoadedModel, Questions, Shared, check_place, checksums, divided, encode,
+                        layers_with_rows, load_model, longest_text, mean_answer_tokens,
+                        plain_prompts)
 from lab.loss import answer_loss, begin
 from lab.pictures import draw_run
-from lab.populations import Reference, draw, norm_ratio, prefix_of, references, prefix_references
+from lab.populations import (Reference, draw, fit, gaussian_like, norm_ratio, population_key,
+                             prefix_of, prefix_references, references)
 from lab.processes import (all_reduce_gradients, all_reduce_sum, barrier, broadcast,
                            init_processes, keep_freed_memory, only_first, rank_and_size)
 from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_name, from_config,
@@ -442,19 +443,22 @@ class Inputs(NamedTuple):
     examples: list[data.Example]  # to train on
     questions: Questions  # the same, those that fit
     held_out: Questions  # to evaluate
+    choice: Questions | None  # to choose settings by, with --hold-out
     sums: dict[str, str]  # checksums of the files
+    shared: Shared  # what other runs of this process may take as it is
 
 
-def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[str] | None
-              ) -> None:
+def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[str] | None,
+              shared: Shared | None = None) -> None:
     """Train a run. Everything is read and checked before the first byte of it is written.
 
-    config: that of the run that is resumed or repeated, else None. explicit: the flags that the
-    user gave for a run that begins; None when a run is resumed."""
+    config: the config.json of the run that is resumed or repeated, else None. explicit: the flags
+    that the user gave for a run that begins; None when a run is resumed. shared: what runs that
+    this process trained before have left for others."""
     started = time.time()
     keep_freed_memory()
     checkpoint = checkpoint_of(run, settings) if explicit is None else None
-    inputs = read_inputs(run, settings, config, explicit is None)
+    inputs = read_inputs(run, settings, config, explicit is None, shared)
     settings, loaded = inputs.settings, inputs.loaded
 
     # Fit the prior, and make the posterior from its draw.
@@ -469,9 +473,9 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
         return evaluate(loaded, prompts, questions, settings.prompt.place, settings.data, name,
                         everywhere=settings.train.shard)
 
-    def evaluate_posterior(step: int):
+    def evaluate_posterior(step: int, questions: Questions = inputs.held_out):
         prompts = [llama.Prompt(layers, settings.prompt.cut) for layers in posterior.evaluated()]
-        return scores(prompts, f"step {step}")
+        return scores(prompts, f"step {step}", questions)
 
     def penalty(layers: dict[int, Tensor]) -> Tensor:
         # The loss is a mean over answer tokens, so -log p is divided by their number: with weight 1
@@ -487,22 +491,33 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
         record_changes(run, settings, config, checkpoint.step)
     begin_or_cut_back(training, checkpoint, inputs,
                       flags_of(config) if explicit is None else explicit, begun.reports)
-    # Score what the prompt is compared with.
     if not checkpoint or not checkpoint.metrics_bytes:
-        if scores_of_majority := majority(inputs.held_out):
-            run.log({"split": "majority", **scores_of_majority})
-            say(f"{MAJORITY}: {scores_line(scores_of_majority)}")
-        for plain in plain_prompts(loaded, settings.prior, inputs.held_out):
-            metrics, _ = scores([plain.past], plain.name, plain.questions)
-            run.log({"split": plain.split, **metrics})
-            say(f"{plain.name}: {scores_line(metrics)}")
-        inputs.held_out.say_cut()
+        log_untrained(run, inputs, scores)
     training.go(checkpoint)
-    if FIRST:
+    if inputs.choice:
+        metrics, _ = evaluate_posterior(training.step, inputs.choice)
+        run.log({"step": training.step, "split": "held_out", **metrics})
+    if rank_and_size()[0] == 0:
         inputs.questions.say_cut()
         report(run, settings, begun.by_layer, len(inputs.held_out))
         show(f"{time.time() - started:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
              f"metrics.jsonl, {file_list(draw_run(run, settings, begun.by_layer))}")
+
+
+def log_untrained(run: Run, inputs: Inputs, scores: Callable[..., tuple[dict, list[dict]]]) -> None:
+    """Log the scores that the prompt is compared with. scores(prompts, name, questions)."""
+    settings, prior = inputs.settings, inputs.settings.prior
+    if scores_of_majority := majority(inputs.held_out):
+        run.log({"split": "majority", **scores_of_majority})
+        say(f"{MAJORITY}: {scores_line(scores_of_majority)}")
+    key = settings.model, settings.data, prior.text, prior.separator, settings.prompt.place
+    for name, line in inputs.shared.once("untrained", key, lambda: [
+            (plain.name, {"split": plain.split,
+                          **scores([plain.past], plain.name, plain.questions)[0]})
+            for plain in plain_prompts(inputs.loaded, prior, inputs.held_out)]):
+        run.log(line)
+        say(f"{name}: {scores_line(line)}")
+    inputs.held_out.say_cut()
 
 
 class Beginning(NamedTuple):
@@ -523,10 +538,13 @@ def begin_run(inputs: Inputs) -> Beginning:
     kept: dict[int, Reference] = {}  # too large to be sent to the others
 
     def work() -> Beginning:
-        by_layer = references(settings.prior, settings.data, inputs.loaded, inputs.layers,
-                              method=settings.prompt.method, examples=inputs.examples)
+        prior, key = settings.prior, population_key(settings, inputs.layers)
+        by_layer = inputs.shared.once("references", key, lambda: references(
+            prior, settings.data, inputs.loaded, inputs.layers, settings.prompt.method,
+            inputs.examples))
+        fitted = inputs.shared.once(("fitted", prior.prior), key, lambda: fit(prior, by_layer))
         is_point = settings.train.posterior == "point"
-        drawn = draw(settings.prior, by_layer, 1 if is_point else settings.train.particles)
+        drawn = draw(prior, by_layer, 1 if is_point else settings.train.particles, fitted)
         start, gaussians = drawn.rows, {}
         if not is_point:
             gaussians = {i: gaussian_like(prior, by_layer[i]) for i, prior in drawn.fitted.items()}
@@ -547,29 +565,21 @@ def begin_run(inputs: Inputs) -> Beginning:
     return begun._replace(by_layer=kept)
 
 
-def gaussian_like(prior: priors.Prior, reference: Reference) -> posteriors.Gaussian:
-    """The Gaussian that a prior is. Of a prior that is none: that of the reference which it was
-    fitted on."""
-    if isinstance(prior, priors.Isotropic):
-        scale = torch.full((prior.width,), prior.std)
-        return posteriors.Gaussian(torch.zeros(prior.width), torch.eye(prior.width), scale)
-    if not isinstance(prior, priors.Fitted):
-        prior = priors.Fitted.fit(reference.rows)
-    return posteriors.Gaussian(prior.mean, prior.basis, prior.scale)
-
-
-def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: bool) -> Inputs:
+def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: bool,
+                shared: Shared | None = None) -> Inputs:
     """Load the model and the questions. config: that of the run to go on with or to repeat, whose
     files must be the same."""
-    loaded = load_model(settings.model, settings.train.shard)
+    shared = shared or Shared()
+    once, shard = shared.once, settings.train.shard
+    loaded = once("model", (settings.model, shard), lambda: load_model(settings.model, shard))
     loaded.model.recompute = settings.train.recompute
     check_place(settings.prompt, loaded, settings.model.model)
     # Everything that can be wrong with the settings is found before the data is tokenised.
     L = loaded.model.config.num_hidden_layers
     layers = layers_with_rows(settings.prior, L, settings.prompt)
     max_length = longest_text(loaded, settings.data, settings.prior)
-    examples, evals = training_and_evaluation(settings.data)
-    sums = only_first(lambda: checksums(settings))
+    examples, evals, choice = once("examples", settings.data, lambda: divided(settings.data))
+    sums = only_first(lambda: checksums(settings, shared))
     if config:
         torch.set_num_threads(config["threads"])  # sums are then added in the same order
         check_unchanged(run, settings, config, sums, is_resumed)
@@ -577,12 +587,18 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
     # The run records the commit and the longest text with its settings.
     settings = replace(settings, model=replace(settings.model, revision=loaded.revision),
                        data=replace(settings.data, max_length=max_length))
-    questions = encode(examples, loaded.vocabulary, max_length, "training")
-    held_out = encode(evals, loaded.vocabulary, max_length, "evaluation")
+
+    def encoded() -> list[Questions]:
+        parts = {"training": examples, "evaluation": evals}
+        parts |= {"held-out": choice} if choice else {}
+        return [encode(part, loaded.vocabulary, max_length, name) for name, part in parts.items()]
+
+    questions, held_out, *to_choose = once("questions", (settings.model, settings.data), encoded)
     say(f"model {Path(settings.model.model).name}: {L} layers of width "
         f"{loaded.model.config.hidden_size}, {settings.model.dtype} on {settings.model.device}; "
         f"{len(questions)} questions to train on, {len(held_out)} to evaluate")
-    return Inputs(settings, loaded, layers, examples, questions, held_out, sums)
+    return Inputs(settings, loaded, layers, examples, questions, held_out,
+                  to_choose[0] if to_choose else None, sums, shared)
 
 
 def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, str],

@@ -147,6 +147,10 @@ def world(folder: Path) -> None:
         assert promptprior.main(["export", str(folder / "runs" / name), "--to",
                                  str(folder / "adapters" / name)]) == 0
     assert promptprior.main([
+        "sweep", "--out", str(folder / "sweep"), "--model", str(model), "--data", spec,
+        "--eval-data", spec, *FEW, "--steps", "1", "--prior", "vocab", "fitted", "--seed", "0",
+        "1", "--eval-limit", "4"]) == 0
+    assert promptprior.main([
         "collect", "--model", str(model), "--data", f"a=squad:{folder}/squad.json",
         f"b=text:{folder}/c4.json", "--layers", "0,2", "--limit", "12", "--out",
         str(folder / "acts.safetensors")]) == 0
@@ -225,6 +229,9 @@ KINDS = {
            "metrics.jsonl": {"compare", "plot", "resume", "export"},
            "prompts/*.safetensors": {"compare", "plot"},
            "checkpoints/*.safetensors": {"resume"}, "predictions.jsonl": {"plot"}}.items()},
+    **{f"sweep {file}": Kind("sweep", file, [["sweep", "COPY", "--table"]])
+       for file in ("plan.json", "runs/*/config.json", "runs/*/metrics.jsonl",
+                    "runs/*/predictions.jsonl", "runs/*/prompt.safetensors")},
     "collection": Kind("acts.safetensors", "", [
         ["compare", "COPY"], ["compare", "COPY", "--json"],
         ["sample", "--model", "WORLD/model", "--prior", "isotropic", "--tokens", "3",

@@ -10,7 +10,7 @@ from scipy import stats
 
 import priors
 from lab import posteriors, train
-from lab.populations import Reference
+from lab.populations import Reference, gaussian_like
 from lab.settings import Settings
 
 
@@ -208,7 +208,7 @@ def test_the_gaussian_of_a_prior():
     """That which it is, or that of its reference."""
     reference = torch.randn(300, 5, generator=generator()) @ torch.randn(5, 5,
                                                                          generator=generator(1))
-    of = lambda prior: train.gaussian_like(prior, Reference([reference], "any"))
+    of = lambda prior: gaussian_like(prior, Reference([reference], "any"))
     x = torch.randn(4, 5, generator=generator(2), dtype=torch.float64)
     for prior in (priors.Isotropic.fit(reference, std=0.3), priors.Fitted.fit(reference)):
         g = of(prior)

@@ -129,6 +129,107 @@ def test_ratio_error_is_the_spread_of_clustered_means():
 
 
 # --------------------------------------------------------------------------------------------------
+# sameness
+
+
+def paired_scores(r, S=3, groups=60, size=3, seeds=0.0, questions=0.0, noise=20.0, shift=0.0):
+    """Differences (S, groups * size), in points, of standard deviations by seed, by group of
+    questions, and of single answers."""
+    by_group = np.repeat(questions * r.normal(size=groups), size)
+    answers = noise * r.normal(size=(S, groups * size))
+    return shift + seeds * r.normal(size=(S, 1)) + by_group + answers
+
+
+def test_mean_interval_is_students():
+    x = R().normal(size=5)
+    expected = (x.mean(), *stats.t.interval(0.95, 4, x.mean(), stats.sem(x)))
+    assert s.mean_interval(x) == pytest.approx(expected, rel=1e-5)
+
+
+def test_paired_scores_of_one_seed_are_a_t_test():
+    x = R().normal(0.3, 1, size=40)
+    one = s.paired(x)
+    assert one.mean + one.half_width() == pytest.approx(
+        stats.t.interval(0.95, 39, x.mean(), stats.sem(x))[1], rel=1e-5)
+    assert one.difference_p() == pytest.approx(stats.ttest_1samp(x, 0).pvalue, rel=1e-3)
+    for margin in (0.1, 0.4, 1.0):
+        sides = [stats.ttest_1samp(x, -margin, alternative="greater").pvalue,
+                 stats.ttest_1samp(x, margin, alternative="less").pvalue]
+        assert one.equivalence_p(margin) == pytest.approx(max(sides), rel=1e-3, abs=2e-6)
+        # The test at 5 % is whether the 90 % interval lies within the margin.
+        assert (one.equivalence_p(margin) <= 0.05) == (
+            abs(one.mean) + one.half_width(0.90) <= margin)
+    same = s.paired(np.zeros((3, 9)))
+    assert (same.difference_p(), same.equivalence_p(1) < 1e-5) == (1, True)
+    with pytest.raises(s.StatisticsError, match="1 independent groups"):
+        s.paired(np.ones((3, 9)), np.zeros(9))
+
+
+def test_of_questions_that_agree_only_seeds_count():
+    x = np.array([1.0, 2.0, 4.0])
+    agreed = s.paired(np.repeat(x[:, None], 30, axis=1))
+    assert agreed.mean + agreed.half_width() == pytest.approx(s.mean_interval(x)[2])
+
+
+def test_variances_are_those_of_bootstraps():
+    """Of seeds, and of groups of unequal sizes as wholes, but for their bias."""
+    r = R(3)
+    group = np.repeat(np.arange(40), r.integers(1, 6, 40))
+    x = paired_scores(r, 4, len(group), 1, 3, 5)
+    ours, sizes = s.paired(x, group), np.bincount(group)
+    sums = np.stack([np.bincount(group, row) for row in x])
+    seeds, groups = r.multinomial(4, [1 / 4] * 4, 20000), r.multinomial(40, [1 / 40] * 40, 20000)
+    assert (seeds @ x.mean(1) / 4).var() * 4 / 3 == pytest.approx(ours.by_seed, rel=0.05)
+    drawn = (groups @ sums.mean(0)) / (groups @ sizes)
+    assert drawn.var() * 40 / 39 == pytest.approx(ours.by_group, rel=0.08)
+    both = np.einsum("bs,sg,bg->b", seeds, sums, groups) / 4 / (groups @ sizes)
+    parts = 3 / 4 * ours.by_seed + 39 / 40 * ours.by_group + ours.by_both
+    assert both.var() == pytest.approx(parts, rel=0.1)
+
+
+@pytest.mark.parametrize("spread", [
+    dict(noise=30), dict(questions=15, noise=30), dict(seeds=2, noise=30),
+    dict(seeds=2, questions=8, noise=5), dict(seeds=2, questions=0.1, noise=1)])
+def test_levels_of_sameness(spread):
+    """500 repetitions of 3 and 5 seeds. A true difference as large as the margin is called equal,
+    and none is called one, in at most 5 %; percentiles of a two-way bootstrap are far off."""
+    for S in (3, 5):
+        equal, different, naive = [], [], []  # p-values; whether an interval leaves out 0
+        for k in range(500):
+            x = paired_scores(R(k), S, **spread)
+            group = np.repeat(np.arange(60), 3)
+            different.append(s.paired(x, group).difference_p())
+            equal.append(s.paired(x + 2, group).equivalence_p(2))
+            if k < 100:
+                r, sums = R(k + 1000), x.reshape(S, 60, 3).mean(2)
+                seeds, groups = (r.multinomial(n, [1 / n] * n, 400) / n for n in (S, 60))
+                low, high = np.quantile(np.einsum("bs,sg,bg->b", seeds, sums, groups),
+                                        (0.025, 0.975))
+                naive.append(not low <= 0 <= high)
+        shares = [np.mean(np.array(p) <= 0.05) for p in (equal, different)]
+        print(f"{spread}, {S} seeds: called equal {shares[0]:.3f}, different {shares[1]:.3f}; "
+              f"percentiles: different {np.mean(naive):.2f}")
+        at_most_level(equal)
+        at_most_level(different)
+        if spread.get("noise") == 1 and S == 3:
+            assert np.mean(naive) > 0.15
+
+
+def test_power_of_sameness():
+    """Of 201 questions whose answers differ by chance between runs, five seeds tell that two
+    settings are equal within 2 points, or that they differ by 5; three are too few for the first.
+    """
+    for S in (3, 5):
+        tests = [s.paired(paired_scores(R(k), S, 67, 3, noise=15), np.repeat(np.arange(67), 3))
+                 for k in range(200)]
+        equal = np.mean([test.equivalence_p(2) <= 0.05 for test in tests])
+        different = np.mean([test._replace(mean=test.mean + 5).difference_p() <= 0.05
+                             for test in tests])
+        print(f"{S} seeds: equal within 2 in {equal:.2f}, different by 5 in {different:.2f}")
+    assert equal > 0.9 and different > 0.9
+
+
+# --------------------------------------------------------------------------------------------------
 # calibration
 
 

@@ -1,0 +1,296 @@
+"""What a sweep's runs came to: cells of runs that differ in rate and seed alone, compared.
+
+    show_table(plan, finished, margin=2)     # prints, and writes DIR/table.csv and DIR/table.html
+
+A cell's learning rate is the one with the lowest loss on questions that were held out of the
+training data; the evaluation data has no say in it. Other cells are compared with the first one
+that answered the same questions, seed by seed and question by question.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lab import geometry, pictures, statistics
+from lab.console import SCORES, say, show, table
+from lab.evaluation import FEW_CONTEXTS
+from lab.files import reading, write_file
+from lab.folder import Run
+from lab.inputs import topic, training_and_evaluation, unit
+from lab.plan import Plan, setting_name, varied_settings
+from lab.settings import DataSettings, Settings
+
+LEVEL = 0.05
+SCORE_TITLES = {"lr": "lr", "seeds": "seeds", "held_out": "held-out loss", **SCORES}
+DIFFERENCE_TITLES = {
+    "difference": "by seed", "wide": "other questions too", "equivalence_p": "p, equal",
+    "holm_equal": "Holm's", "difference_p": "p, no difference", "holm_different": "Holm's"}
+END_TITLES = {"start_norm": "norm, drawn", "norm": "norm ratio", "moved": "moved", "own": "own",
+              "chance": "by chance"}
+ABOUT = """\
+In brackets: 95 % intervals, of Student's t over seeds. held-out loss: on questions of the training
+data that no run was trained on, by which the rate was chosen."""
+ABOUT_DIFFERENCES = """\
+by seed: the difference, paired by seed, on these questions; other questions too: as it may be of
+other seeds and other questions (whole articles or paragraphs). p, equal: of two one-sided tests
+that it is {margin:g} points or more; Holm's: corrected for the number of rows."""
+ABOUT_ENDS = """\
+norm: mean norm of rows over the reference's. moved: mean distance from the draw. own: percent of
+rows to which no other draw, of any run here, is nearer than their own; by chance: the same of rows
+that moved as far in random directions."""
+
+
+class Cell(NamedTuple):
+    """Runs that differ in their seed alone."""
+
+    name: str
+    runs: dict[int, Run]  # by seed, those at the chosen rate
+    logs: dict[int, dict]  # the last evaluation of each
+    settings: Settings  # of one of them
+    rate: float | None
+    held_out: dict[float | None, float]  # the mean loss by which the rate was chosen
+
+    @property
+    def key(self) -> str:
+        """The score that counts."""
+        return "accuracy" if "accuracy" in next(iter(self.logs.values())) else "f1"
+
+
+def last(metrics: list[dict], split: str) -> dict | None:
+    return next((line for line in reversed(metrics) if line["split"] == split), None)
+
+
+def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
+    """The cells of the runs that have ended, each at its best rate."""
+    varied = [name for name in varied_settings([*plan.runs.values()]) if name not in ("lr", "seed")]
+    grouped: dict[str, dict] = {}
+    for name in finished:
+        flags = plan.runs[name]
+        words = [setting_name(key, flags[key]) for key in varied if key in flags]
+        others = json.dumps({**flags, "lr": None, "seed": None}, sort_keys=True)
+        _, by_rate = grouped.setdefault(others, (", ".join(words) or "defaults", {}))
+        by_rate.setdefault(flags.get("lr"), {})[flags.get("seed", 0)] = name
+
+    cells = []
+    for name, by_rate in grouped.values():
+        logs = {run: plan.run(run).metrics() for runs in by_rate.values() for run in runs.values()}
+        # Of rates with fewer runs, a failed one among them, nobody knows how good they are.
+        most = max(map(len, by_rate.values()))
+        losses = {}
+        for rate, runs in by_rate.items():
+            lines = [last(logs[run], "held_out") for run in runs.values()]
+            if len(runs) == most and None not in lines:
+                losses[rate] = float(np.mean([line["loss"] for line in lines]))
+        rate = min(losses, key=losses.get) if losses else next(iter(by_rate))
+        runs = dict(sorted(by_rate[rate].items()))
+        cells.append(Cell(name, {seed: plan.run(run) for seed, run in runs.items()},
+                          {seed: last(logs[run], "eval") for seed, run in runs.items()},
+                          plan.settings(next(iter(runs.values()))), rate, losses))
+    return cells
+
+
+def with_interval(key: str, values: list[float]) -> dict[str, float]:
+    """{KEY, KEY_low, KEY_high}: the mean and its interval; of one value the value alone."""
+    if len(values) < 2:
+        return {key: float(values[0])}
+    return dict(zip((key, f"{key}_low", f"{key}_high"), statistics.mean_interval(values)))
+
+
+def scores_of(cell: Cell) -> dict[str, float]:
+    numbers: dict[str, float] = {"seeds": len(cell.runs)}
+    if cell.rate is not None:
+        numbers["lr"] = cell.rate
+    if cell.held_out:
+        numbers["held_out"] = cell.held_out[cell.rate]
+    for key in dict.fromkeys(("loss", "exact_match", cell.key, "choice_accuracy")):
+        if all(key in line for line in cell.logs.values()):
+            numbers |= with_interval(key, [line[key] for line in cell.logs.values()])
+    return numbers
+
+
+# --------------------------------------------------------------------------------------------------
+# differences
+
+
+def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict[str, float]]]:
+    """(cell, the cell that it is compared with, numbers), of cells with a seed in common, and with
+    questions of two articles or more."""
+    asked = [[(p["id"], p["question"]) for p in next(iter(cell.runs.values())).predictions()]
+             for cell in cells]
+    units: dict[DataSettings, np.ndarray] = {}
+    rows = []
+    for i, cell in enumerate(cells):
+        j = asked.index(asked[i])
+        seeds = [seed for seed in cell.runs if seed in cells[j].runs]
+        first, settings = cells[j], cells[j].settings.data
+        if i == j or not seeds:
+            continue
+        if settings not in units:
+            units[settings] = question_units(settings, asked[j])
+        if not units[settings].any():
+            continue
+        numbers = with_interval("difference", [
+            cell.logs[seed][cell.key] - first.logs[seed][cell.key] for seed in seeds])
+        answers = np.array([[by_question(c.runs[seed], cell.key) for seed in seeds]
+                            for c in (cell, first)])
+        effect = statistics.paired(answers[0] - answers[1], units[settings])
+        half = effect.half_width()
+        rows.append((cell.name, first.name, {
+            **numbers, "wide": effect.mean, "wide_low": effect.mean - half,
+            "wide_high": effect.mean + half, "equivalence_p": effect.equivalence_p(margin),
+            "difference_p": effect.difference_p()}))
+    for holm, key in (("holm_equal", "equivalence_p"), ("holm_different", "difference_p")):
+        adjusted = statistics.holm([numbers[key] for _, _, numbers in rows])
+        for (_, _, numbers), p in zip(rows, adjusted):
+            numbers[holm] = float(p)
+    return rows
+
+
+def by_question(run: Run, key: str) -> list[float]:
+    return [prediction[key] for prediction in run.predictions()]
+
+
+def question_units(settings: DataSettings, asked: list[tuple[str, str]]) -> np.ndarray:
+    """The article or module of every question asked, (id, question) each; of fewer than ten of
+    these, the paragraph or the question itself."""
+    examples = {(e.id, e.question): e for e in training_and_evaluation(settings)[1]}
+    for kind in (unit, topic):
+        names = [kind(examples[question]) for question in asked]
+        if len(set(names)) >= FEW_CONTEXTS:
+            break
+    return np.unique(names, return_inverse=True)[1]
+
+
+def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> str:
+    """What the tests tell of a cell, after Holm's correction, in words."""
+    if numbers["holm_equal"] <= LEVEL:
+        words = f"equal within {margin:g} points"
+    elif numbers["holm_different"] <= LEVEL:
+        words = "different"
+    else:
+        words = f"cannot be told: neither different, nor equal within {margin:g} points"
+    return f"{name} and {first}: {words}"
+
+
+# --------------------------------------------------------------------------------------------------
+# where rows ended
+
+
+def ends_of(cells: list[Cell]) -> list[tuple[str, dict[str, float]]]:
+    """Where the rows of every cell and layer began and ended, means over its runs."""
+    drawn: dict[tuple, list[np.ndarray]] = {}  # by layer, method and width, of all cells
+    ended: dict[tuple, list[np.ndarray]] = {}
+    measured: list[tuple[Cell, int, tuple, list]] = []
+    for cell in cells:
+        pairs = [run.start_and_end() for run in cell.runs.values()]
+        for i in pairs[0][0]:
+            space = (i, cell.settings.prompt.method, pairs[0][0][i].shape[1])
+            measured.append((cell, i, space, [(start[i], end[i]) for start, end in pairs]))
+            drawn.setdefault(space, []).append(np.concatenate([s[i].numpy() for s, _ in pairs]))
+            ended.setdefault(space, []).append(np.concatenate([e[i].numpy() for _, e in pairs]))
+
+    shares: dict[tuple, list] = {}  # of each space, what keeps its own draw in each cell
+    for space, starts in drawn.items():
+        draws, rows = np.concatenate(starts), np.concatenate(ended[space])
+        cuts = np.cumsum(list(map(len, starts)))[:-1]
+        kept = [np.split(geometry.keep_their_own(x, draws), cuts)
+                for x in (rows, geometry.moved_at_random(rows, draws))]
+        shares[space] = [(100 * own.mean(), 100 * chance.mean()) for own, chance in zip(*kept)]
+
+    table_rows = []
+    for cell, i, space, pairs in measured:
+        own, chance = shares[space].pop(0)
+        numbers = {"moved": np.mean([(end - start).norm(dim=1).mean() for start, end in pairs]),
+                   "own": own, "chance": chance}
+        if cell.settings.prompt.method == "prompt":
+            ratios = [norm_ratios(run, i, *pair) for run, pair in zip(cell.runs.values(), pairs)]
+            numbers["start_norm"], numbers["norm"] = np.mean(ratios, axis=0)
+        name = f"{cell.name}, layer {i}"
+        table_rows.append((name, {key: float(value) for key, value in numbers.items()}))
+    return table_rows
+
+
+def norm_ratios(run: Run, layer: int, start, end) -> tuple[float, float]:
+    """Mean norms of the draw (n, D) and of the trained rows over the reference's, whose norm the
+    run's record of the draw tells."""
+    report = next(r for r in run.config()["priors"] if r["layer"] == layer)
+    growth = float(end.norm(dim=1).mean() / start.norm(dim=1).mean())
+    return report["norm_ratio"], report["norm_ratio"] * growth
+
+
+# --------------------------------------------------------------------------------------------------
+# the table
+
+
+def show_table(plan: Plan, finished: list[str], margin: float) -> None:
+    """Print what the finished runs came to, and write it as table.csv and table.html."""
+    with reading(plan.folder / "runs", "runs as this sweep made them", "restore them"):
+        cells = cells_of(plan, finished)
+        scores = [(cell.name, scores_of(cell)) for cell in cells]
+        differences = compare_cells(cells, margin)
+        ends = ends_of(cells)
+        curves = pictures.curves([run for cell in cells for run in cell.runs.values()])
+
+    text = [f"{plan.folder.resolve().name}: {len(finished)} of {len(plan.runs)} runs; scores in "
+            f"percent, loss in nats a token\n\n{table(scores, SCORE_TITLES)}\n\n{ABOUT}"]
+    text += rates_of(cells)
+    if differences:
+        kinds = " or ".join(dict.fromkeys(SCORES[cell.key] for cell in cells))
+        rows = [(f"{name} against {first}", numbers) for name, first, numbers in differences]
+        text.append(f"points of {kinds}\n{table(rows, DIFFERENCE_TITLES)}\n\n"
+                    f"{ABOUT_DIFFERENCES.format(margin=margin)}")
+        text.append("\n".join(verdict(*row, margin) for row in differences))
+    text.append(f"{table(ends, END_TITLES)}\n\n{ABOUT_ENDS}")
+    show("\n\n".join(text))
+
+    write_file(plan.folder / "table.csv", as_csv(scores, differences, ends).encode())
+    write_file(plan.folder / "table.html", as_page(plan.folder, text, curves).encode())
+    say(f"\n{plan.folder}: table.csv, table.html")
+
+
+def rates_of(cells: list[Cell]) -> list[str]:
+    """The held-out loss of every rate, and whether better ones may lie beyond those tried."""
+    lines = []
+    for cell in cells:
+        if len(cell.held_out) > 1:
+            losses = ", ".join(f"{'default' if rate is None else f'{rate:g}'} {loss:.3f}"
+                               for rate, loss in cell.held_out.items())
+            tried = [rate for rate in cell.held_out if rate is not None]
+            edge = ""
+            if cell.rate in (min(tried), max(tried)):
+                edge = ": the best is the last one tried, so that better ones may lie beyond"
+            lines.append(f"{cell.name}: {losses}{edge}")
+    return ["held-out loss by learning rate\n" + "\n".join(lines)] if lines else []
+
+
+def as_csv(scores: list, differences: list, ends: list) -> str:
+    """A row for every cell."""
+    rows = {name: {"cell": name, **numbers} for name, numbers in scores}
+    for name, first, numbers in differences:
+        rows[name] |= {"against": first, **numbers}
+    for name, numbers in ends:
+        cell, _, layer = name.rpartition(", ")
+        rows[cell] |= {f"{layer} {key}": value for key, value in numbers.items()}
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    return out.getvalue()
+
+
+def as_page(folder: Path, text: list[str], svg: str) -> str:
+    """The tables, and the curves, as one page without scripts."""
+    title = html.escape(f"Sweep {folder.resolve().name}")
+    blocks = "".join(f"<pre>{html.escape(part)}</pre>\n" for part in text)
+    return (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
+            "<style>body{max-width:72em;margin:2em auto;padding:0 1em;font-family:sans-serif;"
+            "color-scheme:light dark}pre{overflow-x:auto}</style>\n"
+            f"<h1>{title}</h1>\n{blocks}{svg}</html>\n")

@@ -1,0 +1,395 @@
+"""Grids of runs: the plan, runs shared among processes that may die, and the table."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from test_survival import same
+
+import promptprior
+from lab import commands, plan, populations, sweep, train
+from lab.folder import Run
+from lab.inputs import divided, topic
+from lab.settings import DataSettings
+
+ROOT = Path(promptprior.__file__).parent
+FEW = ["--data", "math", "--tokens", "3", "--batch-size", "2", "--eval-limit", "12", "--max-new",
+       "2", "--steps", "4", "--eval-every", "2", "--train-examples", "40"]
+GRID = ["--prior", "vocab", "fitted", "--lr", "3e-3", "1e-2", "--seed", "0", "1", *FEW]
+
+
+def main(*arguments):
+    return promptprior.main([str(a) for a in arguments])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed sweep. Tests change copies of it."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "sweep"
+    assert main("sweep", "--out", out, *GRID) == 0
+    return out
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "sweep")
+    return tmp_path / "sweep"
+
+
+def rows(folder):
+    with open(folder / "table.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+# --------------------------------------------------------------------------------------------------
+# the plan
+
+
+def test_the_plan_says_all(whole):
+    written = json.loads((whole / "plan.json").read_text())
+    assert written["margin"] == 2 and written["threads"] == 1
+    # One seed of all cells comes first, and of a cell all rates.
+    assert list(written["runs"]) == [f"{prior}-seed{seed}-lr{lr}" for seed in (0, 1)
+                                     for prior in ("vocab", "fitted") for lr in ("0.003", "0.01")]
+    flags = written["runs"]["fitted-seed1-lr0.01"]
+    assert flags == {"data": "math", "tokens": 3, "batch_size": 2, "eval_limit": 12, "max_new": 2,
+                     "steps": 4, "eval_every": 2, "train_examples": 40, "prior": "fitted",
+                     "seed": 1, "lr": 0.01, "hold_out": True}
+    assert {path.name for path in whole.iterdir()} == {"plan.json", "runs", "table.csv",
+                                                       "table.html"}
+
+
+def test_grids():
+    """Of switches and of flags that take several values; what is given twice is one run."""
+    given = commands.parse(["sweep", "--cut", "--keep", "--reference", "vocab", "--reference",
+                            "squad", "math", "--steps", "0", "0"], "")[1]
+    runs = plan.make_runs([{name[5:]: values for name, values in given.items()}])
+    assert sorted((flags["cut"], *flags["reference"]) for flags in runs.values()) == [
+        (False, "squad", "math"), (False, "vocab"), (True, "squad", "math"), (True, "vocab")]
+    assert all("hold_out" not in flags for flags in runs.values())
+    assert len({*runs}) == 4 and all(plan.NAME.fullmatch(name) for name in runs)
+
+
+def test_a_file_of_grids(tmp_path, capsys):
+    path = tmp_path / "grids.json"
+    path.write_text(json.dumps([
+        {"prior": ["vocab", "fitted"], "seed": 0},
+        {"prior": "vocab", "seed": [0, 1], "deep_layers": [None, 2]}]))
+    grids = plan.read_grids(str(path))
+    assert list(plan.make_runs(grids)) == [
+        "vocab-seed0", "fitted-seed0", "vocab-seed0-deep-layers2", "vocab-seed1",
+        "vocab-seed1-deep-layers2"]
+    for content, words in (('{"priors": 1}', "no setting 'priors'"), ('{"seed": "a"}', "seed is"),
+                           ("[3]", "expected {name"), ('{"out": "x"}', "no setting 'out'"),
+                           ("{", "not JSON"), ('{"seed": [[1]]}', "seed is")):
+        path.write_text(content)
+        assert main("sweep", "--out", tmp_path / "no", "--grid", path) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--prior", "vocab", "no"], "prior 'no' is not known"),
+    (["--lr", "0.1", "-1"], "--lr -1.0: expected more than 0"),
+    (["--method", "prompt", "prefix", "--deep-layers", "2"], "--method prefix has keys"),
+    (["--data", "math", "squad:nowhere.json"], "nowhere.json"),
+    (["--model", "tiny", "nowhere"], "no such folder"),
+    (["--deep-layers", "0", "9"], "the model has 6 layers"),
+    (["--reference", "vocab", "--reference", "collection:no"], "no such file"),
+    (["--seed", *map(str, range(200)), "--tokens", *map(str, range(1, 200))], "more than 10000"),
+    ([], "no plan.json")])
+def test_what_is_wrong_is_said_before_anything_runs(tmp_path, capsys, arguments, words):
+    few = FEW if arguments else []
+    if "--data" in arguments or "--tokens" in arguments:
+        few = ["--steps", "1"]
+    assert main("sweep", "--out", tmp_path / "no", *few, *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("promptprior: error:") and words in error
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_folder_has_one_plan(copy, capsys):
+    before = (copy / "plan.json").read_bytes()
+    assert main("sweep", "--out", copy, *GRID, "--seed", 0) == 2
+    assert "a plan of other runs" in capsys.readouterr().err
+    assert main("sweep", copy, "--out", copy) == 2 and main("sweep") == 2
+    assert main("sweep", "--out", copy / "runs", *GRID) == 2
+    assert "is no sweep: choose another --out" in capsys.readouterr().err
+    assert (copy / "plan.json").read_bytes() == before
+    for old, new in (('"threads": 1', '"threads": -1'), ('"margin": 2.0', '"margin": "a"'),
+                     ('"vocab-seed0-lr0.003"', '"../x"'), ('"seed": 0', '"seed": {}'),
+                     ('"runs": {', '"rums": {'), ('"steps": 4', '"out": "x"')):
+        (copy / "plan.json").write_bytes(before.replace(old.encode(), new.encode(), 1))
+        assert main("sweep", copy, "--table") == 2
+        assert "restore it" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# the work
+
+
+def test_runs_have_the_bytes_of_train(whole, tmp_path):
+    """Though they take what others left: the run was the last but one of its process."""
+    name = "fitted-seed1-lr0.003"
+    flags = json.loads((whole / "plan.json").read_text())["runs"][name]
+    words = [word for key, value in flags.items() if key != "hold_out"
+             for word in ("--" + key.replace("_", "-"), value)]
+    assert main("train", "--out", tmp_path / name, "--hold-out", *words) == 0
+    same(whole / "runs" / name, tmp_path / name)
+    configs = [(folder / "config.json").read_text().replace(str(folder), "")
+               for folder in (whole / "runs" / name, tmp_path / name)]
+    assert configs[0] == configs[1]
+
+
+def test_held_out_questions_are_not_trained_on(whole):
+    settings = Run(whole / "runs/vocab-seed0-lr0.01").settings()
+    parts = divided(settings.data)
+    topics = [set(map(topic, part)) for part in parts]
+    assert not topics[2] & topics[0] and len(parts.choice) >= 12
+    assert len(divided(DataSettings("squad", "squad"))[2]) == 0
+    # Without evaluation data two tenths are held out.
+    parts = divided(DataSettings("math", None, hold_out=True, eval_limit=0))
+    assert list(map(len, parts)) == [972, 120, 108]
+    assert not set(map(topic, parts.evaluation)) & set(map(topic, parts.choice))
+    for run in (whole / "runs").iterdir():
+        line = [m for m in Run(run).metrics() if m["split"] == "held_out"]
+        assert [m["step"] for m in line] == [4]
+
+
+def test_what_is_equal_is_done_once(tmp_path, monkeypatch):
+    calls = []
+
+    def counted(module, name):
+        function = getattr(module, name)
+
+        def call(*arguments, **named):
+            calls.append(name)
+            return function(*arguments, **named)
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("load_model", "encode", "references", "fit", "plain_prompts", "divided"):
+        counted(train, name)
+    counted(populations, "population")
+    assert main("sweep", "--out", tmp_path / "a", *GRID, "--steps", 0) == 0
+    counts = {name: calls.count(name) for name in calls}
+    assert counts == {"load_model": 1, "divided": 1, "encode": 3, "references": 1, "population": 1,
+                      "fit": 2, "plain_prompts": 1}
+
+
+def test_killed_and_started_again_it_comes_to_the_same_bytes(whole, tmp_path):
+    """Killed while the third run trains."""
+    out = tmp_path / "sweep"
+    command = [sys.executable, str(ROOT / "promptprior.py"), "sweep", "--out", str(out), *GRID]
+    victim = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    third = out / "runs/fitted-seed0-lr0.003/checkpoints/000002.safetensors"
+    end = time.monotonic() + 300
+    while not third.exists():
+        assert victim.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    victim.kill()
+    victim.wait()
+    assert len(list((out / "runs").iterdir())) == 3
+    assert main("sweep", "--out", out, *GRID) == 0
+    for name in json.loads((whole / "plan.json").read_text())["runs"]:
+        same(whole / "runs" / name, out / "runs" / name)
+        for file in ("config.json", "figures/layer-00.svg"):
+            texts = [(folder / "runs" / name / file).read_text().replace(str(folder), "")
+                     for folder in (whole, out)]
+            assert texts[0] == texts[1]
+    for file in ("plan.json", "table.csv", "table.html"):
+        assert (whole / file).read_bytes() == (out / file).read_bytes()
+
+
+def test_runs_of_others_are_left_to_them(copy, capsys):
+    """A run that another process trains is not waited for, and one that died is gone on with."""
+    names = list(json.loads((copy / "plan.json").read_text())["runs"])
+    for name in names[:2]:
+        (copy / "runs" / name / "figures/layer-00.svg").unlink()  # not quite at their end
+    (copy / "runs" / names[1] / "run.lock").write_text("process 1 on nowhere\n")
+    with Run(copy / "runs" / names[0]).lock():
+        assert main("sweep", copy) == 0
+    error = capsys.readouterr().err
+    assert "taken over from process 1 on nowhere" in error
+    assert "1 of 8 runs have not ended" in error
+    (copy / "runs" / names[0] / "figures/layer-00.svg").unlink(missing_ok=True)
+    assert main("sweep", copy, "--table") == 0
+    assert "7 of 8 runs" in (copy / "table.html").read_text()
+    assert main("sweep", copy) == 0 and (
+        copy / "runs" / names[0] / "figures/layer-00.svg").exists()
+
+
+def test_a_run_that_failed_does_not_stop_the_rest(tmp_path, capsys):
+    out = tmp_path / "sweep"
+    grid = tmp_path / "grid.json"
+    grid.write_text(json.dumps({"prior": ["isotropic:std=1e5", "vocab"], "prior_weight": 0}))
+    few = [*FEW, "--grid", str(grid), "--dtype", "float16"]
+    assert main("sweep", "--out", out, *few) == 1
+    text = capsys.readouterr()
+    (failed,) = (out / "failed").iterdir()
+    reason = failed.read_text().strip()
+    assert failed.name.startswith("isotropic") and "not finite" in reason
+    assert f"failed: {failed.stem}: {reason}" in text.err and "1 of 2 runs failed" in text.err
+    assert re.search("^vocab +1 ", text.out, re.M)
+    # It is not tried again unless that is asked for.
+    assert main("sweep", out) == 1 and "run 1 of 2" not in capsys.readouterr().err
+    assert main("sweep", out, "--retry") == 1 and "run 1 of 2" in capsys.readouterr().err
+    assert main("sweep", out, "--table") == 0
+
+
+def test_another_run_in_a_runs_place_is_not_taken_for_it(copy, capsys):
+    run = copy / "runs/vocab-seed0-lr0.01"
+    assert main("train", "--config", run / "config.json", "--out", run, "--overwrite", "--lr",
+                "0.02", "--steps", 1) == 0
+    assert main("sweep", copy) == 1
+    assert "trained otherwise, with --steps 4 (the run has 1): remove it" in (
+        capsys.readouterr().err)
+    shutil.rmtree(run)
+    assert main("sweep", copy, "--retry") == 0
+
+
+def test_processes_share_the_runs(tmp_path, capsys):
+    """Each does some, and together they do what one would."""
+    few = [*FEW, "--steps", "1", "--seed", *map(str, range(6))]
+    assert main("sweep", "--out", tmp_path / "a", "--jobs", 2, *few) == 0
+    here = capsys.readouterr().err.count("\nrun ")
+    there = (tmp_path / "a/jobs/2.txt").read_text().count("\nrun ")
+    assert here + there == 6 and len(list((tmp_path / "a/runs").iterdir())) == 6
+    assert rows(tmp_path / "a")[0]["seeds"] == "6"
+
+
+def test_a_process_of_torchrun_works_alone(tmp_path):
+    """Any of them: it meets no others."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "1", "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "promptprior.py"), "sweep", "--out", str(tmp_path / "a"), *FEW,
+         "--steps", "1"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a/runs/run/figures/layer-00.svg").exists()
+    assert rows(tmp_path / "a")[0]["cell"] == "defaults"
+
+
+def test_a_signal_stops_it_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    step = train.Training._train_step
+
+    def stop(self):
+        step(self)
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train.Training, "_train_step", stop)
+    monkeypatch.setattr(promptprior.os, "kill", lambda pid, number: signal.raise_signal(number))
+    given = {"out": str(tmp_path / "a"), "grid.seed": [0, 1], "grid.data": ["math"],
+             "grid.steps": [3], "grid.eval_limit": [4], "grid.tokens": [2]}
+    with pytest.raises(promptprior.Stopped, match="with all runs of it: sweep") as stopped:
+        sweep.command_sweep(given)
+    assert stopped.value.status == -signal.SIGTERM and not (tmp_path / "a/failed").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# the table
+
+
+def change(folder, name, split, **numbers):
+    """Rewrite what a run logged last of a split."""
+    path = folder / "runs" / name / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    [line for line in lines if line["split"] == split][-1].update(numbers)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_rate_is_chosen_by_held_out_questions_alone(copy, capsys):
+    for seed in (0, 1):
+        change(copy, f"vocab-seed{seed}-lr0.01", "held_out", loss=0.5 + seed)
+        change(copy, f"vocab-seed{seed}-lr0.003", "held_out", loss=1.5 - 1.6 * seed)
+        change(copy, f"vocab-seed{seed}-lr0.01", "eval", loss=0.001, accuracy=99.0)
+        change(copy, f"fitted-seed{seed}-lr0.003", "held_out", loss=1.0)
+        change(copy, f"fitted-seed{seed}-lr0.01", "held_out", loss=0.9)
+    assert main("sweep", copy, "--table") == 0
+    assert [(row["cell"], row["lr"]) for row in rows(copy)] == [("vocab", "0.003"),
+                                                                ("fitted", "0.01")]
+    assert "vocab: 0.003 0.700, 0.01 1.000: the best is the last one tried" in (
+        capsys.readouterr().out)
+    # Of a rate at which a run failed nobody knows how good it is.
+    (copy / "failed").mkdir()
+    (copy / "failed/vocab-seed1-lr0.003.txt").write_text("why")
+    assert main("sweep", copy, "--table") == 0 and rows(copy)[0]["lr"] == "0.01"
+
+
+def test_numbers_of_the_table(copy, capsys):
+    """Against scipy's, by hand."""
+    assert main("sweep", copy, "--table", "--margin", 3) == 0
+    out, error = capsys.readouterr()
+    assert "the sweep began with 2" in error and "equal within 3 points" in out
+    first, second = rows(copy)
+    scores = {}
+    for row in (first, second):
+        runs = [copy / "runs" / f"{row['cell']}-seed{seed}-lr{row['lr']}" for seed in (0, 1)]
+        lines = [[m for m in Run(run).metrics() if m["split"] == "eval"][-1] for run in runs]
+        scores[row["cell"]] = x = np.array([m["accuracy"] for m in lines])
+        assert float(row["accuracy"]) == pytest.approx(x.mean())
+        assert float(row["loss"]) == pytest.approx(np.mean([m["loss"] for m in lines]))
+        if x.std():
+            expected = stats.t.interval(0.95, 1, x.mean(), stats.sem(x))
+            assert [float(row[f"accuracy_{end}"]) for end in ("low", "high")] == pytest.approx(
+                expected, rel=1e-4)
+        start, end = zip(*(Run(run).start_and_end() for run in runs))
+        moved = torch.stack([(b[0] - a[0]).norm(dim=1) for a, b in zip(start, end)])
+        assert float(row["layer 0 moved"]) == pytest.approx(moved.mean().item(), rel=1e-5)
+        assert 0 <= float(row["layer 0 own"]) <= 100 and 0 < float(row["layer 0 norm"]) < 5
+    difference = scores["fitted"] - scores["vocab"]
+    assert float(second["difference"]) == pytest.approx(difference.mean(), abs=1e-9)
+    assert float(second["wide"]) == pytest.approx(difference.mean(), abs=0.02)  # rounded answers
+    assert first["difference"] == "" and second["against"] == "vocab"
+
+
+def test_damaged_runs_are_one_line(copy, capsys):
+    run = copy / "runs/vocab-seed0-lr0.01"
+    other = copy / "runs/vocab-seed0-lr0.003"
+    for name, old, new in (("predictions.jsonl", '"accuracy"', '"acc"'),
+                           ("config.json", '"layer": 0', '"layer": 7'),
+                           ("metrics.jsonl", '"accuracy"', '"acc"')):
+        for folder in (run, other):
+            text = (folder / name).read_text()
+            (folder / f"{name}.whole").write_text(text)
+            (folder / name).write_text(text.replace(old, new))
+        assert main("sweep", copy, "--table") == 2, name
+        assert "restore" in capsys.readouterr().err
+        for folder in (run, other):
+            (folder / f"{name}.whole").rename(folder / name)
+    assert main("sweep", copy, "--table") == 0
+
+
+def test_of_one_question_nothing_is_tested(tmp_path, capsys):
+    few = ["--prior", "vocab", "fitted", *FEW, "--steps", "0", "--eval-limit", "1"]
+    assert main("sweep", "--out", tmp_path / "a", *few) == 0
+    assert "p, equal" not in capsys.readouterr().out
+
+
+def test_the_page_is_safe(copy):
+    changed = (copy / "plan.json").read_text().replace('"fitted"', '"posterior:<b>"')
+    page = (copy / "table.html").read_text()
+    assert "<svg" in page and "<script" not in page
+    (copy / "plan.json").write_text(changed)
+    assert main("sweep", copy, "--table") == 0
+    assert "&lt;b&gt;" in (copy / "table.html").read_text()
+    assert "<b>" not in (copy / "table.html").read_text()
