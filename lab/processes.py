@@ -1,16 +1,18 @@
-"""A process's memory, and processes that torchrun starts: each takes its share of every batch. A
-process alone is a group of one, so the callers need not ask."""
+"""A process's memory and signals, and processes that torchrun starts: each takes its share of every
+batch. A process alone is a group of one, so the callers need not ask."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import os
 import re
+import signal
 import sys
 import warnings
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,10 @@ from torch import Tensor
 
 import llama
 from lab.console import UserError, rank_and_count
+
+# that ask to stop
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
 
 
 def keep_freed_memory() -> None:
@@ -29,6 +35,27 @@ def keep_freed_memory() -> None:
         return  # another C library
     mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+@contextlib.contextmanager
+def collect_signals() -> Iterator[list[int]]:
+    """Collect signals that ask to stop, so that the step can finish. A second signal of a kind acts
+    at once. Signals that are ignored stay so, as nohup asks."""
+    received: list[int] = []
+    current = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: h for number, h in current.items() if h is not signal.SIG_IGN}
+
+    def on_signal(number, frame):
+        received.append(number)
+        signal.signal(number, handlers[number])
+
+    for number in handlers:
+        signal.signal(number, on_signal)
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def init_processes(device: str, batch_size: int, shard: bool) -> None:

@@ -37,13 +37,12 @@ from lab.loss import answer_loss, begin
 from lab.pictures import draw_run
 from lab.populations import (Reference, draw, fit, gaussian_like, norm_ratio, population_key,
                              prefix_of, prefix_references, references)
-from lab.processes import (all_reduce_gradients, all_reduce_sum, barrier, broadcast,
-                           init_processes, keep_freed_memory, only_first, rank_and_size)
+from lab.processes import (SIGNALS, all_reduce_gradients, all_reduce_sum, barrier, broadcast,
+                           collect_signals, init_processes, keep_freed_memory, only_first,
+                           rank_and_size)
 from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_name, from_config,
                           from_flags, spec_name, with_flags)
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-           if hasattr(signal, name)]
 # Settings that a run may go on with otherwise than it began.
 MAY_MOVE = ("model", "data", "eval_data", "reference")  # to where the same files are
 MAY_CHANGE = ("out", "steps", "eval_every", "snapshot_every", "skip_bad_steps", "device")
@@ -101,7 +100,7 @@ class Training:
         if checkpoint:
             self._restore(checkpoint)
         steps = self.settings.train.steps
-        with self._explain_failures(), _collect_signals() as received, progress(
+        with self._explain_failures(), collect_signals() as received, progress(
                 total=steps, initial=self.step, desc="train", unit=" steps") as bar:
             bar.seconds_left = self._seconds_left
             while self.evaluation_due or self.step < steps:
@@ -317,27 +316,6 @@ class Training:
         parts = [t for t in (self.batch.shared, self.batch.head, self.batch.tails) if t is not None]
         longest = sum(t.shape[1] for t in parts)
         return f" of {len(self.batch.tails)} questions with up to {longest} tokens"
-
-
-@contextlib.contextmanager
-def _collect_signals() -> Iterator[list[int]]:
-    """Collect signals that ask to stop, so that the step can finish. A second signal of a kind acts
-    at once. Signals that are ignored stay so, as nohup asks."""
-    received: list[int] = []
-    current = {number: signal.getsignal(number) for number in SIGNALS}
-    handlers = {number: h for number, h in current.items() if h is not signal.SIG_IGN}
-
-    def on_signal(number, frame):
-        received.append(number)
-        signal.signal(number, handlers[number])
-
-    for number in handlers:
-        signal.signal(number, on_signal)
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------
