@@ -288,7 +288,11 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str], description: str) -> tuple[str, dict]:
     """The command's name, and the flags that were given {name: value}."""
     top = parser(description)
-    given = vars(top.parse_args(arguments))
+    known, unknown = top.parse_known_args(arguments)
+    given = vars(known)
+    if unknown:  # argparse would name the --help of the whole program, not the command's
+        top.prog += f" {given['command']}"
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
     for text in arguments:
         if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-in for bytes not UTF-8
             top.error(f"{ascii(text)}: not UTF-8: rename the file, or convert the text")

@@ -489,12 +489,11 @@ def log_untrained(run: Run, inputs: Inputs, scores: Callable[..., tuple[dict, li
         run.log({"split": "majority", **scores_of_majority})
         say(f"{MAJORITY}: {scores_line(scores_of_majority)}")
     key = settings.model, settings.data, prior.text, prior.separator, settings.prompt.place
-    for name, line in inputs.shared.once("untrained", key, lambda: [
-            (plain.name, {"split": plain.split,
-                          **scores([plain.past], plain.name, plain.questions)[0]})
-            for plain in plain_prompts(inputs.loaded, prior, inputs.held_out)]):
-        run.log(line)
-        say(f"{name}: {scores_line(line)}")
+    for plain in plain_prompts(inputs.loaded, prior, inputs.held_out):
+        metrics, _ = inputs.shared.once(("untrained", plain.name), key, lambda: scores(
+            [plain.past], plain.name, plain.questions))
+        run.log({"split": plain.split, **metrics})
+        say(f"{plain.name}: {scores_line(metrics)}")
     inputs.held_out.say_cut()
 
 

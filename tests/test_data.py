@@ -281,7 +281,8 @@ def test_what_is_no_text_is_said_to_be_none(tmp_path, kind, name, start):
 
 @pytest.mark.parametrize("one, other", [
     (r"\frac12", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "0.5"), ("1,000", "1000"), (r"\$5", "5"),
-    (r"14,\!400", "14400"), (r"1{,}000", "1,000"), (r"50\%", "50"), ("x=5", "5"), (r"\frac1{72}", "1/72"), (r"90^\circ", "90"),
+    (r"14,\!400", "14400"), (r"1{,}000", "1,000"), (r"50\%", "50"), ("x=5", "5"),
+    (r"\frac1{72}", "1/72"), (r"90^\circ", "90"),
     (r"12\text{ cm}", "12"), (r"\sqrt3", r"\sqrt{3}"), (r"\left( 1, 2\right)", "(1,2)"),
     ("-.5", r"-\frac{1}{2}"), (r"\frac{-1}{2}", r"-\frac{1}{2}")])
 def test_spellings_of_one_answer(one, other):

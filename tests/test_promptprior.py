@@ -49,6 +49,22 @@ def trained(tmp_path_factory):
     return folder
 
 
+def test_an_unknown_flag_names_the_help_of_its_command(capsys):
+    with pytest.raises(SystemExit) as e:
+        run("eval", "x", "--eval-limit", 3)
+    assert e.value.code == 2 and capsys.readouterr().err == (
+        "promptprior: error: unrecognized arguments: --eval-limit 3: see `promptprior.py eval "
+        "--help`\n")
+
+
+def test_a_score_is_said_before_the_next_is_made(tmp_path, capsys):
+    assert run("train", "--out", tmp_path / "run", *FEW) == 0
+    stages = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()
+              if line.startswith(("no prompt", "text prompt"))]
+    assert stages == ["no prompt", "no prompt", "text prompt 'short answer'",
+                      "text prompt 'short answer'"]
+
+
 def test_the_runs_folder(trained):
     files = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file()}
     assert files == {"config.json", "metrics.jsonl", "predictions.jsonl", "prompt.safetensors",

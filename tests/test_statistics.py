@@ -192,7 +192,8 @@ def test_variances_are_those_of_bootstraps():
     dict(seeds=2, questions=8, noise=5), dict(seeds=2, questions=0.1, noise=1)])
 def test_levels_of_sameness(spread):
     """500 repetitions of 3 and 5 seeds. A true difference as large as the margin is called equal,
-    and none is called one, in at most 5 %; percentiles of a two-way bootstrap are far off."""
+    and none is called one, no more often than a level of 5 % allows; percentiles of a two-way
+    bootstrap are far off."""
     for S in (3, 5):
         equal, different, naive = [], [], []  # p-values; whether an interval leaves out 0
         for k in range(500):

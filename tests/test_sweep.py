@@ -196,7 +196,7 @@ def test_what_is_equal_is_done_once(tmp_path, monkeypatch):
 
 
 def test_killed_and_started_again_it_comes_to_the_same_bytes(whole, tmp_path):
-    """Killed while the third run trains."""
+    """Killed when the third run has a checkpoint."""
     out = tmp_path / "sweep"
     command = [sys.executable, str(ROOT / "promptprior.py"), "sweep", "--out", str(out), *GRID]
     victim = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -208,7 +208,7 @@ def test_killed_and_started_again_it_comes_to_the_same_bytes(whole, tmp_path):
         time.sleep(0.01)
     victim.kill()
     victim.wait()
-    assert len(list((out / "runs").iterdir())) == 3
+    assert 3 <= len(list((out / "runs").iterdir())) < 8  # so that some are left
     assert main("sweep", "--out", out, *GRID) == 0
     for name in json.loads((whole / "plan.json").read_text())["runs"]:
         same(whole / "runs" / name, out / "runs" / name)
@@ -268,7 +268,7 @@ def test_another_run_in_a_runs_place_is_not_taken_for_it(copy, capsys):
 
 
 def test_processes_share_the_runs(tmp_path, capsys):
-    """Each does some, and together they do what one would."""
+    """Every run is trained once, by one of the two."""
     few = [*FEW, "--steps", "1", "--seed", *map(str, range(6))]
     assert main("sweep", "--out", tmp_path / "a", "--jobs", 2, *few) == 0
     here = capsys.readouterr().err.count("\nrun ")
@@ -336,7 +336,14 @@ def test_the_rate_is_chosen_by_held_out_questions_alone(copy, capsys):
 
 
 def test_numbers_of_the_table(copy, capsys):
-    """Against scipy's, by hand."""
+    """Against scipy's, by hand, of answers that are drawn: four steps get none right."""
+    r = np.random.default_rng(0)
+    for run in sorted((copy / "runs").iterdir()):
+        lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+        for line in lines:
+            line["accuracy"] = float(r.choice([0, 100]))
+        (run / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        change(copy, run.name, "eval", accuracy=np.mean([line["accuracy"] for line in lines]))
     assert main("sweep", copy, "--table", "--margin", 3) == 0
     out, error = capsys.readouterr()
     assert "the sweep began with 2" in error and "equal within 3 points" in out
@@ -348,15 +355,15 @@ def test_numbers_of_the_table(copy, capsys):
         scores[row["cell"]] = x = np.array([m["accuracy"] for m in lines])
         assert float(row["accuracy"]) == pytest.approx(x.mean())
         assert float(row["loss"]) == pytest.approx(np.mean([m["loss"] for m in lines]))
-        if x.std():
-            expected = stats.t.interval(0.95, 1, x.mean(), stats.sem(x))
-            assert [float(row[f"accuracy_{end}"]) for end in ("low", "high")] == pytest.approx(
-                expected, rel=1e-4)
+        expected = stats.t.interval(0.95, 1, x.mean(), stats.sem(x))
+        assert [float(row[f"accuracy_{end}"]) for end in ("low", "high")] == pytest.approx(
+            expected, rel=1e-4)
         start, end = zip(*(Run(run).start_and_end() for run in runs))
         moved = torch.stack([(b[0] - a[0]).norm(dim=1) for a, b in zip(start, end)])
         assert float(row["layer 0 moved"]) == pytest.approx(moved.mean().item(), rel=1e-5)
         assert 0 <= float(row["layer 0 own"]) <= 100 and 0 < float(row["layer 0 norm"]) < 5
     difference = scores["fitted"] - scores["vocab"]
+    assert difference.std()
     assert float(second["difference"]) == pytest.approx(difference.mean(), abs=1e-9)
     assert float(second["wide"]) == pytest.approx(difference.mean(), abs=0.02)  # rounded answers
     assert first["difference"] == "" and second["against"] == "vocab"
