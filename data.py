@@ -1,8 +1,8 @@
 """Question-answering and text data in their published formats: files -> examples -> token rows ->
 batches, and the scores of predictions.
 
-Needs tokenizers, and torch only in `collate`. It reads files and returns values; it never prints or
-writes, though the tokenizers library reports its panics, and knows nothing of models.
+Needs tokenizers, and torch only in `collate`. It reads files and returns values. It never prints or
+writes, and knows nothing of models. (The tokenizers library prints a report when it panics.)
 
     examples = read("squad", "train-v1.1.json")          # [Example(context, question, ...), ...]
     rows = [encode(e, vocabulary, max_length=512) for e in examples]
@@ -486,12 +486,16 @@ def _listed(record: dict, where: str) -> dict[str, str]:
 def _right_choice(record: dict, listed: dict[str, str], where: str) -> int:
     """The index of the right choice, which is named by its label, its text, its letter, or its
     number from 0 on."""
-    answer, is_number = _label(record, where), isinstance(record[_first_of(record, LABELS)], int)
+    answer, value = _label(record, where), record[_first_of(record, LABELS)]
     labels, texts = list(listed), list(listed.values())
+    spellings = {answer, str(value)}  # of true, which is asked for as yes, both
     matches = {labels.index(answer)} if answer in labels else set()
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and not any(map(str.isdecimal, labels)):  # choices with letters
+        matches = {i for i in range(len(texts)) if str(i) == answer}
     # A number that is written as a text may be a choice's text as well.
     if not is_number and (not matches or labels[0] == "0"):
-        matches |= {i for i, text in enumerate(texts) if text == answer}
+        matches |= {i for i, text in enumerate(texts) if text in spellings}
         matches |= {i for i in range(len(texts)) if string.ascii_uppercase[i] == answer}
     if len(matches) != 1:
         raise DataError(f"{where}: the answer {answer!r:.80} names {len(matches)} of its "

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -269,8 +270,8 @@ EXPECTED = ("expected a Hugging Face model folder with config.json, tokenizer.js
 
 def regular(path: Path) -> Path:
     """path, if it is a regular file that may be read, a link to one, or does not exist. Raises
-    OSError otherwise: opening a pipe would block for ever, and safetensors calls a file missing that
-    may not be read."""
+    OSError otherwise: opening a pipe would block for ever, and safetensors calls a file missing
+    that may not be read."""
     if path.exists():
         if not path.is_file():
             raise OSError("a folder, a pipe or a device, not a file")
@@ -1034,10 +1035,10 @@ def _stored(folder: Path) -> dict[str, Stored]:
                 if name in stored:
                     raise ModelError(
                         f"{path}: tensor {name!r:.120} is in {stored[name].path.name} too: delete "
-                        "it from the file in which it is not meant: `python -c \"from "
-                        f"safetensors.torch import load_file as l, save_file as s; f = '{path}'; "
-                        f"s({{k: t.clone() for k, t in l(f).items() if k != {name!r}}}, f, "
-                        "dict(format='pt'))\"`, where f is the file")
+                        "it from the file in which it is not meant: `python -c \"import sys; from "
+                        "safetensors.torch import load_file as l, save_file as s; f, n = "
+                        "sys.argv[1:]; s({k: t.clone() for k, t in l(f).items() if k != n}, f, "
+                        f"dict(format='pt'))\" {shlex.quote(str(path))} {shlex.quote(name)}`")
                 piece = file.get_slice(name)
                 stored[name] = Stored(path, name, tuple(piece.get_shape()), piece.get_dtype())
     return stored
@@ -1059,9 +1060,7 @@ def _open(path: Path) -> Iterator:
 
 # The types of weights that are numbers themselves. Everything else is a code for numbers.
 FLOATS = ("F64", "F32", "BF16", "F16")
-
-
-# Numbers beside codes, by which a code is multiplied, and names of codes.
+# Names of quantised weights, and of the scales that their codes are multiplied by.
 CODES = re.compile(r"(weight_scale\w*|input_scale|[kv]_scale|absmax|SCB|qweight|qzeros|scales|"
                    r"g_idx)$")
 # What old files and other libraries keep beside the weights, and what follows from config.json.

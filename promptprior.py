@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     name, given = parse(arguments, __doc__.splitlines()[0])
     try:
         rank_and_count()
-        if name not in ("train", "sweep") and not FIRST:
-            return 0  # only training has work for several processes
+        if not (FIRST or COMMANDS[name].every_process):
+            return 0
         module = importlib.import_module(f"lab.{COMMANDS[name].module}")
         getattr(module, f"command_{name}")(resolved(given))
         return 0

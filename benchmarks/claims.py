@@ -31,7 +31,7 @@ import llama  # noqa: E402
 from lab.folder import Run  # noqa: E402
 from lab.geometry import keep_their_own, moved_at_random  # noqa: E402
 from lab.settings import TINY  # noqa: E402
-from lab.statistics import interval  # noqa: E402
+from lab.statistics import mean_interval  # noqa: E402
 
 PRIORS = ("isotropic", "xavier", "text", "vocab", "fitted", "exclusion", "exclusion:k=2", "sparse",
           "vae")
@@ -46,12 +46,11 @@ def chance(scores: np.ndarray, draws: int = 10000) -> float:
     return (1 + sum(s >= spread - 1e-12 for s in shuffled)) / (1 + draws)
 
 
-def paired(differences: np.ndarray) -> str:
+def difference(differences: np.ndarray) -> str:
     """Such as "-1.03 (-1.31 to -0.75)": the mean of differences (seeds,) and its 95 % interval."""
-    mean, seeds = differences.mean(), len(differences)
-    if seeds < 2:
-        return f"{mean:+.2f}"
-    low, high = interval(mean, differences.std(ddof=1) / seeds**0.5, seeds)
+    if len(differences) < 2:
+        return f"{differences.mean():+.2f}"
+    mean, low, high = mean_interval(differences)
     return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
@@ -95,7 +94,8 @@ def main() -> None:
         score, loss, near, start, end, moved = map(statistics.mean, zip(*each))
         error = statistics.stdev(s for s, *_ in each) / a.seeds**0.5 if a.seeds > 1 else 0
         print(f"  {prior:14} {score:5.1f} ({error:.1f})   {loss:6.3f}  {near:5.0f}  {start:5.2f}  "
-              f"{end:5.2f}  {moved:5.2f}  {own:4.0f}  {by_chance:9.0f}  {paired(row - scores[0])}")
+              f"{end:5.2f}  {moved:5.2f}  {own:4.0f}  {by_chance:9.0f}  "
+              f"{difference(row - scores[0])}")
     print(f"p {chance(scores):.3f}; the means' standard deviation {scores.mean(axis=1).std():.2f}, "
           f"a seed's {scores.std(axis=1).mean():.2f}")
 

@@ -92,8 +92,8 @@ def main() -> None:
         padded = their_answers(tuned, batch, stop, a.max_new)
         print(f"fp32: loss {loss:.6f}, PEFT's {other:.6f}; the same {sum(map(len, mine))} tokens "
               f"as PEFT one by one, answers of {min(map(len, mine))} to {max(map(len, mine))}; "
-              f"PEFT's padded batch changes {sum(x != y for x, y in zip(padded, alone))} of {len(batch)} "
-              f"answers, to {sum(map(len, padded))} tokens")
+              f"PEFT's padded batch changes {sum(x != y for x, y in zip(padded, alone))} of "
+              f"{len(batch)} answers, to {sum(map(len, padded))} tokens")
     tuned.to(getattr(torch, a.dtype)), model.to(getattr(torch, a.dtype))
     for name, batch in kinds.items():
         times, _ = peers.take_turns({

@@ -168,7 +168,7 @@ def measure(a: argparse.Namespace, out: Path) -> None:
 
     # Points that were measured otherwise, or elsewhere, are not continued.
     about = {**{name: flat(settings)[name] for name in names}, "peft_steps": peft_steps,
-             "evaluated": len(inputs.held_out.examples), "sha256": inputs.sums,
+             "evaluated": len(inputs.evaluation.examples), "sha256": inputs.sums,
              "shared": len(inputs.examples) / len({e.context for e in inputs.examples}),
              "machine": peers.machine(argparse.Namespace(device="cpu"))}
     earlier, points = read_points(out)
@@ -199,7 +199,7 @@ def measure_seed(out: Path, inputs: Inputs, base, peft_steps: int, there: set[tu
 
     def score(method: str, step: int, seconds: float, rows: Tensor):
         """Evaluate a prompt, and write its point if it is not there yet."""
-        metrics, predictions = evaluate(loaded, [llama.Prompt({0: rows})], inputs.held_out,
+        metrics, predictions = evaluate(loaded, [llama.Prompt({0: rows})], inputs.evaluation,
                                         "before", settings.data, f"{method}, step {step}")
         point = Point(seed, method, step, round(seconds, 3), metrics["f1"], metrics["loss"])
         if point[:3] not in there:

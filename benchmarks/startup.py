@@ -4,8 +4,8 @@
 
 And the time of --help. The folder is random, made first (2.5 GB), and removed. Every turn is a
 process of its own. Times are of the load and a first forward of 8 tokens, which touches all
-weights, without the imports; beside them the time to read the file. Files are in the page cache, as from the
-second run on; from a cold disk all three wait for it.
+weights, without the imports; beside them the time to read the file. Files are in the page cache, as
+from the second run on; from a cold disk all three wait for it.
 """
 
 from __future__ import annotations

@@ -287,9 +287,10 @@ def without_bos(adapter: Adapter, model: llama.Llama, bos: int | None) -> Adapte
 COLUMNS = ("step", "split")  # the first two of every table
 
 
-def to_csv(lines: list[dict]) -> str:
-    """A run's log as a table, one record a line: step, split, and what any of the records has."""
-    columns = dict.fromkeys([*COLUMNS, *(key for line in lines for key in line)])
+def to_csv(lines: list[dict], first: tuple[str, ...] = COLUMNS) -> str:
+    """Records, such as a run's log, as a table with one of them a line: the `first` columns, and
+    what any of the records has."""
+    columns = dict.fromkeys([*first, *(key for line in lines for key in line)])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(_cell, columns))

@@ -214,6 +214,7 @@ class Command(NamedTuple):
     options: tuple[type, ...]  # dataclasses whose fields are the command's flags
     stored: tuple[type, ...] = ()  # the same; the default of each is the value that the run has
     lists_priors: bool = False  # --help ends with the priors
+    every_process: bool = False  # all processes of torchrun run it, not the first alone
     grid: tuple[type, ...] = ()  # the same; each flag takes several values, given as "grid.FLAG"
 
 
@@ -221,12 +222,12 @@ COMMANDS = {
     "train": Command(
         "train", "Tune a prompt, starting from a draw of a prior.",
         (ModelSettings, PriorSettings, PromptSettings, DataSettings, TrainSettings, TrainOptions),
-        lists_priors=True),
+        lists_priors=True, every_process=True),
     "sweep": Command(
         "sweep", "Train a grid of runs, every combination of the values of train's flags, in any "
         "number of processes; then tell with intervals which differ, and which are equal. A flag "
         "that takes several values, as --reference, is given again for the next of them.",
-        (SweepOptions,), lists_priors=True,
+        (SweepOptions,), lists_priors=True, every_process=True,
         grid=(ModelSettings, PriorSettings, PromptSettings, DataSettings, TrainSettings,
               GridOptions)),
     "eval": Command(

@@ -91,6 +91,13 @@ class NotWritten(OSError):
         self.errno = e.errno
 
 
+def refuse_link(path: Path) -> None:
+    """Raises UserError for a link: what it leads to is another's."""
+    if path.is_symlink():
+        raise UserError(f"{path}: a link, through which nothing is written: put what it leads to "
+                        "in its place, or remove it")
+
+
 class Folder:
     """A folder that stays the same one wherever its path leads later, because it is held by its
     descriptor. Names of files have one step, or two as prompts/000000.safetensors. A step that is a
@@ -140,10 +147,9 @@ class Folder:
         except OSError as e:
             if not e.strerror:  # it is explained already
                 raise
-            for link in (path.parent, path):
-                if link != self.path and link.is_symlink():
-                    raise UserError(f"{link}: a link, through which nothing is written: put what "
-                                    "it leads to in its place, or remove it") from None
+            for step in (path.parent, path):
+                if step != self.path:
+                    refuse_link(step)
             raise NotWritten(path, e) from e
 
     # ----------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ import llama
 from lab import posteriors
 from lab.console import UserError
 from lab.files import (Folder, NotWritten, is_unfinished, locked, only_begun, read_tensors,
-                       reading)
+                       reading, refuse_link)
 from lab.foreign_data import not_foreign
 from lab.hub import model_folder
 from lab.processes import rank_and_size
@@ -59,6 +59,11 @@ def snapshot(step: int) -> str:
 
 
 FIRST_PROMPT = snapshot(0)  # the prior's draw
+
+
+def layer_picture(layer: int) -> str:
+    """The figure of a layer's rows."""
+    return f"figures/layer-{layer:02d}.svg"
 
 
 class Checkpoint(NamedTuple):
@@ -102,10 +107,8 @@ class Run:
         """
         with locked(self.path, OURS.fullmatch) as (self.folder, owner):
             try:
-                for link in (self.path / name for name in FOLDERS):
-                    if link.is_symlink():
-                        raise UserError(f"{link}: a link, through which nothing is written: put "
-                                        "what it leads to in its place, or remove it")
+                for name in FOLDERS:
+                    refuse_link(self.path / name)
                 yield f"{self.path}: taken over from {owner}, which is gone" if owner else ""
             finally:
                 self.folder = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from pathlib import Path
 from typing import Iterator
 
@@ -21,8 +22,8 @@ from lab.console import UserError
 from lab.foreign_data import STAND_INS, not_foreign
 
 # the line that makes a folder in Hugging Face's layout
-SAVE = "`python -c \"from transformers import AutoModelForCausalLM as A; " \
-       "A.from_pretrained({}).save_pretrained('NEW')\"`"
+SAVE = "`python -c \"import sys; from transformers import AutoModelForCausalLM as A; " \
+       "A.from_pretrained(sys.argv[1]{}).save_pretrained('NEW')\" {{quoted_folder}}{}`"
 THEN = ", copy the tokenizer's files there, and give NEW"
 
 # files that tell a folder's kind -> what it is, and what to do. {file} is the first such file.
@@ -36,9 +37,9 @@ KINDS = {
                           "(`hf download NAME --exclude 'original/*'`); or convert it with "
                           "convert_llama_weights_to_hf.py of transformers 4",
     "*.gguf": "{file.name} is GGUF, which is quantised: give the folder it was made from; or run "
-              + SAVE.format("'{folder}', gguf_file='{file.name}'") + THEN,
+              + SAVE.format(", gguf_file=sys.argv[2]", " {quoted_file}") + THEN,
     "pytorch_model*.bin": "the weights are pickled, and a pickle may run code: if you trust it, "
-                          "run " + SAVE.format("'{folder}'") + THEN,
+                          "run " + SAVE.format("", "") + THEN,
 }
 PICKLES = "pytorch_model.bin.index.json"  # names the files of pickled weights
 
@@ -64,9 +65,10 @@ def check_tokenizer(folder: Path) -> None:
               if (folder / name).exists()]
     if others and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder / 'tokenizer.json'}: no such file: the folder has {others[0]}, "
-                        "from which `python -c \"from transformers import AutoTokenizer as A; "
-                        f"A.from_pretrained('{folder}').save_pretrained('{folder}')\"` makes it "
-                        "(pip install transformers sentencepiece)")
+                        "from which `python -c \"import sys; from transformers import "
+                        "AutoTokenizer as A; A.from_pretrained(sys.argv[1]).save_pretrained("
+                        f"sys.argv[1])\" {shlex.quote(str(folder))}` makes it (pip install "
+                        "transformers sentencepiece)")
     for path in sorted(folder.glob("*token*.json")):
         not_foreign(path)
 
@@ -79,7 +81,8 @@ def _other_folder(path: Path) -> str | None:
     for pattern, text in KINDS.items():
         files = sorted(folder.glob(pattern))
         if files and not explanation:
-            explanation = text.format(file=files[0], folder=folder)
+            explanation = text.format(file=files[0], quoted_file=shlex.quote(files[0].name),
+                                      quoted_folder=shlex.quote(str(folder)))
     return explanation and f"no such file: {explanation}"
 
 

@@ -30,9 +30,10 @@ from lab.settings import (BUNDLED, TINY, TOKENS, DataSettings, ModelSettings, Pr
                           PromptSettings, Settings, on_hub, text_name, text_names)
 from lab.trial import try_tokenizer
 
+
 class Shared:
     """What the runs that a process trains one after the other have in common, made once. Of every
-    kind the last one is kept, so that the memory of one run suffices."""
+    kind the last one is kept; a kind may have a prior's name in it, and then there are several."""
 
     def __init__(self):
         self.kept: dict = {}  # by kind: the key, and what was made
@@ -260,13 +261,13 @@ class Examples(NamedTuple):
 
     training: list[data.Example]
     evaluation: list[data.Example]
-    choice: list[data.Example]  # to choose settings by; none without --hold-out
+    held_out: list[data.Example]  # to choose settings by; none without --hold-out
 
 
 def divided(settings: DataSettings) -> Examples:
     """The examples of --data and --eval-data. Without --eval-data a tenth of the training data is
     held out for evaluation; with --hold-out another tenth is held out, to choose settings by."""
-    examples, choice = read_questions(settings.data, 0, settings.keep_unanswerable), []
+    examples, held_out = read_questions(settings.data, 0, settings.keep_unanswerable), []
     if settings.eval_data is not None:
         evals = read_questions(settings.eval_data, 1, settings.keep_unanswerable)
         evals = sample_topics(evals, settings.eval_limit)
@@ -274,9 +275,9 @@ def divided(settings: DataSettings) -> Examples:
         examples, evals = _hold_out(examples, settings, "for evaluation (no --eval-data)",
                                     "give --eval-data")
     if settings.hold_out:
-        examples, choice = _hold_out(examples, settings, "to choose settings by (--hold-out)",
+        examples, held_out = _hold_out(examples, settings, "to choose settings by (--hold-out)",
                                      "leave out --hold-out, or several --lr")
-    return Examples(sample_topics(examples, settings.train_examples), evals, choice)
+    return Examples(sample_topics(examples, settings.train_examples), evals, held_out)
 
 
 def training_and_evaluation(settings: DataSettings

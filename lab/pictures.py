@@ -21,7 +21,7 @@ from torch import Tensor
 
 import viz
 from lab.console import SCORES
-from lab.folder import Run
+from lab.folder import Run, layer_picture
 from lab.populations import Reference
 from lab.settings import Settings, spec_name
 from lab.statistics import interval
@@ -49,7 +49,7 @@ def draw_run(run: Run, settings: Settings, by_layer: dict[int, Reference]) -> li
                    "norm of the draw, mean": _mean_norm(start[i]),
                    "norm of the trained rows, mean": _mean_norm(end[i])}
         series = [("prior draw", start[i]), ("trained rows", end[i])]
-        name = f"figures/layer-{i:02d}.svg"
+        name = layer_picture(i)
         run.write(name, layer_figure(i, reference, series, caption, numbers).encode())
         names.append(name)
     return names

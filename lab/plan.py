@@ -20,7 +20,7 @@ import data
 from lab.commands import NOT_IN_GRIDS, resolved
 from lab.console import UserError
 from lab.files import reading
-from lab.folder import Run
+from lab.folder import LAST_PROMPT, Run, layer_picture
 from lab.settings import (FIELDS, DataSettings, ModelSettings, Settings, flag_name, flat, is_value,
                           prior_name, spec_name, value_type)
 
@@ -48,11 +48,11 @@ class Plan(NamedTuple):
     def is_finished(self, name: str) -> bool:
         """Whether a run has all that training writes, the pictures of its layers last."""
         run, settings = self.run(name), self.settings(name)
-        if not (run.path / "prompt.safetensors").exists():
+        if not (run.path / LAST_PROMPT).exists():
             return False
         last = [line["split"] for line in run.metrics() if line.get("step") == settings.train.steps]
         wanted = {"eval", "held_out"} if settings.data.hold_out else {"eval"}
-        figures = [run.path / f"figures/layer-{i:02d}.svg" for i in run.prompt().layers]
+        figures = [run.path / layer_picture(i) for i in run.prompt().layers]
         return wanted <= set(last) and all(figure.exists() for figure in figures)
 
 
@@ -123,15 +123,22 @@ def make_runs(grids: list[dict[str, list]]) -> dict[str, dict]:
     return dict(zip(run_names(runs), runs))
 
 
+def cell_key(flags: dict) -> str:
+    """A text that is equal for runs which differ in learning rate and seed alone."""
+    return json.dumps({**flags, "lr": None, "seed": None}, sort_keys=True)
+
+
 def _place(name: str) -> tuple[int, int]:
     """Where a setting stands in the order of loops. Runs that share most follow each other, and all
     cells have one seed before any has the next, so that a sweep can be looked at early."""
     if name not in FIELDS:
         return 3, 0  # text_file
-    later = {"seed": 2, "prior": 4, "lr": 5}
-    place = later.get(name, 3)
-    if name in vars(ModelSettings()) | vars(DataSettings()):
-        place = 0 if name in vars(ModelSettings()) else 1
+    if name in vars(ModelSettings()):
+        place = 0
+    elif name in vars(DataSettings()):
+        place = 1
+    else:
+        place = {"seed": 2, "prior": 4, "lr": 5}.get(name, 3)
     return place, list(FIELDS).index(name)
 
 

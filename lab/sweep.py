@@ -25,9 +25,9 @@ import data
 from lab.commands import SweepOptions
 from lab.console import Stopped, UserError, one_line, say
 from lab.files import Locked, write_file
-from lab.folder import Run
+from lab.folder import CONFIG, Run
 from lab.inputs import Shared
-from lab.plan import Plan, make_runs, read_grids, read_plan
+from lab.plan import Plan, cell_key, make_runs, read_grids, read_plan
 from lab.settings import from_flags
 from lab.sweep_table import show_table
 from lab.train import differences, read_inputs, train_run
@@ -72,9 +72,8 @@ def check_inputs(plan: Plan, shared: Shared) -> None:
     UserError and the like for what would be wrong with a run."""
     checked = set()
     for name, flags in plan.runs.items():
-        others = json.dumps({**flags, "lr": None, "seed": None})
-        if others not in checked:
-            checked.add(others)
+        if cell_key(flags) not in checked:
+            checked.add(cell_key(flags))
             read_inputs(plan.run(name), plan.settings(name), None, False, shared)
 
 
@@ -123,7 +122,7 @@ def train_or_resume(plan: Plan, name: str, run: Run, shared: Shared) -> None:
     """Train a run whose lock is held. Its bytes are those of `train` with as many threads."""
     flags = plan.runs[name]
     torch.set_num_threads(plan.threads)
-    if not (run.path / "config.json").exists():
+    if not (run.path / CONFIG).exists():
         train_run(run, plan.settings(name), None, sorted(flags), shared)
         return
     # A run keeps the commit that a revision stood for.

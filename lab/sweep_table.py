@@ -9,22 +9,20 @@ that answered the same questions, seed by seed and question by question.
 
 from __future__ import annotations
 
-import csv
 import html
-import io
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lab import geometry, pictures, statistics
+from lab.adapters import to_csv
 from lab.console import SCORES, say, show, table
 from lab.evaluation import FEW_CONTEXTS
 from lab.files import reading, write_file
 from lab.folder import Run
 from lab.inputs import topic, training_and_evaluation, unit
-from lab.plan import Plan, setting_name, varied_settings
+from lab.plan import Plan, cell_key, setting_name, varied_settings
 from lab.settings import DataSettings, Settings
 
 LEVEL = 0.05
@@ -74,8 +72,7 @@ def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
     for name in finished:
         flags = plan.runs[name]
         words = [setting_name(key, flags[key]) for key in varied if key in flags]
-        others = json.dumps({**flags, "lr": None, "seed": None}, sort_keys=True)
-        _, by_rate = grouped.setdefault(others, (", ".join(words) or "defaults", {}))
+        _, by_rate = grouped.setdefault(cell_key(flags), (", ".join(words) or "defaults", {}))
         by_rate.setdefault(flags.get("lr"), {})[flags.get("seed", 0)] = name
 
     cells = []
@@ -278,12 +275,7 @@ def as_csv(scores: list, differences: list, ends: list) -> str:
     for name, numbers in ends:
         cell, _, layer = name.rpartition(", ")
         rows[cell] |= {f"{layer} {key}": value for key, value in numbers.items()}
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows.values())
-    return out.getvalue()
+    return to_csv([*rows.values()], ("cell",))
 
 
 def as_page(folder: Path, text: list[str], svg: str) -> str:

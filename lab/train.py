@@ -14,6 +14,7 @@ import math
 import signal
 import time
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -420,10 +421,10 @@ class Inputs(NamedTuple):
     layers: list[int]  # that own rows
     examples: list[data.Example]  # to train on
     questions: Questions  # the same, those that fit
-    held_out: Questions  # to evaluate
-    choice: Questions | None  # to choose settings by, with --hold-out
+    evaluation: Questions
+    held_out: Questions | None  # to choose settings by, with --hold-out
     sums: dict[str, str]  # checksums of the files
-    shared: Shared  # what other runs of this process may take as it is
+    shared: Shared  # what runs of one process have in common
 
 
 def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[str] | None,
@@ -447,11 +448,11 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     if checkpoint:
         check_fits(posterior, checkpoint, run.path)
 
-    def scores(prompts, name: str, questions: Questions = inputs.held_out):
+    def scores(prompts, name: str, questions: Questions):
         return evaluate(loaded, prompts, questions, settings.prompt.place, settings.data, name,
                         everywhere=settings.train.shard)
 
-    def evaluate_posterior(step: int, questions: Questions = inputs.held_out):
+    def evaluate_posterior(step: int, questions: Questions = inputs.evaluation):
         prompts = [llama.Prompt(layers, settings.prompt.cut) for layers in posterior.evaluated()]
         return scores(prompts, f"step {step}", questions)
 
@@ -472,12 +473,12 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     if not checkpoint or not checkpoint.metrics_bytes:
         log_untrained(run, inputs, scores)
     training.go(checkpoint)
-    if inputs.choice:
-        metrics, _ = evaluate_posterior(training.step, inputs.choice)
+    if inputs.held_out:
+        metrics, _ = evaluate_posterior(training.step, inputs.held_out)
         run.log({"step": training.step, "split": "held_out", **metrics})
     if rank_and_size()[0] == 0:
         inputs.questions.say_cut()
-        report(run, settings, begun.by_layer, len(inputs.held_out))
+        report(run, settings, begun.by_layer, len(inputs.evaluation))
         show(f"{time.time() - started:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
              f"metrics.jsonl, {file_list(draw_run(run, settings, begun.by_layer))}")
 
@@ -485,16 +486,18 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
 def log_untrained(run: Run, inputs: Inputs, scores: Callable[..., tuple[dict, list[dict]]]) -> None:
     """Log the scores that the prompt is compared with. scores(prompts, name, questions)."""
     settings, prior = inputs.settings, inputs.settings.prior
-    if scores_of_majority := majority(inputs.held_out):
+    if scores_of_majority := majority(inputs.evaluation):
         run.log({"split": "majority", **scores_of_majority})
         say(f"{MAJORITY}: {scores_line(scores_of_majority)}")
     key = settings.model, settings.data, prior.text, prior.separator, settings.prompt.place
-    for plain in plain_prompts(inputs.loaded, prior, inputs.held_out):
-        metrics, _ = inputs.shared.once(("untrained", plain.name), key, lambda: scores(
+    once = inputs.shared.once
+    for plain in once("plain", key, lambda: plain_prompts(inputs.loaded, prior,
+                                                          inputs.evaluation)):
+        metrics, _ = once(("untrained", plain.name), key, lambda: scores(
             [plain.past], plain.name, plain.questions))
         run.log({"split": plain.split, **metrics})
         say(f"{plain.name}: {scores_line(metrics)}")
-    inputs.held_out.say_cut()
+    inputs.evaluation.say_cut()
 
 
 class Beginning(NamedTuple):
@@ -519,6 +522,7 @@ def begin_run(inputs: Inputs) -> Beginning:
         by_layer = inputs.shared.once("references", key, lambda: references(
             prior, settings.data, inputs.loaded, inputs.layers, settings.prompt.method,
             inputs.examples))
+        # One of every prior is kept, because the next seed asks for all of them again.
         fitted = inputs.shared.once(("fitted", prior.prior), key, lambda: fit(prior, by_layer))
         is_point = settings.train.posterior == "point"
         drawn = draw(prior, by_layer, 1 if is_point else settings.train.particles, fitted)
@@ -549,13 +553,13 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
     shared = shared or Shared()
     once, shard = shared.once, settings.train.shard
     loaded = once("model", (settings.model, shard), lambda: load_model(settings.model, shard))
-    loaded.model.recompute = settings.train.recompute
+    loaded.model.recompute = settings.train.recompute  # all that a run sets of a shared model
     check_place(settings.prompt, loaded, settings.model.model)
     # Everything that can be wrong with the settings is found before the data is tokenised.
     L = loaded.model.config.num_hidden_layers
     layers = layers_with_rows(settings.prior, L, settings.prompt)
     max_length = longest_text(loaded, settings.data, settings.prior)
-    examples, evals, choice = once("examples", settings.data, lambda: divided(settings.data))
+    examples, evals, held_out = once("examples", settings.data, lambda: divided(settings.data))
     sums = only_first(lambda: checksums(settings, shared))
     if config:
         torch.set_num_threads(config["threads"])  # sums are then added in the same order
@@ -565,17 +569,15 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
     settings = replace(settings, model=replace(settings.model, revision=loaded.revision),
                        data=replace(settings.data, max_length=max_length))
 
-    def encoded() -> list[Questions]:
-        parts = {"training": examples, "evaluation": evals}
-        parts |= {"held-out": choice} if choice else {}
-        return [encode(part, loaded.vocabulary, max_length, name) for name, part in parts.items()]
-
-    questions, held_out, *to_choose = once("questions", (settings.model, settings.data), encoded)
+    fitting = partial(encode, vocabulary=loaded.vocabulary, max_length=max_length)
+    encoded = once("questions", (settings.model, settings.data), lambda: (
+        fitting(examples, name="training"), fitting(evals, name="evaluation"),
+        fitting(held_out, name="held-out") if held_out else None))
+    questions, evaluation, _ = encoded
     say(f"model {Path(settings.model.model).name}: {L} layers of width "
         f"{loaded.model.config.hidden_size}, {settings.model.dtype} on {settings.model.device}; "
-        f"{len(questions)} questions to train on, {len(held_out)} to evaluate")
-    return Inputs(settings, loaded, layers, examples, questions, held_out,
-                  to_choose[0] if to_choose else None, sums, shared)
+        f"{len(questions)} questions to train on, {len(evaluation)} to evaluate")
+    return Inputs(settings, loaded, layers, examples, *encoded, sums, shared)
 
 
 def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, str],

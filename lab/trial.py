@@ -23,13 +23,11 @@ SECONDS = 20  # of the processor; by the clock six times as many
 
 # What the child runs. Failures that Python sees are left to the loader, which says them better.
 PROGRAM = """
-import contextlib, string, sys
+import resource, string, sys
 path, memory, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-with contextlib.suppress(ImportError):  # Windows
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 from tokenizers import Tokenizer
 grown = False
 try:
@@ -41,6 +39,8 @@ try:
         size = len(text.encode())
         ids = tokenizer.encode(text).ids
         grown = grown or len(ids) > 8 * size + 1000 or len(tokenizer.decode(ids)) > 100 * size
+except MemoryError:
+    grown = True
 except BaseException:
     pass
 sys.exit(3 if grown else 0)
@@ -69,9 +69,10 @@ def try_tokenizer(path: Path) -> None:
         fault = ("makes the tokenizers library end the process, or take more than "
                  f"{MEMORY / 2**30:.0f} GiB ({signal.Signals(-status).name})")
     else:
-        with contextlib.suppress(OSError):  # a folder that cannot be written costs another trial
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+        if status == 0:  # other ends tell nothing of the file
+            with contextlib.suppress(OSError):  # a folder that is not written costs another trial
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
         return
     raise UserError(f"{path}: {fault}: fetch it again, from where you trust")
 

@@ -205,6 +205,15 @@ CHOICES = {  # name -> (record, the example's context, question, answer, choices
              "It is.", "Which?\nA. one\nB. two", "B", "AB"),
     "HellaSwag": ({"ctx": "He then", "endings": ["runs.", "\nsits."], "label": "1"},
                   "", "He then\nA. runs.\nB.  sits.", "B", "AB"),
+    "numbered from 0": ({"question": "Which?", "answer": 0, "choices": {
+        "label": ["A", "B"], "text": ["one", "two"]}}, "", "Which?\nA. one\nB. two", "A", "AB"),
+    "a count as pandas writes it": (
+        {"question": "Which?", "choices": ["1", "2", "3"], "label": 1.0},
+        "", "Which?\nA. 1\nB. 2\nC. 3", "B", "ABC"),
+    "true of its own choices": ({"question": "Is it?", "choices": ["no", "yes"], "answer": True},
+                                "", "Is it?\nA. no\nB. yes", "B", "AB"),
+    "true in words": ({"question": "Is it?", "choices": ["True", "False"], "answer": "True"},
+                      "", "Is it?\nA. True\nB. False", "A", "AB"),
     "by its text": ({"question": "Which?", "options": ["one", "two"], "answer": "two"},
                     "", "Which?\nA. one\nB. two", "B", "AB")}
 OTHER_LABEL = {"BoolQ": {"answer": False}, "BoolQ as columns": {"answer": [False]},

@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -32,10 +35,11 @@ def given(line) -> str:
     return re.search(r"give (\S+?)(,|$)", line)[1]
 
 
-def run_command(line, monkeypatch, tmp_path):
-    """The command of a line, and the folder NEW that it makes."""
-    monkeypatch.chdir(tmp_path)
-    exec(re.search(r'`python -c "(.*)"`', line)[1])
+def run_command(line, tmp_path):
+    """The command of a line, typed at a shell, and the folder NEW that it makes."""
+    command = re.search(r"`(python -c .*?)`", line)[1]
+    subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True,
+                   cwd=tmp_path, check=True, capture_output=True)
     return tmp_path / "NEW"
 
 
@@ -71,18 +75,19 @@ def test_checkpoints_of_a_trainer(hf, tmp_path):
     assert llama.load(output / "checkpoint-1000")
 
 
-def test_pickled_weights(hf, tmp_path, monkeypatch):
+def test_pickled_weights(hf, tmp_path):
     theirs, folder = hf()
+    folder = folder.rename(tmp_path / "it's a $HOME")
     torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
     (folder / WEIGHTS).rename(folder / "weights.safetensors")
     assert "weights.safetensors: rename it to model.safetensors" in told(folder)
     (folder / "weights.safetensors").rename(tmp_path / WEIGHTS)
-    new = run_command(told(folder), monkeypatch, tmp_path)
+    new = run_command(told(folder), tmp_path)
     assert load_file(new / WEIGHTS).keys() == load_file(tmp_path / WEIGHTS).keys()
     torch.testing.assert_close(llama.load(new).embeddings, theirs.get_input_embeddings().weight)
 
 
-def test_pickled_shards(hf, tmp_path, monkeypatch):
+def test_pickled_shards(hf, tmp_path):
     """A part of them is no model; the whole is converted."""
     theirs, folder = hf()
     (folder / WEIGHTS).unlink()
@@ -96,12 +101,12 @@ def test_pickled_shards(hf, tmp_path, monkeypatch):
         assert f"names are missing, first '{file}': fetch them" in told(folder)
         torch.save({k: t for k, t in theirs.state_dict().items() if places[k] == file},
                    folder / file)
-    new = run_command(told(folder), monkeypatch, tmp_path)
+    new = run_command(told(folder), tmp_path)
     torch.testing.assert_close(llama.load(new).embeddings, theirs.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize("name, text", [
-    ("consolidated.00.pth", "hf download"), ("q4.gguf", "gguf_file='q4.gguf'"),
+    ("consolidated.00.pth", "hf download"), ("q4.gguf", " q4.gguf`, copy"),
     ("adapter_config.json", "base_model_name_or_path"),
     ("checkpoint-5/adapter_config.json", "base_model_name_or_path")])
 def test_other_kinds_of_folders(tmp_path, name, text):

@@ -124,7 +124,8 @@ def test_what_the_cache_has_in_part_is_not_there(cache, files, capsys):
     (snapshot / "tokenizer.json").unlink()
     assert run("sample", "--model", "org/parts") == 2
     said = capsys.readouterr().err
-    assert "no tokenizer.json came from the hub or its cache: run `hf download org/parts`" in said and said.count("\n") == 1
+    assert "no tokenizer.json came from the hub or its cache: run `hf download org/parts`" in said
+    assert said.count("\n") == 1
     assert run("sample", "--model", "org/parts", "--revision", "v2") == 2
     said = capsys.readouterr().err
     assert "HF_HUB_OFFLINE is set: run `hf download org/parts --revision v2`" in said
@@ -233,7 +234,8 @@ def hub(files):
             "original/consolidated.00.pth": b"\x80", "onnx/model.safetensors": b"0",
             **TOKENS},
         "org/shards": files[1] | TOKENS,
-        "org/bare": {k: v for k, v in files[0].items() if k != "generation_config.json"}, "org/gated": files[0],
+        "org/bare": {k: v for k, v in files[0].items() if k != "generation_config.json"},
+        "org/gated": files[0],
         "org/bert": files[0] | {"config.json": b'{"model_type": "bert"}'},
         "org/pickle": {k: v for k, v in files[0].items() if k != "model.safetensors"} | {
             "pytorch_model.bin": b"\x80"}}
@@ -253,7 +255,8 @@ def test_a_download_takes_what_is_needed_and_a_mistake_is_one_line(hub, tmp_path
         assert {p.name: p.read_bytes() for p in Path(out[k]).iterdir()} == files[k] | TOKENS
     assert "model_type is 'bert'" in out[2]
     assert [f for name, f in Hub.asked if name == "org/bert"] == ["config.json"]
-    assert "no model.safetensors came from the hub or its cache: run `hf download org/pickle`" in out[3]
+    assert ("no model.safetensors came from the hub or its cache: run `hf download org/pickle`"
+            in out[3])
     assert f"accepted first: do so at {page}/org/gated, then run `hf auth login`" in out[4]
     assert "no such folder, and no such model" in out[5] and "no such model" in out[6]
     assert "--revision v9: org/whole has none" in out[7]

@@ -275,6 +275,17 @@ def replaced(text, by):
     return {"type": "Replace", "pattern": {"String": text}, "content": by}
 
 
+def test_a_trial_that_tells_nothing_is_made_again(own, tmp_path, monkeypatch):
+    path = own("model") / "tokenizer.json"
+    monkeypatch.setenv("PROMPTPRIOR_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as m:
+        m.setattr(trial, "PROGRAM", "raise SystemExit(1)")
+        trial.try_tokenizer(path)
+    assert not (tmp_path / "cache").exists()
+    trial.try_tokenizer(path)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 @pytest.mark.parametrize("change, message", [
     ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA/////w=="}}, "SIGABRT"),
     ({"normalizer": {"type": "Prepend", "prepend": "x" * 30000}}, "many times more of a text"),
@@ -343,7 +354,8 @@ def test_json(tmp_path, name):
                                   "sums.txt", "export.json", "hendrycks.json", "c4.json",
                                   "prose.txt"])
 def test_other_spellings_are_read_alike(world, tmp_path, name):
-    kind = {"sums.txt": "math", "sums.csv": "math", "export.json": "math", "hendrycks.json": "hendrycks",
+    kind = {"sums.txt": "math", "sums.csv": "math", "export.json": "math",
+            "hendrycks.json": "hendrycks",
             "c4.json": "text", "prose.txt": "text"}.get(name, "squad")
     content, path = (world / name).read_bytes(), tmp_path / name
     bare = lambda found: [e._replace(id="", source="", context=e.context.strip())
@@ -534,7 +546,8 @@ RUN_CONFIG = {
     "max_length": [0, -5, 2**40, "x", 1000], "max_new": [0, 2**40, None, "x"],
     "batch_size": [0, 2**40, None], "posterior": [None, "x", 5], "particles": [0, 10**6, "2", None],
     "cut": [None, 0, "true", []], "lr": ["x", float("nan"), -1, float("inf")],
-    "prior_weight": ["x", -1, float("nan"), None], "eval_every": [None, 0, 1.5], "steps": [-1, "x", 2**50], "clip": [None, 0],
+    "prior_weight": ["x", -1, float("nan"), None], "eval_every": [None, 0, 1.5],
+    "steps": [-1, "x", 2**50], "clip": [None, 0],
     "keep_unanswerable": [None, "no"], "shard": [1]}
 
 

@@ -760,7 +760,8 @@ def test_a_model_smaller_than_its_tokenizer(hf, capsys, tmp_path):
     _, folder = hf()
     shutil.copy(HERE / "tiny/tokenizer.json", folder)
     assert run("train", "--model", folder, "--out", tmp_path / "o") == 2
-    assert "tokenizer.json: has 512 tokens, ids up to 511, and the model embeds 97" in capsys.readouterr().err
+    assert ("tokenizer.json: has 512 tokens, ids up to 511, and the model embeds 97"
+            in capsys.readouterr().err)
 
 
 def test_not_finite_stops_before_the_step(tmp_path, capsys):

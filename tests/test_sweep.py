@@ -164,12 +164,12 @@ def test_held_out_questions_are_not_trained_on(whole):
     settings = Run(whole / "runs/vocab-seed0-lr0.01").settings()
     parts = divided(settings.data)
     topics = [set(map(topic, part)) for part in parts]
-    assert not topics[2] & topics[0] and len(parts.choice) >= 12
+    assert not topics[2] & topics[0] and len(parts.held_out) >= 12
     assert len(divided(DataSettings("squad", "squad"))[2]) == 0
     # Without evaluation data two tenths are held out.
     parts = divided(DataSettings("math", None, hold_out=True, eval_limit=0))
     assert list(map(len, parts)) == [972, 120, 108]
-    assert not set(map(topic, parts.evaluation)) & set(map(topic, parts.choice))
+    assert not set(map(topic, parts.evaluation)) & set(map(topic, parts.held_out))
     for run in (whole / "runs").iterdir():
         line = [m for m in Run(run).metrics() if m["split"] == "held_out"]
         assert [m["step"] for m in line] == [4]
