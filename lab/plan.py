@@ -25,6 +25,7 @@ from lab.settings import (FIELDS, DataSettings, ModelSettings, Settings, flag_na
                           prior_name, spec_name, value_type)
 
 MOST = 10_000  # runs
+RATES = ("lr", "lr_factor")  # settings of which the best is taken
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,200}")  # of a run
 
 
@@ -118,14 +119,19 @@ def make_runs(grids: list[dict[str, list]]) -> dict[str, dict]:
             if flags not in runs:
                 runs.append(flags)
     # The best of several rates is chosen by questions that are neither trained on nor evaluated.
-    if len({flags.get("lr") for flags in runs}) > 1:
+    if len(set(map(rate_of, runs))) > 1:
         runs = [{**flags, "hold_out": True} for flags in runs]
     return dict(zip(run_names(runs), runs))
 
 
 def cell_key(flags: dict) -> str:
     """A text that is equal for runs which differ in learning rate and seed alone."""
-    return json.dumps({**flags, "lr": None, "seed": None}, sort_keys=True)
+    return json.dumps({**flags, **dict.fromkeys((*RATES, "seed"))}, sort_keys=True)
+
+
+def rate_of(flags: dict) -> tuple:
+    """The values of RATES that flags have, None for those that they leave to the default."""
+    return tuple(flags.get(name) for name in RATES)
 
 
 def _place(name: str) -> tuple[int, int]:
@@ -138,7 +144,7 @@ def _place(name: str) -> tuple[int, int]:
     elif name in vars(DataSettings()):
         place = 1
     else:
-        place = {"seed": 2, "prior": 4, "lr": 5}.get(name, 3)
+        place = {"seed": 2, "prior": 4, **dict.fromkeys(RATES, 5)}.get(name, 3)
     return place, list(FIELDS).index(name)
 
 

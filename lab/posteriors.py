@@ -51,16 +51,16 @@ class Point(nn.Module):
         """The numbers of each layer, with their gradient."""
         return {int(i): numbers for i, numbers in self.layers.items()}
 
-    def groups(self, lr: float | None = None) -> list[dict]:
+    def groups(self, lr: float | None = None, factor: float = 1.0) -> list[dict]:
         """Parameter groups of an optimiser, with learning rates and names. lr: one rate for all
-        layers; None: a twentieth of each layer's scale."""
-        return [{"params": [numbers], "lr": lr or self.scales[i] / 20, "name": f"layer {i}"}
-                for i, numbers in self.numbers().items()]
+        layers; None: a twentieth of each layer's scale. factor: multiplies either."""
+        return [{"params": [numbers], "lr": factor * (lr or self.scales[i] / 20),
+                 "name": f"layer {i}"} for i, numbers in self.numbers().items()]
 
-    def optimiser(self, lr: float | None = None) -> torch.optim.Optimizer:
+    def optimiser(self, lr: float | None = None, factor: float = 1.0) -> torch.optim.Optimizer:
         """What moves the parameters. AdamW has no weight decay here, which would be a pull towards
         zero, a prior that nobody chose."""
-        return torch.optim.AdamW(self.groups(lr), weight_decay=0.0)
+        return torch.optim.AdamW(self.groups(lr, factor), weight_decay=0.0)
 
     def members(self, step: int) -> list[Layers]:
         """The prompts whose gradients are wanted; a pure function of parameters, seed and step."""
@@ -133,11 +133,11 @@ class Encoded(Point):
             layers[int(i)] = start + self.scales[int(i)] * change.view_as(start)
         return layers
 
-    def groups(self, lr: float | None = None) -> list[dict]:
+    def groups(self, lr: float | None = None, factor: float = 1.0) -> list[dict]:
         # Every number of a row is a sum over the hidden numbers, all of which move: the step that
         # a row makes grows with their number, so the rate falls with it.
         trained = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": trained, "lr": lr or 0.2 / self.width, "name": "network"}]
+        return [{"params": trained, "lr": factor * (lr or 0.2 / self.width), "name": "network"}]
 
 
 class Gaussian(NamedTuple):
@@ -210,10 +210,10 @@ class Langevin(Whitened):
     def initial(self, draws: Tensor) -> Tensor:
         return draws
 
-    def optimiser(self, lr: float | None = None) -> torch.optim.Optimizer:
+    def optimiser(self, lr: float | None = None, factor: float = 1.0) -> torch.optim.Optimizer:
         layers = sorted(self.numbers())
         noises = [functools.partial(self.noise, layer=i) for i in layers]
-        return LangevinSteps(self.groups(lr), noises, self.weight)
+        return LangevinSteps(self.groups(lr, factor), noises, self.weight)
 
     def members(self, step: int) -> list[Layers]:
         coordinates = self.numbers()
@@ -300,10 +300,10 @@ class MeanField(Whitened):
         for i, z in self.layers.items():
             self.log_ratio[i] = nn.Parameter(torch.full_like(z, math.log(0.1)))
 
-    def groups(self, lr: float | None = None) -> list[dict]:
+    def groups(self, lr: float | None = None, factor: float = 1.0) -> list[dict]:
         deviations = {"params": [*self.log_ratio.values()], "lr": self.RATE,
                       "name": "log standard deviations"}
-        return [*super().groups(lr), deviations]
+        return [*super().groups(lr, factor), deviations]
 
     def draw(self, seed: str) -> Layers:
         """Coordinates {layer: (n, D)} of a prompt, a function of the seed."""

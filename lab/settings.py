@@ -210,6 +210,8 @@ class TrainSettings:
         "mean square, which is 1e-3 at the token embeddings of LLaMA 3.2 1B; of --reparam a fifth "
         "over the network's width); of --posterior sgld and gaussian in standard deviations of the "
         "prior (a twentieth)", above=0, below=1e30)  # AdamW multiplies in float32
+    lr_factor: float = setting(1.0, "multiplies the learning rates of all layers, each of which "
+                               "has its own without --lr", above=0, below=1e8)
     warmup: int = setting(10, "steps of linear warm-up", least=0)
     clip: float = setting(1.0, "largest norm of the gradient", above=0)
     skip_bad_steps: int = setting(0, "steps whose loss or gradient is not finite that may be left "

@@ -22,11 +22,11 @@ from lab.evaluation import FEW_CONTEXTS
 from lab.files import reading, write_file
 from lab.folder import Run
 from lab.inputs import topic, training_and_evaluation, unit
-from lab.plan import Plan, cell_key, setting_name, varied_settings
+from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settings
 from lab.settings import DataSettings, Settings
 
 LEVEL = 0.05
-SCORE_TITLES = {"lr": "lr", "seeds": "seeds", "held_out": "held-out loss", **SCORES}
+SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds", "held_out": "held-out loss", **SCORES}
 DIFFERENCE_TITLES = {
     "difference": "by seed", "wide": "other questions too", "equivalence_p": "p, equal",
     "holm_equal": "Holm's", "difference_p": "p, no difference", "holm_different": "Holm's"}
@@ -52,8 +52,8 @@ class Cell(NamedTuple):
     runs: dict[int, Run]  # by seed, those at the chosen rate
     logs: dict[int, dict]  # the last evaluation of each
     settings: Settings  # of one of them
-    rate: float | None
-    held_out: dict[float | None, float]  # the mean loss by which the rate was chosen
+    rate: tuple  # the values of RATES
+    held_out: dict[tuple, float]  # of every rate, the mean loss by which it was chosen
 
     @property
     def key(self) -> str:
@@ -67,13 +67,13 @@ def last(metrics: list[dict], split: str) -> dict | None:
 
 def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
     """The cells of the runs that have ended, each at its best rate."""
-    varied = [name for name in varied_settings([*plan.runs.values()]) if name not in ("lr", "seed")]
+    varied = [name for name in varied_settings([*plan.runs.values()]) if name not in (*RATES, "seed")]
     grouped: dict[str, dict] = {}
     for name in finished:
         flags = plan.runs[name]
         words = [setting_name(key, flags[key]) for key in varied if key in flags]
         _, by_rate = grouped.setdefault(cell_key(flags), (", ".join(words) or "defaults", {}))
-        by_rate.setdefault(flags.get("lr"), {})[flags.get("seed", 0)] = name
+        by_rate.setdefault(rate_of(flags), {})[flags.get("seed", 0)] = name
 
     cells = []
     for name, by_rate in grouped.values():
@@ -102,8 +102,7 @@ def with_interval(key: str, values: list[float]) -> dict[str, float]:
 
 def scores_of(cell: Cell) -> dict[str, float]:
     numbers: dict[str, float] = {"seeds": len(cell.runs)}
-    if cell.rate is not None:
-        numbers["lr"] = cell.rate
+    numbers |= {name: value for name, value in zip(RATES, cell.rate) if value is not None}
     if cell.held_out:
         numbers["held_out"] = cell.held_out[cell.rate]
     for key in dict.fromkeys(("loss", "exact_match", cell.key, "choice_accuracy")):
@@ -257,14 +256,21 @@ def rates_of(cells: list[Cell]) -> list[str]:
     lines = []
     for cell in cells:
         if len(cell.held_out) > 1:
-            losses = ", ".join(f"{'default' if rate is None else f'{rate:g}'} {loss:.3f}"
+            losses = ", ".join(f"{rate_name(rate)} {loss:.3f}"
                                for rate, loss in cell.held_out.items())
-            tried = [rate for rate in cell.held_out if rate is not None]
             edge = ""
-            if cell.rate in (min(tried), max(tried)):
-                edge = ": the best is the last one tried, so that better ones may lie beyond"
+            for name, chosen, *tried in zip(RATES, cell.rate, *cell.held_out):
+                values = {value for value in tried if value is not None}
+                if len(values) > 1 and chosen in (min(values), max(values)):
+                    edge = ": the best is the last one tried, so that better ones may lie beyond"
             lines.append(f"{cell.name}: {losses}{edge}")
     return ["held-out loss by learning rate\n" + "\n".join(lines)] if lines else []
+
+
+def rate_name(rate: tuple) -> str:
+    """Such as "0.003", "factor 3" or "default"."""
+    words = [f"{kind}{value:g}" for kind, value in zip(("", "factor "), rate) if value is not None]
+    return ", ".join(words) or "default"
 
 
 def as_csv(scores: list, differences: list, ends: list) -> str:

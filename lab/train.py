@@ -81,7 +81,7 @@ class Training:
         self.order = data.Order([e.context for e in questions.examples], settings.data.batch_size,
                                 settings.seed, settings.data.share)
         self.parameters = [p for p in posterior.parameters() if p.requires_grad]
-        self.optimiser = posterior.optimiser(settings.train.lr)
+        self.optimiser = posterior.optimiser(settings.train.lr, settings.train.lr_factor)
         for group in self.optimiser.param_groups:
             group["peak"] = group["lr"]
         self.step = 0  # steps that were made
@@ -649,7 +649,8 @@ def begin_or_cut_back(training: Training, checkpoint: Checkpoint | None, inputs:
 
 def write_config(run: Run, inputs: Inputs, flags: list[str], reports: list[dict],
                  posterior: posteriors.Point) -> None:
-    groups = posterior.groups(inputs.settings.train.lr)
+    train = inputs.settings.train
+    groups = posterior.groups(train.lr, train.lr_factor)
     run.write_json(CONFIG, {
         "settings": flat(inputs.settings), "given": flags, "priors": reports,
         "learning_rates": {group["name"]: group["lr"] for group in groups},

@@ -400,3 +400,20 @@ def test_the_page_is_safe(copy):
     assert main("sweep", copy, "--table") == 0
     assert "&lt;b&gt;" in (copy / "table.html").read_text()
     assert "<b>" not in (copy / "table.html").read_text()
+
+
+def test_rates_that_differ_by_a_factor_are_one_cell(tmp_path, capsys):
+    """At every layer, so that the rates of token rows and of deep rows are tuned together."""
+    few = [*FEW, "--steps", "2", "--eval-every", "2", "--deep-layers", "1"]
+    assert main("sweep", "--out", tmp_path / "a", "--lr-factor", "1", "3", *few) == 0
+    [row] = rows(tmp_path / "a")
+    assert float(row["lr_factor"]) in (1, 3) and "lr" not in row
+    out = capsys.readouterr().out
+    assert re.search(r"\ndefaults: factor 1 [\d.]+, factor 3 [\d.]+: the best is the last", out)
+    usual, tripled = (Run(tmp_path / f"a/runs/lr-factor{factor}").config()["learning_rates"]
+                      for factor in ("1.0", "3.0"))
+    assert len(usual) == 2 and len(set(usual.values())) == 2
+    assert tripled == pytest.approx({name: 3 * rate for name, rate in usual.items()})
+    assert {row["lr"] for row in Run(tmp_path / "a/runs/lr-factor3.0").metrics()
+            if row["split"] == "train"} and Run(
+        tmp_path / "a/runs/lr-factor3.0").settings().data.hold_out
