@@ -1,103 +1,97 @@
-"""The paper's main claim, on a correct loss: priors decide where a prompt ends, and not how well it
-answers.
+"""The paper's claims, each a grid of runs of `sweep`, with its table and tests.
 
-    python benchmarks/claims.py [--data squad] [--deep-layers 0] [--seeds 5] [--cut]
+    python benchmarks/claims.py --out claims [--only prior deep] [--seeds 5] [FLAG of sweep ...]
 
-Every prior on the bundled task with the same seeds. start, end: mean norm of rows over that of all
-tokens, of the draw and trained. moved: mean distance between the two. own: percent of trained
-rows that no other draw, of any run, is nearer to than their own; by chance: the same of rows that
-moved as far from their draws in random directions. steps: to an evaluation within a tenth of the
-last loss. against: the score less the first prior's of the same seed, with Student's
-95 % interval over seeds. p: of a permutation of the scores among priors, by the variance of their
-means: how often chance sets them as far apart.
+Without more flags: the bundled model on its questions, an hour and a half of one core. Every other
+flag goes to all runs, such as --model DIR --data SPEC --eval-data SPEC --steps 100 --jobs 2. Started
+again it goes on; CLAIM/ in the folder is an ordinary sweep, and CLAIM/table.txt what it came to.
+
+With several --factors the learning rates are tuned first, in CLAIM-rates/: each cell is trained
+with seed 0 at every factor, and the one with the lowest loss on held-out training questions is
+taken for the seeds that count, 1 and up.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-
-from runs import ROOT, evaluations, promptprior
+from runs import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
-import llama  # noqa: E402
-from lab.folder import Run  # noqa: E402
-from lab.geometry import keep_their_own, moved_at_random  # noqa: E402
-from lab.settings import TINY  # noqa: E402
-from lab.statistics import mean_interval  # noqa: E402
-
-PRIORS = ("isotropic", "xavier", "text", "vocab", "fitted", "exclusion", "exclusion:k=2", "sparse",
-          "vae")
+from lab.plan import RATES, read_plan  # noqa: E402
+from lab.sweep_table import cells_of  # noqa: E402
 
 
-def chance(scores: np.ndarray, draws: int = 10000) -> float:
-    """The permutation p of scores (priors, seeds); a seed is a block, for it decides the order of
-    the data."""
-    rng = np.random.default_rng(0)
-    spread = scores.mean(axis=1).var()
-    shuffled = (rng.permuted(scores, axis=0).mean(axis=1).var() for _ in range(draws))
-    return (1 + sum(s >= spread - 1e-12 for s in shuffled)) / (1 + draws)
+class Claim(NamedTuple):
+    sentence: str  # what the paper says
+    grid: dict[str, list]
 
 
-def difference(differences: np.ndarray) -> str:
-    """Such as "-1.03 (-1.31 to -0.75)": the mean of differences (seeds,) and its 95 % interval."""
-    if len(differences) < 2:
-        return f"{differences.mean():+.2f}"
-    mean, low, high = mean_interval(differences)
-    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+FEW = ["isotropic", "xavier", "vocab", "fitted", "exclusion"]
+CLAIMS = {
+    "prior": Claim("The prior of token rows does not decide how well a prompt answers (4.1).",
+                   {"prior": ["isotropic", "xavier", "text", "vocab", "fitted", "exclusion",
+                              "exclusion:k=2", "exclusion:radius=1.5", "sparse", "vae"]}),
+    "deep": Claim("Nor does that of token rows and rows at the last three layers (4.2).",
+                  {"prior": FEW, "deep_layers": [3]}),
+    **{f"cut-{prior}": Claim("Token rows may be cut off after the first layer, or kept (3.2).",
+                             {"prior": [prior], "cut": [False, True]})
+       for prior in ("isotropic", "vocab", "fitted")},
+    "last": Claim("Interpolation and VAE priors of the last layer do as well (4.5, 4.6).",
+                  {"prior": ["fitted", "vocab", "interpolation", "vae"], "tokens": [0],
+                   "deep_layers": [1]}),
+}
+
+
+def run_sweep(folder: Path, grids: list[dict[str, list]], flags: list[str]) -> str:
+    """Train what is missing of a sweep; its table."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps(grids, indent=1))
+    done = subprocess.run([sys.executable, ROOT / "promptprior.py", "sweep", "--out", folder,
+                           "--grid", path, *flags], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return done.stdout
+
+
+def best_rates(folder: Path) -> list[dict[str, list]]:
+    """Of a sweep of learning rates, a grid for every cell, at its best rate."""
+    plan = read_plan(folder / "plan.json")
+    grids = []
+    for cell in cells_of(plan, [name for name in plan.runs if plan.is_finished(name)]):
+        flags = plan.runs[next(iter(cell.runs.values())).path.name]
+        assert cell.rate == tuple(flags.get(name) for name in RATES)
+        grids.append({name: [value] for name, value in flags.items() if name != "seed"})
+    return grids
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--data", default="squad")
-    p.add_argument("--deep-layers", type=int, default=0)
-    p.add_argument("--cut", action="store_true", help="drop the outputs of token rows too")
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--out", type=Path, required=True, help="a folder, new or of an earlier start")
+    p.add_argument("--only", nargs="+", choices=CLAIMS, default=[*CLAIMS])
     p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--steps", type=int, default=200)
-    p.add_argument("--priors", nargs="+", default=PRIORS)
-    a = p.parse_args()
-    found, starts, ends = {}, [], []
-    tokens = llama.load(TINY, "float32").embeddings[data.Vocabulary(TINY, (1,)).ordinary]
-    size = tokens.norm(dim=1).mean().item()
-    with tempfile.TemporaryDirectory() as folder:
-        for prior in a.priors:
-            for seed in range(a.seeds):
-                path = Path(folder) / f"{prior}-{seed}"
-                promptprior("train", "--prior", prior, "--data", a.data, "--seed", seed,
-                            "--deep-layers", a.deep_layers, "--steps", a.steps, "--eval-every", 20,
-                            "--out", path, *["--cut"] * a.cut)
-                draw, trained = (rows[0].numpy() for rows in Run(path).start_and_end())
-                starts.append(draw)
-                ends.append(trained)
-                log = evaluations(path)
-                last = log[-1]
-                near = next(m["step"] for m in log if m["loss"] <= 1.1 * last["loss"])
-                found.setdefault(prior, []).append((
-                    last["accuracy" if "accuracy" in last else "f1"], last["loss"], near,
-                    *(float(np.linalg.norm(x, axis=1).mean() / size) for x in (draw, trained)),
-                    float(np.linalg.norm(trained - draw, axis=1).mean())))
-    print(f"--data {a.data} --deep-layers {a.deep_layers}{' --cut' * a.cut}, {a.steps} steps, "
-          f"means of {a.seeds} seeds\n  prior          score (s.e.)   loss  steps  start    end  "
-          f"moved   own  by chance  against {a.priors[0]}")
-    draws, trained = np.concatenate(starts), np.concatenate(ends)
-    shares = [100 * keep_their_own(rows, draws).reshape(len(a.priors), -1).mean(axis=1)
-              for rows in (trained, moved_at_random(trained, draws))]
-    scores = np.array([[score for score, *_ in each] for each in found.values()])
-    for (prior, each), own, by_chance, row in zip(found.items(), *shares, scores):
-        score, loss, near, start, end, moved = map(statistics.mean, zip(*each))
-        error = statistics.stdev(s for s, *_ in each) / a.seeds**0.5 if a.seeds > 1 else 0
-        print(f"  {prior:14} {score:5.1f} ({error:.1f})   {loss:6.3f}  {near:5.0f}  {start:5.2f}  "
-              f"{end:5.2f}  {moved:5.2f}  {own:4.0f}  {by_chance:9.0f}  "
-              f"{difference(row - scores[0])}")
-    print(f"p {chance(scores):.3f}; the means' standard deviation {scores.mean(axis=1).std():.2f}, "
-          f"a seed's {scores.std(axis=1).mean():.2f}")
+    p.add_argument("--factors", nargs="+", type=float, default=[1.0],
+                   help="of each layer's own learning rate; several: the best is taken")
+    a, flags = p.parse_known_args()
+    for name in a.only:
+        claim = CLAIMS[name]
+        grids, first = [claim.grid], 0
+        if len(a.factors) > 1:
+            rates = a.out / f"{name}-rates"
+            run_sweep(rates, [{**claim.grid, "lr_factor": a.factors, "seed": [0]}], flags)
+            grids, first = best_rates(rates), 1
+        seeds = list(range(first, first + a.seeds))
+        table = run_sweep(a.out / name, [{**grid, "seed": seeds} for grid in grids], flags)
+        text = f"{name}: {claim.sentence}\n\n{table}\n"
+        (a.out / name / "table.txt").write_text(text)
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

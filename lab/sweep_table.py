@@ -26,7 +26,8 @@ from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settin
 from lab.settings import DataSettings, Settings
 
 LEVEL = 0.05
-SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds", "held_out": "held-out loss", **SCORES}
+SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds", "held_out": "held-out loss", **SCORES,
+                "steps": "steps"}
 DIFFERENCE_TITLES = {
     "difference": "by seed", "wide": "other questions too", "equivalence_p": "p, equal",
     "holm_equal": "Holm's", "difference_p": "p, no difference", "holm_different": "Holm's"}
@@ -34,7 +35,8 @@ END_TITLES = {"start_norm": "norm, drawn", "norm": "norm ratio", "moved": "moved
               "chance": "by chance"}
 ABOUT = """\
 In brackets: 95 % intervals, of Student's t over seeds. held-out loss: on questions of the training
-data that no run was trained on, by which the rate was chosen."""
+data that no run was trained on, by which the rate was chosen. steps: until the loss was within a
+tenth of the last one, at an evaluation."""
 ABOUT_DIFFERENCES = """\
 by seed: the difference, paired by seed, on these questions; other questions too: as it may be of
 other seeds and other questions (whole articles or paragraphs). p, equal: of two one-sided tests
@@ -51,6 +53,7 @@ class Cell(NamedTuple):
     name: str
     runs: dict[int, Run]  # by seed, those at the chosen rate
     logs: dict[int, dict]  # the last evaluation of each
+    steps: dict[int, int]  # the first step of each at which the loss was within a tenth of the last
     settings: Settings  # of one of them
     rate: tuple  # the values of RATES
     held_out: dict[tuple, float]  # of every rate, the mean loss by which it was chosen
@@ -63,6 +66,13 @@ class Cell(NamedTuple):
 
 def last(metrics: list[dict], split: str) -> dict | None:
     return next((line for line in reversed(metrics) if line["split"] == split), None)
+
+
+def steps_to_loss(metrics: list[dict]) -> int:
+    """The first step whose evaluation has a loss at most a tenth above the last one's."""
+    evaluations = [line for line in metrics if line["split"] == "eval"]
+    return next(line["step"] for line in evaluations
+                if line["loss"] <= 1.1 * evaluations[-1]["loss"])
 
 
 def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
@@ -89,6 +99,7 @@ def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
         runs = dict(sorted(by_rate[rate].items()))
         cells.append(Cell(name, {seed: plan.run(run) for seed, run in runs.items()},
                           {seed: last(logs[run], "eval") for seed, run in runs.items()},
+                          {seed: steps_to_loss(logs[run]) for seed, run in runs.items()},
                           plan.settings(next(iter(runs.values()))), rate, losses))
     return cells
 
@@ -108,7 +119,7 @@ def scores_of(cell: Cell) -> dict[str, float]:
     for key in dict.fromkeys(("loss", "exact_match", cell.key, "choice_accuracy")):
         if all(key in line for line in cell.logs.values()):
             numbers |= with_interval(key, [line[key] for line in cell.logs.values()])
-    return numbers
+    return numbers | with_interval("steps", [*cell.steps.values()])
 
 
 # --------------------------------------------------------------------------------------------------
