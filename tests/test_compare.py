@@ -237,7 +237,10 @@ def test_compare_collections(tmp_path, capsys):
     assert local["step"] == pytest.approx(steps.mean().item(), rel=1e-5)
     assert local["spread"] == pytest.approx(steps.std(correction=0).item(), rel=1e-4)
     assert local["p_uniform_spread"] < 0.05
-    assert run("compare", path) == 0
+    assert run("collect", "--data", "squad", "math", "--examples", 20, "--layers", 0, "--out",
+               tmp_path / "few.safetensors") == 0
+    capsys.readouterr()
+    assert run("compare", tmp_path / "few.safetensors") == 0
     out = capsys.readouterr().out
     assert "random walks" in out and "Holm's p" in out
 

@@ -199,7 +199,7 @@ KINDS = {"prefix": ["--method", "prefix"],
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_train_resume_and_score(tmp_path, monkeypatch, capsys, kind):
-    few = [*FEW, *KINDS[kind]]
+    few = [*FEW, "--eval-every", 2, "--eval-limit", 4, *KINDS[kind]]
     assert run("train", "--out", tmp_path / "a", *few) == 0
     calls, original = [], train.answer_loss
 

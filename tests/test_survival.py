@@ -150,7 +150,7 @@ POINTS = ["before open", "after open", "half-written", "before fsync", "after fs
 # Every evaluated step is kept twice, before its evaluation and after: eight in all. Points meet the
 # first and the last in turn.
 CASES = [(point, (1, 8)[i % 2]) for i, point in enumerate(POINTS)] + [
-    ("half-written", 8), ("before replace", 8), ("before removal", 1), ("after removal", 2)]
+    ("before removal", 1), ("after removal", 2)]
 
 
 def victim(arguments, point, n):
@@ -164,7 +164,9 @@ def victim(arguments, point, n):
 def test_killed_inside_the_writer(tmp_path):
     """At every point of the first or the last checkpoint."""
     context = multiprocessing.get_context("forkserver")  # no torch threads to inherit
-    context.set_forkserver_preload(["torch", "promptprior", "lab.train", "test_survival"])
+    # What every victim would import again; the optimiser imports torch._dynamo.
+    context.set_forkserver_preload(["torch", "torch._dynamo", "promptprior", "lab.train",
+                                    "test_survival"])
     threads, alone = torch.get_num_threads(), tmp_path / "whole"
     torch.set_num_threads(1)  # as its victims
     try:
@@ -219,7 +221,7 @@ def test_a_disk_that_fails(whole, tmp_path, monkeypatch, capsys, point, n, numbe
 def test_a_full_disk(tmp_path):
     """A real limit on file sizes, met by the log in the middle of a run."""
     command = [sys.executable, HERE / "promptprior.py", "train", "--out"]
-    few = [*FEW, "--steps", "90", "--eval-every", "30"]
+    few = [*FEW, "--tokens", "1", "--steps", "45", "--eval-every", "15"]
     subprocess.run([*command, tmp_path / "a", *few], check=True, capture_output=True)
     limit = (tmp_path / "a/metrics.jsonl").stat().st_size * 2 // 3
     assert limit > 1.2 * max(p.stat().st_size for p in (tmp_path / "a").rglob("*.safetensors"))
@@ -237,7 +239,7 @@ def test_a_full_disk(tmp_path):
 # kills and signals from outside
 
 
-@pytest.mark.parametrize("kills", [4])
+@pytest.mark.parametrize("kills", [2])
 def test_killed_at_random(tmp_path, kills):
     """SIGKILLs of the real program, as many to each of three runs, at random moments of its work;
     two at a time."""
@@ -248,8 +250,8 @@ def test_killed_at_random(tmp_path, kills):
 
     def start(out, *arguments):
         return subprocess.Popen([sys.executable, HERE / "promptprior.py", "train", "--out", out,
-                                 *FEW, "--reference-rows", "300", "--steps", "30", "--eval-every",
-                                 "5", *arguments], stdout=subprocess.DEVNULL,
+                                 *FEW, "--reference-rows", "300", "--steps", "16", "--eval-every",
+                                 "4", *arguments], stdout=subprocess.DEVNULL,
                                 stderr=subprocess.PIPE, text=True, env=environment)
 
     def survive(i):
