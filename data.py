@@ -144,11 +144,18 @@ def read_text(path: str | Path, most: int = LARGEST) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_json(text: str, where: str):
+class Number(str):
+    """A number of a data file as it is written there: as an answer, 1.50 is not 1.5."""
+
+
+_as_written = functools.partial(json.loads, parse_int=Number, parse_float=Number)
+
+
+def parse_json(text: str, where: str, loads: Callable = json.loads):
     """The value of a JSON text. Raises DataError that begins with `where` if it is not JSON, or
     holds half a surrogate pair, which is no character and cannot be written to any file."""
     try:
-        value = json.loads(text)
+        value = loads(text)
         if "\\u" in text:  # half a pair can come from an escape alone
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -170,12 +177,13 @@ def read_json(path: str | Path, type_: type = object, most: int = LARGEST):
     return value
 
 
-def json_lines(text: str, path: str | Path) -> Iterator[tuple[str, dict]]:
+def json_lines(text: str, path: str | Path, loads: Callable = json.loads
+               ) -> Iterator[tuple[str, dict]]:
     """(where, object) of every line that is not empty; where is "PATH line 3"."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path} line {number}"
-            yield where, _object(parse_json(line, where), where)
+            yield where, _object(parse_json(line, where, loads), where)
 
 
 def _object(value, where: str) -> dict:
@@ -200,15 +208,15 @@ FIELDS = {*CONTEXTS, *QUESTIONS, *CHOICES, *LABELS, "paragraphs", "qas", "answer
 
 
 def _records(text: str, path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a table (.csv, .tsv), of JSON lines, or of a JSON value. A record may be
-    wrapped as {"row": record}, as the hub's API wraps it."""
+    """(where, record) of a table (.csv, .tsv), of JSON lines, or of a JSON value, whose numbers are
+    a Number. A record may be wrapped as {"row": record}, as the hub's API wraps it."""
     first_line, line_end, _ = text.strip().partition("\n")
     if path.suffix.lower() in TABLES:
         found = _table(text, path)
     elif line_end and first_line.rstrip().endswith("}") and not first_line.startswith("["):
-        found = json_lines(text, path)
+        found = json_lines(text, path, _as_written)
     else:
-        value = parse_json(text, str(path)) if first_line else []
+        value = parse_json(text, str(path), _as_written) if first_line else []
         found = ((f"{path} record {number}", record)
                  for number, record in enumerate(_record_list(value, path), 1))
     for where, record in found:
@@ -259,9 +267,10 @@ def _choose_list(lists: dict[str, list], path: Path) -> str:
 
 
 def _field(record: dict, key: str, type_: type, where: str):
-    """record[key]. Raises DataError that begins with `where` if it is absent or of another type."""
+    """record[key]. Raises DataError that begins with `where` if it is absent or of another type; a
+    number is no text."""
     value = record.get(key)
-    if not isinstance(value, type_):
+    if not isinstance(value, type_) or isinstance(value, Number):
         actual = f"{key!r} is {type(value).__name__}" if key in record else f"no {key!r}"
         expected = {str: "a text", list: "a list", dict: "an object"}[type_]
         raise DataError(f"{where}: {actual}, expected {expected} of that name: "
@@ -306,25 +315,30 @@ def _questions(item: dict, where: str, context: str | None = None, title: str = 
 
 def _answers(record: dict, where: str) -> tuple[str, ...]:
     """All accepted answers: {"text": [...]}, [{"text": ...}, ...], [...], or a single text; under
-    "answers", or "answer" where a record has no "answers"."""
+    "answers", or "answer" where a record has no "answers". A number is read as it is written."""
     if not {"answers", "answer"} & record.keys():
-        _field(record, "answers", dict, where)  # raises
+        raise DataError(f"{where}: no 'answers' and no 'answer': check that the file is of this "
+                        "kind")
     answers = record.get("answers")
     if answers is None:
         answers = record.get("answer")
     if isinstance(answers, dict):
         answers = answers.get("text")
-    if isinstance(answers, str):
+    if not isinstance(answers, list):
         answers = [answers]
-    texts = [answer.get("text") if isinstance(answer, dict) else answer
-             for answer in answers] if isinstance(answers, list) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where}: 'answers' are {answers!r:.80}, expected texts, as a list, as "
-                        "{'text': [...]} or as [{'text': ...}]: check that the file is of this "
-                        "kind")
+    texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in answers]
+    for text in texts:
+        if isinstance(text, bool):
+            raise DataError(f"{where}: the answer is {str(text).lower()}, which is no text: write "
+                            "the word that is meant in quotes, such as \"yes\" or \"True\"; or read "
+                            "the file as choice:PATH")
+        if not isinstance(text, (str, int)):
+            raise DataError(f"{where}: 'answers' are {answers!r:.80}, expected texts or numbers, "
+                            "as a list, as {'text': [...]} or as [{'text': ...}]: check that the "
+                            "file is of this kind")
     if str(record.get("is_impossible")).lower() in ("true", "1"):
         return ()
-    return tuple(text for text in texts if text)
+    return tuple(str(text) for text in texts if text != "")
 
 
 def _table(text: str, path: Path) -> Iterator[tuple[str, dict]]:
@@ -355,7 +369,7 @@ def _literal(text: str, where: str):
     if not text.startswith(("[", "{")):
         return text
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
+        return _as_written(text)
     if len(text) <= 2**16:  # Python's parser is not made for hostile texts
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return ast.literal_eval(text)
@@ -371,8 +385,8 @@ def _read_math(path: Path) -> Iterator[Example]:
     if path.suffix.lower() in RECORDS:
         for i, (where, record) in enumerate(_records(text, path)):
             question = _unbyte(_field(record, "question", str, where))
-            answer = _unbyte(_field(record, "answer", str, where))
-            yield Example(f"{name}-{i}", "math", "", question, (answer,), name)
+            answers = tuple(map(_unbyte, _answers(record, where)))
+            yield Example(f"{name}-{i}", "math", "", question, answers, name)
         return
     lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
     if len(lines) % 2:
@@ -410,11 +424,13 @@ def _read_hendrycks(path: Path) -> Iterator[Example]:
 def _read_gsm8k(path: Path) -> Iterator[Example]:
     """GSM8K: the number after #### is the answer, what stands before it the rationale."""
     for i, (where, record) in enumerate(_records(read_text(path), path)):
-        rationale, mark, answer = _field(record, "answer", str, where).rpartition("####")
+        solution = "".join(_answers(record, where)[:1])
+        rationale, mark, answer = solution.rpartition("####")
         number = answer.strip().replace(",", "")
         if not mark or not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", number):
-            raise DataError(f"{where}: no #### with a number behind it at the answer's end: check "
-                            "that the file is GSM8K")
+            raise DataError(f"{where}: no #### with a number behind it at the answer's end: read "
+                            "answers without a solution as math:PATH; else check that the file is "
+                            "GSM8K")
         question = _field(record, "question", str, where)
         yield Example(f"{path.stem}-{i}", "gsm8k", "", question, (number,),
                       rationale=rationale.strip())
@@ -490,7 +506,7 @@ def _right_choice(record: dict, listed: dict[str, str], where: str) -> int:
     labels, texts = list(listed), list(listed.values())
     spellings = {answer, str(value)}  # of true, which is asked for as yes, both
     matches = {labels.index(answer)} if answer in labels else set()
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Number)
     if is_number and not any(map(str.isdecimal, labels)):  # choices with letters
         matches = {i for i in range(len(texts)) if str(i) == answer}
     # A number that is written as a text may be a choice's text as well.
@@ -509,9 +525,9 @@ def _label(record: dict, where: str) -> str:
     value = record.get(_first_of(record, LABELS))
     if isinstance(value, bool) or str(value).lower() in ("true", "false"):
         value = "yes" if str(value).lower() == "true" else "no"
-    if isinstance(value, float) and value.is_integer():  # as pandas writes counts
-        value = int(value)
-    text = one_line(str(value)).strip() if isinstance(value, (str, int)) else ""
+    if isinstance(value, Number):  # pandas writes counts as 1.0
+        value = value.removesuffix(".0")
+    text = one_line(value).strip() if isinstance(value, str) else ""
     if not text or text == "-1":
         raise DataError(f"{where}: {value!r:.80} is no right answer; expected one as "
                         f"{', '.join(LABELS[:-1])} or {LABELS[-1]}: give data with labels")

@@ -88,6 +88,33 @@ def test_questions_as_people_have_them(tmp_path, records):
     assert len(examples) == 1 or examples[1].answers == ()
 
 
+@pytest.mark.parametrize("written, read", [
+    ("72", ("72",)), ("-1.50", ("-1.50",)), ("[1e3, 0.10]", ("1e3", "0.10")),
+    ('{"text": [72], "answer_start": [5]}', ("72",)), ('[{"text": 7}]', ("7",)),
+    ("9" * 5000, ("9" * 5000,))])
+def test_an_answer_that_is_a_number_is_read_as_it_is_written(tmp_path, written, read):
+    """By every kind of file and of question that has answers in words."""
+    record = f'{{"context": "c", "question": "How many?", "answer": {written}}}'
+    for name, text in {"x.jsonl": record + "\n" + record, "y.json": f"[{record}]",
+                       "z.json": f'{{"rows": [{{"row": {record}}}]}}'}.items():
+        for kind in ("squad", "math"):
+            assert data.read(kind, write(tmp_path / name, text))[0].answers == read
+
+
+@pytest.mark.parametrize("kind", ["squad", "math"])
+@pytest.mark.parametrize("answer", ["true", "[false]", '[{"text": true}]'])
+def test_an_answer_that_is_true_asks_for_its_word(tmp_path, kind, answer):
+    """Done so, or read as multiple choice, it is read."""
+    record = f'{{"context": "c", "question": "Is it?", "answer": {answer}}}'
+    with pytest.raises(data.DataError, match='in quotes, such as "yes" or "True"; or') as e:
+        data.read(kind, write(tmp_path / "x.json", record))
+    assert re.search("the answer is (true|false), which is no text", str(e.value))
+    word = record.replace("true", '"yes"').replace("false", '"no"')
+    assert data.read(kind, write(tmp_path / "x.json", word))[0].answers in (("yes",), ("no",))
+    both = [{"context": "c", "question": "Is it?", "answer": answer} for answer in (True, False)]
+    assert data.read("choice", write(tmp_path / "y.json", json.dumps(both)))[0].answers == ("yes",)
+
+
 def test_of_several_lists_of_records_one_is_chosen(tmp_path):
     """By the command that the error names, which works for any name of a file."""
     splits = {"validation": FLAT[:1], "train": FLAT, "x; touch y": FLAT, "none": []}
@@ -105,6 +132,7 @@ def test_of_several_lists_of_records_one_is_chosen(tmp_path):
 
 @pytest.mark.parametrize("answer, read", [
     ("a cat", ("a cat",)), ("[cat", None), ("", ()), ('["a \\/ x", "b"]', ("a / x", "b")),
+    ("[1.50, 72]", ("1.50", "72")), ("{'text': [72]}", ("72",)), ("{'text': [True]}", False),
     ("{'text': ['a cat'], 'answer_start': [13]}", ("a cat",)),
     ('["a cat", "cat"]', ("a cat", "cat")), ("[open('/etc/passwd')]", None), ("a, b", ("a, b",))])
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
@@ -114,8 +142,9 @@ def test_tables_of_questions(tmp_path, suffix, delimiter, answer, read):
         table = csv.writer(file, delimiter=delimiter)
         table.writerows([["id", "context", "question", "answers"],
                          ["1", "Two\nlines, a cat.", "Who?", answer]])
-    if read is None:
-        with pytest.raises(data.DataError, match="export the table as JSON lines"):
+    if not isinstance(read, tuple):
+        message = "export the table as JSON lines" if read is None else "answer is true, which is"
+        with pytest.raises(data.DataError, match=message):
             data.read("squad", str(path))
     else:
         assert data.read("squad", str(path)) == [
@@ -180,8 +209,11 @@ def test_gsm8k(tmp_path):
     record = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
     assert data.read("gsm8k", write(tmp_path / "x.jsonl", json.dumps(record))) == [
         data.Example("x-0", "gsm8k", "", "How many?", ("1004",), rationale="2 + 2 = <<2+2=4>>4")]
-    with pytest.raises(data.DataError, match="no #### with a number"):
-        data.read("gsm8k", write(tmp_path / "y.jsonl", json.dumps({**record, "answer": "4"})))
+    for answer in ("4", 4):
+        path = write(tmp_path / "y.jsonl", json.dumps({**record, "answer": answer}))
+        with pytest.raises(data.DataError, match="no #### with a number.*as math:PATH"):
+            data.read("gsm8k", path)
+        assert data.read("math", path)[0].answers == ("4",)  # as the line says
 
 
 CHOICES = {  # name -> (record, the example's context, question, answer, choices)
@@ -214,6 +246,8 @@ CHOICES = {  # name -> (record, the example's context, question, answer, choices
                                 "", "Is it?\nA. no\nB. yes", "B", "AB"),
     "true in words": ({"question": "Is it?", "choices": ["True", "False"], "answer": "True"},
                       "", "Is it?\nA. True\nB. False", "A", "AB"),
+    "numbers to choose from": ({"question": "Which?", "choices": [1.50, 72], "answer": 1},
+                               "", "Which?\nA. 1.5\nB. 72", "B", "AB"),
     "by its text": ({"question": "Which?", "options": ["one", "two"], "answer": "two"},
                     "", "Which?\nA. one\nB. two", "B", "AB")}
 OTHER_LABEL = {"BoolQ": {"answer": False}, "BoolQ as columns": {"answer": [False]},
@@ -244,7 +278,7 @@ def test_a_table_of_labels_and_of_printed_choices(tmp_path):
     ({"answer": None}, "None is no right answer"), ({"answer": -1}, "no right answer"),
     ({"choices": ["1"]}, "expected 2 to 26 texts"), ({"choices": [["1"], "2"]}, "2 to 26 texts"),
     ({"choices": "['1' '2']"}, "expected 2 to 26 texts"), ({"choices": None}, "1 different labels"),
-    ({"question": 3}, "'question' is int")])
+    ({"question": 3}, "'question' is Number")])
 def test_choices_that_name_no_answer(tmp_path, change, message):
     record = {"question": "Which?", "choices": ["1", "0"], "answer": 0, **change}
     with pytest.raises(data.DataError, match=message):
@@ -371,16 +405,16 @@ def test_text_is_streamed(tmp_path):
 
 BAD = {
     "squad: arithmetic": ("squad", "x.json", "What is 1?\n1\n", "not JSON"),
-    "squad: other json": ("squad", "x.json", '{"a": 1}', "no 'answers', expected an object"),
-    "squad: numbers": ("squad", "x.json", '[{"context": "c", "question": "q", "answers": [1]}]',
-                       "'answers' are .1., expected texts"),
+    "squad: other json": ("squad", "x.json", '{"a": 1}', "no 'answers' and no 'answer': check"),
+    "squad: no texts": ("squad", "x.json", '[{"context": "c", "question": "q", "answers": [[1]]}]',
+                        "'answers' are .*1.*, expected texts or numbers"),
     "squad: no answers": ("squad", "x.json",
                           '{"data": [{"paragraphs": [{"context": "c", '
                           '"qas": [{"question": "q"}]}]}]}',
                           "record 1 paragraph 0: no 'answers'"),
     "squad: wrong type": ("squad", "x.json",
                           '{"data": [{"paragraphs": [{"context": 3, "qas": []}]}]}',
-                          "'context' is int"),
+                          "'context' is Number"),
     "squad: empty": ("squad", "x.json", '{"data": [{"paragraphs": []}]}', "no examples"),
     "math: odd": ("math", "x.txt", "1 + 1\n2\n1 + 2\n",
                   "3 lines.*even number; line 3 has no answer"),
