@@ -330,8 +330,8 @@ def _answers(record: dict, where: str) -> tuple[str, ...]:
     for text in texts:
         if isinstance(text, bool):
             raise DataError(f"{where}: the answer is {str(text).lower()}, which is no text: write "
-                            "the word that is meant in quotes, such as \"yes\" or \"True\"; or read "
-                            "the file as choice:PATH")
+                            "the word that is meant in quotes, such as \"yes\" or \"True\"; or "
+                            "read the file as choice:PATH")
         if not isinstance(text, (str, int)):
             raise DataError(f"{where}: 'answers' are {answers!r:.80}, expected texts or numbers, "
                             "as a list, as {'text': [...]} or as [{'text': ...}]: check that the "
@@ -699,6 +699,13 @@ class Vocabulary:
         added = self.tokenizer.get_added_tokens_decoder().items()
         ends = {self.bos, self.config_bos, *self.eos} - {None}
         return reserved | ends | {i for i, token in added if token.special}
+
+    @functools.cached_property
+    def bos_ids(self) -> set[int]:
+        """Ids that are BOS wherever they stand: the one in front of every text, and config.json's
+        where the tokenizer calls it special, as a file's default may be any token."""
+        added = self.tokenizer.get_added_tokens_decoder().get(self.config_bos)
+        return {self.bos, self.config_bos if added and added.special else None} - {None}
 
     @functools.cached_property
     def ordinary(self) -> list[int]:

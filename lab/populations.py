@@ -232,11 +232,11 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
 
     # Label every token but BOS and the first of each row, whose norm is massive even if it is no
     # BOS, up to the limit.
-    bos, name = loaded.vocabulary.bos, spec_name(spec)
-    positions = [[p for p in range(1, len(row.ids)) if row.ids[p] != bos] for row in rows]
+    bos_ids, name = loaded.vocabulary.bos_ids, spec_name(spec)
+    positions = [[p for p in range(1, len(row.ids)) if row.ids[p] not in bos_ids] for row in rows]
     tokens, roles, texts = [], [], []
     for number, (row, wanted) in enumerate(zip(rows, positions)):
-        token_roles = roles_of(row, bos)
+        token_roles = roles_of(row, bos_ids)
         tokens += [row.ids[p] for p in wanted]
         roles += [token_roles[p] for p in wanted]
         texts += [number] * len(wanted)
