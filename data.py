@@ -81,14 +81,21 @@ def stream(kind: str, path: str) -> Iterator[Example]:
 
 
 def files_of(kind: str, path: str) -> list[Path]:
+    """The files of `matching_files` that are data: of DeepMind's the modules, if there are any, and
+    no readmes and licences that would be read as sums."""
+    files, names = matching_files(kind, path), READERS[kind].names
+    return files if not names else [p for p in files if p.match(names)] or [
+        p for p in files if not re.search("readme|licen[cs]e", p.name, re.I)] or files
+
+
+def matching_files(kind: str, path: str) -> list[Path]:
     """The files that a path stands for, sorted: the file itself, those that a glob matches, or
-    those in a folder that end as the kind's do; of them only DeepMind's modules, if there are any,
-    and no readmes and licences that would be read as sums. Raises DataError if there are none."""
-    root, names = Path(path), None
+    those in a folder that end as the kind's do. Raises DataError if there are none."""
+    root = Path(path)
     expected = "a file, a folder, or a pattern that matches files"
     try:
         if root.is_dir():
-            _, suffixes, names = READERS[kind]
+            suffixes = READERS[kind].suffixes
             expected = f"a file ending in {' or '.join(suffixes)} below it"
             candidates = [p for p in files_below(root) if p.name.lower().endswith(suffixes)]
         elif root.exists():
@@ -104,8 +111,7 @@ def files_of(kind: str, path: str) -> list[Path]:
         raise DataError(f"{path}: cannot be read ({e}): check the path") from None
     if not files:
         raise DataError(f"{path}: nothing found, expected {expected}: check the path")
-    return files if not names else [p for p in files if p.match(names)] or [
-        p for p in files if not p.name.upper().startswith(("README", "LICENSE"))] or files
+    return files
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -35,8 +35,8 @@ from lab.commands import CollectOptions
 from lab.console import UserError, progress, show
 from lab.evaluation import open_run
 from lab.files import checksum, free_place, mapped, reading, replacing
-from lab.inputs import (LoadedModel, load_model, longest_text, model_files, parse_spec, topic,
-                        unit)
+from lab.inputs import (LoadedModel, load_model, longest_text, model_files, parse_spec, say_files,
+                        topic, unit)
 from lab.settings import (DataSettings, ModelSettings, PriorSettings, absolute, from_flags,
                           spec_name)
 
@@ -437,8 +437,9 @@ def read_domain(spec: str, loaded: LoadedModel, max_length: int, roles: tuple[st
     """The name of a domain, and its tokens whose activations are wanted."""
     given_name, plain_spec = named_spec(spec)
     name = given_name or spec_name(plain_spec)
-    examples = progress(data.stream(*parse_spec(plain_spec, 0)), desc=name, unit=" examples",
-                        leave=False)
+    kind, path = parse_spec(plain_spec, 0)
+    say_files(kind, path)
+    examples = progress(data.stream(kind, path), desc=name, unit=" examples", leave=False)
     chosen = choose(sample_stream(examples, options.examples, options.seed), loaded.vocabulary,
                     max_length, roles, options.pool, options.limit, options.seed)
     if not chosen.rows:

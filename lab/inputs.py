@@ -219,15 +219,14 @@ def read_questions(spec: str, split: int, keep_unanswerable: bool) -> list[data.
 
 
 def say_files(kind: str, path: str) -> None:
-    """Say which files of a folder are not read, and whether they are of several splits."""
-    if not Path(path).is_dir():
-        return
-    files, suffixes = data.files_of(kind, path), data.READERS[kind].suffixes
-    left_out = sorted(file for file in {*data.files_below(Path(path))} - {*files}
-                      if file.name.lower().endswith(suffixes))
+    """Say which files of a folder or a glob are not read, and whether they are of several
+    splits."""
+    files = data.files_of(kind, path)
+    matching = data.matching_files(kind, path)
+    left_out = [file.name for file in matching if file not in files]
     if left_out:
-        say(f"{path}: files left out, because their names are no module's: "
-            f"{file_list([file.name for file in left_out])}")
+        say(f"{path}: {len(left_out)} of {len(matching)} files left out, because their names are "
+            f"no module's: {file_list(left_out)}")
     splits = sorted({file.parent.name for file in files})
     if len(splits) > 1:
         say(f"{path}: its splits are mixed: {', '.join(splits[:9])}")

@@ -31,7 +31,7 @@ from lab.console import UserError, progress, say
 from lab.evaluation import OpenRun
 from lab.folder import Run
 from lab.inputs import (LoadedModel, check_same_model, collection_of, parse_spec, rows_per_layer,
-                        topic, training_and_evaluation)
+                        say_files, topic, training_and_evaluation)
 from lab.settings import (REFERENCE_ROWS, DataSettings, PriorSettings, Settings, prior_name,
                           spec_name)
 
@@ -225,7 +225,9 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
     and rows of massive norm are left out."""
     limit = prior.reference_rows or REFERENCE_ROWS
     if spec != settings.data:
-        examples = data.read(*parse_spec(spec, 0), limit=limit)
+        kind, path = parse_spec(spec, 0)
+        examples = data.read(kind, path, limit)
+        say_files(kind, path)
     elif examples is None:
         examples = training_and_evaluation(settings)[0]
     rows = reference_rows(examples, loaded.vocabulary, settings.max_length, prior.seed, limit)

@@ -297,16 +297,20 @@ def test_of_deepminds_archive_the_modules_are_read(tmp_path):
         (tmp_path / split).mkdir()
         write(tmp_path / split / "arithmetic__mul.txt", "What is 2 * 3?\n6\n\n")
     write(tmp_path / "train-readme.txt", "one\ntwo\nthree\n")
-    assert [e.id for e in data.read("math", str(tmp_path))] == [
-        "interpolate/arithmetic__mul-0", "train-easy/arithmetic__mul-0"]
+    for path in (tmp_path, tmp_path / "**", tmp_path / "**/*.txt"):
+        assert [e.id for e in data.read("math", str(path))] == [
+            "interpolate/arithmetic__mul-0", "train-easy/arithmetic__mul-0"]
+    with pytest.raises(data.DataError, match="3 lines"):  # as it was asked for
+        data.read("math", str(tmp_path / "train-readme.txt"))
 
 
 def test_a_readme_is_no_sum_and_hidden_files_are_no_data(tmp_path):
-    for name in ("sums.txt", "README.txt", "._sums.txt", "__MACOSX/a__b.txt"):
+    for name in ("sums.txt", "README.txt", "._sums.txt", "__MACOSX/a__b.txt", "my-Licence.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, "1 + 1\n2\n")
     assert data.files_of("math", str(tmp_path)) == [tmp_path / "sums.txt"]
-    assert data.files_of("text", str(tmp_path)) == [tmp_path / "README.txt", tmp_path / "sums.txt"]
+    assert data.files_of("text", str(tmp_path)) == [
+        tmp_path / "README.txt", tmp_path / "my-Licence.txt", tmp_path / "sums.txt"]
 
 
 @pytest.mark.parametrize("start", [

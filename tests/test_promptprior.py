@@ -517,10 +517,18 @@ def test_what_of_a_folder_is_not_read_is_said(tmp_path, capsys):
         (tmp_path / split / "arithmetic__mul.txt").write_text("What is 2 * 3?\n6\n")
     for name in ("train-readme.txt", "._hidden.txt", "notes.md"):
         (tmp_path / name).write_text("one\ntwo\n")
-    assert len(inputs.read_questions(f"math:{tmp_path}", 0, False)) == 2
-    err = capsys.readouterr().err
-    assert "files left out, because their names are no module's: train-readme.txt\n" in err
-    assert "its splits are mixed: interpolate, train-easy" in err
+    math, small = f"math:{tmp_path}", ("--tokens", 3, "--out", tmp_path / "out")
+    command = {"sample": ("--reference", math, *small), "collect": ("--data", math, *small[2:])}
+    for read in (lambda: inputs.read_questions(math, 0, False),
+                 lambda: inputs.read_questions(f"{math}/**/*.txt", 0, False),
+                 lambda: run("sample", *command["sample"]),
+                 lambda: run("collect", *command["collect"], "--overwrite")):
+        read()
+        err = capsys.readouterr().err
+        assert "1 of 3 files left out, because their names are no module's: train-readme.txt\n" \
+            in err
+        assert "its splits are mixed: interpolate, train-easy" in err
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_eval_scores_several_texts(trained, capsys):
