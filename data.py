@@ -823,9 +823,28 @@ def _apply_settings(tokenizer: Tokenizer, folder: Path, byte_level: bool) -> lis
                           f"too, such as {unknown[0]!r:.80}, which are used")
         tokenizer.add_tokens(tokens)
         tokenizer.encode_special_tokens = bool(c.get("split_special_tokens"))
-    return [f"{path}: transformers' {declared!s:.80} {fault}: write \"tokenizer_class\": "
-            "\"PreTrainedTokenizerFast\" there, and all read tokenizer.json as it stands"
-            for fault in faults]
+    remarks = [f"{path}: transformers' {declared!s:.80} {fault}: write \"tokenizer_class\": "
+               "\"PreTrainedTokenizerFast\" there, and all read tokenizer.json as it stands"
+               for fault in faults]
+    other = _versioned_file(folder, c)
+    if other:
+        remarks.append(f"{path}: names {other} among fast_tokenizer_files, which transformers "
+                       "reads in place of tokenizer.json: if it is meant, copy it to "
+                       "tokenizer.json; else delete that entry")
+    return remarks
+
+
+def _versioned_file(folder: Path, c: dict) -> str | None:
+    """The file of another content that transformers 5 takes in place of tokenizer.json, by the
+    version in its name."""
+    files = c.get("fast_tokenizer_files")
+    versions = {match[1]: match[0] for match in (
+        re.fullmatch(r"tokenizer\.([1-5](\.[0-9]+)*)\.json", str(name), re.A)
+        for name in (files if isinstance(files, list) else ())) if match}
+    name = versions[max(versions)] if versions else "tokenizer.json"
+    is_other = (folder / name).is_file() and (
+        read_text(folder / name) != read_text(folder / "tokenizer.json"))
+    return name if is_other else None
 
 
 def _as_llama(tokenizer: Tokenizer, c: dict) -> dict:

@@ -211,6 +211,31 @@ def test_a_new_token_is_refused_only_in_a_text_that_has_it(tmp_path):
         vocabulary.encode("a<pad>b")
 
 
+@pytest.mark.parametrize("files, chosen", [
+    (["tokenizer.json", "tokenizer.4.0.0.json", "tokenizer.5.1.json", "tokenizer.9.9.json"],
+     "tokenizer.5.1.json"),
+    (["tokenizer.json"], None), (["tokenizer.9.9.json"], None)])
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_for_a_version_of_transformers_is_said(tmp_path, files, chosen):
+    """And may be copied."""
+    transformers = pytest.importorskip("transformers")
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    other = byte_level()
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for name in ("tokenizer.4.0.0.json", "tokenizer.5.1.json", "tokenizer.9.9.json"):
+        other.save(str(tmp_path / name))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "fast_tokenizer_files": files}))
+    vocabulary = data.Vocabulary(tmp_path)
+    assert [chosen in remark for remark in vocabulary.remarks] == [True] * bool(chosen)
+    expected = transformers.AutoTokenizer.from_pretrained(str(tmp_path))("ab 12").input_ids
+    assert (vocabulary.encode("ab 12") == expected) == (not chosen)
+    if chosen:
+        shutil.copy(tmp_path / chosen, tmp_path / "tokenizer.json")
+        vocabulary = data.Vocabulary(tmp_path)
+        assert not vocabulary.remarks and vocabulary.encode("ab 12") == expected
+
+
 @pytest.mark.parametrize("name, content", [
     ("tokenizer_config.json", "{"), ("tokenizer_config.json", "[]"),
     ("tokenizer_config.json", '{"added_tokens_decoder": 5}'),
