@@ -171,7 +171,7 @@ def parse_json(text: str, where: str, loads: Callable = json.loads):
         cause = "nested too deep"
     except ValueError as e:
         cause = str(e)
-    raise DataError(f"{where}: not JSON ({cause}): fetch the file again, or check its kind")
+    raise DataError(f"{where}: not JSON ({cause}): repair it there, or fetch the file again")
 
 
 def read_json(path: str | Path, type_: type = object, most: int = LARGEST):
@@ -222,6 +222,9 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, dict]]:
     elif line_end and first_line.rstrip().endswith("}") and not first_line.startswith("["):
         found = json_lines(text, path, _as_written)
     else:
+        if first_line[:1].isalpha() and path.suffix.lower() != ".json":
+            raise DataError(f"{path}: not JSON, and a table's name ends in {' or '.join(TABLES)}: "
+                            "name a table so, or check the file's kind")
         value = parse_json(text, str(path), _as_written) if first_line else []
         found = ((f"{path} record {number}", record)
                  for number, record in enumerate(_record_list(value, path), 1))
@@ -236,12 +239,14 @@ def _unwrapped(record):
 
 def _record_list(value, path: Path) -> list:
     """The records of a JSON array; of the list of records in an object, under any name; of an
-    object of columns, which are lists, or objects of rows as pandas writes them; or the one record
-    that an object is."""
+    object of records, or of columns, which are lists, or objects of rows as pandas writes them; or
+    the one record that an object is."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     columns = list(value.values())
     if FIELDS.isdisjoint(value):
+        if all(isinstance(row, dict) and not FIELDS.isdisjoint(row) for row in columns):
+            return columns
         lists = {key: items for key, items in value.items() if isinstance(items, list)
                  and all(isinstance(item, dict) for item in items)}
         # The hub's API lists the features beside the rows. They have none of the names.
@@ -257,7 +262,8 @@ def _record_list(value, path: Path) -> list:
     if "paragraphs" in value or not all(isinstance(column, list) for column in columns):
         return [value]
     if len(set(map(len, columns))) > 1:
-        raise DataError(f"{path}: its columns differ in length: fetch the file again")
+        raise DataError(f"{path}: its columns differ in length: write it as a list of records, "
+                        "each with its fields' names")
     return [dict(zip(value, values)) for values in zip(*columns)]
 
 
@@ -272,15 +278,23 @@ def _choose_list(lists: dict[str, list], path: Path) -> str:
             f"{target}")
 
 
+def _lacks(record: dict, *keys: str) -> str:
+    """The refusal of a record without these names, which may have what they stand for under
+    another."""
+    return (f"no {' and no '.join(map(repr, keys))}, only {', '.join(map(repr, record)):.300}: "
+            "rename the one that is meant, or check that the file is of this kind")
+
+
 def _field(record: dict, key: str, type_: type, where: str):
     """record[key]. Raises DataError that begins with `where` if it is absent or of another type; a
     number is no text."""
     value = record.get(key)
     if not isinstance(value, type_) or isinstance(value, Number):
-        actual = f"{key!r} is {type(value).__name__}" if key in record else f"no {key!r}"
+        if key not in record:
+            raise DataError(f"{where}: {_lacks(record, key)}")
         expected = {str: "a text", list: "a list", dict: "an object"}[type_]
-        raise DataError(f"{where}: {actual}, expected {expected} of that name: "
-                        "check that the file is of this kind")
+        raise DataError(f"{where}: {key!r} is {type(value).__name__}, expected {expected} of that "
+                        "name: check that the file is of this kind")
     if type_ is str and len(value) > LONGEST:
         raise DataError(f"{where}: {key!r} has {len(value)} characters, and no more than "
                         f"{LONGEST} make sense: check the file")
@@ -323,8 +337,7 @@ def _answers(record: dict, where: str) -> tuple[str, ...]:
     """All accepted answers: {"text": [...]}, [{"text": ...}, ...], [...], or a single text; under
     "answers", or "answer" where a record has no "answers". A number is read as it is written."""
     if not {"answers", "answer"} & record.keys():
-        raise DataError(f"{where}: no 'answers' and no 'answer': check that the file is of this "
-                        "kind")
+        raise DataError(f"{where}: {_lacks(record, 'answers', 'answer')}")
     answers = record.get("answers")
     if answers is None:
         answers = record.get("answer")
@@ -432,8 +445,8 @@ def _read_gsm8k(path: Path) -> Iterator[Example]:
     for i, (where, record) in enumerate(_records(read_text(path), path)):
         solution = "".join(_answers(record, where)[:1])
         rationale, mark, answer = solution.rpartition("####")
-        number = answer.strip().replace(",", "")
-        if not mark or not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", number):
+        number = answer.strip().replace(",", "").removeprefix("$").rstrip("%.")
+        if not mark or not re.fullmatch(r"[+-]?([0-9]+(\.[0-9]+)?|\.[0-9]+)", number):
             raise DataError(f"{where}: no #### with a number behind it at the answer's end: read "
                             "answers without a solution as math:PATH; else check that the file is "
                             "GSM8K")
@@ -670,7 +683,8 @@ class Vocabulary:
             self._front, self._behind = is_text.index(True), is_text[::-1].index(True)
         if self._front > 1:
             raise DataError(f"{self.path}: puts tokens {encoding.ids[:self._front]} in front of a "
-                            "text, expected BOS alone: fetch it again")
+                            "text, expected BOS alone: take the others out of its "
+                            "post_processor")
         self.adds_bos, self.adds_eos = self._front > 0, self._behind > 0
         self.bos = encoding.ids[0] if self.adds_bos else bos
 

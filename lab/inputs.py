@@ -67,6 +67,9 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     """The frozen model and its tokenizer. shard: divide it among the processes of torchrun."""
     is_on_hub = on_hub(settings.model)
     folder = from_hub(settings.model, settings.revision) if is_on_hub else model_folder(settings)
+    if folder.is_file():
+        raise UserError(f"--model {settings.model}: a file: give the folder that it is in, "
+                        f"{folder.parent}")
     if not folder.is_dir():
         raise UserError(f"--model {settings.model}: no such folder: download a model with "
                         "`hf download NAME --local-dir DIR` and give DIR")

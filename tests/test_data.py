@@ -63,6 +63,7 @@ HUB = {"features": [{"feature_idx": i, "name": key, "type": {"dtype": "string"}}
     json.dumps({key: {str(i): row[key] for i, row in enumerate(FLAT)} for key in FLAT[0]}),
     json.dumps({**{key: [row[key] for row in FLAT] for key in FLAT[0]},
                 "answers": [[{"text": text} for text in row["answers"]["text"]] for row in FLAT]}),
+    json.dumps({row["id"]: row for row in FLAT}),
     json.dumps({"train": FLAT}), json.dumps({"name": "n", "licences": ["l"], "instances": FLAT}),
     json.dumps({"examples": PARAGRAPHS}), json.dumps({"questions": FLAT, "errors": []}),
     json.dumps(HUB), json.dumps(HUB, indent=1), json.dumps(HUB["rows"]),
@@ -209,6 +210,9 @@ def test_gsm8k(tmp_path):
     record = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
     assert data.read("gsm8k", write(tmp_path / "x.jsonl", json.dumps(record))) == [
         data.Example("x-0", "gsm8k", "", "How many?", ("1004",), rationale="2 + 2 = <<2+2=4>>4")]
+    for written, number in (("$1,004", "1004"), ("-3.50", "-3.50"), ("50%", "50"), ("7.", "7")):
+        path = write(tmp_path / "x.jsonl", json.dumps({**record, "answer": f"so\n#### {written} "}))
+        assert data.read("gsm8k", path)[0].answers == (number,)
     for answer in ("4", 4):
         path = write(tmp_path / "y.jsonl", json.dumps({**record, "answer": answer}))
         with pytest.raises(data.DataError, match="no #### with a number.*as math:PATH"):
@@ -409,7 +413,12 @@ def test_text_is_streamed(tmp_path):
 
 BAD = {
     "squad: arithmetic": ("squad", "x.json", "What is 1?\n1\n", "not JSON"),
-    "squad: other json": ("squad", "x.json", '{"a": 1}', "no 'answers' and no 'answer': check"),
+    "squad: other json": ("squad", "x.json", '{"a": 1}',
+                          "no 'answers' and no 'answer', only 'a': rename"),
+    "squad: other names": ("squad", "x.csv", "Context,question,answer\nc,q,a\n",
+                           "line 2: no 'context', only 'Context', 'question', 'answer': rename"),
+    "squad: no table by its name": ("squad", "x.txt", "context,question,answer\nc,q,a\n",
+                                    "not JSON, and a table's name ends in .csv or .tsv"),
     "squad: no texts": ("squad", "x.json", '[{"context": "c", "question": "q", "answers": [[1]]}]',
                         "'answers' are .*1.*, expected texts or numbers"),
     "squad: no answers": ("squad", "x.json",
@@ -591,6 +600,20 @@ def test_a_bos_of_another_vocabulary(vocabulary, tmp_path):
     with pytest.raises(data.DataError, match="puts token 128000 in front of every text"):
         data.Vocabulary(tmp_path)
     special["ids"] = [next(t["id"] for t in tokenizer["added_tokens"] if t["content"] == "<bos>")]
+    path.write_text(json.dumps(tokenizer))
+    assert data.Vocabulary(tmp_path).encode("a") == vocabulary.encode("a")
+
+
+def test_two_tokens_in_front_of_every_text(vocabulary, tmp_path):
+    """What the message says to take out makes the file load."""
+    path = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    added = tokenizer["post_processor"]["single"]
+    added.insert(0, added[0])
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(data.DataError, match=r"puts tokens \[0, 0\] in front of .*: take the other"):
+        data.Vocabulary(tmp_path)
+    del added[0]
     path.write_text(json.dumps(tokenizer))
     assert data.Vocabulary(tmp_path).encode("a") == vocabulary.encode("a")
 

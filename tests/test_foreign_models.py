@@ -60,6 +60,30 @@ def test_a_folder_of_the_hubs_cache(hf, tmp_path):
     assert llama.load(given(told(cache)))
 
 
+def test_a_folder_of_the_hubs_cache_that_lacks_files(hf, tmp_path):
+    """With the name that fetches them, and another line once they are there."""
+    cache = tmp_path / "models--org--name"
+    for path in (cache / "blobs", cache / "snapshots/abc"):
+        path.mkdir(parents=True)
+    for path in (cache, cache / "blobs", cache / "snapshots"):
+        assert told(path).endswith("run `hf download org/name`, and give org/name")
+    (cache / "snapshots/abc/config.json").symlink_to(cache / "blobs/gone")
+    assert given(told(cache)) == "org/name"
+    (cache / "snapshots/abc/config.json").unlink()
+    shutil.copy(hf()[1] / "config.json", cache / "snapshots/abc")
+    assert "run `hf download org/name --revision abc`" in told(cache / "snapshots/abc")
+    assert given(told(cache)) == str(cache / "snapshots/abc")
+
+
+def test_a_file_or_a_folder_above_is_answered_with_the_folder(hf, tmp_path):
+    _, folder = hf()
+    shutil.copytree(folder, tmp_path / "run/final")
+    assert given(told(tmp_path / "run")) == str(tmp_path / "run/final")
+    with pytest.raises(UserError, match="a file: give the folder that it is in") as e:
+        load_model(ModelSettings(model=str(folder / WEIGHTS), device="cpu").complete())
+    assert str(e.value).endswith(f", {folder}")
+
+
 def test_checkpoints_of_a_trainer(hf, tmp_path):
     _, folder = hf()
     output = tmp_path / "output"
@@ -79,9 +103,13 @@ def test_pickled_weights(hf, tmp_path):
     theirs, folder = hf()
     folder = folder.rename(tmp_path / "it's a $HOME")
     torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
-    (folder / WEIGHTS).rename(folder / "weights.safetensors")
+    (folder / WEIGHTS).rename(tmp_path / WEIGHTS)
+    (folder / "pytorch_model-2.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "pytorch_model-2.bin: a git-lfs pointer" in told(folder)
+    (folder / "pytorch_model-2.bin").unlink()
+    shutil.copy(tmp_path / WEIGHTS, folder / "weights.safetensors")
     assert "weights.safetensors: rename it to model.safetensors" in told(folder)
-    (folder / "weights.safetensors").rename(tmp_path / WEIGHTS)
+    (folder / "weights.safetensors").unlink()
     new = run_command(told(folder), tmp_path)
     assert load_file(new / WEIGHTS).keys() == load_file(tmp_path / WEIGHTS).keys()
     torch.testing.assert_close(llama.load(new).embeddings, theirs.get_input_embeddings().weight)
@@ -106,7 +134,8 @@ def test_pickled_shards(hf, tmp_path):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("consolidated.00.pth", "hf download"), ("q4.gguf", " q4.gguf`, copy"),
+    ("consolidated.00.pth", "hf download"), ("consolidated.safetensors", "Meta's own layout"),
+    ("original/consolidated.00.pth", "Meta's own layout"), ("q4.gguf", " q4.gguf`, copy"),
     ("adapter_config.json", "base_model_name_or_path"),
     ("checkpoint-5/adapter_config.json", "base_model_name_or_path")])
 def test_other_kinds_of_folders(tmp_path, name, text):
@@ -135,8 +164,9 @@ def test_what_is_not_known_is_said_as_the_model_says_it(hf, tmp_path):
     (folder / WEIGHTS).write_bytes(b"x" * 99)
     with pytest.raises(llama.ModelError, match="not a readable safetensors file"), explained():
         llama.load(folder)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(llama.ModelError, match="no such file: expected a Hugging"), explained():
-        llama.load(tmp_path)
+        llama.load(tmp_path / "empty")
 
 
 def test_a_command_explains_too(tmp_path):
