@@ -203,10 +203,12 @@ def _object(value, where: str) -> dict:
 TABLES = (".csv", ".tsv")
 RECORDS = (".json", ".jsonl", *TABLES)  # endings of what _records reads
 # What the fields of multiple-choice data are called; of those that a record has the first counts.
-CONTEXTS = ("passage", "context", "article", "premise", "sentence1", "question1")
+CONTEXTS = ("passage", "context", "article", "paragraph", "premise", "sentence1", "question1",
+            "sentence", "text")
 QUESTIONS = ("question", "question_stem", "hypothesis", "sentence2", "question2", "sentence",
              "text", "ctx")
 CHOICES = ("choices", "options", "endings")
+OWN_CHOICE = re.compile(r"(choice|option|answer|ending|sol|op)_?([0-9]|[a-e])", re.I)
 LABELS = ("label_text", "answerKey", "answer", "label")
 # An object with one of these names is a record, or has the columns of records.
 FIELDS = {*CONTEXTS, *QUESTIONS, *CHOICES, *LABELS, "paragraphs", "qas", "answers", "problem",
@@ -491,22 +493,31 @@ def _asked(record: dict, where: str) -> tuple[str, str]:
     name = _first_of(record, QUESTIONS)
     if isinstance(record.get(name), dict):  # of ARC's own files
         record = {**record, name: record[name].get("stem")}
-    question, name = _field(record, name, str, where), _first_of(record, CONTEXTS)
-    return (_field(record, name, str, where) if name in record else ""), question
+    question = _field(record, name, str, where)
+    others = {key: value for key, value in record.items() if key != name}
+    name = _first_of(others, CONTEXTS)
+    return (_field(others, name, str, where) if name in others else ""), question
 
 
 def _listed(record: dict, where: str) -> dict[str, str]:
-    """A record's own choices, {label: text}, {} if it has none: a list of texts or of {"label",
-    "text"}, or {"label": [...], "text": [...]}."""
+    """A record's own choices, {label: text}, {} if it has none: the same, a list of texts or of
+    {"label", "text"}, or {"label": [...], "text": [...]}."""
     inner = record.get("question")
     holder = inner if isinstance(inner, dict) and "choices" in inner else record
     choices = holder.get(_first_of(holder, CHOICES))
     if isinstance(choices, str):  # in a table
         choices = _literal(choices, where)
     if choices is None:
+        named = [key for key in record if OWN_CHOICE.fullmatch(key)]
+        if len(named) > 1:
+            raise DataError(f"{where}: its choices have a field each, {', '.join(named):.200}: "
+                            "write them as one list, \"choices\", in this order, and as the answer "
+                            "the text of the right one, or its number from 0 on")
         return {}
     if isinstance(choices, dict) and all(isinstance(v, list) for v in choices.values()):
         choices = [dict(zip(choices, values)) for values in zip(*choices.values())]
+    elif isinstance(choices, dict):
+        choices = [{"label": label, "text": text} for label, text in choices.items()]
     if isinstance(choices, list):
         choices = [c if isinstance(c, dict) else {"label": str(i), "text": c}
                    for i, c in enumerate(choices)]
@@ -541,6 +552,8 @@ def _right_choice(record: dict, listed: dict[str, str], where: str) -> int:
 
 def _label(record: dict, where: str) -> str:
     """What names the right answer, as text."""
+    if record.keys().isdisjoint(LABELS):
+        raise DataError(f"{where}: {_lacks(record, *LABELS)}")
     value = record.get(_first_of(record, LABELS))
     if isinstance(value, bool) or str(value).lower() in ("true", "false"):
         value = "yes" if str(value).lower() == "true" else "no"

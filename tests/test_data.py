@@ -241,6 +241,10 @@ CHOICES = {  # name -> (record, the example's context, question, answer, choices
              "It is.", "Which?\nA. one\nB. two", "B", "AB"),
     "HellaSwag": ({"ctx": "He then", "endings": ["runs.", "\nsits."], "label": "1"},
                   "", "He then\nA. runs.\nB.  sits.", "B", "AB"),
+    "MedQA": ({"question": "Which?", "options": {"A": "one", "B": "two"}, "answer": "two"},
+              "", "Which?\nA. one\nB. two", "B", "AB"),
+    "QNLI": ({"question": "Where?", "sentence": "In Tarn.", "label": 1},
+             "In Tarn.", "Where?", "1", ("0", "1")),
     "numbered from 0": ({"question": "Which?", "answer": 0, "choices": {
         "label": ["A", "B"], "text": ["one", "two"]}}, "", "Which?\nA. one\nB. two", "A", "AB"),
     "a count as pandas writes it": (
@@ -255,7 +259,7 @@ CHOICES = {  # name -> (record, the example's context, question, answer, choices
     "by its text": ({"question": "Which?", "options": ["one", "two"], "answer": "two"},
                     "", "Which?\nA. one\nB. two", "B", "AB")}
 OTHER_LABEL = {"BoolQ": {"answer": False}, "BoolQ as columns": {"answer": [False]},
-               "SST-2": {"label": 0}, "with names": {"label_text": "bad"}, "pairs": {"label": 0.0}}
+               "SST-2": {"label": 0}, "QNLI": {"label": 0}, "with names": {"label_text": "bad"}, "pairs": {"label": 0.0}}
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -281,12 +285,38 @@ def test_a_table_of_labels_and_of_printed_choices(tmp_path):
     ({"answer": "0"}, "names 2 of its 2 choices"), ({"answer": 2}, "names 0 of its 2 choices"),
     ({"answer": None}, "None is no right answer"), ({"answer": -1}, "no right answer"),
     ({"choices": ["1"]}, "expected 2 to 26 texts"), ({"choices": [["1"], "2"]}, "2 to 26 texts"),
-    ({"choices": "['1' '2']"}, "expected 2 to 26 texts"), ({"choices": None}, "1 different labels"),
+    ({"choices": "['1' '2']"}, "expected 2 to 26 texts"),
+    ({"choices": {"A": "1", "B": ["2"]}}, "expected 2 to 26 texts"), ({"choices": None}, "1 different labels"),
     ({"question": 3}, "'question' is Number")])
 def test_choices_that_name_no_answer(tmp_path, change, message):
     record = {"question": "Which?", "choices": ["1", "0"], "answer": 0, **change}
     with pytest.raises(data.DataError, match=message):
         data.read("choice", write(tmp_path / "x.json", json.dumps([record])))
+
+
+@pytest.mark.parametrize("names", [
+    ("choice1", "choice2"), ("option_1", "option_2"), ("answerA", "answerB"), ("opa", "opb"),
+    ("ending0", "ending1")])
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_choices_with_a_field_each_are_not_passed_over(tmp_path, names, suffix):
+    """What the line says to write is read."""
+    record = {"question": "Which?", **dict(zip(names, ("one", "two"))), "label": "0"}
+    table = "\n".join([",".join(record), ",".join(record.values())])
+    path = write(tmp_path / f"x{suffix}", json.dumps(record) if suffix == ".json" else table)
+    with pytest.raises(data.DataError, match=f"a field each, {', '.join(names)}: write them as"):
+        data.read("choice", path)
+    for answer in ("two", 1):
+        record = {"question": "Which?", "choices": ["one", "two"], "label": answer}
+        assert data.read("choice", write(tmp_path / "y.json", json.dumps(record)))[0].answers == (
+            "B",)
+
+
+def test_a_record_without_a_label_says_what_it_has(tmp_path):
+    path = write(tmp_path / "x.csv", "review,sentiment\ngood,positive\n")
+    with pytest.raises(data.DataError, match="no 'label', only 'review', 'sentiment': rename"):
+        data.read("choice", path)
+    path = write(tmp_path / "y.csv", "text,label\ngood,positive\nbad,negative\n")
+    assert data.read("choice", path)[0].answers == ("positive",)
 
 
 def test_the_score_of_a_choice_is_blind_to_case():
