@@ -410,12 +410,12 @@ def _read_math(path: Path) -> Iterator[Example]:
             yield Example(f"{name}-{i}", "math", "", question, answers, name)
         return
     lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+    if "" in lines:
+        raise DataError(f"{path} line {lines.index('') + 1}: empty, expected a question and an "
+                        "answer in turn: delete it, or write what is missing")
     if len(lines) % 2:
         raise DataError(f"{path}: {len(lines)} lines, expected a question and an answer in turn, "
                         f"so an even number; line {len(lines)} has no answer: repair the file")
-    if "" in lines:
-        raise DataError(f"{path} line {lines.index('') + 1}: empty, expected a question and an "
-                        "answer in turn: repair the file")
     for i, (question, answer) in enumerate(zip(lines[::2], lines[1::2])):
         yield Example(f"{name}-{i}", "math", "", question, (answer,), name)
 
@@ -1280,7 +1280,7 @@ def value(text: str) -> Fraction | None:
 SPELLINGS = [
     (r"\\[!,;:]|\\ |\\\$|\$|\\left|\\right|\^\{?\\circ\}?", ""),  # spaces, dollars, sizes, degrees
     (r"\{,\}", ","),
-    (r"(?<=\S)\\(text|mbox)\{\s[^{}]*\}$", ""),  # a unit
+    (r"(?<=\S)\\(text|mbox)\{\s[^{}]*\}(\^\{?[23]\}?)?$", ""),  # a unit
     (r"(?<=\S)\\?%", ""),
     (r"\\[dt]frac", r"\\frac"),
     (r"\\frac\s*([0-9a-z])\s*([0-9a-z])", r"\\frac{\1}{\2}"),

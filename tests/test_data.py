@@ -364,7 +364,7 @@ def test_what_is_no_text_is_said_to_be_none(tmp_path, kind, name, start):
     (r"\frac12", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "0.5"), ("1,000", "1000"), (r"\$5", "5"),
     (r"14,\!400", "14400"), (r"1{,}000", "1,000"), (r"50\%", "50"), ("x=5", "5"),
     (r"\frac1{72}", "1/72"), (r"90^\circ", "90"),
-    (r"12\text{ cm}", "12"), (r"\sqrt3", r"\sqrt{3}"), (r"\left( 1, 2\right)", "(1,2)"),
+    (r"12\text{ cm}", "12"), (r"12\text{ cm}^2", "12"), (r"7\mbox{ m}^{3}", "7"), (r"\sqrt3", r"\sqrt{3}"), (r"\left( 1, 2\right)", "(1,2)"),
     ("-.5", r"-\frac{1}{2}"), (r"\frac{-1}{2}", r"-\frac{1}{2}")])
 def test_spellings_of_one_answer(one, other):
     gold = data.Example("0", "hendrycks", "", "q", (other,))
@@ -462,6 +462,7 @@ BAD = {
     "math: odd": ("math", "x.txt", "1 + 1\n2\n1 + 2\n",
                   "3 lines.*even number; line 3 has no answer"),
     "math: blank": ("math", "x.txt", "1 + 1\n2\n\n3\n", "line 3: empty"),
+    "math: a line between": ("math", "x.txt", "1 + 1\n2\n\n1 + 2\n3\n", "line 3: empty.*delete it"),
     "math: empty": ("math", "x.txt", "", "no examples"),
     "ragged table": ("squad", "x.csv", "context,question,answers\na,b\n",
                      "line 2: not as many fields"),
