@@ -17,6 +17,7 @@ import contextlib
 import csv
 import functools
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -732,6 +733,17 @@ class Vocabulary:
         added = self.tokenizer.get_added_tokens_decoder().items()
         ends = {self.bos, self.config_bos, *self.eos} - {None}
         return reserved | ends | {i for i, token in added if token.special}
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """A checksum of the tokens, and of how they divide a text with every added one in it. Files
+        beside tokenizer.json that change neither leave it as it is."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        text = SPECIMEN + " x".join(token.content for token in added.values())
+        tokens = sorted(self.tokenizer.get_vocab(with_added_tokens=True).items())
+        with _tokenizer_errors(self.path):
+            ids = self.tokenizer.encode(text).ids
+        return hashlib.sha256(json.dumps([tokens, ids]).encode()).hexdigest()
 
     @functools.cached_property
     def bos_ids(self) -> set[int]:

@@ -560,7 +560,8 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
     layers = layers_with_rows(settings.prior, L, settings.prompt)
     max_length = longest_text(loaded, settings.data, settings.prior)
     examples, evals, held_out = once("examples", settings.data, lambda: divided(settings.data))
-    sums = only_first(lambda: checksums(settings, shared))
+    sums = only_first(lambda: {**checksums(settings, shared),
+                               "tokenizer": loaded.vocabulary.sha256})
     if config:
         torch.set_num_threads(config["threads"])  # sums are then added in the same order
         check_unchanged(run, settings, config, sums, is_resumed)
@@ -589,7 +590,8 @@ def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, 
              for s in (settings, from_config(config))]
     names_the_same = names[0] == names[1]
     earlier = config["sha256"]
-    changed = [key for key in {**earlier, **sums} if earlier.get(key) != sums.get(key)]
+    changed = [key for key in {**earlier, **sums} if earlier.get(key) != sums.get(key)
+               and (key in earlier or key != "tokenizer")]  # which early runs lack
     if changed and (names_the_same or is_resumed):
         raise UserError(f"{run.path}: the {' and the '.join(changed)} changed since the run began, "
                         "so it cannot come to the same end: restore the files, or start another "

@@ -504,6 +504,29 @@ def test_other_weights_than_the_runs_are_refused_unless_asked_for(tmp_path, caps
     assert "may mean nothing to them" in capsys.readouterr().err
 
 
+def test_what_changes_the_tokenizer_is_noticed(tmp_path, capsys):
+    """By eval, and when a run is resumed; early runs did not keep its checksum."""
+    model, run_folder = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("squad", "math", "text"))
+    flags = ["--data", f"math:{TINY / 'math/interpolate'}", *FEW]
+    assert run("train", "--model", model, "--out", run_folder, *flags) == 0
+    resume = ["train", "--out", run_folder, "--resume", "--steps", 9]
+    (model / "tokenizer_config.json").write_text("{}")
+    assert run("eval", run_folder, "--limit", 2) == 0
+    assert "other tokens" not in capsys.readouterr().err
+    (model / "tokenizer_config.json").write_text('{"split_special_tokens": true}')
+    capsys.readouterr()
+    assert run("eval", run_folder, "--limit", 2) == 0
+    assert "trained with other tokens than the files beside" in capsys.readouterr().err
+    assert run(*resume) == 2
+    assert "the tokenizer changed since the run began" in capsys.readouterr().err
+    config = json.loads((run_folder / "config.json").read_text())
+    del config["sha256"]["tokenizer"]
+    (run_folder / "config.json").write_text(json.dumps(config))
+    assert run("eval", run_folder, "--limit", 2) == 0 and run(*resume) == 0
+    assert "other tokens" not in capsys.readouterr().err
+
+
 def test_steps_of_seven_digits_follow_those_of_six(tmp_path):
     (tmp_path / "prompts").mkdir()
     for name in ("000000", "1000000", "999999", "notes", "12"):
