@@ -45,7 +45,8 @@ from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_
                           from_flags, spec_name, with_flags)
 
 # Settings that a run may go on with otherwise than it began.
-MAY_MOVE = ("model", "data", "eval_data", "reference")  # to where the same files are
+# to where the same files are; of a prior the runs alone
+MAY_MOVE = ("model", "data", "eval_data", "reference", "prior")
 MAY_CHANGE = ("out", "steps", "eval_every", "snapshot_every", "skip_bad_steps", "device")
 
 
@@ -371,7 +372,9 @@ def resume(run: Run, flags: dict, any_processes: bool) -> None:
     """Go on with a run from its newest checkpoint. any_processes: also with another number of them
     than it began with."""
     config, stored = run.config(), run.settings()
-    fixed = {name: value for name, value in flags.items() if name not in MAY_CHANGE + MAY_MOVE}
+    kinds = [priors.parse(prior)[:2] for prior in (stored.prior.prior, flags.get("prior", "vocab"))]
+    fixed = {name: value for name, value in flags.items() if name not in MAY_CHANGE + MAY_MOVE
+             or name == "prior" and kinds[0] != kinds[1]}
     conflicts = differences(stored, fixed)
     if conflicts:
         changeable = ", ".join(map(flag_name, MAY_CHANGE))

@@ -192,6 +192,24 @@ def test_resume_where_the_files_moved(tmp_path, capsys):
     assert run("eval", out) == 0  # from where the files are now
 
 
+def test_resume_where_the_priors_run_moved(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "first")
+    out = tmp_path / "o"
+    assert run("train", "--prior", f"posterior:{tmp_path / 'first'}", "--out", out, *FEW) == 0
+    (tmp_path / "first").rename(tmp_path / "moved")
+    resumed = ["train", "--resume", "--out", out, "--steps", 5]
+    assert run(*resumed) == 2
+    moved = f"posterior:{tmp_path / 'moved'}"
+    for other in ("fitted", f"{moved},resample=1"):
+        assert run(*resumed, "--prior", other) == 2
+        assert "goes on with its own settings" in capsys.readouterr().err
+    assert run(*resumed, "--prior", f"{moved},{moved[10:]}") == 2
+    assert "the reference changed" in capsys.readouterr().err
+    assert run(*resumed, "--prior", moved) == 0
+    (out / "checkpoints/000005.safetensors").unlink()
+    assert run(*resumed) == 0  # from where the run is now
+
+
 def test_a_run_of_two_processes_goes_on_in_one_only_if_asked_to(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "o")
     path = tmp_path / "o/config.json"
