@@ -585,8 +585,14 @@ def last_boxed(solution: str) -> str | None:
 
 def _read_texts(path: Path) -> Iterator[Example]:
     """C4 JSON lines (.json, .jsonl, also .gz), or plain text with empty lines between its
-    paragraphs. The file is read line by line, as it may be larger than memory."""
-    if path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl")):
+    paragraphs. The file is read line by line, as it may be larger than memory; a .json that is one
+    array is not."""
+    first_line = next((line for _, line in _lines(path) if line.strip()), "")
+    if path.suffix.lower() == ".json" and first_line.lstrip().startswith("["):
+        for number, (where, record) in enumerate(_records(read_text(path), path), 1):
+            yield Example(f"{path.stem}-{number}", "text", _field(record, "text", str, where), "",
+                          ())
+    elif path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl")):
         for number, line in _lines(path):
             if line.strip():
                 where = f"{path} line {number}"

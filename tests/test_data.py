@@ -437,6 +437,10 @@ def test_text_is_streamed(tmp_path):
     assert len(data.read("text", broken, limit=2)) == 2
     with pytest.raises(data.DataError, match="broken"):
         data.read("text", broken)
+    array = write(tmp_path / "array.json", "[\n" + ",\n".join(lines) + "]")
+    assert [e.context for e in data.read("text", array)] == [f"page {i}" for i in range(6)]
+    with pytest.raises(data.DataError, match="record 1: 'text' is Number, expected a text"):
+        data.read("text", write(tmp_path / "array.json", '[{"text": 5}]'))
     plain = write(tmp_path / "plain.txt", "one\ntwo\n\n\nthree\n")
     assert [e.context for e in data.read("text", plain)] == ["one\ntwo", "three"]
 
