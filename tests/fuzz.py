@@ -77,6 +77,18 @@ def world(folder: Path) -> None:
     g = torch.Generator().manual_seed(0)
     weights = {k: torch.randn(t.shape, generator=g).bfloat16() * 0.3 for k, t in wanted.items()}
     save_file(weights, model / "model.safetensors", {"format": "pt"})
+    shutil.copytree(model, folder / "named")  # with tokens that stand beside tokenizer.json
+    shutil.copy(tiny / "tokenizer.json", folder / "named/tokenizer.4.0.json")
+    for name, content in {
+            "tokenizer_config.json": {
+                "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "legacy": True,
+                "bos_token": {"content": "<|begin_of_text|>", "special": True}, "pad_token": "[PAD]",
+                "split_special_tokens": False, "extra_special_tokens": ["<tool>"],
+                "fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.json"]},
+            "special_tokens_map.json": {"eos_token": {"content": "<|end_of_text|>", "lstrip": True},
+                                        "additional_special_tokens": ["<x>", {"content": "<y>"}]},
+            "added_tokens.json": {"<tool>": 512, "<z>": 513}}.items():
+        (folder / "named" / name).write_text(json.dumps(content))
     shutil.copytree(model, folder / "sharded")
     (folder / "sharded/model.safetensors").unlink()
     names = sorted(weights)
@@ -212,6 +224,7 @@ KINDS = {
     "config": Kind("model", "config.json", MODEL),
     "generation_config": Kind("model", "generation_config.json", MODEL),
     "tokenizer": Kind("model", "tokenizer.json", MODEL),
+    "files beside the tokenizer": Kind("named", "[ast]*_*.json", MODEL),
     **{f"squad {name}": Kind(name, "", of_data("squad")) for name in (
         "squad.json", "flat.json", "flat.jsonl", "columns.json", "records.json", "hub.json",
         "rows.jsonl", "named.json", "splits.json", "pandas.json", "index.json", "table.csv",
