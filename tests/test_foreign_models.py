@@ -115,6 +115,25 @@ def test_pickled_weights(hf, tmp_path):
     torch.testing.assert_close(llama.load(new).embeddings, theirs.get_input_embeddings().weight)
 
 
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_bitsandbytes(hf, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    _, folder = hf(hidden_size=64, intermediate_size=128, num_attention_heads=2,
+                   num_key_value_heads=2, head_dim=32)
+    settings = transformers.BitsAndBytesConfig(**{f"load_in_{bits}": True})
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, device_map="cpu")
+    quantised.save_pretrained(tmp_path / "it's")
+    with pytest.raises(llama.ModelError, match="quantised by bitsandbytes") as e:
+        llama.load(tmp_path / "it's")
+    new = run_command(str(e.value), tmp_path)
+    torch.testing.assert_close(llama.load(new).embeddings, llama.load(folder).embeddings.to(
+        llama.load(new).embeddings.dtype))
+
+
 def test_pickled_shards(hf, tmp_path):
     """A part of them is no model; the whole is converted."""
     theirs, folder = hf()
