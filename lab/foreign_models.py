@@ -43,6 +43,9 @@ KINDS = {
     "pytorch_model*.bin": "the weights are pickled, and a pickle may run code: if you trust it, "
                           "run " + SAVE.format("", "") + THEN,
 }
+# A tokenizer in another form -> the class that reads it. AutoTokenizer takes another class where no
+# tokenizer_config.json names one, and then other tokens.
+TOKENIZERS = {"tokenizer.model": "LlamaTokenizer", "vocab.json": "GPT2Tokenizer"}
 PICKLES = "pytorch_model.bin.index.json"  # names the files of pickled weights
 
 
@@ -63,14 +66,16 @@ def explained() -> Iterator[None]:
 def check_tokenizer(folder: Path) -> None:
     """Raise UserError if a model's folder has its tokenizer in another form than tokenizer.json, or
     if something else was saved as one of the tokenizer's files."""
-    others = [name for name in ("tokenizer.model", "vocab.json", "spiece.model")
-              if (folder / name).exists()]
+    others = [name for name in (*TOKENIZERS, "spiece.model") if (folder / name).exists()]
+    if others == ["spiece.model"] and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder / 'tokenizer.json'}: no such file: the folder has spiece.model: "
+                        "rename it to tokenizer.model")
     if others and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder / 'tokenizer.json'}: no such file: the folder has {others[0]}, "
                         "from which `python -c \"import sys; from transformers import "
-                        "AutoTokenizer as A; A.from_pretrained(sys.argv[1]).save_pretrained("
-                        f"sys.argv[1])\" {shlex.quote(str(folder))}` makes it (pip install "
-                        "transformers sentencepiece)")
+                        f"{TOKENIZERS[others[0]]} as T; T.from_pretrained(sys.argv[1])"
+                        f".save_pretrained(sys.argv[1])\" {shlex.quote(str(folder))}` makes it "
+                        "(pip install transformers sentencepiece protobuf)")
     for path in sorted(folder.glob("*token*.json")):
         not_foreign(path)
 

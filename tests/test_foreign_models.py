@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import data
 import llama
 from lab.console import UserError
-from lab.foreign_models import explained
+from lab.foreign_models import check_tokenizer, explained
 from lab.hub import needed_files
 from lab.inputs import load_model
 from lab.settings import TINY, ModelSettings
@@ -212,3 +212,47 @@ def test_a_folder_with_another_tokenizer_file(tmp_path):
     (folder / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(UserError, match="has tokenizer.model, from which `python -c"):
         load_model(ModelSettings(model=str(folder), device="cpu").complete())
+
+
+def converted(folder, tmp_path) -> data.Vocabulary:
+    """The tokenizer that the command of the refusal makes."""
+    with pytest.raises(UserError, match="from which `python -c") as e:
+        check_tokenizer(folder)
+    run_command(str(e.value), tmp_path)
+    check_tokenizer(folder)
+    return data.Vocabulary(folder)
+
+
+@pytest.mark.parametrize("beside", [{}, {"tokenizer_class": "LlamaTokenizer"}])
+def test_a_tokenizer_of_sentencepiece(tmp_path, beside):
+    """Also where no file beside names its class."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    (tmp_path / "it's").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        input=f"{TINY.parent}/README.md", model_prefix=str(tmp_path / "x"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, minloglevel=2, remove_extra_whitespaces=False,
+        normalization_rule_name="identity")
+    (tmp_path / "x.model").rename(tmp_path / "it's/spiece.model")
+    with pytest.raises(UserError, match="spiece.model: rename it to tokenizer.model"):
+        check_tokenizer(tmp_path / "it's")
+    (tmp_path / "it's/spiece.model").rename(tmp_path / "it's/tokenizer.model")
+    (tmp_path / "it's/config.json").write_text('{"model_type": "llama"}')
+    if beside:
+        (tmp_path / "it's/tokenizer_config.json").write_text(json.dumps(beside))
+    theirs = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "it's/tokenizer.model"))
+    text = "Where is the prompt? Of the prior, 12  rows \u732b"
+    assert converted(tmp_path / "it's", tmp_path).encode(text) == theirs.encode(text)
+
+
+def test_a_tokenizer_of_two_files(tmp_path):
+    pytest.importorskip("transformers")
+    content = json.loads((TINY / "tokenizer.json").read_text())
+    words = content["model"]["vocab"] | {t["content"]: t["id"] for t in content["added_tokens"]}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    text = "Bolu was born in Tarn.\nQuestion"
+    assert converted(tmp_path, tmp_path).encode(text) == data.Vocabulary(TINY).encode_plain(text)
