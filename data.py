@@ -17,6 +17,7 @@ import contextlib
 import csv
 import functools
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -81,14 +82,21 @@ def stream(kind: str, path: str) -> Iterator[Example]:
 
 
 def files_of(kind: str, path: str) -> list[Path]:
+    """The files of `matching_files` that are data: of DeepMind's the modules, if there are any, and
+    no readmes and licences that would be read as sums."""
+    files, names = matching_files(kind, path), READERS[kind].names
+    return files if not names else [p for p in files if p.match(names)] or [
+        p for p in files if not re.search("readme|licen[cs]e", p.name, re.I)] or files
+
+
+def matching_files(kind: str, path: str) -> list[Path]:
     """The files that a path stands for, sorted: the file itself, those that a glob matches, or
-    those in a folder that end as the kind's do; of them only DeepMind's modules, if there are any,
-    and no readmes and licences that would be read as sums. Raises DataError if there are none."""
-    root, names = Path(path), None
+    those in a folder that end as the kind's do. Raises DataError if there are none."""
+    root = Path(path)
     expected = "a file, a folder, or a pattern that matches files"
     try:
         if root.is_dir():
-            _, suffixes, names = READERS[kind]
+            suffixes = READERS[kind].suffixes
             expected = f"a file ending in {' or '.join(suffixes)} below it"
             candidates = [p for p in files_below(root) if p.name.lower().endswith(suffixes)]
         elif root.exists():
@@ -104,8 +112,7 @@ def files_of(kind: str, path: str) -> list[Path]:
         raise DataError(f"{path}: cannot be read ({e}): check the path") from None
     if not files:
         raise DataError(f"{path}: nothing found, expected {expected}: check the path")
-    return files if not names else [p for p in files if p.match(names)] or [
-        p for p in files if not p.name.upper().startswith(("README", "LICENSE"))] or files
+    return files
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -144,11 +151,18 @@ def read_text(path: str | Path, most: int = LARGEST) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_json(text: str, where: str):
+class Number(str):
+    """A number of a data file as it is written there: as an answer, 1.50 is not 1.5."""
+
+
+_as_written = functools.partial(json.loads, parse_int=Number, parse_float=Number)
+
+
+def parse_json(text: str, where: str, loads: Callable = json.loads):
     """The value of a JSON text. Raises DataError that begins with `where` if it is not JSON, or
     holds half a surrogate pair, which is no character and cannot be written to any file."""
     try:
-        value = json.loads(text)
+        value = loads(text)
         if "\\u" in text:  # half a pair can come from an escape alone
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -158,7 +172,7 @@ def parse_json(text: str, where: str):
         cause = "nested too deep"
     except ValueError as e:
         cause = str(e)
-    raise DataError(f"{where}: not JSON ({cause}): fetch the file again, or check its kind")
+    raise DataError(f"{where}: not JSON ({cause}): repair it there, or fetch the file again")
 
 
 def read_json(path: str | Path, type_: type = object, most: int = LARGEST):
@@ -170,12 +184,13 @@ def read_json(path: str | Path, type_: type = object, most: int = LARGEST):
     return value
 
 
-def json_lines(text: str, path: str | Path) -> Iterator[tuple[str, dict]]:
+def json_lines(text: str, path: str | Path, loads: Callable = json.loads
+               ) -> Iterator[tuple[str, dict]]:
     """(where, object) of every line that is not empty; where is "PATH line 3"."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path} line {number}"
-            yield where, _object(parse_json(line, where), where)
+            yield where, _object(parse_json(line, where, loads), where)
 
 
 def _object(value, where: str) -> dict:
@@ -189,10 +204,12 @@ def _object(value, where: str) -> dict:
 TABLES = (".csv", ".tsv")
 RECORDS = (".json", ".jsonl", *TABLES)  # endings of what _records reads
 # What the fields of multiple-choice data are called; of those that a record has the first counts.
-CONTEXTS = ("passage", "context", "article", "premise", "sentence1", "question1")
+CONTEXTS = ("passage", "context", "article", "paragraph", "premise", "sentence1", "question1",
+            "sentence", "text")
 QUESTIONS = ("question", "question_stem", "hypothesis", "sentence2", "question2", "sentence",
              "text", "ctx")
 CHOICES = ("choices", "options", "endings")
+OWN_CHOICE = re.compile(r"(choice|option|answer|ending|sol|op)_?([0-9]|[a-e])", re.I)
 LABELS = ("label_text", "answerKey", "answer", "label")
 # An object with one of these names is a record, or has the columns of records.
 FIELDS = {*CONTEXTS, *QUESTIONS, *CHOICES, *LABELS, "paragraphs", "qas", "answers", "problem",
@@ -200,15 +217,18 @@ FIELDS = {*CONTEXTS, *QUESTIONS, *CHOICES, *LABELS, "paragraphs", "qas", "answer
 
 
 def _records(text: str, path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a table (.csv, .tsv), of JSON lines, or of a JSON value. A record may be
-    wrapped as {"row": record}, as the hub's API wraps it."""
+    """(where, record) of a table (.csv, .tsv), of JSON lines, or of a JSON value, whose numbers are
+    a Number. A record may be wrapped as {"row": record}, as the hub's API wraps it."""
     first_line, line_end, _ = text.strip().partition("\n")
     if path.suffix.lower() in TABLES:
         found = _table(text, path)
     elif line_end and first_line.rstrip().endswith("}") and not first_line.startswith("["):
-        found = json_lines(text, path)
+        found = json_lines(text, path, _as_written)
     else:
-        value = parse_json(text, str(path)) if first_line else []
+        if first_line[:1].isalpha() and path.suffix.lower() != ".json":
+            raise DataError(f"{path}: not JSON, and a table's name ends in {' or '.join(TABLES)}: "
+                            "name a table so, or check the file's kind")
+        value = parse_json(text, str(path), _as_written) if first_line else []
         found = ((f"{path} record {number}", record)
                  for number, record in enumerate(_record_list(value, path), 1))
     for where, record in found:
@@ -222,12 +242,14 @@ def _unwrapped(record):
 
 def _record_list(value, path: Path) -> list:
     """The records of a JSON array; of the list of records in an object, under any name; of an
-    object of columns, which are lists, or objects of rows as pandas writes them; or the one record
-    that an object is."""
+    object of records, or of columns, which are lists, or objects of rows as pandas writes them; or
+    the one record that an object is."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     columns = list(value.values())
     if FIELDS.isdisjoint(value):
+        if all(isinstance(row, dict) and not FIELDS.isdisjoint(row) for row in columns):
+            return columns
         lists = {key: items for key, items in value.items() if isinstance(items, list)
                  and all(isinstance(item, dict) for item in items)}
         # The hub's API lists the features beside the rows. They have none of the names.
@@ -243,7 +265,8 @@ def _record_list(value, path: Path) -> list:
     if "paragraphs" in value or not all(isinstance(column, list) for column in columns):
         return [value]
     if len(set(map(len, columns))) > 1:
-        raise DataError(f"{path}: its columns differ in length: fetch the file again")
+        raise DataError(f"{path}: its columns differ in length: write it as a list of records, "
+                        "each with its fields' names")
     return [dict(zip(value, values)) for values in zip(*columns)]
 
 
@@ -258,14 +281,23 @@ def _choose_list(lists: dict[str, list], path: Path) -> str:
             f"{target}")
 
 
+def _lacks(record: dict, *keys: str) -> str:
+    """The refusal of a record without these names, which may have what they stand for under
+    another."""
+    return (f"no {' and no '.join(map(repr, keys))}, only {', '.join(map(repr, record)):.300}: "
+            "rename the one that is meant, or check that the file is of this kind")
+
+
 def _field(record: dict, key: str, type_: type, where: str):
-    """record[key]. Raises DataError that begins with `where` if it is absent or of another type."""
+    """record[key]. Raises DataError that begins with `where` if it is absent or of another type; a
+    number is no text."""
     value = record.get(key)
-    if not isinstance(value, type_):
-        actual = f"{key!r} is {type(value).__name__}" if key in record else f"no {key!r}"
+    if not isinstance(value, type_) or isinstance(value, Number):
+        if key not in record:
+            raise DataError(f"{where}: {_lacks(record, key)}")
         expected = {str: "a text", list: "a list", dict: "an object"}[type_]
-        raise DataError(f"{where}: {actual}, expected {expected} of that name: "
-                        "check that the file is of this kind")
+        raise DataError(f"{where}: {key!r} is {type(value).__name__}, expected {expected} of that "
+                        "name: check that the file is of this kind")
     if type_ is str and len(value) > LONGEST:
         raise DataError(f"{where}: {key!r} has {len(value)} characters, and no more than "
                         f"{LONGEST} make sense: check the file")
@@ -306,25 +338,29 @@ def _questions(item: dict, where: str, context: str | None = None, title: str = 
 
 def _answers(record: dict, where: str) -> tuple[str, ...]:
     """All accepted answers: {"text": [...]}, [{"text": ...}, ...], [...], or a single text; under
-    "answers", or "answer" where a record has no "answers"."""
+    "answers", or "answer" where a record has no "answers". A number is read as it is written."""
     if not {"answers", "answer"} & record.keys():
-        _field(record, "answers", dict, where)  # raises
+        raise DataError(f"{where}: {_lacks(record, 'answers', 'answer')}")
     answers = record.get("answers")
     if answers is None:
         answers = record.get("answer")
     if isinstance(answers, dict):
         answers = answers.get("text")
-    if isinstance(answers, str):
+    if not isinstance(answers, list):
         answers = [answers]
-    texts = [answer.get("text") if isinstance(answer, dict) else answer
-             for answer in answers] if isinstance(answers, list) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where}: 'answers' are {answers!r:.80}, expected texts, as a list, as "
-                        "{'text': [...]} or as [{'text': ...}]: check that the file is of this "
-                        "kind")
+    texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in answers]
+    for text in texts:
+        if isinstance(text, bool):
+            raise DataError(f"{where}: the answer is {str(text).lower()}, which is no text: write "
+                            "the word that is meant in quotes, such as \"yes\" or \"True\"; or "
+                            "read the file as choice:PATH")
+        if not isinstance(text, (str, int)):
+            raise DataError(f"{where}: 'answers' are {answers!r:.80}, expected texts or numbers, "
+                            "as a list, as {'text': [...]} or as [{'text': ...}]: check that the "
+                            "file is of this kind")
     if str(record.get("is_impossible")).lower() in ("true", "1"):
         return ()
-    return tuple(text for text in texts if text)
+    return tuple(str(text) for text in texts if text != "")
 
 
 def _table(text: str, path: Path) -> Iterator[tuple[str, dict]]:
@@ -355,7 +391,7 @@ def _literal(text: str, where: str):
     if not text.startswith(("[", "{")):
         return text
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
+        return _as_written(text)
     if len(text) <= 2**16:  # Python's parser is not made for hostile texts
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return ast.literal_eval(text)
@@ -371,16 +407,16 @@ def _read_math(path: Path) -> Iterator[Example]:
     if path.suffix.lower() in RECORDS:
         for i, (where, record) in enumerate(_records(text, path)):
             question = _unbyte(_field(record, "question", str, where))
-            answer = _unbyte(_field(record, "answer", str, where))
-            yield Example(f"{name}-{i}", "math", "", question, (answer,), name)
+            answers = tuple(map(_unbyte, _answers(record, where)))
+            yield Example(f"{name}-{i}", "math", "", question, answers, name)
         return
     lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+    if "" in lines:
+        raise DataError(f"{path} line {lines.index('') + 1}: empty, expected a question and an "
+                        "answer in turn: delete it, or write what is missing")
     if len(lines) % 2:
         raise DataError(f"{path}: {len(lines)} lines, expected a question and an answer in turn, "
                         f"so an even number; line {len(lines)} has no answer: repair the file")
-    if "" in lines:
-        raise DataError(f"{path} line {lines.index('') + 1}: empty, expected a question and an "
-                        "answer in turn: repair the file")
     for i, (question, answer) in enumerate(zip(lines[::2], lines[1::2])):
         yield Example(f"{name}-{i}", "math", "", question, (answer,), name)
 
@@ -410,11 +446,13 @@ def _read_hendrycks(path: Path) -> Iterator[Example]:
 def _read_gsm8k(path: Path) -> Iterator[Example]:
     """GSM8K: the number after #### is the answer, what stands before it the rationale."""
     for i, (where, record) in enumerate(_records(read_text(path), path)):
-        rationale, mark, answer = _field(record, "answer", str, where).rpartition("####")
-        number = answer.strip().replace(",", "")
-        if not mark or not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", number):
-            raise DataError(f"{where}: no #### with a number behind it at the answer's end: check "
-                            "that the file is GSM8K")
+        solution = "".join(_answers(record, where)[:1])
+        rationale, mark, answer = solution.rpartition("####")
+        number = answer.strip().replace(",", "").removeprefix("$").rstrip("%.")
+        if not mark or not re.fullmatch(r"[+-]?([0-9]+(\.[0-9]+)?|\.[0-9]+)", number):
+            raise DataError(f"{where}: no #### with a number behind it at the answer's end: read "
+                            "answers without a solution as math:PATH; else check that the file is "
+                            "GSM8K")
         question = _field(record, "question", str, where)
         yield Example(f"{path.stem}-{i}", "gsm8k", "", question, (number,),
                       rationale=rationale.strip())
@@ -456,22 +494,31 @@ def _asked(record: dict, where: str) -> tuple[str, str]:
     name = _first_of(record, QUESTIONS)
     if isinstance(record.get(name), dict):  # of ARC's own files
         record = {**record, name: record[name].get("stem")}
-    question, name = _field(record, name, str, where), _first_of(record, CONTEXTS)
-    return (_field(record, name, str, where) if name in record else ""), question
+    question = _field(record, name, str, where)
+    others = {key: value for key, value in record.items() if key != name}
+    name = _first_of(others, CONTEXTS)
+    return (_field(others, name, str, where) if name in others else ""), question
 
 
 def _listed(record: dict, where: str) -> dict[str, str]:
-    """A record's own choices, {label: text}, {} if it has none: a list of texts or of {"label",
-    "text"}, or {"label": [...], "text": [...]}."""
+    """A record's own choices, {label: text}, {} if it has none: the same, a list of texts or of
+    {"label", "text"}, or {"label": [...], "text": [...]}."""
     inner = record.get("question")
     holder = inner if isinstance(inner, dict) and "choices" in inner else record
     choices = holder.get(_first_of(holder, CHOICES))
     if isinstance(choices, str):  # in a table
         choices = _literal(choices, where)
     if choices is None:
+        named = [key for key in record if OWN_CHOICE.fullmatch(key)]
+        if len(named) > 1:
+            raise DataError(f"{where}: its choices have a field each, {', '.join(named):.200}: "
+                            "write them as one list, \"choices\", in this order, and as the answer "
+                            "the text of the right one, or its number from 0 on")
         return {}
     if isinstance(choices, dict) and all(isinstance(v, list) for v in choices.values()):
         choices = [dict(zip(choices, values)) for values in zip(*choices.values())]
+    elif isinstance(choices, dict):
+        choices = [{"label": label, "text": text} for label, text in choices.items()]
     if isinstance(choices, list):
         choices = [c if isinstance(c, dict) else {"label": str(i), "text": c}
                    for i, c in enumerate(choices)]
@@ -490,7 +537,7 @@ def _right_choice(record: dict, listed: dict[str, str], where: str) -> int:
     labels, texts = list(listed), list(listed.values())
     spellings = {answer, str(value)}  # of true, which is asked for as yes, both
     matches = {labels.index(answer)} if answer in labels else set()
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Number)
     if is_number and not any(map(str.isdecimal, labels)):  # choices with letters
         matches = {i for i in range(len(texts)) if str(i) == answer}
     # A number that is written as a text may be a choice's text as well.
@@ -506,12 +553,14 @@ def _right_choice(record: dict, listed: dict[str, str], where: str) -> int:
 
 def _label(record: dict, where: str) -> str:
     """What names the right answer, as text."""
+    if record.keys().isdisjoint(LABELS):
+        raise DataError(f"{where}: {_lacks(record, *LABELS)}")
     value = record.get(_first_of(record, LABELS))
     if isinstance(value, bool) or str(value).lower() in ("true", "false"):
         value = "yes" if str(value).lower() == "true" else "no"
-    if isinstance(value, float) and value.is_integer():  # as pandas writes counts
-        value = int(value)
-    text = one_line(str(value)).strip() if isinstance(value, (str, int)) else ""
+    if isinstance(value, Number):  # pandas writes counts as 1.0
+        value = value.removesuffix(".0")
+    text = one_line(value).strip() if isinstance(value, str) else ""
     if not text or text == "-1":
         raise DataError(f"{where}: {value!r:.80} is no right answer; expected one as "
                         f"{', '.join(LABELS[:-1])} or {LABELS[-1]}: give data with labels")
@@ -536,8 +585,14 @@ def last_boxed(solution: str) -> str | None:
 
 def _read_texts(path: Path) -> Iterator[Example]:
     """C4 JSON lines (.json, .jsonl, also .gz), or plain text with empty lines between its
-    paragraphs. The file is read line by line, as it may be larger than memory."""
-    if path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl")):
+    paragraphs. The file is read line by line, as it may be larger than memory; a .json that is one
+    array is not."""
+    first_line = next((line for _, line in _lines(path) if line.strip()), "")
+    if path.suffix.lower() == ".json" and first_line.lstrip().startswith("["):
+        for number, (where, record) in enumerate(_records(read_text(path), path), 1):
+            yield Example(f"{path.stem}-{number}", "text", _field(record, "text", str, where), "",
+                          ())
+    elif path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl")):
         for number, line in _lines(path):
             if line.strip():
                 where = f"{path} line {number}"
@@ -648,7 +703,8 @@ class Vocabulary:
             self._front, self._behind = is_text.index(True), is_text[::-1].index(True)
         if self._front > 1:
             raise DataError(f"{self.path}: puts tokens {encoding.ids[:self._front]} in front of a "
-                            "text, expected BOS alone: fetch it again")
+                            "text, expected BOS alone: take the others out of its "
+                            "post_processor")
         self.adds_bos, self.adds_eos = self._front > 0, self._behind > 0
         self.bos = encoding.ids[0] if self.adds_bos else bos
 
@@ -683,6 +739,24 @@ class Vocabulary:
         added = self.tokenizer.get_added_tokens_decoder().items()
         ends = {self.bos, self.config_bos, *self.eos} - {None}
         return reserved | ends | {i for i, token in added if token.special}
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """A checksum of the tokens, and of how they divide a text with every added one in it. Files
+        beside tokenizer.json that change neither leave it as it is."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        text = SPECIMEN + " x".join(token.content for token in added.values())
+        tokens = sorted(self.tokenizer.get_vocab(with_added_tokens=True).items())
+        with _tokenizer_errors(self.path):
+            ids = self.tokenizer.encode(text).ids
+        return hashlib.sha256(json.dumps([tokens, ids]).encode()).hexdigest()
+
+    @functools.cached_property
+    def bos_ids(self) -> set[int]:
+        """Ids that are BOS wherever they stand: the one in front of every text, and config.json's
+        where the tokenizer calls it special, as a file's default may be any token."""
+        added = self.tokenizer.get_added_tokens_decoder().get(self.config_bos)
+        return {self.bos, self.config_bos if added and added.special else None} - {None}
 
     @functools.cached_property
     def ordinary(self) -> list[int]:
@@ -794,9 +868,28 @@ def _apply_settings(tokenizer: Tokenizer, folder: Path, byte_level: bool) -> lis
                           f"too, such as {unknown[0]!r:.80}, which are used")
         tokenizer.add_tokens(tokens)
         tokenizer.encode_special_tokens = bool(c.get("split_special_tokens"))
-    return [f"{path}: transformers' {declared!s:.80} {fault}: write \"tokenizer_class\": "
-            "\"PreTrainedTokenizerFast\" there, and all read tokenizer.json as it stands"
-            for fault in faults]
+    remarks = [f"{path}: transformers' {declared!s:.80} {fault}: write \"tokenizer_class\": "
+               "\"PreTrainedTokenizerFast\" there, and all read tokenizer.json as it stands"
+               for fault in faults]
+    other = _versioned_file(folder, c)
+    if other:
+        remarks.append(f"{path}: names {other} among fast_tokenizer_files, which transformers "
+                       "reads in place of tokenizer.json: if it is meant, copy it to "
+                       "tokenizer.json; else delete that entry")
+    return remarks
+
+
+def _versioned_file(folder: Path, c: dict) -> str | None:
+    """The file of another content that transformers 5 takes in place of tokenizer.json, by the
+    version in its name."""
+    files = c.get("fast_tokenizer_files")
+    versions = {match[1]: match[0] for match in (
+        re.fullmatch(r"tokenizer\.([1-5](\.[0-9]+)*)\.json", str(name), re.A)
+        for name in (files if isinstance(files, list) else ())) if match}
+    name = versions[max(versions)] if versions else "tokenizer.json"
+    is_other = (folder / name).is_file() and (
+        read_text(folder / name) != read_text(folder / "tokenizer.json"))
+    return name if is_other else None
 
 
 def _as_llama(tokenizer: Tokenizer, c: dict) -> dict:
@@ -1205,7 +1298,7 @@ def value(text: str) -> Fraction | None:
 SPELLINGS = [
     (r"\\[!,;:]|\\ |\\\$|\$|\\left|\\right|\^\{?\\circ\}?", ""),  # spaces, dollars, sizes, degrees
     (r"\{,\}", ","),
-    (r"(?<=\S)\\(text|mbox)\{\s[^{}]*\}$", ""),  # a unit
+    (r"(?<=\S)\\(text|mbox)\{\s[^{}]*\}(\^\{?[23]\}?)?$", ""),  # a unit
     (r"(?<=\S)\\?%", ""),
     (r"\\[dt]frac", r"\\frac"),
     (r"\\frac\s*([0-9a-z])\s*([0-9a-z])", r"\\frac{\1}{\2}"),

@@ -1084,12 +1084,21 @@ def _refuse_quantised(folder: Path, weights: dict[str, Stored], report) -> None:
         raise ModelError(
             f"{first.path}: quantised by {method!s:.40} ({len(codes)} of {len(weights)} "
             f"tensors, first {first.name!r:.80}, {first.dtype}): give the folder it "
-            "was made from; or dequantise it with the tool that made it, for bitsandbytes "
-            f"`AutoModelForCausalLM.from_pretrained({str(folder)!r}).dequantize()"
-            ".save_pretrained('NEW')`, and give NEW")
+            f"was made from; or dequantise it {_dequantised(folder, method)}")
     if about:
         report(f"{folder}: config.json says quantised by {method!s:.40}, and the weights are plain "
                "numbers: they are used as they are")
+
+
+def _dequantised(folder: Path, method: str) -> str:
+    """How a quantised folder becomes one of plain numbers."""
+    if method != "bitsandbytes":
+        return "with the tool that made it, and give the folder that it writes"
+    # without save_original_format transformers 5 would quantise again, which raises
+    return ("by `python -c \"import sys; from transformers import AutoModelForCausalLM as A; "
+            "A.from_pretrained(sys.argv[1]).dequantize().save_pretrained('NEW', "
+            f"save_original_format=False)\" {shlex.quote(str(folder))}`, copy the tokenizer's files "
+            "there, and give NEW")
 
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"

@@ -35,8 +35,8 @@ from lab.commands import CollectOptions
 from lab.console import UserError, progress, show
 from lab.evaluation import open_run
 from lab.files import checksum, free_place, mapped, reading, replacing
-from lab.inputs import (LoadedModel, load_model, longest_text, model_files, parse_spec, topic,
-                        unit)
+from lab.inputs import (LoadedModel, load_model, longest_text, model_files, parse_spec, say_files,
+                        topic, unit)
 from lab.settings import (DataSettings, ModelSettings, PriorSettings, absolute, from_flags,
                           spec_name)
 
@@ -97,13 +97,13 @@ def is_massive(rows: Tensor) -> Tensor:
     return norms > MASSIVE * norms.median()
 
 
-def roles_of(row: data.Row, bos: int | None) -> list[str]:
-    """The role of each of a row's tokens. A text may hold the BOS (its id, or None) itself, too."""
+def roles_of(row: data.Row, bos_ids: set[int]) -> list[str]:
+    """The role of each of a row's tokens. A text may hold BOS itself, too."""
     is_text = row.body == row.start == len(row.ids)  # no question and no answer
     roles = ["text" if is_text else "context"] * row.body
     roles += ["question"] * (row.start - row.body)
     roles += ["answer"] * (len(row.ids) - row.start)
-    return ["bos" if token == bos else role for token, role in zip(row.ids, roles)]
+    return ["bos" if token in bos_ids else role for token, role in zip(row.ids, roles)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def choose(examples: list[tuple[int, data.Example]], vocabulary: data.Vocabulary
         if previous and pool == "token" and row.context and previous.context == row.context:
             common = len(data.common_beginning([previous.ids, row.ids]))
         previous = row
-        positions = _wanted(row, roles, pool, common, vocabulary.bos)
+        positions = _wanted(row, roles, pool, common, vocabulary.bos_ids)
         if positions:
             chosen.rows.append(row)
             chosen.examples.append((i, example))
@@ -156,9 +156,9 @@ def choose(examples: list[tuple[int, data.Example]], vocabulary: data.Vocabulary
 
 
 def _wanted(row: data.Row, roles: tuple[str, ...], pool: str, first: int,
-            bos: int | None) -> list[int]:
+            bos_ids: set[int]) -> list[int]:
     """The positions of a row, from `first` on, whose activations are wanted."""
-    token_roles = roles_of(row, bos)
+    token_roles = roles_of(row, bos_ids)
     positions = [p for p in range(first, len(row.ids)) if token_roles[p] in roles]
     if pool != "token":
         positions = [p for p in positions if token_roles[p] != "bos"]
@@ -196,7 +196,7 @@ def collect(loaded: LoadedModel, domains: dict[str, Chosen], layers: list[int], 
     if it has any. overwrite: else OSError if there is a file when all is written."""
     # Work out the labels of all rows, which give the number of rows and so the file's size.
     model, prompt_inputs = loaded.model, prompt_inputs or {}
-    roles, fields = _row_fields(domains, pool, loaded.vocabulary.bos)
+    roles, fields = _row_fields(domains, pool, loaded.vocabulary.bos_ids)
     N, D, dtype = len(roles), model.config.hidden_size, model.embeddings.dtype
     prompt_layers = [i for i in layers if i in prompt_inputs]
     shapes = {f"layers.{i}": ((N, D), dtype) for i in layers}
@@ -220,7 +220,7 @@ def collect(loaded: LoadedModel, domains: dict[str, Chosen], layers: list[int], 
         del out
 
 
-def _row_fields(domains: dict[str, Chosen], pool: str, bos: int | None
+def _row_fields(domains: dict[str, Chosen], pool: str, bos_ids: set[int]
                 ) -> tuple[list[str], dict[str, list[int]]]:
     """The role of every row, and the numbers of FIELDS."""
     roles: list[str] = []
@@ -231,7 +231,7 @@ def _row_fields(domains: dict[str, Chosen], pool: str, bos: int | None
         for row, (i, example), positions in zip(*chosen):
             source = sources.setdefault((d, unit(example)), len(sources))
             text = texts.setdefault((d, topic(example)), len(texts))
-            token_roles = roles_of(row, bos)
+            token_roles = roles_of(row, bos_ids)
             if pool == "mean":  # of one role if all its tokens are, at the last one's position
                 names = {token_roles[p] for p in positions}
                 roles.append(names.pop() if len(names) == 1 else "text")
@@ -437,8 +437,9 @@ def read_domain(spec: str, loaded: LoadedModel, max_length: int, roles: tuple[st
     """The name of a domain, and its tokens whose activations are wanted."""
     given_name, plain_spec = named_spec(spec)
     name = given_name or spec_name(plain_spec)
-    examples = progress(data.stream(*parse_spec(plain_spec, 0)), desc=name, unit=" examples",
-                        leave=False)
+    kind, path = parse_spec(plain_spec, 0)
+    say_files(kind, path)
+    examples = progress(data.stream(kind, path), desc=name, unit=" examples", leave=False)
     chosen = choose(sample_stream(examples, options.examples, options.seed), loaded.vocabulary,
                     max_length, roles, options.pool, options.limit, options.seed)
     if not chosen.rows:

@@ -79,6 +79,9 @@ def open_run(path: str | Path, given: dict,
         models[settings.model] = load_model(settings.model)
     loaded = models[settings.model]
     check_weights(run, settings.model, any_weights and "model" in given)
+    if run.config().get("sha256", {}).get("tokenizer") not in (None, loaded.vocabulary.sha256):
+        say(f"{run.path}: trained with other tokens than the files beside {settings.model.model}'s "
+            "tokenizer.json make now, so that its prompt meets other texts: put them back")
     if "text" in given and "max_length" not in given:
         settings = replace(settings, data=_with_room(settings, loaded))
     check_place(settings.prompt, loaded, settings.model.model)

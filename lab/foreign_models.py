@@ -26,6 +26,10 @@ SAVE = "`python -c \"import sys; from transformers import AutoModelForCausalLM a
        "A.from_pretrained(sys.argv[1]{}).save_pretrained('NEW')\" {{quoted_folder}}{}`"
 THEN = ", copy the tokenizer's files there, and give NEW"
 
+META = ("this is Meta's own layout: fetch the model in Hugging Face's layout (`hf download NAME "
+        "--exclude 'original/*'`); or convert it with convert_llama_weights_to_hf.py of "
+        "transformers 4")
+
 # files that tell a folder's kind -> what it is, and what to do. {file} is the first such file.
 KINDS = {
     "adapter_config.json": "this is an adapter, not a model: give --model the model that "
@@ -33,14 +37,15 @@ KINDS = {
     "checkpoint-*/adapter_config.json": "this holds checkpoints of an adapter, not a model: give "
                                         "--model the model that {file} names as "
                                         "base_model_name_or_path",
-    "consolidated.*.pth": "this is Meta's own layout: fetch the model in Hugging Face's layout "
-                          "(`hf download NAME --exclude 'original/*'`); or convert it with "
-                          "convert_llama_weights_to_hf.py of transformers 4",
+    "consolidated*": META, "original/consolidated*": META,
     "*.gguf": "{file.name} is GGUF, which is quantised: give the folder it was made from; or run "
               + SAVE.format(", gguf_file=sys.argv[2]", " {quoted_file}") + THEN,
     "pytorch_model*.bin": "the weights are pickled, and a pickle may run code: if you trust it, "
                           "run " + SAVE.format("", "") + THEN,
 }
+# A tokenizer in another form -> the class that reads it. AutoTokenizer takes another class where no
+# tokenizer_config.json names one, and then other tokens.
+TOKENIZERS = {"tokenizer.model": "LlamaTokenizer", "vocab.json": "GPT2Tokenizer"}
 PICKLES = "pytorch_model.bin.index.json"  # names the files of pickled weights
 
 
@@ -61,14 +66,16 @@ def explained() -> Iterator[None]:
 def check_tokenizer(folder: Path) -> None:
     """Raise UserError if a model's folder has its tokenizer in another form than tokenizer.json, or
     if something else was saved as one of the tokenizer's files."""
-    others = [name for name in ("tokenizer.model", "vocab.json", "spiece.model")
-              if (folder / name).exists()]
+    others = [name for name in (*TOKENIZERS, "spiece.model") if (folder / name).exists()]
+    if others == ["spiece.model"] and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder / 'tokenizer.json'}: no such file: the folder has spiece.model: "
+                        "rename it to tokenizer.model")
     if others and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder / 'tokenizer.json'}: no such file: the folder has {others[0]}, "
                         "from which `python -c \"import sys; from transformers import "
-                        "AutoTokenizer as A; A.from_pretrained(sys.argv[1]).save_pretrained("
-                        f"sys.argv[1])\" {shlex.quote(str(folder))}` makes it (pip install "
-                        "transformers sentencepiece)")
+                        f"{TOKENIZERS[others[0]]} as T; T.from_pretrained(sys.argv[1])"
+                        f".save_pretrained(sys.argv[1])\" {shlex.quote(str(folder))}` makes it "
+                        "(pip install transformers sentencepiece protobuf)")
     for path in sorted(folder.glob("*token*.json")):
         not_foreign(path)
 
@@ -81,13 +88,17 @@ def _other_folder(path: Path) -> str | None:
     for pattern, text in KINDS.items():
         files = sorted(folder.glob(pattern))
         if files and not explanation:
+            for file in files:
+                not_foreign(file, STAND_INS)
             explanation = text.format(file=files[0], quoted_file=shlex.quote(files[0].name),
                                       quoted_folder=shlex.quote(str(folder)))
+    explanation = explanation or _incomplete_cache(folder) or _subfolder(folder)
     return explanation and f"no such file: {explanation}"
 
 
 def _renamed_weights(path: Path) -> str | None:
-    others = [p.name for p in path.parent.glob("*.safetensors") if "adapter" not in p.name]
+    others = [p.name for p in path.parent.glob("*.safetensors")
+              if not re.match("adapter|consolidated", p.name)]
     if path.suffix == ".safetensors" and len(others) == 1:
         return f"the weights are in {others[0]}: rename it to model.safetensors"
     return None
@@ -104,6 +115,23 @@ def _cache(folder: Path) -> str | None:
     commit = main.read_text(errors="replace").strip() if main.is_file() else ""
     newest = max(versions.values(), key=lambda version: version.stat().st_mtime)
     return f"this is a model's root in the hub's cache: give {versions.get(commit, newest)}"
+
+
+def _incomplete_cache(folder: Path) -> str | None:
+    """A folder in the hub's cache that lacks files."""
+    place = folder.resolve()
+    root = next((p for p in (place, *place.parents) if p.name.startswith("models--")), None)
+    if not root:
+        return None
+    name = root.name.removeprefix("models--").replace("--", "/", 1)
+    revision = f" --revision {place.name}" if place.parent.name == "snapshots" else ""
+    return (f"this is in the hub's cache, where no download of it is whole: run `hf download {name}"
+            f"{revision}`, and give {name}{revision}")
+
+
+def _subfolder(folder: Path) -> str | None:
+    configs = list(folder.glob("*/config.json"))
+    return f"the model is in a folder here: give {configs[0].parent}" if len(configs) == 1 else None
 
 
 def _checkpoints(folder: Path) -> str | None:

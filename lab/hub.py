@@ -15,8 +15,8 @@ SETTINGS = "tokenizer_config.json"  # may name tokens that tokenizer.json has no
 # Files that not every model has -> what is not known without them.
 OPTIONAL = {GENERATION: "config.json alone says which tokens end an answer",
             SETTINGS: "tokenizer.json alone says which tokens there are"}
-WANTED = ["config.json", "tokenizer.json", "model.safetensors.index.json", "*.safetensors",
-          *OPTIONAL, "special_tokens_map.json", "added_tokens.json"]
+WANTED = ["config.json", "tokenizer.json", "tokenizer.*.json", "model.safetensors.index.json",
+          "*.safetensors", *OPTIONAL, "special_tokens_map.json", "added_tokens.json"]
 UNWANTED = ["*/*", "consolidated*"]  # the same weights again, in another layout
 
 

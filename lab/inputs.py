@@ -67,6 +67,9 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     """The frozen model and its tokenizer. shard: divide it among the processes of torchrun."""
     is_on_hub = on_hub(settings.model)
     folder = from_hub(settings.model, settings.revision) if is_on_hub else model_folder(settings)
+    if folder.is_file():
+        raise UserError(f"--model {settings.model}: a file: give the folder that it is in, "
+                        f"{folder.parent}")
     if not folder.is_dir():
         raise UserError(f"--model {settings.model}: no such folder: download a model with "
                         "`hf download NAME --local-dir DIR` and give DIR")
@@ -219,15 +222,14 @@ def read_questions(spec: str, split: int, keep_unanswerable: bool) -> list[data.
 
 
 def say_files(kind: str, path: str) -> None:
-    """Say which files of a folder are not read, and whether they are of several splits."""
-    if not Path(path).is_dir():
-        return
-    files, suffixes = data.files_of(kind, path), data.READERS[kind].suffixes
-    left_out = sorted(file for file in {*data.files_below(Path(path))} - {*files}
-                      if file.name.lower().endswith(suffixes))
+    """Say which files of a folder or a glob are not read, and whether they are of several
+    splits."""
+    files = data.files_of(kind, path)
+    matching = data.matching_files(kind, path)
+    left_out = [file.name for file in matching if file not in files]
     if left_out:
-        say(f"{path}: files left out, because their names are no module's: "
-            f"{file_list([file.name for file in left_out])}")
+        say(f"{path}: {len(left_out)} of {len(matching)} files left out, because their names are "
+            f"no module's: {file_list(left_out)}")
     splits = sorted({file.parent.name for file in files})
     if len(splits) > 1:
         say(f"{path}: its splits are mixed: {', '.join(splits[:9])}")

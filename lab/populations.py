@@ -31,7 +31,7 @@ from lab.console import UserError, progress, say
 from lab.evaluation import OpenRun
 from lab.folder import Run
 from lab.inputs import (LoadedModel, check_same_model, collection_of, parse_spec, rows_per_layer,
-                        topic, training_and_evaluation)
+                        say_files, topic, training_and_evaluation)
 from lab.settings import (REFERENCE_ROWS, DataSettings, PriorSettings, Settings, prior_name,
                           spec_name)
 
@@ -225,18 +225,20 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
     and rows of massive norm are left out."""
     limit = prior.reference_rows or REFERENCE_ROWS
     if spec != settings.data:
-        examples = data.read(*parse_spec(spec, 0), limit=limit)
+        kind, path = parse_spec(spec, 0)
+        examples = data.read(kind, path, limit)
+        say_files(kind, path)
     elif examples is None:
         examples = training_and_evaluation(settings)[0]
     rows = reference_rows(examples, loaded.vocabulary, settings.max_length, prior.seed, limit)
 
     # Label every token but BOS and the first of each row, whose norm is massive even if it is no
     # BOS, up to the limit.
-    bos, name = loaded.vocabulary.bos, spec_name(spec)
-    positions = [[p for p in range(1, len(row.ids)) if row.ids[p] != bos] for row in rows]
+    bos_ids, name = loaded.vocabulary.bos_ids, spec_name(spec)
+    positions = [[p for p in range(1, len(row.ids)) if row.ids[p] not in bos_ids] for row in rows]
     tokens, roles, texts = [], [], []
     for number, (row, wanted) in enumerate(zip(rows, positions)):
-        token_roles = roles_of(row, bos)
+        token_roles = roles_of(row, bos_ids)
         tokens += [row.ids[p] for p in wanted]
         roles += [token_roles[p] for p in wanted]
         texts += [number] * len(wanted)

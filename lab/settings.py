@@ -143,10 +143,11 @@ class PriorSettings:
 
     def complete(self, model: str) -> PriorSettings:
         """model: its name, because the bundled one has a text prompt of its own."""
-        name, _, runs = priors.parse(self.prior)
+        prior = _absolute_runs(self.prior)
+        name = priors.parse(prior)[0]
         usual = ("text", "math") if name == "interpolation" else ("vocab",)
         text = ((TINY_TEXT,) if model == "tiny" else ()) if self.text is None else self.text
-        return replace(self, prior=_absolute_runs(self.prior, runs), text=text,
+        return replace(self, prior=prior, text=text,
                        reference=tuple(map(absolute, self.reference or usual)))
 
 
@@ -432,16 +433,24 @@ def absolute(spec: str | None) -> str | None:
     return f"{kind}:{os.path.abspath(path)}" if path else spec
 
 
-def _absolute_runs(prior: str, runs: list[str]) -> str:
-    """"posterior:a,resample=1" with the runs' folders made absolute."""
-    if not runs:
-        return prior
+def _absolute_runs(prior: str) -> str:
+    """"posterior:a,resample=1" with the runs' folders made absolute. A comma in the name of a
+    folder that is there is written as priors.parse reads it."""
     name, _, rest = prior.partition(":")
-    parts = []
-    for part in re.split(r"(?<!\\),", rest):
-        path = part.replace("\\,", ",")  # see priors.parse
-        parts.append(os.path.abspath(path).replace(",", "\\,") if path in runs else part)
-    return f"{name}:{','.join(parts)}"
+    if not priors.parse(prior)[2]:
+        return prior
+    parts, paths = re.split(r"(?<!\\),", rest), []
+    while parts:
+        counts = [n for n in range(1, len(parts) + 1) if os.path.isdir(",".join(parts[:n]))]
+        count = counts[0] if counts else 1
+        paths.append("\\,".join(parts[:count]))
+        del parts[:count]
+    runs = priors.parse(f"{name}:{','.join(paths)}")[2]
+    for i, part in enumerate(paths):
+        path = part.replace("\\,", ",")
+        if path in runs:
+            paths[i] = os.path.abspath(path).replace(",", "\\,")
+    return f"{name}:{','.join(paths)}"
 
 
 def on_hub(model: str) -> bool:

@@ -45,7 +45,8 @@ from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_
                           from_flags, spec_name, with_flags)
 
 # Settings that a run may go on with otherwise than it began.
-MAY_MOVE = ("model", "data", "eval_data", "reference")  # to where the same files are
+# to where the same files are; of a prior the runs alone
+MAY_MOVE = ("model", "data", "eval_data", "reference", "prior")
 MAY_CHANGE = ("out", "steps", "eval_every", "snapshot_every", "skip_bad_steps", "device")
 
 
@@ -371,7 +372,9 @@ def resume(run: Run, flags: dict, any_processes: bool) -> None:
     """Go on with a run from its newest checkpoint. any_processes: also with another number of them
     than it began with."""
     config, stored = run.config(), run.settings()
-    fixed = {name: value for name, value in flags.items() if name not in MAY_CHANGE + MAY_MOVE}
+    kinds = [priors.parse(prior)[:2] for prior in (stored.prior.prior, flags.get("prior", "vocab"))]
+    fixed = {name: value for name, value in flags.items() if name not in MAY_CHANGE + MAY_MOVE
+             or name == "prior" and kinds[0] != kinds[1]}
     conflicts = differences(stored, fixed)
     if conflicts:
         changeable = ", ".join(map(flag_name, MAY_CHANGE))
@@ -560,7 +563,8 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
     layers = layers_with_rows(settings.prior, L, settings.prompt)
     max_length = longest_text(loaded, settings.data, settings.prior)
     examples, evals, held_out = once("examples", settings.data, lambda: divided(settings.data))
-    sums = only_first(lambda: checksums(settings, shared))
+    sums = only_first(lambda: {**checksums(settings, shared),
+                               "tokenizer": loaded.vocabulary.sha256})
     if config:
         torch.set_num_threads(config["threads"])  # sums are then added in the same order
         check_unchanged(run, settings, config, sums, is_resumed)
@@ -589,7 +593,8 @@ def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, 
              for s in (settings, from_config(config))]
     names_the_same = names[0] == names[1]
     earlier = config["sha256"]
-    changed = [key for key in {**earlier, **sums} if earlier.get(key) != sums.get(key)]
+    changed = [key for key in {**earlier, **sums} if earlier.get(key) != sums.get(key)
+               and (key in earlier or key != "tokenizer")]  # which early runs lack
     if changed and (names_the_same or is_resumed):
         raise UserError(f"{run.path}: the {' and the '.join(changed)} changed since the run began, "
                         "so it cannot come to the same end: restore the files, or start another "

@@ -77,6 +77,18 @@ def world(folder: Path) -> None:
     g = torch.Generator().manual_seed(0)
     weights = {k: torch.randn(t.shape, generator=g).bfloat16() * 0.3 for k, t in wanted.items()}
     save_file(weights, model / "model.safetensors", {"format": "pt"})
+    shutil.copytree(model, folder / "named")  # with tokens that stand beside tokenizer.json
+    shutil.copy(tiny / "tokenizer.json", folder / "named/tokenizer.4.0.json")
+    for name, content in {
+            "tokenizer_config.json": {
+                "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "legacy": True,
+                "bos_token": {"content": "<|begin_of_text|>", "special": True}, "pad_token": "[PAD]",
+                "split_special_tokens": False, "extra_special_tokens": ["<tool>"],
+                "fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.json"]},
+            "special_tokens_map.json": {"eos_token": {"content": "<|end_of_text|>", "lstrip": True},
+                                        "additional_special_tokens": ["<x>", {"content": "<y>"}]},
+            "added_tokens.json": {"<tool>": 512, "<z>": 513}}.items():
+        (folder / "named" / name).write_text(json.dumps(content))
     shutil.copytree(model, folder / "sharded")
     (folder / "sharded/model.safetensors").unlink()
     names = sorted(weights)
@@ -112,6 +124,11 @@ def world(folder: Path) -> None:
             "splits.json": json.dumps({"train": flat, "validation": flat[:1]}),
             "pandas.json": json.dumps(
                 {k: {str(i): r[k] for i, r in enumerate(flat)} for k in flat[0]}),
+            "index.json": json.dumps({str(i): {**r, "answers": [i, 1.5]}
+                                      for i, r in enumerate(flat)}),
+            "array.json": json.dumps(texts, indent=1),
+            "letters.json": json.dumps([{"question": q, "options": {"A": "Bolu", "B": a or "me"},
+                                         "answer": "AB"[i % 2]} for i, (q, a) in enumerate(asked)]),
             **{name: mark.join(("context", "question", "answers\n")) + "".join(
                 mark.join(f'"{x}"' for x in (r["context"], r["question"], r["answers"]["text"]))
                 + "\n" for r in flat) for name, mark in (
@@ -207,19 +224,20 @@ KINDS = {
     "config": Kind("model", "config.json", MODEL),
     "generation_config": Kind("model", "generation_config.json", MODEL),
     "tokenizer": Kind("model", "tokenizer.json", MODEL),
+    "files beside the tokenizer": Kind("named", "[ast]*_*.json", MODEL),
     **{f"squad {name}": Kind(name, "", of_data("squad")) for name in (
         "squad.json", "flat.json", "flat.jsonl", "columns.json", "records.json", "hub.json",
-        "rows.jsonl", "named.json", "splits.json", "pandas.json", "table.csv", "excel.CSV",
-        "pipes.csv")},
+        "rows.jsonl", "named.json", "splits.json", "pandas.json", "index.json", "table.csv",
+        "excel.CSV", "pipes.csv")},
     "gsm8k": Kind("gsm8k.jsonl", "", of_data("gsm8k")),
     **{f"choice {name}": Kind(name, "", of_data("choice")) for name in (
-        "choice.json", "labels.csv")},
+        "choice.json", "letters.json", "labels.csv")},
     "math text": Kind("sums.txt", "", of_data("math")),
     "math export": Kind("export.json", "", of_data("math")),
     "math table": Kind("sums.csv", "", of_data("math")),
     "hendrycks": Kind("hendrycks.json", "", of_data("hendrycks")),
     **{f"text {name}": Kind(name, "", of_data("text")) for name in (
-        "c4.json", "c4.json.gz", "prose.txt")},
+        "c4.json", "c4.json.gz", "array.json", "prose.txt")},
     **{f"run {file}, {name}": Kind(f"runs/{name}", file, [
         c for c in RUN if c[0] in readers or "--resume" in c and "resume" in readers]
         + [PREFIX] * ("sample" in readers and name == "prefix"))

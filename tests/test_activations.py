@@ -70,7 +70,7 @@ def test_roles_spell_the_examples(vocabulary):
                                 "token", 0, 0)
     contexts = set()
     for row, (_, e), places in zip(*chosen):
-        text, roles = {}, activations.roles_of(row, vocabulary.bos)
+        text, roles = {}, activations.roles_of(row, vocabulary.bos_ids)
         for p in places:
             text.setdefault(roles[p], []).append(row.ids[p])
         text = {role: vocabulary.decode(ids) for role, ids in text.items()}
@@ -89,17 +89,17 @@ def test_roles_spell_the_examples(vocabulary):
 def test_merged_seams_and_texts_have_roles(vocabulary):
     """A context without a question is text; a sum has no context; cut contexts stay contexts."""
     row = data.encode(data.Example("t", "text", "one two", "", ()), vocabulary, 100)
-    assert activations.roles_of(row, vocabulary.bos) == ["bos"] + ["text"] * (len(row.ids) - 1)
+    assert activations.roles_of(row, vocabulary.bos_ids) == ["bos"] + ["text"] * (len(row.ids) - 1)
     e = data.Example("t", "text", "one<|begin_of_text|> two", "", ())
     row = data.encode(e, vocabulary, 100)
-    roles = activations.roles_of(row, vocabulary.bos)
+    roles = activations.roles_of(row, vocabulary.bos_ids)
     assert roles.count("bos") == 2 and roles[row.ids.index(vocabulary.bos, 1)] == "bos"
     e = data.Example("m", "math", "", "What is 1 + 1?", ("2",))
-    roles = activations.roles_of(data.encode(e, vocabulary, 100), vocabulary.bos)
+    roles = activations.roles_of(data.encode(e, vocabulary, 100), vocabulary.bos_ids)
     assert "context" not in roles and roles[:2] == ["bos", "question"] and roles[-1] == "answer"
     e = data.Example("s", "squad", "a long context of many words " * 9, "Why?", ("so",))
     row = data.encode(e, vocabulary, 60)
-    assert row.cut and activations.roles_of(row, vocabulary.bos).count("context") > 9
+    assert row.cut and activations.roles_of(row, vocabulary.bos_ids).count("context") > 9
     at = row.body
     assert vocabulary.decode(row.ids[at:]).startswith("\nQuestion: Why?\nAnswer:")
 

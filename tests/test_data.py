@@ -63,6 +63,7 @@ HUB = {"features": [{"feature_idx": i, "name": key, "type": {"dtype": "string"}}
     json.dumps({key: {str(i): row[key] for i, row in enumerate(FLAT)} for key in FLAT[0]}),
     json.dumps({**{key: [row[key] for row in FLAT] for key in FLAT[0]},
                 "answers": [[{"text": text} for text in row["answers"]["text"]] for row in FLAT]}),
+    json.dumps({row["id"]: row for row in FLAT}),
     json.dumps({"train": FLAT}), json.dumps({"name": "n", "licences": ["l"], "instances": FLAT}),
     json.dumps({"examples": PARAGRAPHS}), json.dumps({"questions": FLAT, "errors": []}),
     json.dumps(HUB), json.dumps(HUB, indent=1), json.dumps(HUB["rows"]),
@@ -88,6 +89,33 @@ def test_questions_as_people_have_them(tmp_path, records):
     assert len(examples) == 1 or examples[1].answers == ()
 
 
+@pytest.mark.parametrize("written, read", [
+    ("72", ("72",)), ("-1.50", ("-1.50",)), ("[1e3, 0.10]", ("1e3", "0.10")),
+    ('{"text": [72], "answer_start": [5]}', ("72",)), ('[{"text": 7}]', ("7",)),
+    ("9" * 5000, ("9" * 5000,))])
+def test_an_answer_that_is_a_number_is_read_as_it_is_written(tmp_path, written, read):
+    """By every kind of file and of question that has answers in words."""
+    record = f'{{"context": "c", "question": "How many?", "answer": {written}}}'
+    for name, text in {"x.jsonl": record + "\n" + record, "y.json": f"[{record}]",
+                       "z.json": f'{{"rows": [{{"row": {record}}}]}}'}.items():
+        for kind in ("squad", "math"):
+            assert data.read(kind, write(tmp_path / name, text))[0].answers == read
+
+
+@pytest.mark.parametrize("kind", ["squad", "math"])
+@pytest.mark.parametrize("answer", ["true", "[false]", '[{"text": true}]'])
+def test_an_answer_that_is_true_asks_for_its_word(tmp_path, kind, answer):
+    """Done so, or read as multiple choice, it is read."""
+    record = f'{{"context": "c", "question": "Is it?", "answer": {answer}}}'
+    with pytest.raises(data.DataError, match='in quotes, such as "yes" or "True"; or') as e:
+        data.read(kind, write(tmp_path / "x.json", record))
+    assert re.search("the answer is (true|false), which is no text", str(e.value))
+    word = record.replace("true", '"yes"').replace("false", '"no"')
+    assert data.read(kind, write(tmp_path / "x.json", word))[0].answers in (("yes",), ("no",))
+    both = [{"context": "c", "question": "Is it?", "answer": answer} for answer in (True, False)]
+    assert data.read("choice", write(tmp_path / "y.json", json.dumps(both)))[0].answers == ("yes",)
+
+
 def test_of_several_lists_of_records_one_is_chosen(tmp_path):
     """By the command that the error names, which works for any name of a file."""
     splits = {"validation": FLAT[:1], "train": FLAT, "x; touch y": FLAT, "none": []}
@@ -105,6 +133,7 @@ def test_of_several_lists_of_records_one_is_chosen(tmp_path):
 
 @pytest.mark.parametrize("answer, read", [
     ("a cat", ("a cat",)), ("[cat", None), ("", ()), ('["a \\/ x", "b"]', ("a / x", "b")),
+    ("[1.50, 72]", ("1.50", "72")), ("{'text': [72]}", ("72",)), ("{'text': [True]}", False),
     ("{'text': ['a cat'], 'answer_start': [13]}", ("a cat",)),
     ('["a cat", "cat"]', ("a cat", "cat")), ("[open('/etc/passwd')]", None), ("a, b", ("a, b",))])
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
@@ -114,8 +143,9 @@ def test_tables_of_questions(tmp_path, suffix, delimiter, answer, read):
         table = csv.writer(file, delimiter=delimiter)
         table.writerows([["id", "context", "question", "answers"],
                          ["1", "Two\nlines, a cat.", "Who?", answer]])
-    if read is None:
-        with pytest.raises(data.DataError, match="export the table as JSON lines"):
+    if not isinstance(read, tuple):
+        message = "export the table as JSON lines" if read is None else "answer is true, which is"
+        with pytest.raises(data.DataError, match=message):
             data.read("squad", str(path))
     else:
         assert data.read("squad", str(path)) == [
@@ -180,8 +210,14 @@ def test_gsm8k(tmp_path):
     record = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
     assert data.read("gsm8k", write(tmp_path / "x.jsonl", json.dumps(record))) == [
         data.Example("x-0", "gsm8k", "", "How many?", ("1004",), rationale="2 + 2 = <<2+2=4>>4")]
-    with pytest.raises(data.DataError, match="no #### with a number"):
-        data.read("gsm8k", write(tmp_path / "y.jsonl", json.dumps({**record, "answer": "4"})))
+    for written, number in (("$1,004", "1004"), ("-3.50", "-3.50"), ("50%", "50"), ("7.", "7")):
+        path = write(tmp_path / "x.jsonl", json.dumps({**record, "answer": f"so\n#### {written} "}))
+        assert data.read("gsm8k", path)[0].answers == (number,)
+    for answer in ("4", 4):
+        path = write(tmp_path / "y.jsonl", json.dumps({**record, "answer": answer}))
+        with pytest.raises(data.DataError, match="no #### with a number.*as math:PATH"):
+            data.read("gsm8k", path)
+        assert data.read("math", path)[0].answers == ("4",)  # as the line says
 
 
 CHOICES = {  # name -> (record, the example's context, question, answer, choices)
@@ -205,6 +241,10 @@ CHOICES = {  # name -> (record, the example's context, question, answer, choices
              "It is.", "Which?\nA. one\nB. two", "B", "AB"),
     "HellaSwag": ({"ctx": "He then", "endings": ["runs.", "\nsits."], "label": "1"},
                   "", "He then\nA. runs.\nB.  sits.", "B", "AB"),
+    "MedQA": ({"question": "Which?", "options": {"A": "one", "B": "two"}, "answer": "two"},
+              "", "Which?\nA. one\nB. two", "B", "AB"),
+    "QNLI": ({"question": "Where?", "sentence": "In Tarn.", "label": 1},
+             "In Tarn.", "Where?", "1", ("0", "1")),
     "numbered from 0": ({"question": "Which?", "answer": 0, "choices": {
         "label": ["A", "B"], "text": ["one", "two"]}}, "", "Which?\nA. one\nB. two", "A", "AB"),
     "a count as pandas writes it": (
@@ -214,10 +254,12 @@ CHOICES = {  # name -> (record, the example's context, question, answer, choices
                                 "", "Is it?\nA. no\nB. yes", "B", "AB"),
     "true in words": ({"question": "Is it?", "choices": ["True", "False"], "answer": "True"},
                       "", "Is it?\nA. True\nB. False", "A", "AB"),
+    "numbers to choose from": ({"question": "Which?", "choices": [1.50, 72], "answer": 1},
+                               "", "Which?\nA. 1.5\nB. 72", "B", "AB"),
     "by its text": ({"question": "Which?", "options": ["one", "two"], "answer": "two"},
                     "", "Which?\nA. one\nB. two", "B", "AB")}
 OTHER_LABEL = {"BoolQ": {"answer": False}, "BoolQ as columns": {"answer": [False]},
-               "SST-2": {"label": 0}, "with names": {"label_text": "bad"}, "pairs": {"label": 0.0}}
+               "SST-2": {"label": 0}, "QNLI": {"label": 0}, "with names": {"label_text": "bad"}, "pairs": {"label": 0.0}}
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -243,12 +285,38 @@ def test_a_table_of_labels_and_of_printed_choices(tmp_path):
     ({"answer": "0"}, "names 2 of its 2 choices"), ({"answer": 2}, "names 0 of its 2 choices"),
     ({"answer": None}, "None is no right answer"), ({"answer": -1}, "no right answer"),
     ({"choices": ["1"]}, "expected 2 to 26 texts"), ({"choices": [["1"], "2"]}, "2 to 26 texts"),
-    ({"choices": "['1' '2']"}, "expected 2 to 26 texts"), ({"choices": None}, "1 different labels"),
-    ({"question": 3}, "'question' is int")])
+    ({"choices": "['1' '2']"}, "expected 2 to 26 texts"),
+    ({"choices": {"A": "1", "B": ["2"]}}, "expected 2 to 26 texts"), ({"choices": None}, "1 different labels"),
+    ({"question": 3}, "'question' is Number")])
 def test_choices_that_name_no_answer(tmp_path, change, message):
     record = {"question": "Which?", "choices": ["1", "0"], "answer": 0, **change}
     with pytest.raises(data.DataError, match=message):
         data.read("choice", write(tmp_path / "x.json", json.dumps([record])))
+
+
+@pytest.mark.parametrize("names", [
+    ("choice1", "choice2"), ("option_1", "option_2"), ("answerA", "answerB"), ("opa", "opb"),
+    ("ending0", "ending1")])
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_choices_with_a_field_each_are_not_passed_over(tmp_path, names, suffix):
+    """What the line says to write is read."""
+    record = {"question": "Which?", **dict(zip(names, ("one", "two"))), "label": "0"}
+    table = "\n".join([",".join(record), ",".join(record.values())])
+    path = write(tmp_path / f"x{suffix}", json.dumps(record) if suffix == ".json" else table)
+    with pytest.raises(data.DataError, match=f"a field each, {', '.join(names)}: write them as"):
+        data.read("choice", path)
+    for answer in ("two", 1):
+        record = {"question": "Which?", "choices": ["one", "two"], "label": answer}
+        assert data.read("choice", write(tmp_path / "y.json", json.dumps(record)))[0].answers == (
+            "B",)
+
+
+def test_a_record_without_a_label_says_what_it_has(tmp_path):
+    path = write(tmp_path / "x.csv", "review,sentiment\ngood,positive\n")
+    with pytest.raises(data.DataError, match="no 'label', only 'review', 'sentiment': rename"):
+        data.read("choice", path)
+    path = write(tmp_path / "y.csv", "text,label\ngood,positive\nbad,negative\n")
+    assert data.read("choice", path)[0].answers == ("positive",)
 
 
 def test_the_score_of_a_choice_is_blind_to_case():
@@ -263,16 +331,20 @@ def test_of_deepminds_archive_the_modules_are_read(tmp_path):
         (tmp_path / split).mkdir()
         write(tmp_path / split / "arithmetic__mul.txt", "What is 2 * 3?\n6\n\n")
     write(tmp_path / "train-readme.txt", "one\ntwo\nthree\n")
-    assert [e.id for e in data.read("math", str(tmp_path))] == [
-        "interpolate/arithmetic__mul-0", "train-easy/arithmetic__mul-0"]
+    for path in (tmp_path, tmp_path / "**", tmp_path / "**/*.txt"):
+        assert [e.id for e in data.read("math", str(path))] == [
+            "interpolate/arithmetic__mul-0", "train-easy/arithmetic__mul-0"]
+    with pytest.raises(data.DataError, match="3 lines"):  # as it was asked for
+        data.read("math", str(tmp_path / "train-readme.txt"))
 
 
 def test_a_readme_is_no_sum_and_hidden_files_are_no_data(tmp_path):
-    for name in ("sums.txt", "README.txt", "._sums.txt", "__MACOSX/a__b.txt"):
+    for name in ("sums.txt", "README.txt", "._sums.txt", "__MACOSX/a__b.txt", "my-Licence.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, "1 + 1\n2\n")
     assert data.files_of("math", str(tmp_path)) == [tmp_path / "sums.txt"]
-    assert data.files_of("text", str(tmp_path)) == [tmp_path / "README.txt", tmp_path / "sums.txt"]
+    assert data.files_of("text", str(tmp_path)) == [
+        tmp_path / "README.txt", tmp_path / "my-Licence.txt", tmp_path / "sums.txt"]
 
 
 @pytest.mark.parametrize("start", [
@@ -292,7 +364,7 @@ def test_what_is_no_text_is_said_to_be_none(tmp_path, kind, name, start):
     (r"\frac12", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "0.5"), ("1,000", "1000"), (r"\$5", "5"),
     (r"14,\!400", "14400"), (r"1{,}000", "1,000"), (r"50\%", "50"), ("x=5", "5"),
     (r"\frac1{72}", "1/72"), (r"90^\circ", "90"),
-    (r"12\text{ cm}", "12"), (r"\sqrt3", r"\sqrt{3}"), (r"\left( 1, 2\right)", "(1,2)"),
+    (r"12\text{ cm}", "12"), (r"12\text{ cm}^2", "12"), (r"7\mbox{ m}^{3}", "7"), (r"\sqrt3", r"\sqrt{3}"), (r"\left( 1, 2\right)", "(1,2)"),
     ("-.5", r"-\frac{1}{2}"), (r"\frac{-1}{2}", r"-\frac{1}{2}")])
 def test_spellings_of_one_answer(one, other):
     gold = data.Example("0", "hendrycks", "", "q", (other,))
@@ -365,26 +437,36 @@ def test_text_is_streamed(tmp_path):
     assert len(data.read("text", broken, limit=2)) == 2
     with pytest.raises(data.DataError, match="broken"):
         data.read("text", broken)
+    array = write(tmp_path / "array.json", "[\n" + ",\n".join(lines) + "]")
+    assert [e.context for e in data.read("text", array)] == [f"page {i}" for i in range(6)]
+    with pytest.raises(data.DataError, match="record 1: 'text' is Number, expected a text"):
+        data.read("text", write(tmp_path / "array.json", '[{"text": 5}]'))
     plain = write(tmp_path / "plain.txt", "one\ntwo\n\n\nthree\n")
     assert [e.context for e in data.read("text", plain)] == ["one\ntwo", "three"]
 
 
 BAD = {
     "squad: arithmetic": ("squad", "x.json", "What is 1?\n1\n", "not JSON"),
-    "squad: other json": ("squad", "x.json", '{"a": 1}', "no 'answers', expected an object"),
-    "squad: numbers": ("squad", "x.json", '[{"context": "c", "question": "q", "answers": [1]}]',
-                       "'answers' are .1., expected texts"),
+    "squad: other json": ("squad", "x.json", '{"a": 1}',
+                          "no 'answers' and no 'answer', only 'a': rename"),
+    "squad: other names": ("squad", "x.csv", "Context,question,answer\nc,q,a\n",
+                           "line 2: no 'context', only 'Context', 'question', 'answer': rename"),
+    "squad: no table by its name": ("squad", "x.txt", "context,question,answer\nc,q,a\n",
+                                    "not JSON, and a table's name ends in .csv or .tsv"),
+    "squad: no texts": ("squad", "x.json", '[{"context": "c", "question": "q", "answers": [[1]]}]',
+                        "'answers' are .*1.*, expected texts or numbers"),
     "squad: no answers": ("squad", "x.json",
                           '{"data": [{"paragraphs": [{"context": "c", '
                           '"qas": [{"question": "q"}]}]}]}',
                           "record 1 paragraph 0: no 'answers'"),
     "squad: wrong type": ("squad", "x.json",
                           '{"data": [{"paragraphs": [{"context": 3, "qas": []}]}]}',
-                          "'context' is int"),
+                          "'context' is Number"),
     "squad: empty": ("squad", "x.json", '{"data": [{"paragraphs": []}]}', "no examples"),
     "math: odd": ("math", "x.txt", "1 + 1\n2\n1 + 2\n",
                   "3 lines.*even number; line 3 has no answer"),
     "math: blank": ("math", "x.txt", "1 + 1\n2\n\n3\n", "line 3: empty"),
+    "math: a line between": ("math", "x.txt", "1 + 1\n2\n\n1 + 2\n3\n", "line 3: empty.*delete it"),
     "math: empty": ("math", "x.txt", "", "no examples"),
     "ragged table": ("squad", "x.csv", "context,question,answers\na,b\n",
                      "line 2: not as many fields"),
@@ -553,6 +635,20 @@ def test_a_bos_of_another_vocabulary(vocabulary, tmp_path):
     with pytest.raises(data.DataError, match="puts token 128000 in front of every text"):
         data.Vocabulary(tmp_path)
     special["ids"] = [next(t["id"] for t in tokenizer["added_tokens"] if t["content"] == "<bos>")]
+    path.write_text(json.dumps(tokenizer))
+    assert data.Vocabulary(tmp_path).encode("a") == vocabulary.encode("a")
+
+
+def test_two_tokens_in_front_of_every_text(vocabulary, tmp_path):
+    """What the message says to take out makes the file load."""
+    path = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    added = tokenizer["post_processor"]["single"]
+    added.insert(0, added[0])
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(data.DataError, match=r"puts tokens \[0, 0\] in front of .*: take the other"):
+        data.Vocabulary(tmp_path)
+    del added[0]
     path.write_text(json.dumps(tokenizer))
     assert data.Vocabulary(tmp_path).encode("a") == vocabulary.encode("a")
 

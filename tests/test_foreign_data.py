@@ -28,7 +28,7 @@ from test_data import FLAT, obey, write
     (b"\xff\xff\xff\xff\x10", "an Arrow stream"), (b"PK\3\4rest", "a zip archive"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel table: .*read_excel"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file: .*read_hdf"),
-    (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive: unpack it by `7z x "),
+    (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive .*: unpack it by `python -m py7zr x "),
     (b"\x1f\x8b\x08rest", "packed by gzip"), (b"\n <!DOCTYPE html>", "a web page"),
     (b"<HTML lang=x>", "a web page"),
     (b"version https://git-lfs.github.com/spec/v1", "git lfs pull")])
@@ -59,7 +59,12 @@ PRINTED = {**QUESTION, "answers": "['a cat', 'cat']"}  # for tables whose cells 
 
 def in_archive(path):
     (path.parent / "in.jsonl").write_text(LINE)
-    if "zip" in path.name:
+    if path.suffix == ".7z":
+        import py7zr
+
+        with py7zr.SevenZipFile(path, "w") as file:
+            file.write(path.parent / "in.jsonl", "folder/x.JSONL")
+    elif "zip" in path.name:
         with zipfile.ZipFile(path, "w") as file:
             file.write(path.parent / "in.jsonl", "folder/x.JSONL")
     else:
@@ -81,6 +86,17 @@ def in_database(path):
         frame("my questions", "to_sql", PRINTED, con=file, index=False)
 
 
+def in_old_excel(path):
+    import xlwt
+
+    book = xlwt.Workbook()
+    sheet = book.add_sheet("questions")
+    for column, (name, content) in enumerate(PRINTED.items()):
+        sheet.write(0, column, name)
+        sheet.write(1, column, content)
+    book.save(str(path))
+
+
 def in_array(path):
     import numpy
 
@@ -96,6 +112,7 @@ OTHER_KINDS = {
     "x.json.zst": ([], lambda p: subprocess.run(["zstd", "-q", "-o", p], input=LINE.encode())),
     "packed.json": ([], lambda p: p.write_bytes(gzip.compress(LINE.encode()))),
     "x.zip": ([], in_archive), "x.tar": ([], in_archive), "x.tar.gz": ([], in_archive),
+    "x.7z": (["py7zr"], in_archive), "x.xls": (["pandas", "xlrd", "xlwt"], in_old_excel),
     "x.parquet": (["pandas", "pyarrow"], lambda p: frame(p, "to_parquet")),
     "x.feather": (["pandas", "pyarrow"], lambda p: frame(p, "to_feather")),
     "x.xlsx": (["pandas", "openpyxl"], lambda p: frame(p, "to_excel", PRINTED, index=False)),

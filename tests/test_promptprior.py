@@ -192,6 +192,24 @@ def test_resume_where_the_files_moved(tmp_path, capsys):
     assert run("eval", out) == 0  # from where the files are now
 
 
+def test_resume_where_the_priors_run_moved(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "first")
+    out = tmp_path / "o"
+    assert run("train", "--prior", f"posterior:{tmp_path / 'first'}", "--out", out, *FEW) == 0
+    (tmp_path / "first").rename(tmp_path / "moved")
+    resumed = ["train", "--resume", "--out", out, "--steps", 5]
+    assert run(*resumed) == 2
+    moved = f"posterior:{tmp_path / 'moved'}"
+    for other in ("fitted", f"{moved},resample=1"):
+        assert run(*resumed, "--prior", other) == 2
+        assert "goes on with its own settings" in capsys.readouterr().err
+    assert run(*resumed, "--prior", f"{moved},{moved[10:]}") == 2
+    assert "the reference changed" in capsys.readouterr().err
+    assert run(*resumed, "--prior", moved) == 0
+    (out / "checkpoints/000005.safetensors").unlink()
+    assert run(*resumed) == 0  # from where the run is now
+
+
 def test_a_run_of_two_processes_goes_on_in_one_only_if_asked_to(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "o")
     path = tmp_path / "o/config.json"
@@ -505,6 +523,29 @@ def test_other_weights_than_the_runs_are_refused_unless_asked_for(tmp_path, caps
     assert "may mean nothing to them" in capsys.readouterr().err
 
 
+def test_what_changes_the_tokenizer_is_noticed(tmp_path, capsys):
+    """By eval, and when a run is resumed; early runs did not keep its checksum."""
+    model, run_folder = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("squad", "math", "text"))
+    flags = ["--data", f"math:{TINY / 'math/interpolate'}", *FEW]
+    assert run("train", "--model", model, "--out", run_folder, *flags) == 0
+    resume = ["train", "--out", run_folder, "--resume", "--steps", 9]
+    (model / "tokenizer_config.json").write_text("{}")
+    assert run("eval", run_folder, "--limit", 2) == 0
+    assert "other tokens" not in capsys.readouterr().err
+    (model / "tokenizer_config.json").write_text('{"split_special_tokens": true}')
+    capsys.readouterr()
+    assert run("eval", run_folder, "--limit", 2) == 0
+    assert "trained with other tokens than the files beside" in capsys.readouterr().err
+    assert run(*resume) == 2
+    assert "the tokenizer changed since the run began" in capsys.readouterr().err
+    config = json.loads((run_folder / "config.json").read_text())
+    del config["sha256"]["tokenizer"]
+    (run_folder / "config.json").write_text(json.dumps(config))
+    assert run("eval", run_folder, "--limit", 2) == 0 and run(*resume) == 0
+    assert "other tokens" not in capsys.readouterr().err
+
+
 def test_steps_of_seven_digits_follow_those_of_six(tmp_path):
     (tmp_path / "prompts").mkdir()
     for name in ("000000", "1000000", "999999", "notes", "12"):
@@ -518,10 +559,18 @@ def test_what_of_a_folder_is_not_read_is_said(tmp_path, capsys):
         (tmp_path / split / "arithmetic__mul.txt").write_text("What is 2 * 3?\n6\n")
     for name in ("train-readme.txt", "._hidden.txt", "notes.md"):
         (tmp_path / name).write_text("one\ntwo\n")
-    assert len(inputs.read_questions(f"math:{tmp_path}", 0, False)) == 2
-    err = capsys.readouterr().err
-    assert "files left out, because their names are no module's: train-readme.txt\n" in err
-    assert "its splits are mixed: interpolate, train-easy" in err
+    math, small = f"math:{tmp_path}", ("--tokens", 3, "--out", tmp_path / "out")
+    command = {"sample": ("--reference", math, *small), "collect": ("--data", math, *small[2:])}
+    for read in (lambda: inputs.read_questions(math, 0, False),
+                 lambda: inputs.read_questions(f"{math}/**/*.txt", 0, False),
+                 lambda: run("sample", *command["sample"]),
+                 lambda: run("collect", *command["collect"], "--overwrite")):
+        read()
+        err = capsys.readouterr().err
+        assert "1 of 3 files left out, because their names are no module's: train-readme.txt\n" \
+            in err
+        assert "its splits are mixed: interpolate, train-easy" in err
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_eval_scores_several_texts(trained, capsys):

@@ -21,11 +21,18 @@ def test_settings_are_values():
 
 
 def test_folders_of_runs_may_have_any_name(tmp_path, monkeypatch):
-    """An option is what has an option's name; a comma in a folder's name is escaped."""
+    """An option is what has an option's name; a comma in a folder's name is escaped, unless the
+    folder is there."""
     monkeypatch.chdir(tmp_path)
     spec = Settings.from_flags({"prior": r"posterior:lr=1\,2,b,resample=1"}).complete().prior.prior
     name, given, runs = priors.parse(spec)
     assert runs == [str(tmp_path / "lr=1,2"), str(tmp_path / "b")] and given == {"resample": 1}
+    for name in ("lr=1,2,resample=0", "b"):
+        (tmp_path / name).mkdir()
+    asked = Settings.from_flags({"prior": "posterior:b,lr=1,2,resample=0,resample=1"}).complete()
+    name, given, runs = priors.parse(asked.prior.prior)
+    assert runs == [str(tmp_path / "b"), str(tmp_path / "lr=1,2,resample=0")]
+    assert given == {"resample": 1} and asked.complete() == asked
 
 
 def test_an_early_run_with_options_of_a_prior_that_are_gone_opens():

@@ -4,13 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from tokenizers import (AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers,
                         processors)
 
 import data
 import promptprior
-from lab import inputs
-from lab.settings import TINY, ModelSettings
+from lab import activations, inputs, populations
+from lab.settings import TINY, DataSettings, ModelSettings, PriorSettings
 
 TEXTS = ["", "ab", " ab 12 ab", "  two", "Question: 12 or 1212?\nAnswer: 12\n", "Öl 猫",
          "ab<s>ab</s> ab", "x<pad>ab <|im_start|> y[PAD]  <image>z<tool>hello ab", "a<unk>b<eos>"]
@@ -210,6 +211,31 @@ def test_a_new_token_is_refused_only_in_a_text_that_has_it(tmp_path):
         vocabulary.encode("a<pad>b")
 
 
+@pytest.mark.parametrize("files, chosen", [
+    (["tokenizer.json", "tokenizer.4.0.0.json", "tokenizer.5.1.json", "tokenizer.9.9.json"],
+     "tokenizer.5.1.json"),
+    (["tokenizer.json"], None), (["tokenizer.9.9.json"], None)])
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_for_a_version_of_transformers_is_said(tmp_path, files, chosen):
+    """And may be copied."""
+    transformers = pytest.importorskip("transformers")
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    other = byte_level()
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for name in ("tokenizer.4.0.0.json", "tokenizer.5.1.json", "tokenizer.9.9.json"):
+        other.save(str(tmp_path / name))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "fast_tokenizer_files": files}))
+    vocabulary = data.Vocabulary(tmp_path)
+    assert [chosen in remark for remark in vocabulary.remarks] == [True] * bool(chosen)
+    expected = transformers.AutoTokenizer.from_pretrained(str(tmp_path))("ab 12").input_ids
+    assert (vocabulary.encode("ab 12") == expected) == (not chosen)
+    if chosen:
+        shutil.copy(tmp_path / chosen, tmp_path / "tokenizer.json")
+        vocabulary = data.Vocabulary(tmp_path)
+        assert not vocabulary.remarks and vocabulary.encode("ab 12") == expected
+
+
 @pytest.mark.parametrize("name, content", [
     ("tokenizer_config.json", "{"), ("tokenizer_config.json", "[]"),
     ("tokenizer_config.json", '{"added_tokens_decoder": 5}'),
@@ -247,3 +273,27 @@ def test_two_tokens_that_are_bos_are_both_special(tmp_path, capsys):
     assert loaded.vocabulary.ordinary == [i for i in ordinary if i != other]
     assert promptprior.main(["sample", "--model", str(tmp_path), "--tokens", "4"]) == 0
     assert capsys.readouterr().err.count("both count as special") == 1
+
+
+@pytest.mark.parametrize("other, left_out", [("<|end_of_text|>", 3), ("a", 2)])
+def test_every_bos_inside_a_text_is_left_out_of_fits(tmp_path, other, left_out):
+    """The tokenizer's own, and config.json's, unless that is an ordinary token."""
+    for path in TINY.glob("*.*"):
+        shutil.copy(path, tmp_path)
+    config = json.loads((TINY / "config.json").read_text())
+    bos = data.Vocabulary(TINY).tokenizer.token_to_id(other)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"bos_token_id": bos}))
+    (tmp_path / "x.json").write_text(json.dumps(
+        {"text": "a cat<|begin_of_text|> a<|end_of_text|> dog"}))
+    model, spec = ["--model", str(tmp_path)], f"text:{tmp_path / 'x.json'}"
+    path = tmp_path / "acts.safetensors"
+    assert promptprior.main(["collect", *model, "--data", spec, "--out", str(path)]) == 0
+    file = activations.Collection(path)
+    assert int((file.field["role"] == activations.ROLES.index("bos")).sum()) == left_out
+    loaded = inputs.load_model(ModelSettings(model=str(tmp_path), device="cpu").complete())
+    parts, count = populations.data_population(
+        spec, PriorSettings(), DataSettings(max_length=99), loaded, [0, 6], None)
+    kept = file.chosen()
+    for layer in (0, 6):
+        assert torch.equal(parts[layer].rows, file.rows(layer, kept).float())
+    assert count == len(file.field["role"]) - left_out
