@@ -35,7 +35,8 @@ import llama
 from lab.commands import ExportOptions, ImportOptions
 from lab.console import UserError, say, show
 from lab.evaluation import OpenRun, open_run
-from lab.files import (free_folder, free_place, new_folder, read_tensors, reading, write_file)
+from lab.files import (begins_with, free_folder, free_place, new_folder, read_tensors, reading,
+                       write_file)
 from lab.folder import CONFIG as RUN_CONFIG
 from lab.folder import FIRST_PROMPT, LAST_PROMPT, Run, versions
 from lab.foreign_data import not_foreign
@@ -320,11 +321,7 @@ def _cell(value):
 
 def is_table(path: Path) -> bool:
     """Whether to_csv made the file."""
-    beginning = ",".join(COLUMNS).encode()
-    if not path.is_file():
-        return False
-    with path.open("rb") as f:
-        return f.read(len(beginning)) == beginning
+    return begins_with(path, ",".join(COLUMNS).encode())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -402,13 +402,14 @@ class Run:
         return f"{from_prompt}train again by {self.again}"
 
     def _problem_of_log(self, checkpoint: Checkpoint, path: Path) -> str:
-        """What is wrong with the log if it is not the one that a checkpoint was saved beside."""
+        """What is wrong with the log if it is not the one that a checkpoint was saved beside.
+        Raises UserError for one that cannot be read, which an earlier checkpoint does not mend."""
         log, length = self.path / LOG, checkpoint.metrics_bytes
         try:
             with open(llama.regular(log), "rb") as f:
                 beginning = f.read(length)
         except OSError as e:
-            return f"{log}: {llama.cause(e)}"
+            raise UserError(f"{log}: {llama.cause(e)}: {self.how_to_begin()}") from None
         digest = hashlib.sha256(beginning).hexdigest()
         if len(beginning) < length:
             return f"{log}: shorter than at {path.name}: its end is lost"

@@ -22,6 +22,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import calls
+import damage
 import data
 import fuzz
 import llama
@@ -235,7 +237,7 @@ def test_mutated_safetensors(world, own, tmp_path, part, name):
     path, r, outcomes = folder / name, random.Random(0), [0, 0]
     content = path.read_bytes()
     for _ in range(300):
-        how = r.choice([fuzz.damaged_safetensors, fuzz.damaged_bytes, fuzz.other_content])
+        how = r.choice([damage.damaged_safetensors, damage.damaged_bytes, damage.other_content])
         path.write_bytes(how(r, content))
         try:
             if part == "model":
@@ -819,3 +821,12 @@ def test_fuzz():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
     assert re.search(r"^all [1-9]", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.skipif(not calls.is_possible(), reason="no ptrace of x86_64 Linux here")
+def test_killed_or_failing_at_any_system_call():
+    signal.alarm(0)
+    done = subprocess.run([sys.executable, HERE / "tests/calls.py", "--seconds", "3", "--only",
+                           "import --overwrite"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    assert re.search(r"^[1-9][0-9]* of [0-9]+ cases, 0 failed", done.stdout, re.MULTILINE)
