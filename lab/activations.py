@@ -44,6 +44,7 @@ ROLES = ("prompt", "bos", "context", "question", "answer", "text")
 MASSIVE = 10  # a massive row is this many times as long as the median row of its layer
 FIELDS = ("domain", "source", "text", "example", "position", "token")  # int64, one number a row
 BATCH = 16  # token rows that are run at a time
+DOMAINS = 256  # the most of a collection; `compare` measures every pair of them
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,6 +368,8 @@ def check_about(about: dict) -> None:
     layers, domains = about["layers"], about["domains"]
     are_numbers = all(type(i) is int and 0 <= i < 2**20 for i in layers)
     are_names = all(isinstance(name, str) and "\0" not in name for name in domains)
+    if len(domains) > DOMAINS:
+        raise ValueError(f"{len(domains)} domains, and no more than {DOMAINS} are compared")
     for key, values, is_right in (("layers", layers, are_numbers), ("domains", domains, are_names)):
         if not isinstance(values, list) or not values or len(set(values)) < len(values) \
                 or not is_right:
@@ -400,6 +403,9 @@ def command_collect(given: dict) -> None:
     path = free_place(options.out, "--out", options.overwrite, is_collection, "a collection")
     path.parent.mkdir(parents=True, exist_ok=True)
 
+    if len(options.specs) > DOMAINS:
+        raise UserError(f"--data: {len(options.specs)} domains, and a file has no more than "
+                        f"{DOMAINS}: make several files")
     domains = {}
     for spec in options.specs:
         name, chosen = read_domain(spec, loaded, max_length, roles, options)

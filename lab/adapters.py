@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,8 @@ import llama
 from lab.commands import ExportOptions, ImportOptions
 from lab.console import UserError, say, show
 from lab.evaluation import OpenRun, open_run
-from lab.files import (free_folder, free_place, new_folder, read_tensors, reading, write_file)
+from lab.files import (begins_with, free_folder, free_place, new_folder, read_tensors, reading,
+                       write_file)
 from lab.folder import CONFIG as RUN_CONFIG
 from lab.folder import FIRST_PROMPT, LAST_PROMPT, Run, versions
 from lab.foreign_data import not_foreign
@@ -50,6 +52,8 @@ ROWS, PREFIX = ("PROMPT_TUNING", "P_TUNING"), ("PREFIX_TUNING", "CARTRIDGE")
 # The largest difference between logits before and after, as a share of the largest logit: the
 # numbers are the same, but a device may add them up in another order.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
+# Of rows in numpy's format: bytes of the header, which has a shape and a type, and all numbers.
+LONGEST_HEADER, MOST_NUMBERS = 1000, 2**28
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,11 +209,21 @@ def _numpy_rows(path: Path) -> Tensor:
     prompt-tuning have no ending)."""
     with reading(path, "floating-point rows (n, width) that numpy.save wrote",
                  "give such a file, or a PEFT adapter's folder"):
+        with open(llama.regular(path), "rb") as file:
+            start = io.BytesIO(file.read(LONGEST_HEADER))  # numpy would believe any length
         with warnings.catch_warnings(action="ignore"):  # of Python 2's files, and of overflows
-            x = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
-            if x.dtype.kind != "f":
-                raise ValueError(f"it holds {x.dtype} numbers")
-            return torch.from_numpy(x.astype(np.float32))
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                           (2, 0): np.lib.format.read_array_header_2_0}.get(
+                np.lib.format.read_magic(start))
+            if read_header is None:
+                raise ValueError("it has field names, as only tables have")
+            shape, is_transposed, dtype = read_header(start)
+            if dtype.kind != "f":
+                raise ValueError(f"it holds {dtype} numbers")
+            if len(shape) != 2 or not 0 < math.prod(shape) <= MOST_NUMBERS:
+                raise ValueError(f"its shape is {shape!s:.80}")
+            x = np.memmap(path, dtype, "r", start.tell(), shape, "F" if is_transposed else "C")
+            return torch.from_numpy(x.astype(np.float32, "C"))
 
 
 def _checked(x: Tensor, path: Path) -> Tensor:
@@ -307,11 +321,7 @@ def _cell(value):
 
 def is_table(path: Path) -> bool:
     """Whether to_csv made the file."""
-    beginning = ",".join(COLUMNS).encode()
-    if not path.is_file():
-        return False
-    with path.open("rb") as f:
-        return f.read(len(beginning)) == beginning
+    return begins_with(path, ",".join(COLUMNS).encode())
 
 
 # --------------------------------------------------------------------------------------------------

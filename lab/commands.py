@@ -142,7 +142,7 @@ class CompareOptions:
 class InterpolateOptions:
     run_a: str | None = argument("RUN_A", "where t is 0")
     run_b: str | None = argument("RUN_B", "where t is 1")
-    points: int = setting(11, "prompts, the two ends among them", above=1)
+    points: int = setting(11, "prompts, the two ends among them", above=1, below=10**4 + 1)
     eval_limit: int | None = setting(None, "most questions, 0 for all (theirs)", least=0,
                                      flag="--limit", flag_metavar="LIMIT")
     out: str | None = setting(None, "folder for curve.jsonl (RUN_A-to-RUN_B)")

@@ -69,6 +69,15 @@ def checksum(paths: list[Path]) -> str:
     return total.hexdigest()
 
 
+def begins_with(path: Path, beginning: bytes) -> bool:
+    """Whether a file, if there is one, begins with these bytes. Raises UserError if it cannot be
+    read."""
+    if not path.is_file():
+        return False
+    with reading(path, "readable", "check its disk, and who may use it"), path.open("rb") as f:
+        return f.read(len(beginning)) == beginning
+
+
 # --------------------------------------------------------------------------------------------------
 # writing: a folder that is held by its descriptor
 
@@ -89,6 +98,17 @@ class NotWritten(OSError):
     def __init__(self, path: Path, e: OSError):
         super().__init__(f"{path}: cannot be written: {e.strerror}")
         self.errno = e.errno
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Turn an OSError inside, unless it is explained already, into NotWritten of this path."""
+    try:
+        yield
+    except OSError as e:
+        if not e.strerror:
+            raise
+        raise NotWritten(path, e) from e
 
 
 def refuse_link(path: Path) -> None:
@@ -203,7 +223,13 @@ class Folder:
         names = [entry.name for entry in os.scandir(self.descriptor)
                  if entry.is_dir(follow_symlinks=False) and not entry.name.endswith(UNFINISHED)]
         for name in names:
-            with contextlib.suppress(OSError), Folder(self.path / name, inside=self) as inner:
+            # It may have gone meanwhile, or be another's. That a disk fails is told: what is not
+            # listed would be taken for what is not there.
+            try:
+                inner = Folder(self.path / name, inside=self)
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                continue
+            with inner, named(inner.path):
                 yield inner
 
     def names(self) -> list[str]:
@@ -238,19 +264,19 @@ class Folder:
         the new is durable; whoever is killed leaves the old, or what `finish` goes on with."""
         name = f".{os.getpid()}{UNFINISHED}"
         try:
-            os.mkdir(name, dir_fd=self.descriptor)
-            with Folder(self.path / name, inside=self) as inner:
-                yield inner
-                inner.synchronise()
-                self._check_places(inner.names())
-            os.rename(name, MADE, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
-            os.fsync(self.descriptor)
-        except BaseException as e:
+            with named(self.path / name):
+                os.mkdir(name, dir_fd=self.descriptor)
+                with Folder(self.path / name, inside=self) as inner:
+                    yield inner
+                    inner.synchronise()
+                    self._check_places(inner.names())
+                os.rename(name, MADE, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+                os.fsync(self.descriptor)
+        except BaseException:
             shutil.rmtree(name, ignore_errors=True, dir_fd=self.descriptor)
-            if isinstance(e, OSError) and e.strerror:
-                raise NotWritten(self.path / name, e) from e
             raise
-        self.finish(is_ours)
+        with named(self.path):
+            self.finish(is_ours)
 
     def _check_places(self, names: list[str]) -> None:
         """Raises NotWritten or UserError if a file cannot come to one of these places."""
@@ -339,11 +365,9 @@ def write_file(path: Path, content: bytes, is_new: bool = False) -> None:
 @contextlib.contextmanager
 def replacing(path: Path, is_new: bool = False) -> Iterator[BinaryIO]:
     """See Folder.replacing. The file's folder is made if there is none."""
-    try:
+    with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Folder(path.parent)
-    except OSError as e:
-        raise NotWritten(path, e) from e
     with folder, folder.replacing(path.name, is_new) as file:
         yield file
 
@@ -374,15 +398,14 @@ def locked(path: Path, is_ours: Callable[[str], bool], flag: str = "--out"
     new_folders = [p for p in (path, *path.parents) if not p.exists()]
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, new_folders)
-        try:
+        with named(path / LOCK):
             folder, file, earlier_owner = _lock(path, flag)
-        except OSError as e:
-            raise NotWritten(path / LOCK, e) if e.strerror else e
         stack.enter_context(folder)
         stack.enter_context(file)
         stack.callback(_unlink, LOCK, folder.descriptor)
-        folder.finish(is_ours)
-        folder.clear_unfinished()
+        with named(path):
+            folder.finish(is_ours)
+            folder.clear_unfinished()
         yield folder, earlier_owner
 
 

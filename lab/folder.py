@@ -263,7 +263,9 @@ class Run:
             if '"eval"' in line:
                 # What else is wrong with the log is told by those who read all of it.
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                    return int(json.loads(line)["step"])
+                    step = json.loads(line)["step"]
+                    if type(step) is int:
+                        return step
         return -1
 
     def last_step(self) -> int:
@@ -400,13 +402,14 @@ class Run:
         return f"{from_prompt}train again by {self.again}"
 
     def _problem_of_log(self, checkpoint: Checkpoint, path: Path) -> str:
-        """What is wrong with the log if it is not the one that a checkpoint was saved beside."""
+        """What is wrong with the log if it is not the one that a checkpoint was saved beside.
+        Raises UserError for one that cannot be read, which an earlier checkpoint does not mend."""
         log, length = self.path / LOG, checkpoint.metrics_bytes
         try:
             with open(llama.regular(log), "rb") as f:
                 beginning = f.read(length)
         except OSError as e:
-            return f"{log}: {llama.cause(e)}"
+            raise UserError(f"{log}: {llama.cause(e)}: {self.how_to_begin()}") from None
         digest = hashlib.sha256(beginning).hexdigest()
         if len(beginning) < length:
             return f"{log}: shorter than at {path.name}: its end is lost"
@@ -585,21 +588,23 @@ def _check_metric(line: dict) -> None:
     if "step" in NUMBERS[line["split"]] and not (type(line["step"]) is int
                                                  and 0 <= line["step"] < 2**53):
         raise ValueError(f"step is {line['step']!r:.80}")
-    # Scores are drawn and compared; ids and the split alone are no numbers. No picture has room for
-    # numbers of hundreds of digits.
-    for key in line.keys() - {"split", "ids"}:
-        if type(line[key]) not in (int, float) or not abs(line[key]) < 1e30:
-            raise ValueError(f"{key} is {line[key]!r:.80}")
+    _check_scores(line, ("split", "ids"))
 
 
 def _check_prediction(line: dict) -> None:
-    texts = [line["id"], line["question"], line["prediction"], *line["answers"]]
-    scores = [value for key, value in line.items()
-              if key not in ("id", "question", "prediction", "answers")]
+    texts = [line["id"], line["question"], line["prediction"], *line["answers"],
+             line.get("choice", "")]
     if not all(isinstance(text, str) for text in texts) or not isinstance(line["answers"], list):
         raise ValueError("an answer that is no text")
-    if not all(type(score) in (int, float) for score in scores):
-        raise ValueError("a score that is no number")
+    _check_scores(line, ("id", "question", "prediction", "answers", "choice"))
+
+
+def _check_scores(line: dict, others: tuple[str, ...]) -> None:
+    """Raises ValueError for what is no number, of all but `others`. Scores are drawn and compared,
+    and no picture has room for numbers of hundreds of digits."""
+    for key in line.keys() - set(others):
+        if type(line[key]) not in (int, float) or not abs(line[key]) < 1e30:
+            raise ValueError(f"{key} is {line[key]!r:.80}")
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -35,7 +35,7 @@ from lab.activations import ROLES
 from lab.commands import PlotOptions
 from lab.console import UserError, progress, say, show
 from lab.evaluation import OpenRun, open_run
-from lab.files import NotWritten, free_place, write_file
+from lab.files import NotWritten, begins_with, free_place, write_file
 from lab.folder import Run, snapshot
 from lab.inputs import LoadedModel
 from lab.pictures import curves, draw_run, text_picture
@@ -427,11 +427,7 @@ def command_plot(given: dict) -> None:
 
 def is_page(path: Path) -> bool:
     """Whether plot made the page."""
-    beginning = TEMPLATE.read_bytes()[:80]
-    if not path.is_file():
-        return False
-    with path.open("rb") as f:
-        return f.read(len(beginning)) == beginning
+    return begins_with(path, TEMPLATE.read_bytes()[:80])
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from typing import Callable, Iterator
 
@@ -35,6 +36,26 @@ def keep_freed_memory() -> None:
         return  # another C library
     mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def use_threads(count: int) -> None:
+    """Make torch work with as many threads as a run began with. Raises UserError if the system has
+    no room for them: OpenMP would end the process."""
+    if count > (os.cpu_count() or 1):
+        go_on, started = threading.Event(), []
+        try:
+            for _ in range(2 * count):  # torch and MKL have their own
+                started.append(threading.Thread(target=go_on.wait))
+                started[-1].start()
+        except RuntimeError:
+            raise UserError(f"{count} threads, as this run began with, cannot be started here: go "
+                            "on where they can, or begin another run") from None
+        finally:
+            go_on.set()
+            for thread in started:
+                if thread.ident:  # it was started
+                    thread.join()
+    torch.set_num_threads(count)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from lab.files import Locked, write_file
 from lab.folder import CONFIG, Run
 from lab.inputs import Shared
 from lab.plan import Plan, cell_key, make_runs, read_grids, read_plan
+from lab.processes import use_threads
 from lab.settings import from_flags
 from lab.sweep_table import show_table
 from lab.train import differences, read_inputs, train_run
@@ -121,7 +122,7 @@ def take(plan: Plan, name: str, shared: Shared, finished: set[str]) -> bool:
 def train_or_resume(plan: Plan, name: str, run: Run, shared: Shared) -> None:
     """Train a run whose lock is held. Its bytes are those of `train` with as many threads."""
     flags = plan.runs[name]
-    torch.set_num_threads(plan.threads)
+    use_threads(plan.threads)
     if not (run.path / CONFIG).exists():
         train_run(run, plan.settings(name), None, sorted(flags), shared)
         return

@@ -40,7 +40,7 @@ from lab.populations import (Reference, draw, fit, gaussian_like, norm_ratio, po
                              prefix_of, prefix_references, references)
 from lab.processes import (SIGNALS, all_reduce_gradients, all_reduce_sum, barrier, broadcast,
                            collect_signals, init_processes, keep_freed_memory, only_first,
-                           rank_and_size)
+                           rank_and_size, use_threads)
 from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_name, from_config,
                           from_flags, spec_name, with_flags)
 
@@ -566,7 +566,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
     sums = only_first(lambda: {**checksums(settings, shared),
                                "tokenizer": loaded.vocabulary.sha256})
     if config:
-        torch.set_num_threads(config["threads"])  # sums are then added in the same order
+        use_threads(config["threads"])  # sums are then added in the same order
         check_unchanged(run, settings, config, sums, is_resumed)
 
     # The run records the commit and the longest text with its settings.

@@ -165,15 +165,23 @@ def test_rows_in_numpys_format(hf, tmp_path):
             np.save(f, x.numpy().astype(dtype))
         prompt = from_peft(tmp_path / "encoder.prompt.prompt.prompt", model)
         torch.testing.assert_close(prompt.layers[0], x, rtol=1e-3, atol=1e-3)
-    for bad, message in ((x.numpy()[0], "expected floating-point"),
+    for bad, message in ((x.numpy()[0], "its shape is"),
                          (x.numpy()[:, :7], "another model"),
                          (np.array([["a"]]), "<U1 numbers"), (x.numpy() * np.nan, "not finite"),
-                         (np.array([[object()]]), "Python objects"),
+                         (np.array([[object()]]), "object numbers"),
                          (np.ones((2, 48), np.int64), "int64")):
         np.save(tmp_path / "bad.npy", bad, allow_pickle=True)
         with pytest.raises(UserError, match=message):
             from_peft(tmp_path / "bad.npy", model)
-    for content in (b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00v\x00{'descr'", b"\x80\x04."):
+    def with_header(text, version=2, length=None):
+        length = len(text) if length is None else length
+        return b"\x93NUMPY" + bytes([version, 0]) + length.to_bytes(4, "little") + text
+
+    about = b"{'descr': %s'<f4', 'fortran_order': False, 'shape': (%s, 16)}\n"
+    for content in (b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00v\x00{'descr'", b"\x80\x04.",
+                    with_header(b"", length=2**32 - 1), with_header(about % (b"-" * 9000, b"3")),
+                    with_header(about % (b"(" * 300, b"3")), with_header(about % (b"", b"3"), 3),
+                    with_header(about % (b"", b"2000000000")) + bytes(64)):
         (tmp_path / "bad.npy").write_bytes(content)
         with pytest.raises(UserError, match="not floating-point rows") as e:
             from_peft(tmp_path / "bad.npy", model)

@@ -288,6 +288,7 @@ def test_interpolate(runs, tmp_path, capsys):
     assert run("interpolate", runs / "squad", runs / "gaussian", "--out", tmp_path / "no") == 2
     assert "no line joins them" in capsys.readouterr().err and not (tmp_path / "no").exists()
     assert run("interpolate", runs / "squad", runs / "math", "--points", 1) == 2
+    assert run("interpolate", runs / "squad", runs / "math", "--points", 10**9) == 2
     assert run("interpolate", runs / "squad", runs / "math", "--out", tmp_path / "line") == 2
     assert "exists" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+import calls
 import promptprior
 from lab import adapters, files, train
 from lab.console import UserError
@@ -121,33 +122,7 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(run, monkeypatch, cap
 # kills: the old or the new, before every system call
 
 
-CALLS = ("open", "mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync", "scandir",
-         "listdir")
-
-
-def killed_at(n, work):
-    """Whether a child that does this work lives to its end, when it dies before its n-th call."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1] == 0
-    left = n
-
-    def before(call):
-        def called(*arguments, **options):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os._exit(9)
-            return call(*arguments, **options)
-        return called
-
-    try:
-        for name in CALLS:
-            setattr(os, name, before(getattr(os, name)))
-        work()
-    except BaseException:  # nothing of pytest runs twice
-        os._exit(1)
-    os._exit(0)
+needs_ptrace = pytest.mark.skipif(not calls.is_possible(), reason="no ptrace of x86_64 Linux here")
 
 
 def an_import(run, rows, overwrite):
@@ -162,15 +137,16 @@ def an_import(run, rows, overwrite):
             run.write_json(CONFIG, config)
 
 
+@needs_ptrace
 def test_an_overwrite_leaves_the_old_run_or_the_new(run):
-    """At every second call. Each is read as one run, and a killed command can be repeated."""
+    """At every third call. Each is read as one run, and a killed command can be repeated."""
     (run / "notes.txt").write_text("mine")
     (run / "prompts/.mine").write_text("mine")
     old, new, copy = 3, torch.ones(5, 8), run.parent / "copy"
     seen, n, lived = set(), 0, False
     while not lived:
         shutil.copytree(run, copy)
-        lived = killed_at(n, lambda: an_import(Run(copy), new, True))
+        lived = calls.run(lambda: an_import(Run(copy), new, True), copy, n).status == 0
         found = Run(copy)
         if files.is_unfinished(copy) or (copy / files.LOCK).exists():
             with found.lock():
@@ -188,21 +164,23 @@ def test_an_overwrite_leaves_the_old_run_or_the_new(run):
                                     "prompts/.mine"}, n
         an_import(found, new, True)
         shutil.rmtree(copy)
-        n += 2
+        n += 3
     assert seen == {3, 5} and n > 60
 
 
+@needs_ptrace
 def test_a_reader_finishes_what_a_killed_overwrite_began(run, capsys):
     new, copy, unfinished = torch.ones(5, 8), run.parent / "copy", 0
     for n in range(20, 120, 3):
         shutil.copytree(run, copy)
-        killed_at(n, lambda: an_import(Run(copy), new, True))
+        calls.run(lambda: an_import(Run(copy), new, True), copy, n)
         unfinished += files.is_unfinished(copy)
         assert len(Run(copy).tensors()["layers.0"]) == Run(copy).settings().prior.tokens
         shutil.rmtree(copy)
     assert unfinished > 5
 
 
+@needs_ptrace
 def test_a_beginning_can_be_repeated(tmp_path):
     """A killed command that made a folder leaves none, beginnings, or all of it."""
     whole, n, lived = {"a.json": b"{}", "figures/b.svg": b"svg"}, 0, False
@@ -213,7 +191,7 @@ def test_a_beginning_can_be_repeated(tmp_path):
                 folder.write(name, content)
 
     while not lived:
-        lived = killed_at(n, make)
+        lived = calls.run(make, tmp_path, n).status == 0
         try:
             make()
         except UserError as e:
@@ -226,38 +204,35 @@ def test_a_beginning_can_be_repeated(tmp_path):
     assert n > 25
 
 
+@needs_ptrace
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails_keeps_the_old(run, monkeypatch, number):
-    """At every call of an overwrite: one error that names the file, and the old run or the new."""
-    before, lived, n = everything(run), False, 0
-    copy, new = run.parent / "copy", torch.ones(5, 8)
-    while not lived:
-        shutil.copytree(run, copy)
-        left = n
+def test_a_disk_that_fails_keeps_the_old(run, number):
+    """At every sixth call of an overwrite, and wherever it opens a folder, also to read: one error
+    that names the file, and the old run or the new; what is said to be done is."""
+    copy, new, before = run.parent / "copy", torch.ones(5, 8), everything(run)
 
-        def failing(call):
-            def called(*arguments, **options):
-                nonlocal left
-                left -= 1
-                if left == -1:
-                    raise OSError(number, os.strerror(number))
-                return call(*arguments, **options)
-            return called
+    def work():
+        try:
+            an_import(Run(copy), new, True)
+        except (OSError, ValueError) as e:
+            assert os.strerror(number) in str(e) and str(copy) in str(e), e
+            return 1
 
-        with monkeypatch.context() as m:
-            for name in ("open", "mkdir", "rename", "replace", "fsync"):
-                m.setattr(os, name, failing(getattr(os, name)))
-            try:
-                an_import(Run(copy), new, True)
-            except OSError as e:
-                assert os.strerror(number) in str(e)
-            lived = left >= 0
-        rows = len(Run(copy).tensors()["layers.0"])
-        assert rows == Run(copy).settings().prior.tokens
-        assert rows == 5 or everything(copy) == before, n
+    shutil.copytree(run, copy)
+    whole = calls.run(work, copy, reads=True)
+    after = everything(copy)
+    assert whole.status == 0 and len(whole.calls) > 100
+    for n, call in enumerate(whole.calls):
+        if n % 6 != number % 5 and not call.endswith("tmp/prompts"):
+            continue
         shutil.rmtree(copy)
-        n += 1
-    assert n > 30
+        shutil.copytree(run, copy)
+        status = calls.run(work, copy, n, number).status
+        left = everything(copy)
+        left.pop(files.LOCK, None)
+        rows = len(Run(copy).tensors()["layers.0"])
+        assert status in (0, 1) and rows == Run(copy).settings().prior.tokens, call
+        assert left == after if status == 0 else rows == 5 or left == before, call
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zlib
@@ -21,6 +22,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import calls
+import damage
 import data
 import fuzz
 import llama
@@ -234,7 +237,7 @@ def test_mutated_safetensors(world, own, tmp_path, part, name):
     path, r, outcomes = folder / name, random.Random(0), [0, 0]
     content = path.read_bytes()
     for _ in range(300):
-        how = r.choice([fuzz.damaged_safetensors, fuzz.damaged_bytes, fuzz.other_content])
+        how = r.choice([damage.damaged_safetensors, damage.damaged_bytes, damage.other_content])
         path.write_bytes(how(r, content))
         try:
             if part == "model":
@@ -574,6 +577,24 @@ def test_a_runs_config(own, refused, change):
         assert "config.json" in refused(*command)
 
 
+def test_threads_that_cannot_be_started(own, refused, monkeypatch):
+    """OpenMP would end the process."""
+    folder, started = own("runs/point"), []
+
+    def start(thread):
+        if len(started) > 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        original(thread)
+
+    path, original = folder / "config.json", threading.Thread.start
+    path.write_text(json.dumps({**json.loads(path.read_text()), "threads": 1000}))
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert "1000 threads, as this run began with" in refused(
+        "train", "--out", folder, "--resume", "--steps", 3)
+    assert len(started) == 3 and not any(thread.is_alive() for thread in started)
+
+
 @pytest.mark.parametrize("state", [
     "false", "[]", "{}", "", "null", DEEP, '{"step": "1", "metrics_bytes": 0, "due": true}'])
 def test_a_checkpoints_state(own, refused, state):
@@ -602,6 +623,7 @@ def test_a_priors_run_that_is_no_file(world, own, refused, tmp_path):
     '{"split": "eval", "step": true, "loss": 1}', '{"split": "eval", "step": 1, "loss": 1e308}',
     '{"split": "train", "step": 1, "loss": -Infinity}',
     '{"split": "eval", "step": 1, "loss": 0.5, "f1": 1e400}',
+    '{"split": "eval", "step": Infinity, "loss": 0.5}',
     '{"split": "train", "step": 1%s, "loss": 0.5}' % ("0" * 30)])
 def test_a_runs_log(own, refused, line):
     folder = own("runs/point")
@@ -612,6 +634,24 @@ def test_a_runs_log(own, refused, line):
     path.write_bytes(path.read_bytes()[:-1])  # a last line that a killed run left unfinished
     if line != "\0":
         assert len(runs.Run(folder).metrics()) > 3
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"choice": "B", "choice_accuracy": 0.0}, ""), ({"choice": 5}, "no text"),
+    ({"answers": "x"}, "no text"), ({"question": None}, "no text"), ({"f1": "1"}, "f1 is '1'"),
+    ({"f1": float("-inf")}, "f1 is -inf"), ({"f1": 1e308}, "f1 is 1e"),
+    ({"new": 10**400}, "new is")])
+def test_a_runs_predictions(own, refused, change, message):
+    """Those of multiple choice have a text more."""
+    folder = own("runs/point")
+    path = folder / "predictions.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text(json.dumps({**json.loads(first), **change}) + "\n" + "".join(rest))
+    if message:
+        error = refused("plot", folder)
+        assert "predictions.jsonl line 1: not a prediction" in error and message in error
+    else:
+        assert promptprior.main(["plot", str(folder)]) == 0
 
 
 @pytest.mark.parametrize("change", [
@@ -647,7 +687,8 @@ COLLECTION = [
     {"layers": [0]}, {"layers": [0, 1]}, {"layers": []}, {"layers": [0, 0, 2]}, {"layers": "02"},
     {"layers": [-1]}, {"domains": ["a"]}, {"domains": []}, {"domains": ["a", "a"]},
     {"domains": [[]]},
-    {"domains": None}, {"pool": "x"}, {"pool": ["token"]}, {"roles": ["bos"]}, {"sha256": 5},
+    {"domains": None}, {"domains": [*map(str, range(10**5))]}, {"pool": "x"},
+    {"pool": ["token"]}, {"roles": ["bos"]}, {"sha256": 5},
     {"model": None}, {"dtype": {}}, {"model": "\0"}]
 
 
@@ -780,3 +821,12 @@ def test_fuzz():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
     assert re.search(r"^all [1-9]", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.skipif(not calls.is_possible(), reason="no ptrace of x86_64 Linux here")
+def test_killed_or_failing_at_any_system_call():
+    signal.alarm(0)
+    done = subprocess.run([sys.executable, HERE / "tests/calls.py", "--seconds", "3", "--only",
+                           "import --overwrite"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    assert re.search(r"^[1-9][0-9]* of [0-9]+ cases, 0 failed", done.stdout, re.MULTILINE)

@@ -373,6 +373,8 @@ def test_damaged_runs_are_one_line(copy, capsys):
     run = copy / "runs/vocab-seed0-lr0.01"
     other = copy / "runs/vocab-seed0-lr0.003"
     for name, old, new in (("predictions.jsonl", '"accuracy"', '"acc"'),
+                           ("predictions.jsonl", '"accuracy": ', '"accuracy": -1e308, "x": '),
+                           ("predictions.jsonl", '"accuracy": ', '"accuracy": -Infinity, "x": '),
                            ("config.json", '"layer": 0', '"layer": 7'),
                            ("metrics.jsonl", '"accuracy"', '"acc"')):
         for folder in (run, other):
