@@ -671,8 +671,9 @@ class Vocabulary:
     a text which begins with BOS gets no second one.
 
     self.bos is the id in front of every text, or None. adds_bos, adds_eos: whether the
-    tokenizer puts one in front of a text, or behind it. unembedded: its tokens that the model does
-    not embed, {id: token}; a text with one is refused. remarks: lines about what is unusual."""
+    tokenizer puts one in front of a text, or behind it; behind: what it puts there, ids.
+    unembedded: its tokens that the model does not embed, {id: token}; a text with one is refused.
+    remarks: lines about what is unusual."""
 
     def __init__(self, folder: str | Path, eos: tuple[int, ...] = (), bos: int | None = None,
                  embedded: int | None = None, config_bos: int | None = None):
@@ -696,16 +697,17 @@ class Vocabulary:
             encoding = self.tokenizer.encode(string.printable + "\u00fc\u732b\0")
             # Some broken files load without error and fail when they are used.
             self.tokenizer.decode(encoding.ids)
-        # What the tokenizer adds: _front tokens before every text, _behind tokens after it.
+        # What the tokenizer adds: _front tokens before every text, and `behind` after it.
         is_text = [not added for added in encoding.special_tokens_mask]
-        self._front, self._behind = 0, 0
+        self._front, last = 0, len(is_text)
         if True in is_text:
-            self._front, self._behind = is_text.index(True), is_text[::-1].index(True)
+            self._front, last = is_text.index(True), last - is_text[::-1].index(True)
+        self.behind = encoding.ids[last:]
         if self._front > 1:
             raise DataError(f"{self.path}: puts tokens {encoding.ids[:self._front]} in front of a "
                             "text, expected BOS alone: take the others out of its "
                             "post_processor")
-        self.adds_bos, self.adds_eos = self._front > 0, self._behind > 0
+        self.adds_bos, self.adds_eos = self._front > 0, bool(self.behind)
         self.bos = encoding.ids[0] if self.adds_bos else bos
 
         tokens = self.tokenizer.get_vocab(with_added_tokens=True)
@@ -789,7 +791,7 @@ class Vocabulary:
         with _tokenizer_errors(self.path):
             encoding = self.tokenizer.encode(text)
         ids = self._with_bos(encoding.ids)
-        last = len(encoding.ids) - self._behind
+        last = len(encoding.ids) - len(self.behind)
         # a token that the tokenizer adds has no characters, so it begins where it ends
         first = next((i for i, (begin, end) in enumerate(encoding.offsets)
                       if begin >= place and end > begin), last)
@@ -797,7 +799,7 @@ class Vocabulary:
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         """ids: what the tokenizer makes of a text."""
-        ids = ids[self._front:len(ids) - self._behind]
+        ids = ids[self._front:len(ids) - len(self.behind)]
         if self.unembedded:
             self._refuse_unembedded(ids)
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
@@ -831,8 +833,10 @@ RESERVED = re.compile(r"[<\[]\|?(reserved|unused|dummy|placeholder|pad|extra_id)
 # What tokenizer_config.json calls tokens, in the order in which transformers adds them.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of a token
-# Values of tokenizer_class for which transformers takes tokenizer.json as it stands.
-PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", "BloomTokenizer")
+# Values of tokenizer_class for which transformers takes tokenizer.json as it stands; of a T5 it
+# builds the same again.
+PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", "BloomTokenizer",
+                 "T5Tokenizer")
 # A text that pre-tokenizers divide in different ways.
 SPECIMEN = "In 1856, Ada's  12345 x-rays\n\n40 Öl\nQuestion: \"it's 3.50\"?\nAnswer: Dr. X\n"
 

@@ -111,7 +111,7 @@ def read_config(path: Path) -> Config:
     """Read a Hugging Face config.json, in the form of transformers 4 or of 5 (rope_parameters).
 
     Raises ModelError for another architecture or rope type, a missing or impossible size."""
-    c = _read_json(path)
+    c = read_json(path)
     if c.get("model_type") != "llama":
         raise ModelError(f"{path}: model_type is {c.get('model_type')!r}, and only 'llama' is "
                          "known here: choose a folder of Llama, TinyLlama, SmolLM or another "
@@ -133,17 +133,12 @@ def read_config(path: Path) -> Config:
     defaults = {"num_key_value_heads": heads}
     if type(heads) is int and type(width) is int and heads > 0:
         defaults["head_dim"] = width // heads
-    for field, (default, kind, minimum, maximum) in FIELDS.items():
-        value = c.get(field)
-        if value is None:
-            value = defaults.get(field, default)
-        _check(path, field, value, kind, minimum, maximum)
-        values[field] = value
+    values |= read_fields(path, c, FIELDS, defaults)
 
     values["bos_token_id"] = c.get("bos_token_id")
     if values["bos_token_id"] is not None:
         _check(path, "bos_token_id", values["bos_token_id"], int, 0, values["vocab_size"] - 1)
-    values["eos_token_id"] = _read_eos(path, c)
+    values["eos_token_id"] = read_eos(path, c)
 
     head_dim, kv_heads = values["head_dim"], values["num_key_value_heads"]
     if rope["rope_type"] == "longrope":
@@ -153,6 +148,19 @@ def read_config(path: Path) -> Config:
                          "heads: the heads must divide evenly and their width be even: repair the "
                          "file")
     return Config(**values)
+
+
+def read_fields(path: Path, c: dict, known: dict[str, tuple], defaults: dict) -> dict:
+    """The values of the known fields of config.json, c. known: as FIELDS. defaults: those that
+    differ from known's. Raises ModelError for a value of another type or out of its range."""
+    values = {}
+    for field, (default, kind, minimum, maximum) in known.items():
+        value = c.get(field)
+        if value is None:
+            value = defaults.get(field, default)
+        _check(path, field, value, kind, minimum, maximum)
+        values[field] = value
+    return values
 
 
 def _read_rope(path: Path, c: dict) -> dict:
@@ -220,12 +228,13 @@ def _rope_settings(path: Path, c: dict) -> dict:
     return spellings[0] if spellings else {"rope_type": "default"}
 
 
-def _read_eos(path: Path, c: dict) -> tuple[int, ...]:
-    """The tokens that end a text. Chat models name further ones in generation_config.json."""
+def read_eos(path: Path, c: dict) -> tuple[int, ...]:
+    """The tokens that end a text, of the config.json c at path. Chat models name further ones in
+    generation_config.json."""
     generation = path.with_name("generation_config.json")
     eos = None
     if generation.exists():
-        eos = _read_json(generation).get("eos_token_id")
+        eos = read_json(generation).get("eos_token_id")
     if eos is None:
         eos = c.get("eos_token_id")
 
@@ -249,7 +258,8 @@ def _check(path: Path, field: str, value, kind: type, minimum, maximum) -> None:
     raise ModelError(f"{path}: {field} is {value!r:.80}, expected {expected}: repair the file")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ModelError for anything else."""
     try:
         if regular(path).stat().st_size > 2**28:
             raise OSError("larger than 256 MiB")
@@ -959,15 +969,22 @@ def load(folder: str | Path, dtype: str | torch.dtype | None = None, device: str
     folder is not as usual. Raises ModelError for anything missing, damaged, misshapen or
     quantised."""
     folder = Path(folder)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = read_config(folder / "config.json")
-    weights = _named(folder, _stored(folder), report)
-    _refuse_quantised(folder, weights, report)
+    weights = _named(folder, stored_tensors(folder), report)
+    refuse_quantised(folder, weights, report)
     config = _with_head(folder, config, weights, report)
     with torch.device("meta"):
         model = Llama(config)
-    _check_shapes(folder, {name: tuple(t.shape) for name, t in model.state_dict().items()}, weights)
+    return filled(model, weights, folder, dtype, device)
 
+
+def filled(model: nn.Module, weights: dict[str, Stored], folder: Path,
+           dtype: str | torch.dtype | None, device: str) -> nn.Module:
+    """A model without numbers, which was made on the meta device -> the same, frozen, with the
+    weights of a folder {name in the model: tensor of a file}. Raises ModelError unless these are
+    all that the model has, of its shapes and finite."""
+    _check_shapes(folder, {name: tuple(t.shape) for name, t in model.state_dict().items()}, weights)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     tensors = {}
     for path in sorted({w.path for w in weights.values()}):
         with _open(path) as file:
@@ -1005,7 +1022,7 @@ def weight_files(folder: Path) -> list[str]:
         count = counts.pop()
         return [f"model-{i:05d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
 
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: no weight_map of tensor names to files: fetch it again")
     for name, file in weight_map.items():
@@ -1018,8 +1035,9 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _stored(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder, by their names."""
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder, by their names. Raises ModelError for an adapter that is not
+    merged."""
     files = weight_files(folder)
     if (folder / files[0]).exists() and (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder}: an adapter (adapter_config.json) beside the weights, which "
@@ -1032,6 +1050,10 @@ def _stored(folder: Path) -> dict[str, Stored]:
         path = folder / file_name
         with _open(path) as file:
             for name in file.keys():
+                if ADAPTERS.search(name):
+                    raise ModelError(
+                        f"{path}: tensor {name!r:.120} is of an adapter that is not merged: merge "
+                        "it with PEFT's merge_and_unload(), save the model, and give that folder")
                 if name in stored:
                     raise ModelError(
                         f"{path}: tensor {name!r:.120} is in {stored[name].path.name} too: delete "
@@ -1069,12 +1091,14 @@ BUFFERS = re.compile(r"(rotary_emb\.inv_freq|causal_mask|masked_bias|attn\.bias|
 ADAPTERS = re.compile(r"\.(lora_|ia3_|hada_|lokr_|base_layer\.|modules_to_save\.|ln_tuning_)")
 
 
-def _refuse_quantised(folder: Path, weights: dict[str, Stored], report) -> None:
-    """Raise ModelError if weights, under the names of a LLaMA, are codes for numbers. Report a
-    config.json that only says so."""
+def refuse_quantised(folder: Path, weights: dict[str, Stored], report,
+                     model_class: str = "AutoModelForCausalLM") -> None:
+    """Raise ModelError if weights, under the names that they have in the model, are codes for
+    numbers. Report a config.json that only says so. model_class: of transformers, for the
+    remedy."""
     codes = [t for name, t in weights.items()
              if t.dtype not in FLOATS or CODES.search(name)]
-    c = _read_json(folder / "config.json")
+    c = read_json(folder / "config.json")
     about = c.get("quantization_config") or c.get("quantization") or {}
     if not isinstance(about, dict):
         about = {}
@@ -1084,18 +1108,18 @@ def _refuse_quantised(folder: Path, weights: dict[str, Stored], report) -> None:
         raise ModelError(
             f"{first.path}: quantised by {method!s:.40} ({len(codes)} of {len(weights)} "
             f"tensors, first {first.name!r:.80}, {first.dtype}): give the folder it "
-            f"was made from; or dequantise it {_dequantised(folder, method)}")
+            f"was made from; or dequantise it {_dequantised(folder, method, model_class)}")
     if about:
         report(f"{folder}: config.json says quantised by {method!s:.40}, and the weights are plain "
                "numbers: they are used as they are")
 
 
-def _dequantised(folder: Path, method: str) -> str:
+def _dequantised(folder: Path, method: str, model_class: str) -> str:
     """How a quantised folder becomes one of plain numbers."""
     if method != "bitsandbytes":
         return "with the tool that made it, and give the folder that it writes"
     # without save_original_format transformers 5 would quantise again, which raises
-    return ("by `python -c \"import sys; from transformers import AutoModelForCausalLM as A; "
+    return (f"by `python -c \"import sys; from transformers import {model_class} as A; "
             "A.from_pretrained(sys.argv[1]).dequantize().save_pretrained('NEW', "
             f"save_original_format=False)\" {shlex.quote(str(folder))}`, copy the tokenizer's files "
             "there, and give NEW")
@@ -1109,7 +1133,7 @@ ANCHOR = "layers.0.input_layernorm.weight"  # every LLaMA has it once
 def _named(folder: Path, stored: dict[str, Stored], report) -> dict[str, Stored]:
     """The tensors under the names that they have in a LLaMA, whatever a trainer wrapped around it.
     Buffers are skipped, and what stands beside the decoder, such as a reward model's head, is left
-    out. Raises ModelError for an adapter that is not merged, and for two tensors of one name."""
+    out. Raises ModelError for two tensors of one name."""
     anchors = [name for name in stored if name.endswith(ANCHOR)]
     wrapper = anchors[0].removesuffix(ANCHOR).removesuffix("model.") if len(anchors) == 1 else ""
 
@@ -1117,10 +1141,6 @@ def _named(folder: Path, stored: dict[str, Stored], report) -> dict[str, Stored]
     left_out = []
     for name, tensor in stored.items():
         plain = name.removeprefix(wrapper)
-        if ADAPTERS.search(name):
-            raise ModelError(f"{tensor.path}: tensor {name!r:.120} is of an adapter that is not "
-                             "merged: merge it with PEFT's merge_and_unload(), save the model, and "
-                             "give that folder")
         if BUFFERS.search(plain):
             continue
         if name.endswith(HEAD):
@@ -1165,7 +1185,7 @@ def _check_shapes(folder: Path, shapes: dict[str, tuple], weights: dict[str, Sto
         if name not in shapes:
             raise ModelError(f"{w.path}: tensor {w.name!r:.120} has no place in the model that "
                              "config.json describes: the two are not of one model, or it is no "
-                             "plain LLaMA; choose another folder")
+                             "plain model of its type; choose another folder")
         if w.shape == shapes[name]:
             continue
         if name in (HEAD, EMBEDDINGS) and w.shape[1:] == shapes[name][1:]:
@@ -1189,7 +1209,7 @@ def _check_shapes(folder: Path, shapes: dict[str, tuple], weights: dict[str, Sto
 def _home(folder: Path, name: str) -> str:
     """Which file an index says that a tensor is in."""
     index = folder / "model.safetensors.index.json"
-    file = _read_json(index)["weight_map"].get(name) if index.exists() else None
+    file = read_json(index)["weight_map"].get(name) if index.exists() else None
     return f", which {index.name} says is in {file}" if file else ""
 
 

@@ -1,4 +1,5 @@
-"""What the studies of whole runs share: the program as a user calls it, and what it wrote."""
+"""What the studies of whole runs share: the program as a user calls it, what it wrote, and scores
+of prompts that no run ended with."""
 
 from __future__ import annotations
 
@@ -25,3 +26,34 @@ def metrics(run: Path) -> list[dict]:
 
 def evaluations(run: Path) -> list[dict]:
     return [m for m in metrics(run) if m["split"] == "eval"]
+
+
+def swept(folder: Path, *grids: dict) -> list[Path]:
+    """The runs of grids of settings {name: value, or list of values}. Those that are there already
+    are used again, and the same command goes on with those that are not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = folder / "grid.json"
+    grid.write_text(json.dumps(grids))
+    promptprior("sweep", "--out", folder / "sweep", "--grid", grid)
+    return sorted((folder / "sweep/runs").iterdir())
+
+
+class Scorer:
+    """Scores prompts, as {layer: tensor}, on the evaluation data of a run."""
+
+    def __init__(self, run: Path):
+        sys.path.insert(0, str(ROOT))
+        from lab.evaluation import open_run
+        from lab.interpolate import tasks_of
+
+        self.opened = open_run(run, {})
+        [(self.data, self.questions)] = tasks_of(self.opened, self.opened).values()
+
+    def __call__(self, layers: dict) -> float:
+        """F1 or accuracy, percent."""
+        from lab.evaluation import evaluate
+
+        o = self.opened
+        scores, _ = evaluate(o.loaded, [o.prompt._replace(layers=layers)], self.questions,
+                             o.settings.prompt.place, self.data, "prompt")
+        return scores["accuracy" if "accuracy" in scores else "f1"]

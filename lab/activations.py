@@ -31,6 +31,7 @@ from torch import Tensor
 
 import data
 import llama
+from lab import t5
 from lab.commands import CollectOptions
 from lab.console import UserError, progress, show
 from lab.evaluation import open_run
@@ -52,8 +53,9 @@ DOMAINS = 256  # the most of a collection; `compare` measures every pair of them
 
 
 @torch.no_grad()
-def stream(model: llama.Llama, rows: list[list[int]], positions: list[list[int]], layers: list[int],
-           past: llama.Past | None = None, mean: bool = False) -> Iterator[dict[int, Tensor]]:
+def stream(model: llama.Llama | t5.Encoder, rows: list[list[int]], positions: list[list[int]],
+           layers: list[int], past: llama.Past | None = None, mean: bool = False
+           ) -> Iterator[dict[int, Tensor]]:
     """{layer: (m, D)} of token rows, a batch at a time: the inputs of layers at these positions of
     each row, in order, or with `mean` their mean, one a row. past: of a prompt."""
     for start in range(0, len(rows), BATCH):
@@ -254,7 +256,7 @@ def _write_activations(loaded: LoadedModel, domains: dict[str, Chosen], layers: 
     written = 0
     with progress(total=len(out["role"]), desc="activations", unit=" rows", leave=False) as bar:
         for chosen in domains.values():
-            tokens = [row.ids for row in chosen.rows]
+            tokens = [row.ids + loaded.end for row in chosen.rows]  # which is not collected
             for batch in stream(loaded.model, tokens, chosen.positions, layers, past,
                                 pool == "mean"):
                 for i, x in batch.items():
@@ -394,7 +396,7 @@ def command_collect(given: dict) -> None:
         past, prompt_inputs = under_prompt(opened)
         loaded, max_length = opened.loaded, options.max_length or opened.max_length
     else:
-        loaded = load_model(from_flags(ModelSettings, given).complete())
+        loaded = load_model(from_flags(ModelSettings, given).complete(), encoders=True)
         max_length = longest_text(loaded, DataSettings(max_length=options.max_length),
                                   PriorSettings())
     # Check all that was asked for before the data is read, which may take long.

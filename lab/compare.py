@@ -367,8 +367,8 @@ def vocabulary_of(file: Collection, given: dict, models: dict[ModelSettings, Loa
         say(f"{settings.model}: no such folder, so the uniform walks at layer 0 are over the "
             f"tokens in {file.path}, not over the vocabulary (--model DIR)")
         return None
-    if settings not in models:
-        models[settings] = load_model(settings)
-    loaded = models[settings]
+    loaded = models.get(settings) or load_model(settings, encoders=True)
+    if not loaded.is_encoder:  # which runs cannot share
+        models[settings] = loaded
     check_same_model(settings, file.about["sha256"], file.path)
     return loaded.model.embeddings[loaded.vocabulary.ordinary].float().cpu()

@@ -268,7 +268,7 @@ def density_by_layer(world: World) -> Drawing:
 
 
 def mean_activations(world: World) -> Drawing:
-    """t-SNE of text and of each arithmetic module (in the paper of T5-base)."""
+    """t-SNE of text and of each arithmetic module (in the paper of T5-base's encoder)."""
     file = world.collections["means"]
     rows = [compare.sample(file.rows(world.L, file.chosen(domain)).float(), SIZE)
             for domain in file.domains]
@@ -444,6 +444,7 @@ class Figure(NamedTuple):
     collections: tuple[str, ...] = ()
     runs: tuple[str, ...] = ()
     least: dict[str, tuple[int, int]] = {}  # rows and texts that it needs of a domain; "" is any
+    encoders: bool = False  # whether it can be of an encoder, too
 
 
 PAPER_FIGURES = 13  # the paper's own; figures with larger numbers are ours
@@ -461,7 +462,7 @@ FIGURES = {
     4: Figure("density-by-layer", "Density of activations by layer", density_by_layer, TOKENS,
               least=OF_TEXT),
     5: Figure("mean-activations", "Mean activations of prose and arithmetic", mean_activations,
-              ("means",), least=OF_ANY),
+              ("means",), least=OF_ANY, encoders=True),
     6: Figure("isotropic-5e-3", "Isotropic prior, high learning rate", rows_over_vocabulary,
               runs=("isotropic-5e-3",)),
     7: Figure("isotropic-5e-4", "Isotropic prior, low learning rate", rows_over_vocabulary,
@@ -528,9 +529,9 @@ def command_figures(given: dict) -> None:
     options = replace(options, text_data=absolute(options.text_data),
                       squad_data=absolute(options.squad_data),
                       math_data=absolute(options.math_data))
-    loaded = load_model(from_flags(ModelSettings, given).complete())
-
     figures = [FIGURES[number] for number in numbers]
+    loaded = load_model(from_flags(ModelSettings, given).complete(),
+                        encoders=all(figure.encoders for figure in figures))
     collections = needed_collections(figures, options, loaded)
     runs = needed_runs(figures, options, loaded)
     draw_figures(numbers, World(options, loaded, collections, runs))

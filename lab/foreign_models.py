@@ -1,10 +1,10 @@
-"""What a model's folder is that llama.py or data.Vocabulary cannot read, and what helps.
+"""What a model's folder is that llama.py, t5.py or data.Vocabulary cannot read, and what helps.
 
 They read good folders, and of others they say what these lack. Here the same error says what the
 folder or the file is instead, with the path to give or the command that converts it.
 
     with explained():
-        model = llama.load(folder)
+        model = architecture(folder).load(folder)
     check_tokenizer(folder)
 """
 
@@ -14,15 +14,17 @@ import contextlib
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 from typing import Iterator
 
 import data
 import llama
+from lab import t5
 from lab.console import UserError
 from lab.foreign_data import STAND_INS, not_foreign
 
 # the line that makes a folder in Hugging Face's layout
-SAVE = "`python -c \"import sys; from transformers import AutoModelForCausalLM as A; " \
+SAVE = "`python -c \"import sys; from transformers import {{model_class}} as A; " \
        "A.from_pretrained(sys.argv[1]{}).save_pretrained('NEW')\" {{quoted_folder}}{}`"
 THEN = ", copy the tokenizer's files there, and give NEW"
 
@@ -47,6 +49,25 @@ KINDS = {
 # tokenizer_config.json names one, and then other tokens.
 TOKENIZERS = {"tokenizer.model": "LlamaTokenizer", "vocab.json": "GPT2Tokenizer"}
 PICKLES = "pytorch_model.bin.index.json"  # names the files of pickled weights
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether config.json says T5. Of one that cannot be read the loader says what is wrong."""
+    with contextlib.suppress(llama.ModelError):
+        return llama.read_json(folder / "config.json").get("model_type") == "t5"
+    return False
+
+
+def architecture(folder: Path, encoders: bool = False) -> ModuleType:
+    """The module that reads a model's folder, by read_config and load: llama, or if encoders are
+    wanted, too, t5. Raises UserError for an encoder that is not."""
+    if not is_encoder(folder):
+        return llama
+    if not encoders:
+        raise UserError(f"{folder}: an encoder (model_type t5), which has no place for a prompt: "
+                        f"read it by `collect --model {shlex.quote(str(folder))}`, draw it by "
+                        f"`figures 5 --model {shlex.quote(str(folder))}`, and give a LLaMA here")
+    return t5
 
 
 @contextlib.contextmanager
@@ -83,6 +104,7 @@ def check_tokenizer(folder: Path) -> None:
 def _other_folder(path: Path) -> str | None:
     """What a folder is that lacks the file at path, its configuration or its weights."""
     folder = path.parent
+    model_class = t5.MODEL_CLASS if is_encoder(folder) else "AutoModelForCausalLM"
     explanation = (_renamed_weights(path) or _cache(folder) or _checkpoints(folder)
                    or _pickled_shards(folder))
     for pattern, text in KINDS.items():
@@ -91,7 +113,8 @@ def _other_folder(path: Path) -> str | None:
             for file in files:
                 not_foreign(file, STAND_INS)
             explanation = text.format(file=files[0], quoted_file=shlex.quote(files[0].name),
-                                      quoted_folder=shlex.quote(str(folder)))
+                                      quoted_folder=shlex.quote(str(folder)),
+                                      model_class=model_class)
     explanation = explanation or _incomplete_cache(folder) or _subfolder(folder)
     return explanation and f"no such file: {explanation}"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llama
 from lab.console import UserError, one_line, say
-from lab.foreign_models import explained
+from lab.foreign_models import architecture, explained
 from lab.settings import TINY, ModelSettings, on_hub
 
 GENERATION = "generation_config.json"  # names the tokens that end an answer, beside config.json
@@ -57,14 +57,14 @@ def cached(name: str, revision: str | None) -> Path | None:
     return folder if folder and not missing_files(folder) else None
 
 
-def from_hub(name: str, revision: str | None) -> Path:
+def from_hub(name: str, revision: str | None, encoders: bool = False) -> Path:
     """The folder of a model of the hub. If the cache has all that loading needs, no network is
-    used."""
+    used. encoders: see foreign_models.architecture."""
     from huggingface_hub import try_to_load_from_cache
 
     folder = cached(name, revision)
     if folder is None:
-        return fetch(name, revision)
+        return fetch(name, revision, encoders)
     # None means that the file is not there and that nobody has asked the hub for it yet.
     for file, consequence in OPTIONAL.items():
         if try_to_load_from_cache(name, file, revision=folder.name) is None:
@@ -73,12 +73,12 @@ def from_hub(name: str, revision: str | None) -> Path:
     return folder
 
 
-def fetch(name: str, revision: str | None) -> Path:
+def fetch(name: str, revision: str | None, encoders: bool = False) -> Path:
     """Download a model into the hub's cache -> its folder there. Only files that loading needs are
-    fetched, and the weights only after the configuration turned out to be a LLaMA's."""
+    fetched, and the weights only after the configuration turned out to be of a known model."""
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     with _download_errors(name, revision, command):
-        folder = _download(name, revision)
+        folder = _download(name, revision, encoders)
     missing = missing_files(folder)
     if missing:  # also of a cache that was filled in part, when the hub does not answer
         raise UserError(f"--model {name}: no {', '.join(missing)} came from the hub or its cache: "
@@ -87,14 +87,14 @@ def fetch(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, encoders: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
     # The configuration is small, and tells whether the weights are worth fetching.
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json"]))
     if (folder / "config.json").exists():
-        llama.read_config(folder / "config.json")
+        architecture(folder, encoders).read_config(folder / "config.json")
     # The name of the snapshot's folder is the commit, so that both downloads are of one version.
     folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=WANTED,
                                     ignore_patterns=UNWANTED))
@@ -116,7 +116,7 @@ def _download_errors(name: str, revision: str | None, command: str):
     page = f"{constants.ENDPOINT}/{name}"
     try:
         yield
-    except llama.ModelError:
+    except (llama.ModelError, UserError):
         raise
     except GatedRepoError:
         raise UserError(f"--model {name}: its makers want their licence accepted first: do so at "

@@ -19,11 +19,12 @@ import torch
 import data
 import llama
 import priors
+from lab import t5
 from lab.console import UserError, file_list, say, silent_stderr
 from lab.files import checksum
 from lab.folder import Run
 from lab.foreign_data import check_data
-from lab.foreign_models import check_tokenizer, explained
+from lab.foreign_models import architecture, check_tokenizer, explained
 from lab.hub import GENERATION, from_hub, model_folder, needed_files
 from lab.processes import shard_model
 from lab.settings import (BUNDLED, TINY, TOKENS, DataSettings, ModelSettings, PriorSettings,
@@ -53,7 +54,7 @@ class Shared:
 
 class LoadedModel(NamedTuple):
     settings: ModelSettings
-    model: llama.Llama
+    model: llama.Llama | t5.Encoder
     vocabulary: data.Vocabulary
     folder: Path
     revision: str | None  # the commit of a model of the hub
@@ -62,11 +63,23 @@ class LoadedModel(NamedTuple):
     def device(self) -> torch.device:
         return self.model.embeddings.device
 
+    @property
+    def is_encoder(self) -> bool:
+        return isinstance(self.model, t5.Encoder)
 
-def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
-    """The frozen model and its tokenizer. shard: divide it among the processes of torchrun."""
+    @property
+    def end(self) -> list[int]:
+        """What stands behind every text: of an encoder, all of whose tokens see it, that which its
+        tokenizer puts there; of a LLaMA nothing, since a text may go on."""
+        return self.vocabulary.behind if self.is_encoder else []
+
+
+def load_model(settings: ModelSettings, shard: bool = False, encoders: bool = False) -> LoadedModel:
+    """The frozen model and its tokenizer. shard: divide it among the processes of torchrun.
+    encoders: take an encoder, too, which can be read, and not prompted."""
     is_on_hub = on_hub(settings.model)
-    folder = from_hub(settings.model, settings.revision) if is_on_hub else model_folder(settings)
+    folder = from_hub(settings.model, settings.revision, encoders) if is_on_hub else \
+        model_folder(settings)
     if folder.is_file():
         raise UserError(f"--model {settings.model}: a file: give the folder that it is in, "
                         f"{folder.parent}")
@@ -83,7 +96,8 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
 
     # A model that is divided among devices may be too large for one of them.
     with explained():
-        model = llama.load(folder, settings.dtype, "cpu" if shard else settings.device, say)
+        module = architecture(folder, encoders)
+        model = module.load(folder, settings.dtype, "cpu" if shard else settings.device, say)
     if shard:
         shard_model(model, settings.device)
     c = model.config
@@ -93,25 +107,38 @@ def load_model(settings: ModelSettings, shard: bool = False) -> LoadedModel:
     bos = c.bos_token_id if settings.bos == "always" else None
     with silent_stderr():
         vocabulary = data.Vocabulary(folder, c.eos_token_id, bos, c.vocab_size, c.bos_token_id)
+    # The name of a snapshot's folder is its commit, because a branch may move.
+    revision = folder.name if is_on_hub else None
+    loaded = LoadedModel(settings, model, vocabulary, folder, revision)
+    check_vocabulary(loaded)
+    return loaded
+
+
+def check_vocabulary(loaded: LoadedModel) -> None:
+    """Say what is unusual about a model's tokenizer. Raises UserError if it puts a token behind the
+    texts of an encoder that this does not embed."""
+    vocabulary, c, name = loaded.vocabulary, loaded.model.config, loaded.folder.name
     for remark in vocabulary.remarks:
         say(remark)
     if vocabulary.adds_bos and c.bos_token_id not in (None, vocabulary.bos):
-        say(f"{folder.name}: its tokenizer puts token {vocabulary.bos} in front of a text, as in "
+        say(f"{name}: its tokenizer puts token {vocabulary.bos} in front of a text, as in "
             f"transformers, and config.json's bos_token_id is {c.bos_token_id}: both count as "
             "special")
     if vocabulary.unembedded:
-        say(f"{folder.name}: its tokenizer has {len(vocabulary.unembedded)} tokens that the model "
+        say(f"{name}: its tokenizer has {len(vocabulary.unembedded)} tokens that the model "
             f"does not embed, such as {next(iter(vocabulary.unembedded.values()))!r}; a text with "
             "one is refused")
-    if not vocabulary.stop.intersection(vocabulary.encode_plain("a\n")):
-        say(f"{folder.name}: its tokenizer makes no token of a line break, so that an answer ends "
+    for i in vocabulary.unembedded.keys() & set(loaded.end):
+        raise UserError(f"{vocabulary.path}: its post_processor puts token {i} behind every text, "
+                        f"and the model embeds {c.vocab_size}: write the id there that "
+                        "added_tokens gives to the same token, or fetch the tokenizer.json of this "
+                        "model")
+    if not loaded.is_encoder and not vocabulary.stop.intersection(vocabulary.encode_plain("a\n")):
+        say(f"{name}: its tokenizer makes no token of a line break, so that an answer ends "
             "only by EOS or by its length")
     if vocabulary.bos is None and c.bos_token_id is not None:
-        say(f"{folder.name}: its tokenizer puts no BOS in front of a text, so there is none (--bos "
-            "always puts one)")
-    # The name of a snapshot's folder is its commit, because a branch may move.
-    revision = folder.name if is_on_hub else None
-    return LoadedModel(settings, model, vocabulary, folder, revision)
+        say(f"{name}: its tokenizer puts no BOS in front of a text, so there is none (--bos always "
+            "puts one)")
 
 
 def check_device(device: str) -> None:
@@ -123,7 +150,12 @@ def check_device(device: str) -> None:
 
 def longest_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettings) -> int:
     """The most tokens of context, question and answer: --max-length, or 1024 or what fits the
-    model's positions. Raises UserError if --max-length does not fit."""
+    model's positions; of an encoder, whose positions are distances and have no end, --max-length or
+    what it was trained on, with what stands behind. Raises UserError if --max-length does not
+    fit."""
+    if loaded.is_encoder:
+        longest = settings.max_length or loaded.model.config.max_position_embeddings
+        return longest - len(loaded.end)
     room, name, taken = room_for_text(loaded, settings, prior)
     longest = settings.max_length or min(1024, room)
     if not 0 < longest <= room:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +33,8 @@ from lab.evaluation import OpenRun
 from lab.folder import Run
 from lab.inputs import (LoadedModel, check_same_model, collection_of, parse_spec, rows_per_layer,
                         say_files, topic, training_and_evaluation)
-from lab.settings import (REFERENCE_ROWS, DataSettings, PriorSettings, Settings, prior_name,
-                          spec_name)
+from lab.settings import (REFERENCE_ROWS, DataSettings, PriorSettings, PromptSettings, Settings,
+                          prior_name, spec_name)
 
 
 class Labels(NamedTuple):
@@ -360,6 +361,26 @@ def fit(settings: PriorSettings, by_layer: dict[int, Reference]) -> dict[int, pr
     prior = priors.PRIORS[name]
     return {i: prior.fit(*(reference.parts if prior.several else [reference.rows]), **options)
             for i, reference in by_layer.items()}
+
+
+def directions(prompt: PromptSettings, by_layer: dict[int, Reference], seed: int
+               ) -> dict[int, Tensor]:
+    """The orthonormal columns {layer: (W, k)} in which --subspace lets rows move; {} without it.
+    Raises UserError for more directions than a row has."""
+    k, bases = prompt.subspace, {}
+    for i, reference in by_layer.items() if k else ():
+        W = reference.rows.shape[1]
+        if k > W:
+            raise UserError(f"--subspace {k}: at layer {i} a row has {W} numbers: give at most as "
+                            "many directions")
+        if prompt.directions == "principal":
+            bases[i] = priors.Fitted.fit(reference.rows).basis[:, :k].contiguous()
+        else:
+            number = random.Random(f"directions {seed} {i}").getrandbits(63)
+            generator = torch.Generator().manual_seed(number)
+            noise = torch.randn(W, k, generator=generator, dtype=torch.float64)
+            bases[i] = torch.linalg.qr(noise)[0]
+    return bases
 
 
 def gaussian_like(prior: priors.Prior, reference: Reference) -> posteriors.Gaussian:

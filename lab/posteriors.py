@@ -140,6 +140,36 @@ class Encoded(Point):
         return [{"params": trained, "lr": factor * (lr or 0.2 / self.width), "name": "network"}]
 
 
+class Confined(Point):
+    """One prompt whose rows move from their start in a few directions alone, the columns of a basis
+    (W, k) of each layer: row = start + sqrt(W / k) basis z. With the factor a step of the optimiser
+    is as long as that of a row that may go anywhere, whatever k."""
+
+    def __init__(self, start: Layers, scales: dict[int, float], weight: float, seed: int,
+                 bases: Layers):
+        """start {layer: (1, n, ...)}, with W numbers a row. bases {layer: (W, k)}, orthonormal
+        columns."""
+        super().__init__(start, scales, weight, seed)
+        self.bases, self.coordinates = nn.ParameterDict(), nn.ParameterDict()
+        for i, numbers in self.layers.items():
+            numbers.requires_grad_(False)
+            # a parameter, so that checkpoints have it: fitted again it could differ by rounding
+            self.bases[i] = nn.Parameter(bases[int(i)].float(), requires_grad=False)
+            self.coordinates[i] = nn.Parameter(torch.zeros(len(numbers), bases[int(i)].shape[1]))
+
+    def numbers(self) -> Layers:
+        layers = {}
+        for i, start in self.layers.items():
+            W, k = self.bases[i].shape
+            change = (W / k)**0.5 * self.coordinates[i] @ self.bases[i].T
+            layers[int(i)] = start + change.view_as(start)
+        return layers
+
+    def groups(self, lr: float | None = None, factor: float = 1.0) -> list[dict]:
+        return [{"params": [z], "lr": factor * (lr or self.scales[int(i)] / 20),
+                 "name": f"layer {i}"} for i, z in self.coordinates.items()]
+
+
 class Gaussian(NamedTuple):
     """N(mean, basis diag(scale^2) basis^T): mean (D,), basis (D, D) orthonormal, scale (D,)."""
 

@@ -167,6 +167,11 @@ class PromptSettings:
         "none", "none; mlp: rows come from one vector each, through a network common to all "
         "layers; shared: a key and its value come from one vector (prefix)",
         choices=("none", "shared", "mlp"))
+    subspace: int = setting(0, "directions of the reference in which rows move from the prior's "
+                            "draw, at every layer; 0 for all", least=0, below=2**17)
+    directions: str = setting(
+        "principal", "which these are: principal, those in which the reference varies most; "
+        "random, drawn uniformly", choices=("principal", "random"))
     place: str = setting(
         "before", "where the prompt stands: before BOS and text, after-bos, or suffix, before the "
         "last token that asks for the answer", choices=("before", "after-bos", "suffix"))
@@ -345,6 +350,11 @@ def check_together(settings: Settings) -> None:
     elif prompt.prefix_layers or prompt.reparam == "shared":
         flag = "prefix-layers" if prompt.prefix_layers else "reparam shared"
         raise UserError(f"--{flag} is for --method prefix: give that too")
+    if prompt.directions != "principal" and not prompt.subspace:
+        raise UserError(f"--directions {prompt.directions} is for --subspace K: give that too")
+    if prompt.subspace and (prompt.reparam != "none" or train.posterior != "point"):
+        raise UserError("--subspace trains one prompt, in coordinates of its own: leave out "
+                        "--reparam and --posterior")
     if prompt.reparam != "none" and train.posterior != "point":
         raise UserError("--reparam trains one prompt: leave out --posterior")
     if train.posterior != "point" and not train.prior_weight:
@@ -489,7 +499,9 @@ def free_name(settings: Settings) -> str:
     parts = [f"runs/{settings.data.data.split(':')[0]}", prior]
     if settings.prior.deep_layers:
         parts.append(f"deep{settings.prior.deep_layers}")
-    for name in ("posterior", "method", "reparam", "place"):
+    if settings.prompt.subspace:
+        parts.append(f"subspace{settings.prompt.subspace}")
+    for name in ("posterior", "method", "reparam", "directions", "place"):
         value = flat(settings)[name]
         if value != FIELDS[name].default:
             parts.append(value)

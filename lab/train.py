@@ -36,8 +36,8 @@ from lab.inputs import (LoadedModel, Questions, Shared, check_place, checksums, 
                         plain_prompts)
 from lab.loss import answer_loss, begin
 from lab.pictures import draw_run
-from lab.populations import (Reference, draw, fit, gaussian_like, norm_ratio, population_key,
-                             prefix_of, prefix_references, references)
+from lab.populations import (Reference, directions, draw, fit, gaussian_like, norm_ratio,
+                             population_key, prefix_of, prefix_references, references)
 from lab.processes import (SIGNALS, all_reduce_gradients, all_reduce_sum, barrier, broadcast,
                            collect_signals, init_processes, keep_freed_memory, only_first,
                            rank_and_size, use_threads)
@@ -512,6 +512,7 @@ class Beginning(NamedTuple):
     fitted: dict[int, priors.Prior]  # {} if their density is not asked for
     gaussians: dict[int, posteriors.Gaussian]  # like the priors; {} if one prompt is trained
     reports: list[dict]  # what the prior of each layer says of itself
+    bases: dict[int, Tensor]  # the directions of --subspace
 
 
 def begin_run(inputs: Inputs) -> Beginning:
@@ -539,7 +540,8 @@ def begin_run(inputs: Inputs) -> Beginning:
         kept.update(by_layer)
         scales = {i: float(r.rows.square().mean().sqrt()) for i, r in by_layer.items()}
         fitted = drawn.fitted if settings.train.prior_weight else {}
-        return Beginning({}, start, scales, fitted, gaussians, drawn.reports)
+        return Beginning({}, start, scales, fitted, gaussians, drawn.reports,
+                         directions(settings.prompt, by_layer, settings.seed))
 
     if settings.train.shard:  # a reference may need the weights, which all hold together
         begun = work()
@@ -618,6 +620,8 @@ def checkpoint_of(run: Run, settings: Settings) -> Checkpoint | None:
 def make_posterior(settings: Settings, begun: Beginning, answers: float) -> posteriors.Point:
     """answers: the tokens of all answers to train on."""
     start, scales, reparam = begun.start, begun.scales, settings.prompt.reparam
+    if begun.bases:
+        return posteriors.Confined(start, scales, 1 / answers, settings.seed, begun.bases)
     if reparam != "none":
         return posteriors.Encoded(start, scales, 1 / answers, settings.seed, reparam)
     kind = posteriors.POSTERIORS[settings.train.posterior]

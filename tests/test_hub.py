@@ -205,9 +205,9 @@ CALL = """
 import sys
 from lab import hub
 for arguments in sys.argv[1:]:
-    name, _, revision = arguments.partition("@")
+    name, _, revision = arguments.removeprefix("encoder:").partition("@")
     try:
-        print(hub.from_hub(name, revision or None))
+        print(hub.from_hub(name, revision or None, arguments.startswith("encoder:")))
     except ValueError as e:
         print(type(e).__name__, e)
 """
@@ -237,6 +237,7 @@ def hub(files):
         "org/bare": {k: v for k, v in files[0].items() if k != "generation_config.json"},
         "org/gated": files[0],
         "org/bert": files[0] | {"config.json": b'{"model_type": "bert"}'},
+        "org/t5": files[0] | {"config.json": b'{"model_type": "t5"}'},
         "org/pickle": {k: v for k, v in files[0].items() if k != "model.safetensors"} | {
             "pytorch_model.bin": b"\x80"}}
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -262,6 +263,12 @@ def test_a_download_takes_what_is_needed_and_a_mistake_is_one_line(hub, tmp_path
     assert "--revision v9: org/whole has none" in out[7]
     assert "UserError" in out[8] and "`hf download org/broken`" in out[8]
     assert "model.safetensors" in err or "%" in err  # a bar
+    # an encoder's weights are fetched only for a command that takes it
+    out_t5, _ = fetched(hub, tmp_path, "org/t5")
+    assert "an encoder (model_type t5)" in out_t5[0]
+    assert [f for name, f in Hub.asked if name == "org/t5"] == ["config.json"]
+    out_t5, _ = fetched(hub, tmp_path, "encoder:org/t5")
+    assert (Path(out_t5[0]) / "model.safetensors").exists()
     # what is there is not asked for again; without a server it is still there
     count = len(Hub.asked)
     from huggingface_hub import constants

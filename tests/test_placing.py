@@ -191,6 +191,10 @@ KINDS = {"prefix": ["--method", "prefix"],
          "last two": ["--method", "prefix", "--prefix-layers", 2, "--reparam", "shared"],
          "P-tuning v2": ["--method", "prefix", "--reparam", "mlp", "--dtype", "bfloat16"],
          "mlp of rows": ["--reparam", "mlp", "--deep-layers", 1, "--dtype", "bfloat16"],
+         "in a subspace": ["--subspace", 3, "--deep-layers", 1, "--prior", "fitted",
+                           "--prior-weight", 1],
+         "a prefix in a subspace": ["--method", "prefix", "--subspace", 5, "--directions",
+                                    "random"],
          "after BOS": ["--place", "after-bos"], "suffix": ["--place", "suffix", "--posterior",
                                                            "sgld", "--particles", 2,
                                                            "--prior", "fitted"],
@@ -291,6 +295,9 @@ def test_an_early_runs_prefix_still_opens(tmp_path, capsys):
     (["--method", "prefix", "--prefix-layers", 9], "6 layers"),
     (["--prefix-layers", 2], "--method prefix"), (["--reparam", "shared"], "--method prefix"),
     (["--reparam", "mlp", "--prior", "fitted", "--posterior", "sgld"], "leave out --posterior"),
+    (["--subspace", 193], "a row has 192 numbers"), (["--directions", "random"], "--subspace K"),
+    (["--subspace", 2, "--method", "prefix", "--reparam", "shared"], "leave out --reparam"),
+    (["--subspace", 2, "--prior", "fitted", "--posterior", "sgld"], "and --posterior"),
     (["--place", "middle"], "before, after-bos, suffix"), (["--method", "lora"], "prompt, prefix")])
 def test_mistakes(tmp_path, capsys, arguments, message):
     assert run("train", "--out", tmp_path / "a", *FEW, *arguments) == 2

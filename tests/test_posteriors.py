@@ -10,8 +10,8 @@ from scipy import stats
 
 import priors
 from lab import posteriors, train
-from lab.populations import Reference, gaussian_like
-from lab.settings import Settings
+from lab.populations import Reference, directions, gaussian_like
+from lab.settings import PromptSettings, Settings
 
 
 def generator(seed=0):
@@ -48,6 +48,43 @@ def fit(posterior, log_density, weight, steps, rate):
             posterior.extra_loss().backward()
         optimiser.step()
         optimiser.zero_grad()
+
+
+# --------------------------------------------------------------------------------------------------
+# rows in a subspace
+
+
+def reference(W=12):
+    return Reference([torch.randn(300, W, generator=generator()) * torch.arange(1, W + 1)], "x")
+
+
+@pytest.mark.parametrize("kind", ["principal", "random"])
+def test_rows_stay_in_their_subspace(kind):
+    """Whatever the gradient is; a row's first step is as long as one that may go anywhere."""
+    prompt = PromptSettings(subspace=3, directions=kind)
+    basis = directions(prompt, {4: reference()}, seed=7)[4]
+    torch.testing.assert_close(basis.T @ basis, torch.eye(3, dtype=torch.float64))
+    if kind == "principal":  # where the variances are 144, 121 and 100
+        assert float(basis[-3:].square().sum()) > 2.9
+    start = torch.randn(1, 5, 12, generator=generator(1))
+    free, lengths = posteriors.Point({4: start}, {4: 2.0}, 1, 0), []
+    confined = posteriors.Confined({4: start}, {4: 2.0}, 1, 0, {4: basis})
+    assert torch.equal(confined.representative()[4], start[0])
+    target = torch.randn(5, 12, generator=generator(2))
+    for p in (free, confined):
+        optimiser = p.optimiser()
+        for step in range(150):
+            (p.members(step)[0][4] - target).square().sum().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            if step == 0:
+                lengths.append((p.representative()[4] - start[0]).norm(dim=1))
+        assert confined.groups()[0]["lr"] == free.groups()[0]["lr"] == 0.1
+    torch.testing.assert_close(*lengths, rtol=1e-3, atol=0)
+    moved = (confined.representative()[4] - start[0]).double()
+    torch.testing.assert_close(moved @ basis @ basis.T, moved, rtol=1e-4, atol=1e-4)
+    wanted = (target - start[0]).double() @ basis @ basis.T  # the nearest point of the subspace
+    torch.testing.assert_close(moved, wanted, rtol=0, atol=0.3)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -115,3 +115,5 @@ def test_names():
     run = Settings.from_flags({"prior": "exclusion:k=2", "deep_layers": 3, "method": "prompt",
                        "posterior": "sgld", "seed": 4})
     assert settings.free_name(run) == "runs/squad-exclusion-k-2-deep3-sgld-seed4"
+    run = Settings.from_flags({"subspace": 8, "directions": "random"})
+    assert settings.free_name(run) == "runs/squad-vocab-subspace8-random-seed0"
