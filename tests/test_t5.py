@@ -246,9 +246,11 @@ def test_bad_weights(made, capsys):
     assert f"lack 1 tensors that config.json asks for, first {name!r}" in line(
         {k: t for k, t in tensors.items() if k != name})
     codes = {name: tensors[name].to(torch.int8), name.replace("weight", "SCB"): torch.ones(1)}
+    change(folder, quantization_config={"quant_method": "bitsandbytes"})
     quantised = line(tensors | codes)
-    assert "quantised by a quantiser (2 of" in quantised
-    assert "`T5EncoderModel.from_pretrained(" in quantised
+    assert "quantised by bitsandbytes (2 of" in quantised
+    assert "import T5EncoderModel as A" in quantised
+    change(folder, quantization_config=None)
     assert "has shape (3, 3), config.json asks for" in line(tensors | {name: torch.ones(3, 3)})
     assert "not finite: fetch" in line(tensors | {name: tensors[name] / 0}).replace(
         "that are ", "")
