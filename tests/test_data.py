@@ -607,9 +607,11 @@ def test_only_tokens_that_exist_are_ordinary(vocabulary, tmp_path):
     ids = tokenizer["model"]["vocab"]
     last = max(ids.values())
     ids[max(ids, key=ids.get)] = last + 9
-    ids["<|reserved_3|>"] = last + 10
+    names = ["<|reserved_3|>", "[unused7]", "<extra_id_4>", "<SPECIAL_12>", "[control_8]", "<pad>",
+             "<special>", "reserved"]
+    ids.update({name: last + 10 + i for i, name in enumerate(names)})
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert data.Vocabulary(tmp_path).ordinary == [*range(2, last), last + 9]
+    assert data.Vocabulary(tmp_path).ordinary == [*range(2, last), last + 9, last + 16, last + 17]
 
 
 def test_tokens_beyond_the_embeddings_matter_only_in_a_text_that_has_them(vocabulary, tmp_path):
