@@ -827,8 +827,8 @@ class Vocabulary:
 
 
 # A place in the vocabulary that is kept for later use, though the file does not call it special.
-RESERVED = re.compile(r"[<\[]\|?(reserved|unused|dummy|placeholder|pad|extra_id)[\w ]*\|?[>\]]",
-                      re.I)
+RESERVED = re.compile(r"[<\[]\|?((reserved|unused|dummy|placeholder|pad|extra_id)[\w ]*"
+                      r"|(special|control|blank)_?[0-9]+)\|?[>\]]", re.I)
 
 # What tokenizer_config.json calls tokens, in the order in which transformers adds them.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -1121,8 +1121,8 @@ def _dequantised(folder: Path, method: str, model_class: str) -> str:
     # without save_original_format transformers 5 would quantise again, which raises
     return (f"by `python -c \"import sys; from transformers import {model_class} as A; "
             "A.from_pretrained(sys.argv[1]).dequantize().save_pretrained('NEW', "
-            f"save_original_format=False)\" {shlex.quote(str(folder))}`, copy the tokenizer's files "
-            "there, and give NEW")
+            f"save_original_format=False)\" {shlex.quote(str(folder))}`, copy the tokenizer's "
+            "files there, and give NEW")
 
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
