@@ -241,7 +241,8 @@ COMMANDS = {
         (ModelSettings, PriorSettings, DataSettings, SampleOptions), lists_priors=True),
     "collect": Command(
         "activations", "Keep activations of data at chosen layers, with the role of every row, in "
-        "one safetensors file.", (ModelSettings, CollectOptions, StepOptions)),
+        "one safetensors file. The model may be the encoder of a T5, too.",
+        (ModelSettings, CollectOptions, StepOptions)),
     "compare": Command(
         "compare", "Measure the geometry of runs (where rows started and ended, and what they "
         "say), or of collections (are domains apart, are texts local).",
@@ -254,7 +255,8 @@ COMMANDS = {
         "changes among content, the directions it adds.", (AttentionOptions, StepOptions),
         (ModelSettings,)),
     "figures": Command(
-        "figures", "Draw the paper's figures, and measure what each shows.",
+        "figures", "Draw the paper's figures, and measure what each shows. For figure 5 the model "
+        "may be the encoder of a T5, as in the paper.",
         (ModelSettings, FigureOptions)),
     "plot": Command(
         "page", "Draw runs: a page to explore, report.html, and for every layer the reference, the "
