@@ -187,10 +187,15 @@ class PlotOptions:
 @dataclass(frozen=True)
 class ExportOptions:
     run: str | None = argument("RUN", "a run's folder")
-    to: str | None = setting(None, "the adapter's folder", flag_metavar="DIR")
+    to: str | None = setting(None, "the adapter's folder; with --for, the file of rows",
+                             flag_metavar="PATH")
+    form: str = setting("peft", "the program that is to load it: peft, any prompt in front of the "
+                        "text; vllm, llama.cpp or numpy, rows at the token embeddings alone "
+                        "(docs/serving.md)", flag="--for", flag_metavar="PROGRAM",
+                        choices=("peft", "vllm", "llama.cpp", "numpy"))
     csv: str | None = setting(None, "metrics.jsonl as CSV, a line a record (printed)", nargs="?",
                               const="-", flag_metavar="FILE")
-    overwrite: bool = setting(False, "replace an adapter or a table that export made")
+    overwrite: bool = setting(False, "replace what export made")
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,8 @@ COMMANDS = {
         "page", "Draw runs: a page to explore, report.html, and for every layer the reference, the "
         "prior's draw and the trained rows.", (PlotOptions, StepOptions), (ModelSettings,)),
     "export": Command(
-        "adapters", "Write a run's prompt as an adapter that PEFT loads, or its log as a table.",
+        "adapters", "Write a run's prompt as an adapter that PEFT loads, or as rows for vLLM, "
+        "llama.cpp or numpy; or its log as a table.",
         (ExportOptions, StepOptions), (ModelSettings,)),
     "import": Command(
         "adapters", "Make a run's folder of a prompt that PEFT trained, or of rows in numpy's "
