@@ -79,7 +79,8 @@ class GridOptions:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    run: str | None = argument("RUN", "a run's folder")
+    runs: tuple[str, ...] = argument("RUN", "runs' folders; those of one model share batches",
+                                     nargs="+")
     spec: str | None = setting(None, "data to evaluate on, a SPEC (the run's evaluation data)",
                                flag="--data", flag_metavar="DATA")
     eval_limit: int | None = setting(None, "most questions, 0 for all (the run's)", least=0,
@@ -89,16 +90,17 @@ class EvalOptions:
     separator: str | None = setting(None, "what stands between a text prompt and the text (the "
                                     "run's)")
     max_length: int | None = setting(None, "most tokens of a question's text (the run's)", above=0)
+    max_new: int | None = setting(None, "most tokens of an answer (the run's)", above=0)
     keep_unanswerable: bool = setting(False, UNANSWERABLE)
     json: bool = setting(False, JSON)
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    run: str | None = argument("RUN", "a run's folder")
-    beginning: str | None = argument("TEXT", "the text to go on from", nargs="?")
+    paths: tuple[str, ...] = argument("RUN|TEXT", "runs' folders, and after them the text to go on "
+                                      "from, under the prompt of each", nargs="+")
     batch: str | None = setting(None, 'JSON lines, {"text": "..."} each, in place of TEXT; they '
-                                "come back with an answer each", flag_metavar="FILE")
+                                "come back with an answer of each run", flag_metavar="FILE")
     max_new: int | None = setting(None, "most tokens (the run's)", above=0)
 
 
@@ -236,10 +238,10 @@ COMMANDS = {
         grid=(ModelSettings, PriorSettings, PromptSettings, DataSettings, TrainSettings,
               GridOptions)),
     "eval": Command(
-        "evaluation", "Score a run's prompt beside no prompt and a text prompt.",
+        "evaluation", "Score the prompts of runs beside no prompt and a text prompt.",
         (EvalOptions, StepOptions), (ModelSettings,)),
     "generate": Command(
-        "evaluation", "Continue a text under a run's prompt, to the end of the line.",
+        "evaluation", "Continue a text under the prompts of runs, to the end of the line.",
         (GenerateOptions, StepOptions), (ModelSettings,)),
     "sample": Command(
         "sample", "Draw rows from a prior, report on them and picture them.",

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
@@ -31,8 +32,8 @@ from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model,
                         sample_topics, topic, training_and_evaluation)
 from lab.loss import answer_losses, answers, begin
 from lab.processes import all_gather, rank_and_size
-from lab.settings import (DataSettings, ModelSettings, Settings, from_flags, text_names,
-                          with_flags)
+from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
+                          text_names, with_flags)
 
 MAJORITY = "always the commonest answer"  # what multiple choice is compared with
 FEW_CONTEXTS = 10  # fewer clusters than these give no standard error worth printing
@@ -69,9 +70,7 @@ def open_run(path: str | Path, given: dict,
     one model share it. any_weights: --model may name other weights than the run's. Raises UserError
     or ModelError if the prompt does not fit the model."""
     run, models = Run(Path(path)), {} if models is None else models
-    names = {*vars(ModelSettings()), *REPLACED}
-    settings = with_flags(run.settings(), {name: given[name] for name in names & given.keys()})
-    settings = replace(settings, model=settings.model.complete())
+    settings = settings_now(run, given)
     if "step" in given:
         run.show_step(given["step"])
     prompt = run.prompt()
@@ -85,6 +84,36 @@ def open_run(path: str | Path, given: dict,
     prompt = prompt.to(loaded.device)
     prompt.past(loaded.model)  # refuses rows that do not fit
     return OpenRun(run, settings, loaded, prompt)
+
+
+def settings_now(run: Run, given: dict) -> Settings:
+    """A run's settings, and over them the flags of the model and of evaluation that are given."""
+    names = {*vars(ModelSettings()), *REPLACED}
+    settings = with_flags(run.settings(), {name: given[name] for name in names & given.keys()})
+    return replace(settings, model=settings.model.complete())
+
+
+def open_runs(paths: list[str], given: dict, same: dict[str, str]) -> list[OpenRun]:
+    """Runs that answer in one batch, which has one model, one place of the prompt, and one value of
+    each of the settings `same` {name: the flag that gives it to all}. Raises UserError or
+    ModelError for runs that one batch cannot hold, before any model is loaded if their settings
+    tell."""
+    first, *others = [flat(settings_now(Run(Path(path)), given)) for path in paths]
+    flags = {name: flag_name(name) for name in vars(ModelSettings())} | same
+    for path, values in zip(paths[1:], others):
+        for name in (*flags, "place"):
+            if values[name] != first[name]:
+                remedy = "ask it alone"
+                if name in flags and name != "model":
+                    remedy = f"give {flags[name]} for all, or {remedy}"
+                raise UserError(f"{path}: its {flag_name(name)} is {values[name]!s:.200}, and that "
+                                f"of {paths[0]} is {first[name]!s:.200}: one batch has one: "
+                                f"{remedy}")
+    models: dict[ModelSettings, LoadedModel] = {}
+    runs = [open_run(path, given, models) for path in paths]
+    with torch.no_grad():
+        llama.stack([opened.prompt.past(opened.model) for opened in runs])
+    return runs
 
 
 def check_weights(run: Run, model: ModelSettings, is_asked_for: bool) -> None:
@@ -115,7 +144,6 @@ def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:
 # scores
 
 
-@torch.no_grad()
 def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], questions: Questions,
              place: str, settings: DataSettings, name: str,
              everywhere: bool = False) -> tuple[dict[str, float], list[dict]]:
@@ -126,15 +154,33 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
 
     place: where a Prompt stands; a Past stands before everything. Processes share the batches,
     unless they share the weights and so must all do the same (everywhere)."""
-    # What a prompt before the text leaves in the cache is the same for every batch.
-    if place == "before":
-        prompts = [p.past(loaded.model) if isinstance(p, llama.Prompt) else p for p in prompts]
-    by_question = partial(_by_question, loaded.model, prompts, place, settings, everywhere)
+    return evaluate_each(loaded, [prompts], questions, place, settings, name, everywhere)[0]
+
+
+@torch.no_grad()
+def evaluate_each(loaded: LoadedModel, entries: list[list[llama.Prompt | llama.Past]],
+                  questions: Questions, place: str, settings: DataSettings, name: str,
+                  everywhere: bool = False) -> list[tuple[dict[str, float], list[dict]]]:
+    """evaluate of each of several entries, of as many prompts each, in common batches. Raises
+    ModelError for prompts that one batch cannot hold, see llama.stack."""
+    by_question = partial(_by_question, loaded.model, entries, place, settings, everywhere)
 
     def answered(pasts: list[llama.Past], batch: data.Batch) -> Iterable[tuple]:
         return zip(*answers(loaded.model, pasts, batch, settings.max_new, loaded.vocabulary.stop))
 
-    losses, tokens, ids, confidence, is_right = zip(*by_question(questions, name, answered))
+    answered_each = by_question(questions, name, answered)
+    losses_of_choices = [[]] * len(entries)
+    if choices := questions.each_choice():
+        losses_of_choices = by_question(choices, f"{name}, every choice",
+                                        partial(answer_losses, loaded.model))
+    return [_scored(loaded, questions, name, *of_entry)
+            for of_entry in zip(answered_each, losses_of_choices)]
+
+
+def _scored(loaded: LoadedModel, questions: Questions, name: str, answered: list[tuple],
+            choice_losses: list[float]) -> tuple[dict[str, float], list[dict]]:
+    """What evaluate returns, of the numbers of every question; choice_losses: of each choice."""
+    losses, tokens, ids, confidence, is_right = zip(*answered)
     if not math.isfinite(sum(losses)):
         dtype = str(loaded.model.embeddings.dtype).removeprefix("torch.")
         raise Stopped(f"{name}: its loss is {sum(losses)}, not finite in {dtype}: lower --lr, or "
@@ -147,9 +193,7 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
         scores.append(data.score(example, prediction))
         predictions.append({"id": example.id, "question": example.question,
                             "prediction": prediction, "answers": list(example.answers)})
-    if choices := questions.each_choice():
-        choice_losses = by_question(choices, f"{name}, every choice",
-                                    partial(answer_losses, loaded.model))
+    if choice_losses:
         _score_choices(questions, choice_losses, scores, predictions)
     for prediction, score in zip(predictions, scores):
         prediction |= {key: round(100 * value, 2) for key, value in score.items()}
@@ -162,10 +206,15 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
     return metrics, predictions
 
 
-def _by_question(model: llama.Llama, prompts: list[llama.Prompt | llama.Past], place: str,
+def _by_question(model: llama.Llama, entries: list[list[llama.Prompt | llama.Past]], place: str,
                  settings: DataSettings, everywhere: bool, questions: Questions, name: str,
-                 score: Callable[[list[llama.Past], data.Batch], Iterable]) -> list:
-    """What `score` returns of every question of a batch, which goes on from the pasts."""
+                 score: Callable[[list[llama.Past], data.Batch], Iterable]) -> list[list]:
+    """What `score` returns of every question of a batch, which goes on from the pasts: a list for
+    each entry."""
+    # What a prompt before the text leaves in the cache is the same for every batch.
+    if place == "before":
+        entries = [[p.past(model) if isinstance(p, llama.Prompt) else p for p in prompts]
+                   for prompts in entries]
     # Every process takes its share of the batches.
     rank, size = (0, 1) if everywhere else rank_and_size()
     indices = range(len(questions))
@@ -173,16 +222,18 @@ def _by_question(model: llama.Llama, prompts: list[llama.Prompt | llama.Past], p
     batches = batches[rank::size]
 
     scored = {}
-    with progress(total=sum(map(len, batches)), desc=name, unit=" questions", leave=False) as bar:
+    total = sum(map(len, batches))
+    with progress(total=total, desc=name, unit=" questions", leave=False) as bar:
         for members in batches:
             batch = questions.batch(members, settings.share, place, model.embeddings.device)
-            begun = [begin(model, batch, prompt, place) for prompt in prompts]
-            scored.update(zip(members, score([past for past, _ in begun], begun[0][1])))
+            begun = [begin(model, batch, [*prompts], place) for prompts in zip(*entries)]
+            results = score([past for past, _ in begun], begun[0][1])
+            scored.update(zip(product(range(len(entries)), members), results))
             bar.update(len(members))
     if size > 1:
         for part in all_gather(scored):
             scored.update(part)
-    return [scored[i] for i in indices]
+    return [[scored[k, i] for i in indices] for k in range(len(entries))]
 
 
 def _score_choices(questions: Questions, losses: list[float], scores: list[dict],
@@ -246,36 +297,76 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     return table(rows, titles)
 
 
+# Settings of data that runs have in common where they are scored together, and their flags.
+SAME_DATA = {"eval_limit": "--limit", "keep_unanswerable": "--keep-unanswerable",
+             "max_new": "--max-new", "text": "--text", "separator": "--separator"}
+TOGETHER = 8  # prompts of one batch at most: each needs the memory of a batch
+
+
 def command_eval(given: dict) -> None:
     options = from_flags(EvalOptions, given)
-    opened = open_run(options.run, given)
-    settings, loaded = opened.settings, opened.loaded
+    same = SAME_DATA if options.spec else {"eval_data": "--data", **SAME_DATA}
+    runs = open_runs(options.runs, given, same)
+    settings, loaded = runs[0].settings, runs[0].loaded
+    questions = questions_of(runs, options)
+
+    # Score what the prompts are compared with, and then the prompts.
+    rows = [(MAJORITY, scores)] if (scores := majority(questions)) else []
+    for plain in plain_prompts(loaded, settings.prior, questions):
+        scores, _ = evaluate(loaded, [plain.past], plain.questions, settings.prompt.place,
+                             settings.data, plain.name)
+        rows.append((plain.name, scores))
+    asked = []
+    for opened in runs:
+        run = f"{opened.run.path}: " if len(runs) > 1 else ""
+        asked += [(f"{run}{label}", prompts, opened.run)
+                  for label, prompts in trained_prompts(opened)]
+    scored = evaluate_all(loaded, {label: prompts for label, prompts, _ in asked}, questions,
+                          settings.prompt.place, settings.data)
+    for label, prompts, run in asked:
+        spread = logged_spread(run) if len(prompts) > 1 else {}
+        rows.append((label, scored[label] | spread))
+    questions.say_cut()
+
+    paths = [str(opened.run.path) for opened in runs]
+    if options.json:
+        about = {"run": paths[0]} if len(paths) == 1 else {"runs": paths}
+        show(json.dumps({**about, "data": questions.name, "questions": len(questions),
+                         "scores": dict(rows)}))
+    else:
+        show(f"{', '.join(paths)} on {len(questions)} questions of {questions.name}; scores in "
+             f"percent, loss in nats a token\n\n{table(rows)}")
+
+
+def questions_of(runs: list[OpenRun], options: EvalOptions) -> Questions:
+    """What runs are scored on: --data, or their own evaluation data."""
+    settings, loaded = runs[0].settings, runs[0].loaded
     if options.spec is None:
         evals = training_and_evaluation(settings.data)[1]
         name = settings.data.eval_data or f"{settings.data.data}, held out"
     else:
         examples = read_questions(options.spec, 1, settings.data.keep_unanswerable)
         evals, name = sample_topics(examples, settings.data.eval_limit), options.spec
-    questions = encode(evals, loaded.vocabulary, opened.max_length, name)
+    lengths = [opened.max_length for opened in runs]
+    if len({*lengths}) > 1:
+        say(f"texts have at most {min(lengths)} tokens, the least of the runs' --max-length")
+    return encode(evals, loaded.vocabulary, min(lengths), name)
 
-    # Score what the prompt is compared with, and then the prompt.
-    plain = plain_prompts(loaded, settings.prior, questions)
-    asked = [(p.name, [p.past], p.questions) for p in plain]
-    asked += [(label, prompts, questions) for label, prompts in trained_prompts(opened)]
-    rows = [(MAJORITY, scores)] if (scores := majority(questions)) else []
-    for label, prompts, asked_questions in asked:
-        scores, _ = evaluate(loaded, prompts, asked_questions, settings.prompt.place,
-                             settings.data, label)
-        if len(prompts) > 1:
-            scores |= logged_spread(opened.run)
-        rows.append((label, scores))
-    questions.say_cut()
-    if options.json:
-        show(json.dumps({"run": str(opened.run.path), "data": name,
-                         "questions": len(questions), "scores": dict(rows)}))
-    else:
-        show(f"{opened.run.path} on {len(questions)} questions of {name}; scores in percent, "
-             f"loss in nats a token\n\n{table(rows)}")
+
+def evaluate_all(loaded: LoadedModel, entries: dict[str, list[llama.Prompt]], questions: Questions,
+                 place: str, settings: DataSettings) -> dict[str, dict[str, float]]:
+    """The scores of entries {label: prompts}, as evaluate gives them. Single prompts share batches,
+    TOGETHER at most; an ensemble has its own."""
+    single = [label for label, prompts in entries.items() if len(prompts) == 1]
+    groups = [single[i:i + TOGETHER] for i in range(0, len(single), TOGETHER)]
+    groups += [[label] for label in entries if label not in single]
+    scores = {}
+    for labels in groups:
+        name = labels[0] if len(labels) == 1 else f"{len(labels)} prompts"
+        results = evaluate_each(loaded, [entries[label] for label in labels], questions, place,
+                                settings, name)
+        scores |= {label: metrics for label, (metrics, _) in zip(labels, results)}
+    return scores
 
 
 def logged_spread(run: Run) -> dict[str, float]:
@@ -311,33 +402,41 @@ def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
 
 def command_generate(given: dict) -> None:
     options = from_flags(GenerateOptions, given)
-    if (options.beginning is None) == (options.batch is None):
-        raise UserError("generate: give a TEXT, or --batch FILE of JSON lines with a text each")
-    opened = open_run(options.run, given)
-    # One text is a batch of one line. All are checked before the first is answered.
-    lines = [("the text", {"text": options.beginning})]
+    paths, lines = [*options.paths], []
     if options.batch is not None:
         text = data.read_text(not_foreign(options.batch))
         lines = list(data.json_lines(text, options.batch))
-    rows = [_asked(opened, where, line) for where, line in lines]
+    else:  # one text is a batch of one line
+        lines = [("the text", {"text": paths.pop()})]
+    if not paths:
+        raise UserError("generate: give a RUN and a TEXT, or a RUN and --batch FILE of JSON lines "
+                        "with a text each")
+    runs = open_runs(paths, given, {"max_new": "--max-new"})
+    # All are checked before the first is answered.
+    rows = [_asked(runs, where, line) for where, line in lines]
 
-    settings = opened.settings
-    for start in range(0, len(rows), settings.data.batch_size):
-        members = rows[start:start + settings.data.batch_size]
-        for (_, line), answer in zip(lines[start:], _continued(opened, members)):
-            show(json.dumps({**line, "answer": answer}) if options.batch else answer)
+    size = runs[0].settings.data.batch_size
+    for start in range(0, len(rows), size):
+        answers_of_runs = _continued(runs, rows[start:start + size])
+        for (_, line), *answers in zip(lines[start:], *answers_of_runs):
+            for path, answer in zip(paths, answers):
+                about = {"run": path} if len(paths) > 1 else {}
+                if options.batch is not None:
+                    show(json.dumps({**line, **about, "answer": answer}))
+                else:
+                    show(f"{path}: {answer}" if about else answer)
 
 
-def _asked(opened: OpenRun, where: str, line: dict) -> data.Row:
+def _asked(runs: list[OpenRun], where: str, line: dict) -> data.Row:
     """The text of a line as a row whose answer is still to come."""
-    settings, text = opened.settings, line.get("text")
+    settings, text = runs[0].settings, line.get("text")
     if not isinstance(text, str):
         raise UserError(f'{where}: no text in it: expected {{"text": "..."}}')
-    ids = opened.vocabulary.encode(text)
+    ids = runs[0].vocabulary.encode(text)
     if len(ids) < (2 if settings.prompt.place == "after-bos" else 1):
         raise UserError(f"{where}: an empty text has nothing to go on from: give one with words")
-    room = (opened.model.config.max_position_embeddings - rows_per_layer(settings.prior)
-            - settings.data.max_new)
+    longest = max(rows_per_layer(opened.settings.prior) for opened in runs)
+    room = runs[0].model.config.max_position_embeddings - longest - settings.data.max_new
     if len(ids) > room:
         raise UserError(f"{where} has {len(ids)} tokens, and {room} fit beside the prompt and "
                         "--max-new: shorten it")
@@ -345,12 +444,14 @@ def _asked(opened: OpenRun, where: str, line: dict) -> data.Row:
 
 
 @torch.no_grad()
-def _continued(opened: OpenRun, rows: list[data.Row]) -> list[str]:
-    """What the model says after each row, to the end of the line."""
-    settings = opened.settings
+def _continued(runs: list[OpenRun], rows: list[data.Row]) -> list[list[str]]:
+    """What the model says after each row under the prompt of each run, to the end of the line: a
+    list for each run."""
+    settings, loaded = runs[0].settings, runs[0].loaded
     batch = data.collate(rows, settings.data.share, settings.prompt.place == "suffix")
-    past, batch = begin(opened.model, batch.to(opened.loaded.device), opened.prompt,
+    past, batch = begin(loaded.model, batch.to(loaded.device), [opened.prompt for opened in runs],
                         settings.prompt.place)
-    generated = llama.generate(opened.model, batch.asked, past, settings.data.max_new,
-                               opened.vocabulary.stop, batch.parent)
-    return [opened.vocabulary.first_line(ids) for ids in generated]
+    generated = llama.generate(loaded.model, batch.asked, past, settings.data.max_new,
+                               loaded.vocabulary.stop, batch.parent)
+    lines = [loaded.vocabulary.first_line(ids) for ids in generated]
+    return [lines[i:i + len(rows)] for i in range(0, len(lines), len(rows))]

@@ -18,30 +18,51 @@ import data
 import llama
 
 
-def begin(model: llama.Llama, batch: data.Batch, prompt: llama.Prompt | llama.Past,
+def begin(model: llama.Llama, batch: data.Batch,
+          prompt: llama.Prompt | llama.Past | list[llama.Prompt | llama.Past],
           place: str = "before") -> tuple[llama.Past, data.Batch]:
-    """Run what stands before the batch's tails: its beginnings, and the prompt in its place.
+    """Run what stands before the batch's tails: its beginnings, and the prompt in its place. Of
+    several prompts each has all of the batch, one after the other: K Q tails.
 
     place: where a Prompt stands: before, after-bos, or suffix, before the last token that asks for
     the answer. A Past of batch 1, of a prompt or of a text, stands before everything. Returns the
-    Past that the tails go on from, and the batch whose parent names each tail's row of it."""
-    shared, past = batch.shared, model.empty()
-    if isinstance(prompt, llama.Past):
-        past, place = prompt, "before"
-    elif place == "before":
-        past = prompt.past(model)
-    elif place == "after-bos":
-        bos = model.extend(shared[:1, :1], past)
-        past, shared = prompt.past(model, bos), shared[:, 1:]
-    past = model.extend(shared, past)
+    Past that the tails go on from, and the batch whose parent names each tail's row of it. Raises
+    ModelError for prompts that one batch cannot hold, see llama.stack."""
+    prompts, past = prompt if isinstance(prompt, list) else [prompt], model.empty()
+    if isinstance(prompts[0], llama.Past):
+        place = "before"
+    if place != "suffix":
+        if place == "after-bos":
+            past = model.extend(batch.shared[:1, :1], past)
+            batch = batch._replace(shared=batch.shared[:, 1:])
+        past = llama.stack([p if isinstance(p, llama.Past) else p.past(model, past)
+                            for p in prompts])
+        which = torch.arange(len(prompts), device=batch.shared.device)
+        past = past.take(which.repeat_interleave(len(batch.shared)))
+        batch = _under_each(batch, len(prompts), len(batch.shared))
+    past = model.extend(batch.shared, past)
 
     if batch.head is not None:  # tokens between a beginning and the prompt before its tail
         past = model.extend(batch.head, past.take(batch.parent))
         batch = _each_its_own_parent(batch)
     if place == "suffix":
-        past = prompt.past(model, past.take(batch.parent))
-        batch = _each_its_own_parent(batch)
+        past = past.take(batch.parent)
+        batch = _under_each(_each_its_own_parent(batch), len(prompts), len(past.position))
+        past = llama.stack([p.past(model, past) for p in prompts])
     return past, batch
+
+
+def _under_each(batch: data.Batch, prompts: int, rows: int) -> data.Batch:
+    """The batch once for each of several prompts, one after the other. rows: of a prompt's Past;
+    one row serves all tails."""
+    if prompts == 1:
+        return batch
+    which = torch.arange(prompts, device=batch.parent.device)
+    parent = (batch.parent if rows > 1 else batch.parent * 0).repeat(prompts)
+    head = None if batch.head is None else batch.head.repeat(prompts, 1)
+    return data.Batch(batch.shared.repeat(prompts, 1), batch.tails.repeat(prompts, 1),
+                      parent + rows * which.repeat_interleave(len(batch.tails)),
+                      batch.labels.repeat(prompts, 1), batch.asked * prompts, head)
 
 
 def _each_its_own_parent(batch: data.Batch) -> data.Batch:
