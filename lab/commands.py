@@ -16,7 +16,7 @@ import data
 import priors
 from lab.console import one_line, say
 from lab.foreign_data import not_foreign
-from lab.settings import (DataSettings, ModelSettings, PriorSettings, PromptSettings,
+from lab.settings import (FORGET, DataSettings, ModelSettings, PriorSettings, PromptSettings,
                           TrainSettings, flag_name, setting, value_type)
 
 
@@ -92,6 +92,8 @@ class EvalOptions:
     max_length: int | None = setting(None, "most tokens of a question's text (the run's)", above=0)
     max_new: int | None = setting(None, "most tokens of an answer (the run's)", above=0)
     keep_unanswerable: bool = setting(False, UNANSWERABLE)
+    forget: str | None = setting(None, FORGET.replace("--eval-limit", "--limit"),
+                                 flag_metavar="SPEC")
     json: bool = setting(False, JSON)
 
 

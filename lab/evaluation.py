@@ -11,9 +11,8 @@ import math
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import Iterable, NamedTuple
 
 import numpy as np
 import torch
@@ -21,17 +20,18 @@ import torch
 import data
 import llama
 from lab import statistics
+from lab.batches import by_question, grouped
 from lab.commands import EvalOptions, GenerateOptions
-from lab.console import (CALIBRATION, SCORES, SPREADS, Stopped, UserError, progress, say, show,
+from lab.console import (CALIBRATION, FORGETTING, SCORES, SPREADS, Stopped, UserError, say, show,
                          table)
 from lab.files import checksum
 from lab.folder import Run, best_evaluation
 from lab.foreign_data import not_foreign
+from lab.forgetting import SPLIT, forgetting, read_prose
 from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
                         model_files, plain_prompts, read_questions, room_for_text, rows_per_layer,
                         sample_topics, topic, training_and_evaluation)
 from lab.loss import answer_losses, answers, begin
-from lab.processes import all_gather, rank_and_size
 from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
                           text_names, with_flags)
 
@@ -59,7 +59,8 @@ class OpenRun(NamedTuple):
 
 
 # Flags of other commands that replace a run's settings, besides the model's.
-REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable", "text", "separator")
+REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable", "text", "separator",
+            "forget")
 
 
 def open_run(path: str | Path, given: dict,
@@ -163,16 +164,16 @@ def evaluate_each(loaded: LoadedModel, entries: list[list[llama.Prompt | llama.P
                   everywhere: bool = False) -> list[tuple[dict[str, float], list[dict]]]:
     """evaluate of each of several entries, of as many prompts each, in common batches. Raises
     ModelError for prompts that one batch cannot hold, see llama.stack."""
-    by_question = partial(_by_question, loaded.model, entries, place, settings, everywhere)
+    scored = partial(by_question, loaded.model, entries, place, settings, everywhere)
 
     def answered(pasts: list[llama.Past], batch: data.Batch) -> Iterable[tuple]:
         return zip(*answers(loaded.model, pasts, batch, settings.max_new, loaded.vocabulary.stop))
 
-    answered_each = by_question(questions, name, answered)
+    answered_each = scored(questions, name, answered)
     losses_of_choices = [[]] * len(entries)
     if choices := questions.each_choice():
-        losses_of_choices = by_question(choices, f"{name}, every choice",
-                                        partial(answer_losses, loaded.model))
+        losses_of_choices = scored(choices, f"{name}, every choice",
+                                   partial(answer_losses, loaded.model))
     return [_scored(loaded, questions, name, *of_entry)
             for of_entry in zip(answered_each, losses_of_choices)]
 
@@ -204,36 +205,6 @@ def _scored(loaded: LoadedModel, questions: Questions, name: str, answered: list
                                                                  np.array(is_right)),
                "calibrated": calibrated, "calibrated_low": low, "calibrated_high": high}
     return metrics, predictions
-
-
-def _by_question(model: llama.Llama, entries: list[list[llama.Prompt | llama.Past]], place: str,
-                 settings: DataSettings, everywhere: bool, questions: Questions, name: str,
-                 score: Callable[[list[llama.Past], data.Batch], Iterable]) -> list[list]:
-    """What `score` returns of every question of a batch, which goes on from the pasts: a list for
-    each entry."""
-    # What a prompt before the text leaves in the cache is the same for every batch.
-    if place == "before":
-        entries = [[p.past(model) if isinstance(p, llama.Prompt) else p for p in prompts]
-                   for prompts in entries]
-    # Every process takes its share of the batches.
-    rank, size = (0, 1) if everywhere else rank_and_size()
-    indices = range(len(questions))
-    batches = [indices[i:i + settings.batch_size] for i in indices[::settings.batch_size]]
-    batches = batches[rank::size]
-
-    scored = {}
-    total = sum(map(len, batches))
-    with progress(total=total, desc=name, unit=" questions", leave=False) as bar:
-        for members in batches:
-            batch = questions.batch(members, settings.share, place, model.embeddings.device)
-            begun = [begin(model, batch, [*prompts], place) for prompts in zip(*entries)]
-            results = score([past for past, _ in begun], begun[0][1])
-            scored.update(zip(product(range(len(entries)), members), results))
-            bar.update(len(members))
-    if size > 1:
-        for part in all_gather(scored):
-            scored.update(part)
-    return [[scored[k, i] for i in indices] for k in range(len(entries))]
 
 
 def _score_choices(questions: Questions, losses: list[float], scores: list[dict],
@@ -274,9 +245,12 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     """The scores that a run logged: without a prompt, of text prompts, of the prior's draw, at the
     last evaluation, and at the best one if that was another."""
     rows = [(MAJORITY, line) for line in metrics if line["split"] == "majority"]
-    rows += [("no prompt", line) for line in metrics if line["split"] == "baseline"]
-    text_lines = [line for line in metrics if line["split"] == "text"]
-    rows += zip(text_names(settings.prior.text), text_lines)
+    # What each prompt forgets was logged in the order of these rows.
+    forgotten = [line for line in metrics if line["split"] == SPLIT]
+    plain = [line for line in metrics if line["split"] in ("baseline", "text")]
+    if forgotten:
+        plain = [line | numbers for line, numbers in zip(plain, forgotten)]
+    rows += zip(["no prompt", *text_names(settings.prior.text)], plain)
     evals = [line for line in metrics if line["split"] == "eval"]
     if not evals and settings.imported:
         return "imported: `eval` scores it"
@@ -289,18 +263,21 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     if settings.train.has_particles:
         together = f", {settings.train.particles} particles together"
     best = best_evaluation(evals, [line["step"] for line in evals])
+    if forgotten and forgotten[-1].get("step") == last["step"]:
+        last |= forgotten[-1]
     for line in [last] if best in (evals[0], last) else [best, last]:
         mark = " (lowest loss)" if line is best and line is not last else ""
         if line["step"]:
             rows.append((f"{prior}, {line['step']} steps{together}{mark}", line))
-    titles = {key: title for key, title in (SCORES | SPREADS).items() if key not in CALIBRATION}
+    titles = {key: title for key, title in (SCORES | FORGETTING | SPREADS).items()
+              if key not in CALIBRATION}
     return table(rows, titles)
 
 
 # Settings of data that runs have in common where they are scored together, and their flags.
 SAME_DATA = {"eval_limit": "--limit", "keep_unanswerable": "--keep-unanswerable",
-             "max_new": "--max-new", "text": "--text", "separator": "--separator"}
-TOGETHER = 8  # prompts of one batch at most: each needs the memory of a batch
+             "max_new": "--max-new", "text": "--text", "separator": "--separator",
+             "forget": "--forget"}
 
 
 def command_eval(given: dict) -> None:
@@ -309,6 +286,7 @@ def command_eval(given: dict) -> None:
     runs = open_runs(options.runs, given, same)
     settings, loaded = runs[0].settings, runs[0].loaded
     questions = questions_of(runs, options)
+    prose = read_prose(settings.data, loaded, questions.max_length)
 
     # Score what the prompts are compared with, and then the prompts.
     rows = [(MAJORITY, scores)] if (scores := majority(questions)) else []
@@ -321,11 +299,14 @@ def command_eval(given: dict) -> None:
         run = f"{opened.run.path}: " if len(runs) > 1 else ""
         asked += [(f"{run}{label}", prompts, opened.run)
                   for label, prompts in trained_prompts(opened)]
-    scored = evaluate_all(loaded, {label: prompts for label, prompts, _ in asked}, questions,
-                          settings.prompt.place, settings.data)
+    entries = {label: prompts for label, prompts, _ in asked}
+    scored = evaluate_all(loaded, entries, questions, settings.prompt.place, settings.data)
     for label, prompts, run in asked:
         spread = logged_spread(run) if len(prompts) > 1 else {}
         rows.append((label, scored[label] | spread))
+    if prose:
+        numbers = forgetting(loaded, settings, entries, prose)
+        rows = [(label, scores | numbers.get(label, {})) for label, scores in rows]
     questions.say_cut()
 
     paths = [str(opened.run.path) for opened in runs]
@@ -355,14 +336,9 @@ def questions_of(runs: list[OpenRun], options: EvalOptions) -> Questions:
 
 def evaluate_all(loaded: LoadedModel, entries: dict[str, list[llama.Prompt]], questions: Questions,
                  place: str, settings: DataSettings) -> dict[str, dict[str, float]]:
-    """The scores of entries {label: prompts}, as evaluate gives them. Single prompts share batches,
-    TOGETHER at most; an ensemble has its own."""
-    single = [label for label, prompts in entries.items() if len(prompts) == 1]
-    groups = [single[i:i + TOGETHER] for i in range(0, len(single), TOGETHER)]
-    groups += [[label] for label in entries if label not in single]
+    """The scores of entries {label: prompts}, as evaluate gives them."""
     scores = {}
-    for labels in groups:
-        name = labels[0] if len(labels) == 1 else f"{len(labels)} prompts"
+    for name, labels in grouped(entries):
         results = evaluate_each(loaded, [entries[label] for label in labels], questions, place,
                                 settings, name)
         scores |= {label: metrics for label, (metrics, _) in zip(labels, results)}

@@ -17,6 +17,8 @@ from torch import Tensor
 import data
 import llama
 
+CHUNK = 1024  # tokens whose logits are in memory at once
+
 
 def begin(model: llama.Llama, batch: data.Batch,
           prompt: llama.Prompt | llama.Past | list[llama.Prompt | llama.Past],
@@ -140,7 +142,7 @@ def answers(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch, max_
         generated = llama.generate(model, questions, pasts, max_new, stop, batch.parent[merged])
         for i, answer in zip(merged, generated):
             ids[i] = answer
-    return Answers(_losses(logits, labels, counts), counts.tolist(), ids, confidence.tolist(),
+    return Answers(_per_answer(_cross_entropy(logits, labels, "none"), counts), counts.tolist(), ids, confidence.tolist(),
                    (likeliest == labels[first]).tolist())
 
 
@@ -149,15 +151,19 @@ def answer_losses(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch
     """Cross-entropy of each right answer in nats, summed over its tokens; of several pasts as in
     answers."""
     is_scored = batch.labels != data.NO_LABEL
-    logits = llama.ensemble([model.logits(model.states(batch.tails, past, batch.parent, is_scored))
-                             for past in pasts])
-    return _losses(logits, batch.labels[is_scored], is_scored.sum(dim=1))
+    states = [model.states(batch.tails, past, batch.parent, is_scored) for past in pasts]
+    losses = []
+    # Answers may be whole texts, and the logits of all their tokens would be gigabytes.
+    for labels, *parts in zip(batch.labels[is_scored].split(CHUNK),
+                              *(h.split(CHUNK) for h in states)):
+        logits = llama.ensemble([model.logits(h) for h in parts])
+        losses.append(_cross_entropy(logits, labels, "none"))
+    return _per_answer(torch.cat(losses), is_scored.sum(dim=1))
 
 
-def _losses(logits: Tensor, labels: Tensor, counts: Tensor) -> list[float]:
-    """Summed cross-entropy of each of the answers that labels (N,) holds one after the other."""
-    parts = _cross_entropy(logits, labels, "none").split(counts.tolist())
-    return torch.stack([part.sum() for part in parts]).tolist()
+def _per_answer(losses: Tensor, counts: Tensor) -> list[float]:
+    """Summed losses of each of the answers whose tokens' (N,) stand one after the other."""
+    return torch.stack([part.sum() for part in losses.split(counts.tolist())]).tolist()
 
 
 def _confirmed(likeliest: Tensor, labels: Tensor, counts: Tensor, max_new: int,
