@@ -14,7 +14,6 @@ import ctypes
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import llama_cpp
@@ -89,25 +88,20 @@ def main() -> int:
 
     evals = training_and_evaluation(settings.data)[1][:a.questions]
     questions = encode(evals, vocabulary, opened.max_length, "questions")
-    seconds, equal, same_line = {"ours": 0.0, "llama.cpp": 0.0}, 0, 0
+    equal = same_line = 0
     past, stop, most = opened.prompt.past(model), vocabulary.stop, settings.data.max_new
     for i in range(len(questions)):
         ids = questions.row(i).question
-        began = time.perf_counter()
         with torch.no_grad():
             ours = llama.generate(model, [ids], past, most, stop)[0]
-        between = time.perf_counter()
         other = theirs.answer(ids, most, stop)
-        seconds["ours"] += between - began
-        seconds["llama.cpp"] += time.perf_counter() - between
         equal += ours == other
         same_line += vocabulary.first_line(ours) == vocabulary.first_line(other)
         if ours != other:
             k = next((k for k, pair in enumerate(zip(ours, other)) if pair[0] != pair[1]), 0)
             print(f"question {i + 1} parts at token {k + 1}: {vocabulary.decode(ours)!r}, "
                   f"llama.cpp {vocabulary.decode(other)!r}")
-    print(f"{equal} of {len(questions)} answers equal token by token, {same_line} as text; seconds "
-          + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    print(f"{equal} of {len(questions)} answers equal token by token, {same_line} as text")
     return 0
 
 

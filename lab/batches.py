@@ -17,7 +17,7 @@ import data
 import llama
 from lab.console import progress
 from lab.inputs import Questions
-from lab.loss import begin
+from lab.loss import answer_losses, begin
 from lab.processes import all_gather, rank_and_size
 from lab.settings import DataSettings
 
@@ -64,3 +64,11 @@ def grouped(entries: dict[str, list[llama.Prompt]]) -> list[tuple[str, list[str]
     groups += [[label] for label in entries if label not in single]
     return [(labels[0] if len(labels) == 1 else f"{len(labels)} prompts", labels)
             for labels in groups]
+
+
+def losses_and_tokens(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch
+                      ) -> Iterable[tuple[float, int]]:
+    """A score function: the loss of each right answer in nats, summed over its tokens, and their
+    number."""
+    counts = (batch.labels != data.NO_LABEL).sum(dim=1).tolist()
+    return zip(answer_losses(model, pasts, batch), counts)

@@ -94,6 +94,9 @@ class EvalOptions:
     keep_unanswerable: bool = setting(False, UNANSWERABLE)
     forget: str | None = setting(None, FORGET.replace("--eval-limit", "--limit"),
                                  flag_metavar="SPEC")
+    words: bool = setting(False, "score each prompt too with its rows at the token embeddings "
+                          "replaced by the nearest tokens: what no token says is the difference")
+    ablate: bool = setting(False, "score each prompt too without each of its rows in turn")
     json: bool = setting(False, JSON)
 
 

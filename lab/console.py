@@ -210,7 +210,7 @@ def scores_line(scores: dict[str, float]) -> str:
 def _cell(key: str, numbers: dict[str, float]) -> str:
     if key not in numbers:
         return ""
-    if key == "loss" or key in FORGETTING:
+    if key in ("loss", "change", *FORGETTING):
         form = ".3f"
     elif key in SCORES:
         form = ".1f"

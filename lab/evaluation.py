@@ -28,15 +28,15 @@ from lab.files import checksum
 from lab.folder import Run, best_evaluation
 from lab.foreign_data import not_foreign
 from lab.forgetting import SPLIT, forgetting, read_prose
-from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
+from lab.inputs import (FEW_CONTEXTS, LoadedModel, Questions, check_place, encode, load_model, longest_text,
                         model_files, plain_prompts, read_questions, room_for_text, rows_per_layer,
                         sample_topics, topic, training_and_evaluation)
 from lab.loss import answer_losses, answers, begin
 from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
                           text_names, with_flags)
+from lab.words import EFFECTS, discrete, effects, without_each
 
 MAJORITY = "always the commonest answer"  # what multiple choice is compared with
-FEW_CONTEXTS = 10  # fewer clusters than these give no standard error worth printing
 
 
 class OpenRun(NamedTuple):
@@ -288,17 +288,24 @@ def command_eval(given: dict) -> None:
     questions = questions_of(runs, options)
     prose = read_prose(settings.data, loaded, questions.max_length)
 
+    # All prompts are made before the first is scored, as some may be refused.
+    asked = []
+    for opened in runs:
+        run = f"{opened.run.path}: " if len(runs) > 1 else ""
+        asked += [(f"{run}{label}", prompts, opened.run)
+                  for label, prompts in trained_prompts(opened)]
+        if options.words:
+            asked += [(f"{run}its nearest tokens, {metric}", [prompt], opened.run)
+                      for metric, prompt in discrete(opened.prompt, loaded).items()]
+        if options.ablate:
+            without_each(opened.prompt)
+
     # Score what the prompts are compared with, and then the prompts.
     rows = [(MAJORITY, scores)] if (scores := majority(questions)) else []
     for plain in plain_prompts(loaded, settings.prior, questions):
         scores, _ = evaluate(loaded, [plain.past], plain.questions, settings.prompt.place,
                              settings.data, plain.name)
         rows.append((plain.name, scores))
-    asked = []
-    for opened in runs:
-        run = f"{opened.run.path}: " if len(runs) > 1 else ""
-        asked += [(f"{run}{label}", prompts, opened.run)
-                  for label, prompts in trained_prompts(opened)]
     entries = {label: prompts for label, prompts, _ in asked}
     scored = evaluate_all(loaded, entries, questions, settings.prompt.place, settings.data)
     for label, prompts, run in asked:
@@ -307,16 +314,23 @@ def command_eval(given: dict) -> None:
     if prose:
         numbers = forgetting(loaded, settings, entries, prose)
         rows = [(label, scores | numbers.get(label, {})) for label, scores in rows]
+    ablated = {}
+    for opened in runs if options.ablate else ():
+        ablated[str(opened.run.path)] = effects(loaded, settings, opened.prompt, questions)
     questions.say_cut()
 
     paths = [str(opened.run.path) for opened in runs]
     if options.json:
-        about = {"run": paths[0]} if len(paths) == 1 else {"runs": paths}
-        show(json.dumps({**about, "data": questions.name, "questions": len(questions),
-                         "scores": dict(rows)}))
-    else:
-        show(f"{', '.join(paths)} on {len(questions)} questions of {questions.name}; scores in "
-             f"percent, loss in nats a token\n\n{table(rows)}")
+        record = {"run": paths[0]} if len(paths) == 1 else {"runs": paths}
+        record |= {"data": questions.name, "questions": len(questions), "scores": dict(rows)}
+        if ablated:
+            record["without"] = {path: dict(of_run) for path, of_run in ablated.items()}
+        show(json.dumps(record))
+        return
+    show(f"{', '.join(paths)} on {len(questions)} questions of {questions.name}; scores in "
+         f"percent, loss in nats a token\n\n{table(rows)}")
+    for path, of_run in ablated.items():
+        show(f"\n{path} without each of its rows in turn\n{table(of_run, EFFECTS)}")
 
 
 def questions_of(runs: list[OpenRun], options: EvalOptions) -> Questions:

@@ -10,18 +10,17 @@ tokens are scored under every prompt, so the difference is paired by text.
 
 from __future__ import annotations
 
-from typing import Iterable
+from functools import partial
 
 import numpy as np
 
 import data
 import llama
 from lab import statistics
-from lab.batches import by_question, grouped
+from lab.batches import by_question, grouped, losses_and_tokens
 from lab.console import UserError
 from lab.folder import Run
 from lab.inputs import LoadedModel, Questions, parse_spec, plain_prompts
-from lab.loss import answer_losses
 from lab.settings import DataSettings, Settings
 
 SPLIT = "forgetting"  # of a run's log
@@ -62,13 +61,10 @@ def forgetting(loaded: LoadedModel, settings: Settings, entries: dict[str, list[
     """{label: numbers} of no prompt, the text prompts, and entries {label: prompts} (the
     probabilities of several are averaged). prose: nats a token. forgotten: that less the loss
     without a prompt. Each with its standard error, in which texts are the independent units."""
-    def score(pasts: list[llama.Past], batch: data.Batch) -> Iterable[tuple[float, int]]:
-        counts = (batch.labels != data.NO_LABEL).sum(dim=1).tolist()
-        return zip(answer_losses(loaded.model, pasts, batch), counts)
-
     def scored(name: str, prompts: list, texts: Questions) -> list[np.ndarray]:
         results = by_question(loaded.model, prompts, settings.prompt.place, settings.data,
-                              settings.train.shard, texts, f"{name}, prose", score)
+                              settings.train.shard, texts, f"{name}, prose",
+                              partial(losses_and_tokens, loaded.model))
         return list(map(np.array, results))  # (texts, 2): loss, tokens
 
     losses = {}

@@ -177,6 +177,7 @@ def check_place(prompt: PromptSettings, loaded: LoadedModel, model: str) -> None
 # --------------------------------------------------------------------------------------------------
 # questions
 
+FEW_CONTEXTS = 10  # fewer clusters than these give no standard error worth printing
 ROWS_KEPT = 10000  # token rows of a data set that are kept, at some 10 KB each
 SIZED = 1000  # questions whose answers' lengths are averaged, in a tenth of a second
 
