@@ -272,9 +272,8 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
     rows, readings, mixed = [], {}, {}
     if tokens is not None:
         at_random = torch.from_numpy(geometry.moved_at_random(end[0].numpy(), start[0].numpy()))
-        for name, x in (("prior draw", drawn[0]), ("trained", trained[0]),
-                        ("as far at random", at_random.float())):
-            mixed[name] = mixtures_of(x, tokens, opened.vocabulary)
+        mixed = mixtures_of({"prior draw": drawn[0], "trained": trained[0],
+                             "as far at random": at_random.float()}, tokens, opened.vocabulary)
     for i, reference in references_of(opened).items():
         for name, numbers in measure_rows(start[i], end[i], reference.rows,
                                           priors.Fitted.fit(reference.rows),

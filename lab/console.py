@@ -177,8 +177,8 @@ def _line_progress() -> type:
     return LineProgress
 
 
-def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = SCORES | FORGETTING | SPREADS
-          ) -> str:
+def table(rows: list[tuple[str, dict[str, float]]],
+          titles: dict[str, str] = SCORES | FORGETTING | SPREADS) -> str:
     """Names and numbers in aligned columns. titles {key: heading} gives the columns' order; a key
     that no row has gets no column. Scores have one decimal, other numbers three digits, counts
     (int) all of theirs. In brackets stands a number's standard error (KEY_se), or its interval

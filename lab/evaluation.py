@@ -28,9 +28,9 @@ from lab.files import checksum
 from lab.folder import Run, best_evaluation
 from lab.foreign_data import not_foreign
 from lab.forgetting import SPLIT, forgetting, read_prose
-from lab.inputs import (FEW_CONTEXTS, LoadedModel, Questions, check_place, encode, load_model, longest_text,
-                        model_files, plain_prompts, read_questions, room_for_text, rows_per_layer,
-                        sample_topics, topic, training_and_evaluation)
+from lab.inputs import (FEW_CONTEXTS, LoadedModel, Questions, check_place, encode, load_model,
+                        longest_text, model_files, plain_prompts, read_questions, room_for_text,
+                        rows_per_layer, sample_topics, topic, training_and_evaluation)
 from lab.loss import answer_losses, answers, begin
 from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
                           text_names, with_flags)
@@ -100,6 +100,8 @@ def open_runs(paths: list[str], given: dict, same: dict[str, str]) -> list[OpenR
     ModelError for runs that one batch cannot hold, before any model is loaded if their settings
     tell."""
     first, *others = [flat(settings_now(Run(Path(path)), given)) for path in paths]
+    for values in (first, *others):
+        values["eval_data"] = values["eval_data"] or f"a part of {values['data']}"
     flags = {name: flag_name(name) for name in vars(ModelSettings())} | same
     for path, values in zip(paths[1:], others):
         for name in (*flags, "place"):
@@ -407,9 +409,8 @@ def command_generate(given: dict) -> None:
 
     size = runs[0].settings.data.batch_size
     for start in range(0, len(rows), size):
-        answers_of_runs = _continued(runs, rows[start:start + size])
-        for (_, line), *answers in zip(lines[start:], *answers_of_runs):
-            for path, answer in zip(paths, answers):
+        for (_, line), *of_runs in zip(lines[start:], *_continued(runs, rows[start:start + size])):
+            for path, answer in zip(paths, of_runs):
                 about = {"run": path} if len(paths) > 1 else {}
                 if options.batch is not None:
                     show(json.dumps({**line, **about, "answer": answer}))

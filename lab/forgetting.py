@@ -45,8 +45,8 @@ def read_prose(settings: DataSettings, loaded: LoadedModel, max_length: int) -> 
         return None
     kind, path = parse_spec(spec, 1)
     if kind != "text":
-        raise UserError(f"--forget {spec}: forgetting is measured on prose: give text:PATH, or text "
-                        "for the bundled one")
+        raise UserError(f"--forget {spec}: forgetting is measured on prose: give text:PATH, or "
+                        "text for the bundled one")
     texts = data.read(kind, path, settings.eval_limit or None)
     encoded = loaded.vocabulary.encode_batch([e.context[:2000] for e in texts])
     several = [text for text, ids in zip(texts, encoded) if len(ids) > 2]

@@ -263,8 +263,7 @@ def mixtures(rows: np.ndarray, population: np.ndarray, most: int = 8
         raise GeometryError(f"mixtures of {most} members: ask for at least 1")
     population = checked(population, "the population", most)
     rows = checked(rows, "rows", width=population.shape[1]).astype(np.float64)
-    norm = np.sqrt(np.concatenate([np.square(block, dtype=np.float64).sum(1)
-                                   for block in _blocks(population)]))
+    norm = np.concatenate([np.linalg.norm(block, axis=1) for block in _blocks(population)])
     norm[norm == 0] = np.inf  # a member that is zero explains nothing
     square = np.maximum(np.square(rows).sum(1), 1e-300)
 
@@ -285,18 +284,14 @@ def mixtures(rows: np.ndarray, population: np.ndarray, most: int = 8
     return index, weight, share
 
 
-def _blocks(x):
-    return (x[first:first + BLOCK] for first in range(0, len(x), BLOCK))
-
-
 def _most_similar(rows, population, norm, excluded):
     """The member with the largest product of its direction with each of rows (n, D), but for those
     excluded (n, k), and that product: (n,) each. In float32, as ties do not matter."""
     single, best = rows.astype(np.float32), np.zeros(len(rows), np.int64)
     value = np.full(len(rows), -np.inf)
-    for number, block in enumerate(_blocks(population)):
-        first = number * BLOCK
-        score = single @ block.astype(np.float32, copy=False).T / norm[first:first + BLOCK]
+    for first in range(0, len(population), BLOCK):
+        block = population[first:first + BLOCK].astype(np.float32, copy=False)
+        score = single @ block.T / norm[first:first + BLOCK]
         i, k = np.nonzero((excluded >= first) & (excluded < first + BLOCK))
         score[i, excluded[i, k] - first] = -np.inf
         j = score.argmax(1)

@@ -142,8 +142,9 @@ def answers(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch, max_
         generated = llama.generate(model, questions, pasts, max_new, stop, batch.parent[merged])
         for i, answer in zip(merged, generated):
             ids[i] = answer
-    return Answers(_per_answer(_cross_entropy(logits, labels, "none"), counts), counts.tolist(), ids, confidence.tolist(),
-                   (likeliest == labels[first]).tolist())
+    losses = _per_answer(_cross_entropy(logits, labels, "none"), counts)
+    is_right = (likeliest == labels[first]).tolist()
+    return Answers(losses, counts.tolist(), ids, confidence.tolist(), is_right)
 
 
 @torch.no_grad()

@@ -18,10 +18,9 @@ import numpy as np
 from lab import geometry, pictures, statistics
 from lab.adapters import to_csv
 from lab.console import SCORES, say, show, table
-from lab.evaluation import FEW_CONTEXTS
 from lab.files import reading, write_file
 from lab.folder import Run
-from lab.inputs import topic, training_and_evaluation, unit
+from lab.inputs import FEW_CONTEXTS, topic, training_and_evaluation, unit
 from lab.plan import Plan, cell_key, setting_name, varied_settings
 from lab.settings import DataSettings, Settings
 

@@ -1,8 +1,8 @@
 """A prompt read in words: rows as mixtures of tokens, the discrete prompt that says the same, and
 what each row does.
 
-    found = mixtures_of(rows, tokens, vocabulary)      # found.shares (n, MOST)
-    prompts = discrete(prompt, loaded)                 # {"cosine": Prompt, "l2": Prompt}
+    found = mixtures_of({"trained": rows}, tokens, vocabulary)["trained"]    # found.shares (n, 8)
+    prompts = discrete(prompt, loaded)                                       # {metric: Prompt}
     print(table(effects(loaded, settings, prompt, questions), EFFECTS))
 
 n prompt rows, D width, V vocabulary.
@@ -48,15 +48,21 @@ class Mixtures(NamedTuple):
                 for row, tokens in zip(self.weights, self.tokens)]
 
 
-def mixtures_of(rows: Tensor, tokens: Tensor, vocabulary: data.Vocabulary) -> Mixtures:
-    """rows (n, D), tokens (V, D): the embeddings of the vocabulary's ordinary tokens."""
-    most = min(MOST, len(tokens))
+def mixtures_of(sets: dict[str, Tensor], tokens: Tensor, vocabulary: data.Vocabulary
+                ) -> dict[str, Mixtures]:
+    """Sets of rows {name: (n, D)} as mixtures, all at once, because the vocabulary is read again
+    for every token of a mixture. tokens (V, D): the embeddings of its ordinary tokens."""
+    rows, most = torch.cat([*sets.values()]), min(MOST, len(tokens))
     index, weight, share = geometry.mixtures(rows.numpy(), tokens.numpy(), most)
     share = np.pad(share, ((0, 0), (0, MOST - most)), "edge")
-    used = [[int(j) for j in row[row >= 0]] for row in index]
-    words = [[vocabulary.decode([vocabulary.ordinary[j]]) for j in row] for row in used]
-    weights = [[float(w) for w in row[:len(members)]] for row, members in zip(weight, used)]
-    return Mixtures(words, weights, share)
+    found, first = {}, 0
+    for name, x in sets.items():
+        part = slice(first, first := first + len(x))
+        used = [row[row >= 0].tolist() for row in index[part]]
+        words = [[vocabulary.decode([vocabulary.ordinary[j]]) for j in row] for row in used]
+        weights = [row[:len(members)].tolist() for row, members in zip(weight[part], used)]
+        found[name] = Mixtures(words, weights, share[part])
+    return found
 
 
 # --------------------------------------------------------------------------------------------------

@@ -368,8 +368,8 @@ def test_a_mixture_is_found_and_ends_where_it_is_whole():
     rng = np.random.default_rng(2)
     population = rng.normal(size=(3000, 100))
     population[5] = 0  # explains nothing
-    rows = np.stack([population[7] + 0.5 * population[2900], 3 * population[40], -population[40] * 0,
-                     -10 * np.ones(100)])
+    rows = np.stack([population[7] + 0.5 * population[2900], 3 * population[40],
+                     0 * population[40], -10 * np.ones(100)])
     index, weight, share = g.mixtures(rows, population, 4)
     assert index[0].tolist() == [7, 2900, -1, -1] and index[1].tolist() == [40, -1, -1, -1]
     np.testing.assert_allclose(weight[0], [1, 0.5, 0, 0], atol=1e-9)

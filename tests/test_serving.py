@@ -1,7 +1,10 @@
 """Rows for other programs: their files, the order in which they stand, and what cannot be said."""
 
 import json
+import re
 import shlex
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -149,3 +152,58 @@ def test_mistakes_are_one_line_and_nothing_is_half_written(trained, tmp_path, ca
     with pytest.raises(ZeroDivisionError):
         run("export", folder, "--to", tmp_path / "new.pt", "--for", "vllm")
     assert not [*tmp_path.glob("new*")] and not [*tmp_path.glob(".*")]
+
+
+# --------------------------------------------------------------------------------------------------
+# what docs/serving.md shows
+
+
+def shown_code(name):
+    page = (Path(__file__).resolve().parent.parent / "docs/serving.md").read_text()
+    return re.search(rf"<!-- python: {name} -->\n```python\n(.*?)```", page, re.DOTALL)[1]
+
+
+@pytest.fixture
+def exported(tmp_path, monkeypatch, capsys):
+    """Answer of a run of twenty fitted rows, whose files are in the working directory."""
+    folder = tmp_path / "run"
+    (tmp_path / "tiny").symlink_to(TINY)
+    assert run("train", "--steps", 25, "--eval-limit", 2, "--out", folder) == 0
+    for name, form in (("rows.npy", "numpy"), ("rows.pt", "vllm"), ("rows.f32", "llama.cpp")):
+        assert run("export", folder, "--to", tmp_path / name, "--for", form) == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run("generate", folder, TEXT) == 0
+    answer = capsys.readouterr().out.rstrip("\n")
+    assert run("generate", folder, "x") == 0 and capsys.readouterr().out.rstrip("\n") != answer
+    return answer
+
+
+def test_the_pages_lines_for_transformers(exported, capsys):
+    exec(shown_code("transformers"), {})
+    assert capsys.readouterr().out.split("\n")[0].strip() == exported
+
+
+def test_the_pages_lines_for_vllm(exported, capsys, monkeypatch):
+    """vLLM itself is not here: what it is given has to be what its documentation asks for, and say
+    in transformers what the run says."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    class LLM:
+        def __init__(self, model, enable_prompt_embeds):
+            assert enable_prompt_embeds
+            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+        def generate(self, prompt, params):
+            x = prompt["prompt_embeds"]
+            assert x.dim() == 2 and x.shape[1] == 192 and not x.requires_grad
+            out = self.model.generate(inputs_embeds=x[None].float(), do_sample=False,
+                                      attention_mask=torch.ones(1, len(x)), pad_token_id=1,
+                                      max_new_tokens=params["max_tokens"])
+            text = self.tokenizer.decode(out[0]).split(params["stop"])[0]
+            return [SimpleNamespace(outputs=[SimpleNamespace(text=text)])]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    exec(shown_code("vllm"), {})
+    assert capsys.readouterr().out.strip() == exported

@@ -151,11 +151,13 @@ def test_runs_that_cannot_share_a_batch_are_refused_with_what_works(runs, traine
     first, suffix = runs[0], trained("--place", "suffix")
     cut, short = trained("--deep-layers", 1), trained("--max-new", 8)
     sums, more = trained("--data", "math"), trained("--eval-limit", 3)
+    part = trained("--data", f"squad:{TINY / 'squad/train.json'}")
     low = trained("--dtype", "bfloat16")
     for other, message, remedy in (
             (suffix, "its --place is suffix, and that of", None),
             (cut, "columns in its layers", None), (short, "--max-new is 8", ("--max-new", 8)),
             (sums, "its --eval-data is math", ("--data", "squad")),
+            (part, "its --eval-data is a part of squad:", ("--data", "squad")),
             (more, "its --eval-limit is 3", ("--limit", 3)),
             (low, "its --dtype is bfloat16", ("--dtype", "float32"))):
         capsys.readouterr()

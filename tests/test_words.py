@@ -44,7 +44,7 @@ def test_a_mixture_names_its_tokens(loaded):
     first, second = (vocabulary.encode(word)[-1] for word in (" born", " river"))
     places = [vocabulary.ordinary.index(i) for i in (first, second)]
     rows = torch.stack([2 * tokens[places[0]] + tokens[places[1]], 0.5 * tokens[places[1]]])
-    found = mixtures_of(rows, tokens, vocabulary)
+    found = mixtures_of({"none": tokens[:2], "some": rows}, tokens, vocabulary)["some"]
     assert set(found.tokens[0][:2]) == {vocabulary.decode([i]) for i in (first, second)}
     assert found.tokens[1] == [vocabulary.decode([second])] and found.texts()[1].startswith("0.5 ")
     weights = dict(zip(found.tokens[0], found.weights[0]))
