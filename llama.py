@@ -384,6 +384,48 @@ def pick(t: Tensor | None, parent: Tensor | None) -> Tensor | None:
     return t.index_select(0, parent)
 
 
+def stack(pasts: list[Past]) -> Past:
+    """Pasts as one, whose batch is theirs one after the other: the rows of a batch may go on from
+    different prompts.
+
+    Either every layer has as many columns in all of them, and as many of the prompt's. Or the
+    layers of each past have equally many: then shorter pasts are padded in front, and all columns
+    become content columns, of which `real` says which hold something. Raises ModelError for pasts
+    that are neither."""
+    if len(pasts) == 1:
+        return pasts[0]
+    counts = [[0 if k is None else k.shape[2] for k in past.keys] for past in pasts]
+    real = [past.real for past in pasts]
+    columns = counts[0]
+    if any(c != columns for c in counts) or len({r.shape[1] for r in real}) > 1:
+        uneven = [i for i, c in enumerate(counts) if len({*c}) > 1]
+        if uneven:
+            raise ModelError(f"prompt {uneven[0] + 1} of {len(pasts)} has {counts[uneven[0]]} "
+                             "columns in its layers, and another has other numbers of them: one "
+                             "batch takes prompts with columns at the same layers, or such as have "
+                             "equally many at every layer: take each alone")
+        longest = max(c[0] for c in counts)
+        columns = [longest] * len(columns)
+        real = [F.pad(F.pad(r, (c[0] - r.shape[1], 0), value=True), (longest - c[0], 0))
+                for r, c in zip(real, counts)]
+    return Past(_stack_columns([past.keys for past in pasts], columns, real),
+                _stack_columns([past.values for past in pasts], columns, real),
+                torch.cat(real), torch.cat([past.position for past in pasts]))
+
+
+def _stack_columns(caches: list[tuple[Tensor | None, ...]], columns: list[int], real: list[Tensor]
+                   ) -> tuple[Tensor | None, ...]:
+    """The keys or the values of several pasts as those of one with `columns` in its layers."""
+    stacked = []
+    for width, *tensors in zip(columns, *caches):
+        some = next((t for t in tensors if t is not None), None)
+        padded = [some.new_zeros(len(r), some.shape[1], width, some.shape[3]) if t is None else
+                  F.pad(t, (0, 0, width - t.shape[2], 0)) for t, r in zip(tensors, real)
+                  ] if some is not None else []
+        stacked.append(torch.cat(padded) if padded else None)
+    return tuple(stacked)
+
+
 # --------------------------------------------------------------------------------------------------
 # attention
 

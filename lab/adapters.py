@@ -1,5 +1,5 @@
 """Adapters: a prompt as Hugging Face's PEFT loads it, PEFT's prompts back, and a run's log as a
-table; the commands export and import.
+table; the commands export and import. Rows for other programs are serving.py's.
 
     files = to_peft(model, rows, "meta-llama/Llama-3.2-1B")             # {name: bytes}
     files = to_peft(model, prompt.past(model), "meta-llama/Llama-3.2-1B")
@@ -42,6 +42,7 @@ from lab.folder import FIRST_PROMPT, LAST_PROMPT, Run, versions
 from lab.foreign_data import not_foreign
 from lab.hub import cached, model_folder
 from lab.inputs import check_place, check_same_model, checksums, load_model, longest_text
+from lab.serving import export_rows, free_file
 from lab.settings import ModelSettings, Settings, flat, from_flags, on_hub, spec_name
 from lab.train import check_new
 
@@ -331,16 +332,28 @@ def is_table(path: Path) -> bool:
 def command_export(given: dict) -> None:
     options = from_flags(ExportOptions, given)
     if options.to is None and options.csv is None:
-        raise UserError("export: give --to DIR for a PEFT adapter, --csv for the log, or both")
-    folder = None
-    if options.to is not None:
-        folder = free_folder(options.to, "--to", options.overwrite, **OVERWRITTEN)
-    if "step" in given and options.to is None:
-        raise UserError(f"--step {given['step']} is for --to DIR: give that too, or leave it out")
+        raise UserError("export: give --to DIR for a PEFT adapter, --to FILE with --for for rows, "
+                        "--csv for the log, or several")
+    place = None
+    if options.to is not None and options.form == "peft":
+        place = free_folder(options.to, "--to", options.overwrite, **OVERWRITTEN)
+    elif options.to is not None:
+        place = free_file(options.to, options.overwrite)
+    for name, flag in (("step", "--step"), ("form", "--for")):
+        if name in given and options.to is None:
+            raise UserError(f"{flag} {given[name]} is for --to: give that too, or leave it out")
     if options.csv is not None:
         export_log(Run(Path(options.run)), options)
-    if folder:
-        export_adapter(open_run(options.run, given, any_weights=False), folder, options.overwrite)
+    if place is None:
+        return
+    opened = open_run(options.run, given, any_weights=False)
+    train = opened.settings.train
+    if train.posterior != "point":
+        say(f"{opened.run.path}: the {train.representative} of its {train.posterior} posterior")
+    if options.form == "peft":
+        export_adapter(opened, place, options.overwrite)
+    else:
+        export_rows(opened, origin(opened), place, options.form, options.overwrite)
 
 
 def is_ours(folder: Path) -> bool:
@@ -369,7 +382,7 @@ def export_log(run: Run, options: ExportOptions) -> None:
 @torch.no_grad()
 def export_adapter(opened: OpenRun, folder: Path, overwrite: bool) -> None:
     """Write a run's prompt as an adapter, and read it back: its logits must be the run's."""
-    run, settings, model = opened.run, opened.settings, opened.model
+    settings, model = opened.settings, opened.model
 
     # Rows at the tokens alone travel as rows, any other prompt as keys and values.
     past = past_for_peft(opened)
@@ -393,9 +406,6 @@ def export_adapter(opened: OpenRun, folder: Path, overwrite: bool) -> None:
             raise OSError(f"{folder}: read back, the adapter's logits differ by {change:.3g}: "
                           "removed; is the disk sound?")
 
-    if settings.train.posterior != "point":
-        say(f"{run.path}: the {settings.train.representative} of its "
-            f"{settings.train.posterior} posterior")
     say(f"give PEFT {texts_for_peft(opened)}")
     if adapter.kind == "PROMPT_TUNING":
         say("PEFT 0.21.2 with transformers 5.24 puts such a prompt in again at every generated "

@@ -16,7 +16,7 @@ import data
 import priors
 from lab.console import one_line, say
 from lab.foreign_data import not_foreign
-from lab.settings import (DataSettings, ModelSettings, PriorSettings, PromptSettings,
+from lab.settings import (FORGET, DataSettings, ModelSettings, PriorSettings, PromptSettings,
                           TrainSettings, flag_name, setting, value_type)
 
 
@@ -79,7 +79,8 @@ class GridOptions:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    run: str | None = argument("RUN", "a run's folder")
+    runs: tuple[str, ...] = argument("RUN", "runs' folders; those of one model share batches",
+                                     nargs="+")
     spec: str | None = setting(None, "data to evaluate on, a SPEC (the run's evaluation data)",
                                flag="--data", flag_metavar="DATA")
     eval_limit: int | None = setting(None, "most questions, 0 for all (the run's)", least=0,
@@ -89,16 +90,22 @@ class EvalOptions:
     separator: str | None = setting(None, "what stands between a text prompt and the text (the "
                                     "run's)")
     max_length: int | None = setting(None, "most tokens of a question's text (the run's)", above=0)
+    max_new: int | None = setting(None, "most tokens of an answer (the run's)", above=0)
     keep_unanswerable: bool = setting(False, UNANSWERABLE)
+    forget: str | None = setting(None, FORGET.replace("--eval-limit", "--limit"),
+                                 flag_metavar="SPEC")
+    words: bool = setting(False, "score each prompt too with its rows at the token embeddings "
+                          "replaced by the nearest tokens: what no token says is the difference")
+    ablate: bool = setting(False, "score each prompt too without each of its rows in turn")
     json: bool = setting(False, JSON)
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    run: str | None = argument("RUN", "a run's folder")
-    beginning: str | None = argument("TEXT", "the text to go on from", nargs="?")
+    paths: tuple[str, ...] = argument("RUN|TEXT", "runs' folders, and after them the text to go on "
+                                      "from, under the prompt of each", nargs="+")
     batch: str | None = setting(None, 'JSON lines, {"text": "..."} each, in place of TEXT; they '
-                                "come back with an answer each", flag_metavar="FILE")
+                                "come back with an answer of each run", flag_metavar="FILE")
     max_new: int | None = setting(None, "most tokens (the run's)", above=0)
 
 
@@ -187,10 +194,15 @@ class PlotOptions:
 @dataclass(frozen=True)
 class ExportOptions:
     run: str | None = argument("RUN", "a run's folder")
-    to: str | None = setting(None, "the adapter's folder", flag_metavar="DIR")
+    to: str | None = setting(None, "the adapter's folder; with --for, the file of rows",
+                             flag_metavar="PATH")
+    form: str = setting("peft", "the program that is to load it: peft, any prompt in front of the "
+                        "text; vllm, llama.cpp or numpy, rows at the token embeddings alone "
+                        "(docs/serving.md)", flag="--for", flag_metavar="PROGRAM",
+                        choices=("peft", "vllm", "llama.cpp", "numpy"))
     csv: str | None = setting(None, "metrics.jsonl as CSV, a line a record (printed)", nargs="?",
                               const="-", flag_metavar="FILE")
-    overwrite: bool = setting(False, "replace an adapter or a table that export made")
+    overwrite: bool = setting(False, "replace what export made")
 
 
 @dataclass(frozen=True)
@@ -231,10 +243,10 @@ COMMANDS = {
         grid=(ModelSettings, PriorSettings, PromptSettings, DataSettings, TrainSettings,
               GridOptions)),
     "eval": Command(
-        "evaluation", "Score a run's prompt beside no prompt and a text prompt.",
+        "evaluation", "Score the prompts of runs beside no prompt and a text prompt.",
         (EvalOptions, StepOptions), (ModelSettings,)),
     "generate": Command(
-        "evaluation", "Continue a text under a run's prompt, to the end of the line.",
+        "evaluation", "Continue a text under the prompts of runs, to the end of the line.",
         (GenerateOptions, StepOptions), (ModelSettings,)),
     "sample": Command(
         "sample", "Draw rows from a prior, report on them and picture them.",
@@ -262,7 +274,8 @@ COMMANDS = {
         "page", "Draw runs: a page to explore, report.html, and for every layer the reference, the "
         "prior's draw and the trained rows.", (PlotOptions, StepOptions), (ModelSettings,)),
     "export": Command(
-        "adapters", "Write a run's prompt as an adapter that PEFT loads, or its log as a table.",
+        "adapters", "Write a run's prompt as an adapter that PEFT loads, or as rows for vLLM, "
+        "llama.cpp or numpy; or its log as a table.",
         (ExportOptions, StepOptions), (ModelSettings,)),
     "import": Command(
         "adapters", "Make a run's folder of a prompt that PEFT trained, or of rows in numpy's "

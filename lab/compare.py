@@ -33,6 +33,7 @@ from lab.inputs import LoadedModel, check_same_model, load_model
 from lab.locality import walks
 from lab.populations import Reference, references_of
 from lab.settings import ModelSettings, Settings, flat, from_flags, with_flags
+from lab.words import SHARES, Mixtures, mixtures_of
 
 MOST = 2000  # rows of a population in measures that compute the distances of all pairs
 
@@ -268,7 +269,11 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
         at_tokens = {"tokens": tokens, **spacings[settings.model]}
 
     # Measure each layer's rows, and read what they say.
-    rows, readings = [], {}
+    rows, readings, mixed = [], {}, {}
+    if tokens is not None:
+        at_random = torch.from_numpy(geometry.moved_at_random(end[0].numpy(), start[0].numpy()))
+        mixed = mixtures_of({"prior draw": drawn[0], "trained": trained[0],
+                             "as far at random": at_random.float()}, tokens, opened.vocabulary)
     for i, reference in references_of(opened).items():
         for name, numbers in measure_rows(start[i], end[i], reference.rows,
                                           priors.Fitted.fit(reference.rows),
@@ -285,13 +290,15 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
     evaluations = [line for line in metrics if line["split"] == "eval"]
     record = {"run": str(run.path), "settings": flat(settings),
               "scores": evaluations[-1] if evaluations else None,
-              "measures": dict(rows), "tokens": readings}
+              "measures": dict(rows), "tokens": readings,
+              "mixtures": {name: {**found._asdict(), "shares": found.shares.tolist()}
+                           for name, found in mixed.items()}}
     title = (f"{run.path}: prior {settings.prior_name}, {settings.train.posterior} posterior, "
              f"seed {settings.seed}")
     if run.step is not None:
         title += f"; its prompt at step {run.step}"
     lines = [title, score_table(settings, metrics), "", table(rows, TITLES),
-             *reading_lines(readings, settings.train.has_particles)]
+             *reading_lines(readings, settings.train.has_particles), *mixture_lines(mixed)]
     return record, "\n".join(lines)
 
 
@@ -317,6 +324,18 @@ def reading_lines(readings: dict[int, dict[str, dict[str, list[str]]]], has_part
         return []
     whose = " of particle 1" if has_particles else ""
     return ["", f"the token of each row{whose}:", *lines]
+
+
+def mixture_lines(mixed: dict[str, Mixtures]) -> list[str]:
+    """What mixtures of tokens {whose rows: mixtures} explain of the rows at layer 0, and the first
+    tokens of each trained row; none without rows there."""
+    if not mixed:
+        return []
+    shares = [(name, found.numbers()) for name, found in mixed.items()]
+    quoted = " ".join(map(json.dumps, mixed["trained"].texts()))
+    return ["", "percent of each row at layer 0 that a mixture explains, a sum of tokens with "
+            "weights from 0 up", table(shares, SHARES),
+            f"layer 0 trained, the first three tokens of the mixture: {quoted}"]
 
 
 def compare_collection(path: str, given: dict, models: dict[ModelSettings, LoadedModel]

@@ -23,6 +23,8 @@ SCORES = {"loss": "loss", "exact_match": "exact match", "precision": "precision"
           "calibration_error": "ECE", "calibrated": "if calibrated"}
 CALIBRATION = ("calibration_error", "calibrated")  # scores of `eval` alone
 
+# The loss on prose, and what of it is the prompt's: see forgetting.py.
+FORGETTING = {"prose": "prose loss", "forgotten": "forgotten"}
 
 # How a posterior lies in its prior, in whitened coordinates: see posteriors.report.
 SPREADS = {"spread": "spread", "kl": "KL", "narrowed": "narrowed", "narrowest": "narrowest"}
@@ -175,8 +177,8 @@ def _line_progress() -> type:
     return LineProgress
 
 
-def table(rows: list[tuple[str, dict[str, float]]], titles: dict[str, str] = SCORES | SPREADS
-          ) -> str:
+def table(rows: list[tuple[str, dict[str, float]]],
+          titles: dict[str, str] = SCORES | FORGETTING | SPREADS) -> str:
     """Names and numbers in aligned columns. titles {key: heading} gives the columns' order; a key
     that no row has gets no column. Scores have one decimal, other numbers three digits, counts
     (int) all of theirs. In brackets stands a number's standard error (KEY_se), or its interval
@@ -208,8 +210,10 @@ def scores_line(scores: dict[str, float]) -> str:
 def _cell(key: str, numbers: dict[str, float]) -> str:
     if key not in numbers:
         return ""
-    if key in SCORES:
-        form = ".3f" if key == "loss" else ".1f"
+    if key in ("loss", "change", *FORGETTING):
+        form = ".3f"
+    elif key in SCORES:
+        form = ".1f"
     else:
         form = "d" if isinstance(numbers[key], int) else "#.3g"
     brackets = ""

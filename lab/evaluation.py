@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import Iterable, NamedTuple
 
 import numpy as np
 import torch
@@ -20,22 +20,23 @@ import torch
 import data
 import llama
 from lab import statistics
+from lab.batches import by_question, grouped
 from lab.commands import EvalOptions, GenerateOptions
-from lab.console import (CALIBRATION, SCORES, SPREADS, Stopped, UserError, progress, say, show,
+from lab.console import (CALIBRATION, FORGETTING, SCORES, SPREADS, Stopped, UserError, say, show,
                          table)
 from lab.files import checksum
 from lab.folder import Run, best_evaluation
 from lab.foreign_data import not_foreign
-from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
-                        model_files, plain_prompts, read_questions, room_for_text, rows_per_layer,
-                        sample_topics, topic, training_and_evaluation)
+from lab.forgetting import SPLIT, forgetting, read_prose
+from lab.inputs import (FEW_CONTEXTS, LoadedModel, Questions, check_place, encode, load_model,
+                        longest_text, model_files, plain_prompts, read_questions, room_for_text,
+                        rows_per_layer, sample_topics, topic, training_and_evaluation)
 from lab.loss import answer_losses, answers, begin
-from lab.processes import all_gather, rank_and_size
-from lab.settings import (DataSettings, ModelSettings, Settings, from_flags, text_names,
-                          with_flags)
+from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
+                          text_names, with_flags)
+from lab.words import EFFECTS, discrete, effects, without_each
 
 MAJORITY = "always the commonest answer"  # what multiple choice is compared with
-FEW_CONTEXTS = 10  # fewer clusters than these give no standard error worth printing
 
 
 class OpenRun(NamedTuple):
@@ -58,7 +59,8 @@ class OpenRun(NamedTuple):
 
 
 # Flags of other commands that replace a run's settings, besides the model's.
-REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable", "text", "separator")
+REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable", "text", "separator",
+            "forget")
 
 
 def open_run(path: str | Path, given: dict,
@@ -69,9 +71,7 @@ def open_run(path: str | Path, given: dict,
     one model share it. any_weights: --model may name other weights than the run's. Raises UserError
     or ModelError if the prompt does not fit the model."""
     run, models = Run(Path(path)), {} if models is None else models
-    names = {*vars(ModelSettings()), *REPLACED}
-    settings = with_flags(run.settings(), {name: given[name] for name in names & given.keys()})
-    settings = replace(settings, model=settings.model.complete())
+    settings = settings_now(run, given)
     if "step" in given:
         run.show_step(given["step"])
     prompt = run.prompt()
@@ -88,6 +88,38 @@ def open_run(path: str | Path, given: dict,
     prompt = prompt.to(loaded.device)
     prompt.past(loaded.model)  # refuses rows that do not fit
     return OpenRun(run, settings, loaded, prompt)
+
+
+def settings_now(run: Run, given: dict) -> Settings:
+    """A run's settings, and over them the flags of the model and of evaluation that are given."""
+    names = {*vars(ModelSettings()), *REPLACED}
+    settings = with_flags(run.settings(), {name: given[name] for name in names & given.keys()})
+    return replace(settings, model=settings.model.complete())
+
+
+def open_runs(paths: list[str], given: dict, same: dict[str, str]) -> list[OpenRun]:
+    """Runs that answer in one batch, which has one model, one place of the prompt, and one value of
+    each of the settings `same` {name: the flag that gives it to all}. Raises UserError or
+    ModelError for runs that one batch cannot hold, before any model is loaded if their settings
+    tell."""
+    first, *others = [flat(settings_now(Run(Path(path)), given)) for path in paths]
+    for values in (first, *others):
+        values["eval_data"] = values["eval_data"] or f"a part of {values['data']}"
+    flags = {name: flag_name(name) for name in vars(ModelSettings())} | same
+    for path, values in zip(paths[1:], others):
+        for name in (*flags, "place"):
+            if values[name] != first[name]:
+                remedy = "ask it alone"
+                if name in flags and name != "model":
+                    remedy = f"give {flags[name]} for all, or {remedy}"
+                raise UserError(f"{path}: its {flag_name(name)} is {values[name]!s:.200}, and that "
+                                f"of {paths[0]} is {first[name]!s:.200}: one batch has one: "
+                                f"{remedy}")
+    models: dict[ModelSettings, LoadedModel] = {}
+    runs = [open_run(path, given, models) for path in paths]
+    with torch.no_grad():
+        llama.stack([opened.prompt.past(opened.model) for opened in runs])
+    return runs
 
 
 def check_weights(run: Run, model: ModelSettings, is_asked_for: bool) -> None:
@@ -118,7 +150,6 @@ def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:
 # scores
 
 
-@torch.no_grad()
 def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], questions: Questions,
              place: str, settings: DataSettings, name: str,
              everywhere: bool = False) -> tuple[dict[str, float], list[dict]]:
@@ -129,15 +160,33 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
 
     place: where a Prompt stands; a Past stands before everything. Processes share the batches,
     unless they share the weights and so must all do the same (everywhere)."""
-    # What a prompt before the text leaves in the cache is the same for every batch.
-    if place == "before":
-        prompts = [p.past(loaded.model) if isinstance(p, llama.Prompt) else p for p in prompts]
-    by_question = partial(_by_question, loaded.model, prompts, place, settings, everywhere)
+    return evaluate_each(loaded, [prompts], questions, place, settings, name, everywhere)[0]
+
+
+@torch.no_grad()
+def evaluate_each(loaded: LoadedModel, entries: list[list[llama.Prompt | llama.Past]],
+                  questions: Questions, place: str, settings: DataSettings, name: str,
+                  everywhere: bool = False) -> list[tuple[dict[str, float], list[dict]]]:
+    """evaluate of each of several entries, of as many prompts each, in common batches. Raises
+    ModelError for prompts that one batch cannot hold, see llama.stack."""
+    scored = partial(by_question, loaded.model, entries, place, settings, everywhere)
 
     def answered(pasts: list[llama.Past], batch: data.Batch) -> Iterable[tuple]:
         return zip(*answers(loaded.model, pasts, batch, settings.max_new, loaded.vocabulary.stop))
 
-    losses, tokens, ids, confidence, is_right = zip(*by_question(questions, name, answered))
+    answered_each = scored(questions, name, answered)
+    losses_of_choices = [[]] * len(entries)
+    if choices := questions.each_choice():
+        losses_of_choices = scored(choices, f"{name}, every choice",
+                                   partial(answer_losses, loaded.model))
+    return [_scored(loaded, questions, name, *of_entry)
+            for of_entry in zip(answered_each, losses_of_choices)]
+
+
+def _scored(loaded: LoadedModel, questions: Questions, name: str, answered: list[tuple],
+            choice_losses: list[float]) -> tuple[dict[str, float], list[dict]]:
+    """What evaluate returns, of the numbers of every question; choice_losses: of each choice."""
+    losses, tokens, ids, confidence, is_right = zip(*answered)
     if not math.isfinite(sum(losses)):
         dtype = str(loaded.model.embeddings.dtype).removeprefix("torch.")
         raise Stopped(f"{name}: its loss is {sum(losses)}, not finite in {dtype}: lower --lr, or "
@@ -150,9 +199,7 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
         scores.append(data.score(example, prediction))
         predictions.append({"id": example.id, "question": example.question,
                             "prediction": prediction, "answers": list(example.answers)})
-    if choices := questions.each_choice():
-        choice_losses = by_question(choices, f"{name}, every choice",
-                                    partial(answer_losses, loaded.model))
+    if choice_losses:
         _score_choices(questions, choice_losses, scores, predictions)
     for prediction, score in zip(predictions, scores):
         prediction |= {key: round(100 * value, 2) for key, value in score.items()}
@@ -163,29 +210,6 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
                                                                  np.array(is_right)),
                "calibrated": calibrated, "calibrated_low": low, "calibrated_high": high}
     return metrics, predictions
-
-
-def _by_question(model: llama.Llama, prompts: list[llama.Prompt | llama.Past], place: str,
-                 settings: DataSettings, everywhere: bool, questions: Questions, name: str,
-                 score: Callable[[list[llama.Past], data.Batch], Iterable]) -> list:
-    """What `score` returns of every question of a batch, which goes on from the pasts."""
-    # Every process takes its share of the batches.
-    rank, size = (0, 1) if everywhere else rank_and_size()
-    indices = range(len(questions))
-    batches = [indices[i:i + settings.batch_size] for i in indices[::settings.batch_size]]
-    batches = batches[rank::size]
-
-    scored = {}
-    with progress(total=sum(map(len, batches)), desc=name, unit=" questions", leave=False) as bar:
-        for members in batches:
-            batch = questions.batch(members, settings.share, place, model.embeddings.device)
-            begun = [begin(model, batch, prompt, place) for prompt in prompts]
-            scored.update(zip(members, score([past for past, _ in begun], begun[0][1])))
-            bar.update(len(members))
-    if size > 1:
-        for part in all_gather(scored):
-            scored.update(part)
-    return [scored[i] for i in indices]
 
 
 def _score_choices(questions: Questions, losses: list[float], scores: list[dict],
@@ -226,9 +250,12 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     """The scores that a run logged: without a prompt, of text prompts, of the prior's draw, at the
     last evaluation, and at the best one if that was another."""
     rows = [(MAJORITY, line) for line in metrics if line["split"] == "majority"]
-    rows += [("no prompt", line) for line in metrics if line["split"] == "baseline"]
-    text_lines = [line for line in metrics if line["split"] == "text"]
-    rows += zip(text_names(settings.prior.text), text_lines)
+    # What each prompt forgets was logged in the order of these rows.
+    forgotten = [line for line in metrics if line["split"] == SPLIT]
+    plain = [line for line in metrics if line["split"] in ("baseline", "text")]
+    if forgotten:
+        plain = [line | numbers for line, numbers in zip(plain, forgotten)]
+    rows += zip(["no prompt", *text_names(settings.prior.text)], plain)
     evals = [line for line in metrics if line["split"] == "eval"]
     if not evals and settings.imported:
         return "imported: `eval` scores it"
@@ -241,44 +268,100 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     if settings.train.has_particles:
         together = f", {settings.train.particles} particles together"
     best = best_evaluation(evals, [line["step"] for line in evals])
+    if forgotten and forgotten[-1].get("step") == last["step"]:
+        last |= forgotten[-1]
     for line in [last] if best in (evals[0], last) else [best, last]:
         mark = " (lowest loss)" if line is best and line is not last else ""
         if line["step"]:
             rows.append((f"{prior}, {line['step']} steps{together}{mark}", line))
-    titles = {key: title for key, title in (SCORES | SPREADS).items() if key not in CALIBRATION}
+    titles = {key: title for key, title in (SCORES | FORGETTING | SPREADS).items()
+              if key not in CALIBRATION}
     return table(rows, titles)
+
+
+# Settings of data that runs have in common where they are scored together, and their flags.
+SAME_DATA = {"eval_limit": "--limit", "keep_unanswerable": "--keep-unanswerable",
+             "max_new": "--max-new", "text": "--text", "separator": "--separator",
+             "forget": "--forget"}
 
 
 def command_eval(given: dict) -> None:
     options = from_flags(EvalOptions, given)
-    opened = open_run(options.run, given)
-    settings, loaded = opened.settings, opened.loaded
+    same = SAME_DATA if options.spec else {"eval_data": "--data", **SAME_DATA}
+    runs = open_runs(options.runs, given, same)
+    settings, loaded = runs[0].settings, runs[0].loaded
+    questions = questions_of(runs, options)
+    prose = read_prose(settings.data, loaded, questions.max_length)
+
+    # All prompts are made before the first is scored, as some may be refused.
+    asked = []
+    for opened in runs:
+        run = f"{opened.run.path}: " if len(runs) > 1 else ""
+        asked += [(f"{run}{label}", prompts, opened.run)
+                  for label, prompts in trained_prompts(opened)]
+        if options.words:
+            asked += [(f"{run}its nearest tokens, {metric}", [prompt], opened.run)
+                      for metric, prompt in discrete(opened.prompt, loaded).items()]
+        if options.ablate:
+            without_each(opened.prompt)
+
+    # Score what the prompts are compared with, and then the prompts.
+    rows = [(MAJORITY, scores)] if (scores := majority(questions)) else []
+    for plain in plain_prompts(loaded, settings.prior, questions):
+        scores, _ = evaluate(loaded, [plain.past], plain.questions, settings.prompt.place,
+                             settings.data, plain.name)
+        rows.append((plain.name, scores))
+    entries = {label: prompts for label, prompts, _ in asked}
+    scored = evaluate_all(loaded, entries, questions, settings.prompt.place, settings.data)
+    for label, prompts, run in asked:
+        spread = logged_spread(run) if len(prompts) > 1 else {}
+        rows.append((label, scored[label] | spread))
+    if prose:
+        numbers = forgetting(loaded, settings, entries, prose)
+        rows = [(label, scores | numbers.get(label, {})) for label, scores in rows]
+    ablated = {}
+    for opened in runs if options.ablate else ():
+        ablated[str(opened.run.path)] = effects(loaded, settings, opened.prompt, questions)
+    questions.say_cut()
+
+    paths = [str(opened.run.path) for opened in runs]
+    if options.json:
+        record = {"run": paths[0]} if len(paths) == 1 else {"runs": paths}
+        record |= {"data": questions.name, "questions": len(questions), "scores": dict(rows)}
+        if ablated:
+            record["without"] = {path: dict(of_run) for path, of_run in ablated.items()}
+        show(json.dumps(record))
+        return
+    show(f"{', '.join(paths)} on {len(questions)} questions of {questions.name}; scores in "
+         f"percent, loss in nats a token\n\n{table(rows)}")
+    for path, of_run in ablated.items():
+        show(f"\n{path} without each of its rows in turn\n{table(of_run, EFFECTS)}")
+
+
+def questions_of(runs: list[OpenRun], options: EvalOptions) -> Questions:
+    """What runs are scored on: --data, or their own evaluation data."""
+    settings, loaded = runs[0].settings, runs[0].loaded
     if options.spec is None:
         evals = training_and_evaluation(settings.data)[1]
         name = settings.data.eval_data or f"{settings.data.data}, held out"
     else:
         examples = read_questions(options.spec, 1, settings.data.keep_unanswerable)
         evals, name = sample_topics(examples, settings.data.eval_limit), options.spec
-    questions = encode(evals, loaded.vocabulary, opened.max_length, name)
+    lengths = [opened.max_length for opened in runs]
+    if len({*lengths}) > 1:
+        say(f"texts have at most {min(lengths)} tokens, the least of the runs' --max-length")
+    return encode(evals, loaded.vocabulary, min(lengths), name)
 
-    # Score what the prompt is compared with, and then the prompt.
-    plain = plain_prompts(loaded, settings.prior, questions)
-    asked = [(p.name, [p.past], p.questions) for p in plain]
-    asked += [(label, prompts, questions) for label, prompts in trained_prompts(opened)]
-    rows = [(MAJORITY, scores)] if (scores := majority(questions)) else []
-    for label, prompts, asked_questions in asked:
-        scores, _ = evaluate(loaded, prompts, asked_questions, settings.prompt.place,
-                             settings.data, label)
-        if len(prompts) > 1:
-            scores |= logged_spread(opened.run)
-        rows.append((label, scores))
-    questions.say_cut()
-    if options.json:
-        show(json.dumps({"run": str(opened.run.path), "data": name,
-                         "questions": len(questions), "scores": dict(rows)}))
-    else:
-        show(f"{opened.run.path} on {len(questions)} questions of {name}; scores in percent, "
-             f"loss in nats a token\n\n{table(rows)}")
+
+def evaluate_all(loaded: LoadedModel, entries: dict[str, list[llama.Prompt]], questions: Questions,
+                 place: str, settings: DataSettings) -> dict[str, dict[str, float]]:
+    """The scores of entries {label: prompts}, as evaluate gives them."""
+    scores = {}
+    for name, labels in grouped(entries):
+        results = evaluate_each(loaded, [entries[label] for label in labels], questions, place,
+                                settings, name)
+        scores |= {label: metrics for label, (metrics, _) in zip(labels, results)}
+    return scores
 
 
 def logged_spread(run: Run) -> dict[str, float]:
@@ -314,33 +397,40 @@ def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
 
 def command_generate(given: dict) -> None:
     options = from_flags(GenerateOptions, given)
-    if (options.beginning is None) == (options.batch is None):
-        raise UserError("generate: give a TEXT, or --batch FILE of JSON lines with a text each")
-    opened = open_run(options.run, given)
-    # One text is a batch of one line. All are checked before the first is answered.
-    lines = [("the text", {"text": options.beginning})]
+    paths, lines = [*options.paths], []
     if options.batch is not None:
         text = data.read_text(not_foreign(options.batch))
         lines = list(data.json_lines(text, options.batch))
-    rows = [_asked(opened, where, line) for where, line in lines]
+    else:  # one text is a batch of one line
+        lines = [("the text", {"text": paths.pop()})]
+    if not paths:
+        raise UserError("generate: give a RUN and a TEXT, or a RUN and --batch FILE of JSON lines "
+                        "with a text each")
+    runs = open_runs(paths, given, {"max_new": "--max-new"})
+    # All are checked before the first is answered.
+    rows = [_asked(runs, where, line) for where, line in lines]
 
-    settings = opened.settings
-    for start in range(0, len(rows), settings.data.batch_size):
-        members = rows[start:start + settings.data.batch_size]
-        for (_, line), answer in zip(lines[start:], _continued(opened, members)):
-            show(json.dumps({**line, "answer": answer}) if options.batch else answer)
+    size = runs[0].settings.data.batch_size
+    for start in range(0, len(rows), size):
+        for (_, line), *of_runs in zip(lines[start:], *_continued(runs, rows[start:start + size])):
+            for path, answer in zip(paths, of_runs):
+                about = {"run": path} if len(paths) > 1 else {}
+                if options.batch is not None:
+                    show(json.dumps({**line, **about, "answer": answer}))
+                else:
+                    show(f"{path}: {answer}" if about else answer)
 
 
-def _asked(opened: OpenRun, where: str, line: dict) -> data.Row:
+def _asked(runs: list[OpenRun], where: str, line: dict) -> data.Row:
     """The text of a line as a row whose answer is still to come."""
-    settings, text = opened.settings, line.get("text")
+    settings, text = runs[0].settings, line.get("text")
     if not isinstance(text, str):
         raise UserError(f'{where}: no text in it: expected {{"text": "..."}}')
-    ids = opened.vocabulary.encode(text)
+    ids = runs[0].vocabulary.encode(text)
     if len(ids) < (2 if settings.prompt.place == "after-bos" else 1):
         raise UserError(f"{where}: an empty text has nothing to go on from: give one with words")
-    room = (opened.model.config.max_position_embeddings - rows_per_layer(settings.prior)
-            - settings.data.max_new)
+    longest = max(rows_per_layer(opened.settings.prior) for opened in runs)
+    room = runs[0].model.config.max_position_embeddings - longest - settings.data.max_new
     if len(ids) > room:
         raise UserError(f"{where} has {len(ids)} tokens, and {room} fit beside the prompt and "
                         "--max-new: shorten it")
@@ -348,12 +438,14 @@ def _asked(opened: OpenRun, where: str, line: dict) -> data.Row:
 
 
 @torch.no_grad()
-def _continued(opened: OpenRun, rows: list[data.Row]) -> list[str]:
-    """What the model says after each row, to the end of the line."""
-    settings = opened.settings
+def _continued(runs: list[OpenRun], rows: list[data.Row]) -> list[list[str]]:
+    """What the model says after each row under the prompt of each run, to the end of the line: a
+    list for each run."""
+    settings, loaded = runs[0].settings, runs[0].loaded
     batch = data.collate(rows, settings.data.share, settings.prompt.place == "suffix")
-    past, batch = begin(opened.model, batch.to(opened.loaded.device), opened.prompt,
+    past, batch = begin(loaded.model, batch.to(loaded.device), [opened.prompt for opened in runs],
                         settings.prompt.place)
-    generated = llama.generate(opened.model, batch.asked, past, settings.data.max_new,
-                               opened.vocabulary.stop, batch.parent)
-    return [opened.vocabulary.first_line(ids) for ids in generated]
+    generated = llama.generate(loaded.model, batch.asked, past, settings.data.max_new,
+                               loaded.vocabulary.stop, batch.parent)
+    lines = [loaded.vocabulary.first_line(ids) for ids in generated]
+    return [lines[i:i + len(rows)] for i in range(0, len(lines), len(rows))]

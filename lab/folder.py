@@ -579,7 +579,7 @@ def from_rotated(tensors: dict[str, Tensor], settings: Settings) -> dict[str, Te
 # The numbers that a line of metrics.jsonl must have, by its split.
 NUMBERS = {"train": ("step", "loss"), "skipped": ("step",), "eval": ("step", "loss"),
            "held_out": ("step", "loss"), "baseline": ("loss",), "text": ("loss",),
-           "majority": ("accuracy",)}
+           "majority": ("accuracy",), "forgetting": ("prose",)}
 
 
 def _check_metric(line: dict) -> None:

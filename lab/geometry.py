@@ -247,6 +247,86 @@ def collapse_index(rows: np.ndarray, population: np.ndarray, typical: float | No
 
 
 # --------------------------------------------------------------------------------------------------
+# rows as mixtures
+
+
+def mixtures(rows: np.ndarray, population: np.ndarray, most: int = 8
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each of rows (n, D) as a sum of few members of population (N, D), with weights from 0 up:
+    index (n, most), weight (n, most), and the share (n, most) of |row|^2 that the first 1, 2, ...
+    members explain. Where no further member would explain more, the index is -1.
+
+    Orthogonal matching pursuit (Pati et al. 1993) with non-negative weights (Bruckstein et al.
+    2008): the next member is the one with the largest cosine to what is left of the row, and then
+    all weights are fitted anew. It is greedy: of two members it may not find the best pair."""
+    if most < 1:
+        raise GeometryError(f"mixtures of {most} members: ask for at least 1")
+    population = checked(population, "the population", most)
+    rows = checked(rows, "rows", width=population.shape[1]).astype(np.float64)
+    norm = np.concatenate([np.linalg.norm(block, axis=1) for block in _blocks(population)])
+    norm[norm == 0] = np.inf  # a member that is zero explains nothing
+    square = np.maximum(np.square(rows).sum(1), 1e-300)
+
+    index = np.full((len(rows), most), -1)
+    weight, share = np.zeros((len(rows), most)), np.zeros((len(rows), most))
+    left, active = rows.copy(), np.ones(len(rows), bool)
+    for k in range(most):
+        j, cosine = _most_similar(left, population, norm, index[:, :k])
+        active &= cosine > 1e-6 * np.sqrt(square)
+        for i in np.flatnonzero(active):
+            index[i, k] = j[i]
+            chosen = index[i, :k + 1]
+            unit = population[chosen].astype(np.float64) / norm[chosen, None]
+            w = _non_negative(unit @ unit.T, unit @ rows[i])
+            left[i] = rows[i] - w @ unit
+            weight[i, :k + 1] = w / norm[chosen]
+        share[:, k] = 1 - np.square(left).sum(1) / square
+    return index, weight, share
+
+
+def _most_similar(rows, population, norm, excluded):
+    """The member with the largest product of its direction with each of rows (n, D), but for those
+    excluded (n, k), and that product: (n,) each. In float32, as ties do not matter."""
+    single, best = rows.astype(np.float32), np.zeros(len(rows), np.int64)
+    value = np.full(len(rows), -np.inf)
+    for first in range(0, len(population), BLOCK):
+        block = population[first:first + BLOCK].astype(np.float32, copy=False)
+        score = single @ block.T / norm[first:first + BLOCK]
+        i, k = np.nonzero((excluded >= first) & (excluded < first + BLOCK))
+        score[i, excluded[i, k] - first] = -np.inf
+        j = score.argmax(1)
+        largest = score[np.arange(len(rows)), j]
+        better = largest > value
+        best[better], value[better] = first + j[better], largest[better]
+    return best, value
+
+
+def _non_negative(gram, product):
+    """Weights w (k,) from 0 up with the least w gram w - 2 product w, gram (k, k) (Lawson and
+    Hanson 1974, chapter 23)."""
+    k = len(product)
+    w, free = np.zeros(k), np.zeros(k, bool)
+    for _ in range(3 * k):
+        gradient = np.where(free, -np.inf, product - gram @ w)
+        if gradient.max() <= 1e-10 * np.abs(product).max():
+            break
+        free[gradient.argmax()] = True
+        while True:
+            z = np.zeros(k)
+            z[free] = np.linalg.lstsq(gram[np.ix_(free, free)], product[free], rcond=None)[0]
+            below = free & (z <= 0)
+            if not below.any():
+                w = z
+                break
+            # As far towards z as no weight falls below 0; the one that reaches 0 is left out.
+            steps = w[below] / np.maximum(w[below] - z[below], 1e-300)
+            w = w + steps.min() * (z - w)
+            free[np.flatnonzero(below)[steps.argmin()]] = False
+            w[~free] = 0
+    return w
+
+
+# --------------------------------------------------------------------------------------------------
 # Gaussians and spectra
 
 

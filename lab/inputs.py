@@ -212,6 +212,7 @@ def check_place(prompt: PromptSettings, loaded: LoadedModel, model: str) -> None
 # --------------------------------------------------------------------------------------------------
 # questions
 
+FEW_CONTEXTS = 10  # fewer clusters than these give no standard error worth printing
 ROWS_KEPT = 10000  # token rows of a data set that are kept, at some 10 KB each
 SIZED = 1000  # questions whose answers' lengths are averaged, in a tenth of a second
 
@@ -451,8 +452,8 @@ def plain_prompts(loaded: LoadedModel, prior: PriorSettings, questions: Question
         if prior.separator is None:  # before BOS, as in early runs
             asked, ids = questions, loaded.vocabulary.encode_plain(text)
         else:
-            asked = Questions(questions.examples, loaded.vocabulary, questions.max_length,
-                              questions.name, text + prior.separator)
+            asked = type(questions)(questions.examples, loaded.vocabulary, questions.max_length,
+                                    questions.name, text + prior.separator)
             ids = asked.take_beginning()
         past = loaded.model.extend(torch.tensor([ids], device=loaded.device))
         plain.append(Plain("text", name, past, asked))
@@ -479,6 +480,8 @@ def checksums(settings: Settings, shared: Shared | None = None) -> dict[str, str
              "data": data.files_of(*parse_spec(settings.data.data, 0))}
     if settings.data.eval_data:
         files["eval_data"] = data.files_of(*parse_spec(settings.data.eval_data, 1))
+    if settings.data.forget:
+        files["forget"] = data.files_of(*parse_spec(settings.data.forget, 1))
     files["reference"] = reference_files(settings.prior)
     return {name: shared.once(("checksum", name), paths, lambda: checksum(paths))
             for name, paths in files.items() if paths}

@@ -17,31 +17,54 @@ from torch import Tensor
 import data
 import llama
 
+CHUNK = 1024  # tokens whose logits are in memory at once
 
-def begin(model: llama.Llama, batch: data.Batch, prompt: llama.Prompt | llama.Past,
+
+def begin(model: llama.Llama, batch: data.Batch,
+          prompt: llama.Prompt | llama.Past | list[llama.Prompt | llama.Past],
           place: str = "before") -> tuple[llama.Past, data.Batch]:
-    """Run what stands before the batch's tails: its beginnings, and the prompt in its place.
+    """Run what stands before the batch's tails: its beginnings, and the prompt in its place. Of
+    several prompts each has all of the batch, one after the other: K Q tails.
 
     place: where a Prompt stands: before, after-bos, or suffix, before the last token that asks for
     the answer. A Past of batch 1, of a prompt or of a text, stands before everything. Returns the
-    Past that the tails go on from, and the batch whose parent names each tail's row of it."""
-    shared, past = batch.shared, model.empty()
-    if isinstance(prompt, llama.Past):
-        past, place = prompt, "before"
-    elif place == "before":
-        past = prompt.past(model)
-    elif place == "after-bos":
-        bos = model.extend(shared[:1, :1], past)
-        past, shared = prompt.past(model, bos), shared[:, 1:]
-    past = model.extend(shared, past)
+    Past that the tails go on from, and the batch whose parent names each tail's row of it. Raises
+    ModelError for prompts that one batch cannot hold, see llama.stack."""
+    prompts, past = prompt if isinstance(prompt, list) else [prompt], model.empty()
+    if isinstance(prompts[0], llama.Past):
+        place = "before"
+    if place != "suffix":
+        if place == "after-bos":
+            past = model.extend(batch.shared[:1, :1], past)
+            batch = batch._replace(shared=batch.shared[:, 1:])
+        past = llama.stack([p if isinstance(p, llama.Past) else p.past(model, past)
+                            for p in prompts])
+        which = torch.arange(len(prompts), device=batch.shared.device)
+        past = past.take(which.repeat_interleave(len(batch.shared)))
+        batch = _under_each(batch, len(prompts), len(batch.shared))
+    past = model.extend(batch.shared, past)
 
     if batch.head is not None:  # tokens between a beginning and the prompt before its tail
         past = model.extend(batch.head, past.take(batch.parent))
         batch = _each_its_own_parent(batch)
     if place == "suffix":
-        past = prompt.past(model, past.take(batch.parent))
-        batch = _each_its_own_parent(batch)
+        past = past.take(batch.parent)
+        batch = _under_each(_each_its_own_parent(batch), len(prompts), len(past.position))
+        past = llama.stack([p.past(model, past) for p in prompts])
     return past, batch
+
+
+def _under_each(batch: data.Batch, prompts: int, rows: int) -> data.Batch:
+    """The batch once for each of several prompts, one after the other. rows: of a prompt's Past;
+    one row serves all tails."""
+    if prompts == 1:
+        return batch
+    which = torch.arange(prompts, device=batch.parent.device)
+    parent = (batch.parent if rows > 1 else batch.parent * 0).repeat(prompts)
+    head = None if batch.head is None else batch.head.repeat(prompts, 1)
+    return data.Batch(batch.shared.repeat(prompts, 1), batch.tails.repeat(prompts, 1),
+                      parent + rows * which.repeat_interleave(len(batch.tails)),
+                      batch.labels.repeat(prompts, 1), batch.asked * prompts, head)
 
 
 def _each_its_own_parent(batch: data.Batch) -> data.Batch:
@@ -119,8 +142,9 @@ def answers(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch, max_
         generated = llama.generate(model, questions, pasts, max_new, stop, batch.parent[merged])
         for i, answer in zip(merged, generated):
             ids[i] = answer
-    return Answers(_losses(logits, labels, counts), counts.tolist(), ids, confidence.tolist(),
-                   (likeliest == labels[first]).tolist())
+    losses = _per_answer(_cross_entropy(logits, labels, "none"), counts)
+    is_right = (likeliest == labels[first]).tolist()
+    return Answers(losses, counts.tolist(), ids, confidence.tolist(), is_right)
 
 
 @torch.no_grad()
@@ -128,15 +152,19 @@ def answer_losses(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch
     """Cross-entropy of each right answer in nats, summed over its tokens; of several pasts as in
     answers."""
     is_scored = batch.labels != data.NO_LABEL
-    logits = llama.ensemble([model.logits(model.states(batch.tails, past, batch.parent, is_scored))
-                             for past in pasts])
-    return _losses(logits, batch.labels[is_scored], is_scored.sum(dim=1))
+    states = [model.states(batch.tails, past, batch.parent, is_scored) for past in pasts]
+    losses = []
+    # Answers may be whole texts, and the logits of all their tokens would be gigabytes.
+    for labels, *parts in zip(batch.labels[is_scored].split(CHUNK),
+                              *(h.split(CHUNK) for h in states)):
+        logits = llama.ensemble([model.logits(h) for h in parts])
+        losses.append(_cross_entropy(logits, labels, "none"))
+    return _per_answer(torch.cat(losses), is_scored.sum(dim=1))
 
 
-def _losses(logits: Tensor, labels: Tensor, counts: Tensor) -> list[float]:
-    """Summed cross-entropy of each of the answers that labels (N,) holds one after the other."""
-    parts = _cross_entropy(logits, labels, "none").split(counts.tolist())
-    return torch.stack([part.sum() for part in parts]).tolist()
+def _per_answer(losses: Tensor, counts: Tensor) -> list[float]:
+    """Summed losses of each of the answers whose tokens' (N,) stand one after the other."""
+    return torch.stack([part.sum() for part in losses.split(counts.tolist())]).tolist()
 
 
 def _confirmed(likeliest: Tensor, labels: Tensor, counts: Tensor, max_new: int,

@@ -28,6 +28,8 @@ TINY_TEXT = "short answer"  # the header that the bundled model was pre-trained 
 # kind of data -> the bundled training and evaluation data, under tiny/
 BUNDLED = {"squad": ("squad/train.json", "squad/dev.json"),
            "math": ("math/train-easy", "math/interpolate"), "text": ("text", "text")}
+FORGET = ("prose, text:PATH or text, to measure what the prompt costs there: the loss on the first "
+          "--eval-limit texts with the prompt in front, less that without")
 TOKENS = 20  # rows a layer, as in the paper
 REFERENCE_ROWS = 20000
 
@@ -200,12 +202,14 @@ class DataSettings:
         False, "shuffle single questions and compute every context anew; the same loss, only "
                "slower")})
     keep_unanswerable: bool = setting(False, "keep unanswerable questions; their answer is empty")
+    forget: str | None = setting(None, FORGET, flag_metavar="SPEC")
 
     def complete(self) -> DataSettings:
         eval_data = self.eval_data
         if eval_data is None and self.data in BUNDLED:
             eval_data = self.data
-        return replace(self, data=absolute(self.data), eval_data=absolute(eval_data))
+        return replace(self, data=absolute(self.data), eval_data=absolute(eval_data),
+                       forget=absolute(self.forget))
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,15 @@ import numpy as np
 from lab import geometry, pictures, statistics
 from lab.adapters import to_csv
 from lab.console import SCORES, say, show, table
-from lab.evaluation import FEW_CONTEXTS
 from lab.files import reading, write_file
 from lab.folder import Run
-from lab.inputs import topic, training_and_evaluation, unit
+from lab.inputs import FEW_CONTEXTS, topic, training_and_evaluation, unit
 from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settings
 from lab.settings import DataSettings, Settings
 
 LEVEL = 0.05
-SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds", "held_out": "held-out loss", **SCORES,
-                "steps": "steps"}
+SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds",
+                "held_out": "held-out loss", **SCORES, "steps": "steps"}
 DIFFERENCE_TITLES = {
     "difference": "by seed", "wide": "other questions too", "equivalence_p": "p, equal",
     "holm_equal": "Holm's", "difference_p": "p, no difference", "holm_different": "Holm's"}
@@ -77,7 +76,8 @@ def steps_to_loss(metrics: list[dict]) -> int:
 
 def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
     """The cells of the runs that have ended, each at its best rate."""
-    varied = [name for name in varied_settings([*plan.runs.values()]) if name not in (*RATES, "seed")]
+    varied = [name for name in varied_settings([*plan.runs.values()])
+              if name not in (*RATES, "seed")]
     grouped: dict[str, dict] = {}
     for name in finished:
         flags = plan.runs[name]

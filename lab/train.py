@@ -31,6 +31,7 @@ from lab.console import (Stopped, UserError, file_list, out_of_memory, progress,
 from lab.evaluation import MAJORITY, evaluate, majority, score_table
 from lab.folder import (CONFIG, FIRST_PROMPT, LAST_PROMPT, LOG, Checkpoint, Run, read_config,
                         snapshot, versions)
+from lab.forgetting import log_forgetting, read_prose
 from lab.inputs import (LoadedModel, Questions, Shared, check_place, checksums, divided, encode,
                         layers_with_rows, load_model, longest_text, mean_answer_tokens,
                         plain_prompts)
@@ -46,7 +47,7 @@ from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_
 
 # Settings that a run may go on with otherwise than it began.
 # to where the same files are; of a prior the runs alone
-MAY_MOVE = ("model", "data", "eval_data", "reference", "prior")
+MAY_MOVE = ("model", "data", "eval_data", "forget", "reference", "prior")
 MAY_CHANGE = ("out", "steps", "eval_every", "snapshot_every", "skip_bad_steps", "device")
 
 
@@ -442,6 +443,7 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     checkpoint = checkpoint_of(run, settings) if explicit is None else None
     inputs = read_inputs(run, settings, config, explicit is None, shared)
     settings, loaded = inputs.settings, inputs.loaded
+    prose = read_prose(settings.data, loaded, settings.data.max_length)
 
     # Fit the prior, and make the posterior from its draw.
     begun = begin_run(inputs)
@@ -479,6 +481,9 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     if inputs.held_out:
         metrics, _ = evaluate_posterior(training.step, inputs.held_out)
         run.log({"step": training.step, "split": "held_out", **metrics})
+    if prose:
+        prompts = [llama.Prompt(layers, settings.prompt.cut) for layers in posterior.evaluated()]
+        log_forgetting(run, settings, loaded, prose, prompts, training.step)
     if rank_and_size()[0] == 0:
         inputs.questions.say_cut()
         report(run, settings, begun.by_layer, len(inputs.evaluation))
@@ -591,8 +596,8 @@ def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, 
     """Raises UserError if files are not those that the run of config.json began with. A run like
     it may name other files, whose checksums differ; a run that is resumed may only name other
     places of the same."""
-    names = [(s.model.model, s.prior.prior, s.prior.reference, s.data.data, s.data.eval_data)
-             for s in (settings, from_config(config))]
+    names = [(s.model.model, s.prior.prior, s.prior.reference, s.data.data, s.data.eval_data,
+              s.data.forget) for s in (settings, from_config(config))]
     names_the_same = names[0] == names[1]
     earlier = config["sha256"]
     changed = [key for key in {**earlier, **sums} if earlier.get(key) != sums.get(key)

@@ -321,3 +321,63 @@ def test_widths_that_differ(measure):
 def test_one_row_is_too_few(measure):
     with pytest.raises(g.GeometryError, match="1 rows, and at least"):
         measure(np.ones((1, 3)))
+
+
+def test_mixtures_have_the_weights_of_nnls():
+    """On the members that were chosen; among them some that a later one makes needless."""
+    from scipy.optimize import nnls
+
+    rng = np.random.default_rng(0)
+    population = (rng.normal(size=(5000, 24)) + 0.7).astype(np.float32)
+    rows = (rng.normal(size=(60, 24)) + 0.3).astype(np.float32)
+    index, weight, share = g.mixtures(rows, population)
+    needless = 0
+    for i, row in enumerate(rows.astype(np.float64)):
+        for k in range(1, 9):
+            chosen = index[i, :k]
+            expected, left = nnls(population[chosen].T.astype(np.float64), row)
+            assert share[i, k - 1] == pytest.approx(1 - left**2 / np.square(row).sum(), abs=1e-9)
+        np.testing.assert_allclose(weight[i], expected, atol=1e-7)
+        needless += (expected == 0).sum()
+        assert len(set(index[i])) == 8
+    assert needless > 0 and (weight >= 0).all() and (np.diff(share, axis=1) > -1e-12).all()
+
+
+def test_mixtures_choose_as_scikit_learns_pursuit_does():
+    """Where no weight would be negative."""
+    from sklearn.linear_model import OrthogonalMatchingPursuit
+
+    rng, compared = np.random.default_rng(1), 0
+    population = np.abs(rng.normal(size=(3000, 60)))
+    rows = np.abs(rng.normal(size=(30, 60)))
+    index, weight, _ = g.mixtures(rows, population, 3)
+    norm = np.linalg.norm(population, axis=1)
+    for i, row in enumerate(rows):
+        fit = OrthogonalMatchingPursuit(n_nonzero_coefs=3, fit_intercept=False).fit(
+            (population / norm[:, None]).T, row)
+        chosen = np.flatnonzero(fit.coef_)
+        if (fit.coef_[chosen] > 0).all():
+            assert sorted(index[i]) == sorted(chosen)
+            order = np.argsort(index[i])
+            np.testing.assert_allclose(weight[i][order], fit.coef_[chosen] / norm[chosen])
+            compared += 1
+    assert compared > 5
+
+
+def test_a_mixture_is_found_and_ends_where_it_is_whole():
+    rng = np.random.default_rng(2)
+    population = rng.normal(size=(3000, 100))
+    population[5] = 0  # explains nothing
+    rows = np.stack([population[7] + 0.5 * population[2900], 3 * population[40],
+                     0 * population[40], -10 * np.ones(100)])
+    index, weight, share = g.mixtures(rows, population, 4)
+    assert index[0].tolist() == [7, 2900, -1, -1] and index[1].tolist() == [40, -1, -1, -1]
+    np.testing.assert_allclose(weight[0], [1, 0.5, 0, 0], atol=1e-9)
+    assert weight[1, 0] == pytest.approx(3) and (index[2] == -1).all()
+    assert share[:2, -1] == pytest.approx([1, 1]) and (weight[2:] >= 0).all()
+    # a row that all members oppose has none
+    index, _, share = g.mixtures(-np.ones((1, 100)), np.abs(population) + 0.1, 2)
+    assert (index == -1).all() and (share == 0).all()
+    for arguments in ((rows, population, 0), (rows, population[:3], 4), (rows[:, :9], population)):
+        with pytest.raises(g.GeometryError):
+            g.mixtures(*arguments)

@@ -1,0 +1,162 @@
+"""A prompt read in words: mixtures, the discrete prompt, and what each row does."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import llama
+import promptprior
+from lab.inputs import load_model
+from lab.settings import TINY, ModelSettings
+from lab.words import discrete, mixtures_of, without_each
+
+
+def run(*arguments):
+    return promptprior.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(ModelSettings().complete())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    made = {}
+
+    def make(*flags):
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("runs") / "run"
+            assert run("train", "--steps", 2, "--batch-size", 4, "--eval-limit", 30,
+                       *flags, "--out", made[flags]) == 0
+        return made[flags]
+
+    return make
+
+
+def test_a_mixture_names_its_tokens(loaded):
+    vocabulary = loaded.vocabulary
+    tokens = loaded.model.embeddings[vocabulary.ordinary].float()
+    first, second = (vocabulary.encode(word)[-1] for word in (" born", " river"))
+    places = [vocabulary.ordinary.index(i) for i in (first, second)]
+    rows = torch.stack([2 * tokens[places[0]] + tokens[places[1]], 0.5 * tokens[places[1]]])
+    found = mixtures_of({"none": tokens[:2], "some": rows}, tokens, vocabulary)["some"]
+    assert set(found.tokens[0][:2]) == {vocabulary.decode([i]) for i in (first, second)}
+    assert found.tokens[1] == [vocabulary.decode([second])] and found.texts()[1].startswith("0.5 ")
+    weights = dict(zip(found.tokens[0], found.weights[0]))
+    assert weights[vocabulary.decode([first])] == pytest.approx(2, rel=1e-3)
+    assert found.shares[:, -1] == pytest.approx([1, 1], abs=1e-6)
+    assert found.shares.shape == (2, 8) and found.numbers()["share_1"] < 100
+    assert found.numbers()["share_8"] == pytest.approx(100)
+
+
+def test_compare_shows_mixtures_of_token_rows_alone(trained, capsys):
+    folder = trained("--tokens", 5, "--prior", "fitted")
+    capsys.readouterr()
+    assert run("compare", folder, "--json") == 0
+    mixtures = json.loads(capsys.readouterr().out)[0]["mixtures"]
+    assert list(mixtures) == ["prior draw", "trained", "as far at random"]
+    assert np.shape(mixtures["trained"]["shares"]) == (5, 8)
+    assert (np.diff(mixtures["trained"]["shares"], axis=1) >= -1e-9).all()
+    assert run("compare", folder) == 0
+    shown = capsys.readouterr().out
+    assert "1 token  2 tokens  4 tokens  8 tokens" in shown
+    assert "the first three tokens of the mixture: " in shown
+    prefix = trained("--method", "prefix", "--tokens", 3)
+    capsys.readouterr()
+    assert run("compare", prefix, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["mixtures"] == {}
+
+
+def test_the_discrete_prompt_is_one_of_tokens(loaded):
+    tokens = loaded.model.embeddings[loaded.vocabulary.ordinary].float()
+    generator = torch.Generator().manual_seed(0)
+    deep, noise = torch.randn(2, 3, 192, generator=generator)
+    rows = tokens[[100, 200, 300]] + 0.01 * noise
+    prompts = discrete(llama.Prompt({0: rows, 5: deep}, cut=True), loaded)
+    for metric in ("cosine", "l2"):
+        assert torch.equal(prompts[metric].layers[0], tokens[[100, 200, 300]])
+        assert torch.equal(prompts[metric].layers[5], deep) and prompts[metric].cut
+    # by distance a short row is near to short tokens, by cosine to those of its direction
+    far = discrete(llama.Prompt({0: 0.01 * rows}), loaded)
+    assert torch.equal(far["cosine"].layers[0], tokens[[100, 200, 300]])
+    assert not torch.equal(far["l2"].layers[0], tokens[[100, 200, 300]])
+
+
+def test_without_each_row():
+    prompt = llama.Prompt({0: torch.arange(6.0).view(3, 2), 4: torch.arange(6.0, 12).view(3, 2)})
+    one, two, three = without_each(prompt)
+    assert two.layers[0].tolist() == [[0, 1], [4, 5]] and two.layers[4].tolist() == [[6, 7],
+                                                                                     [10, 11]]
+    assert one.n == three.n == 2 and three.layers[0].tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("flags", [("--tokens", 10), ("--tokens", 3, "--deep-layers", 2),
+                                   ("--tokens", 3, "--place", "suffix")])
+def test_eval_scores_words_and_each_row_as_a_run_of_them_would_be(trained, tmp_path, capsys, flags):
+    """Prompts of more rows than one batch takes, cut ones, and a place inside the text."""
+    folder = trained(*flags)
+    capsys.readouterr()
+    assert run("eval", folder, "--words", "--ablate", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    scores, without = told["scores"], told["without"][str(folder)]
+    stored = load_file(folder / "prompt.safetensors")
+    n = len(stored["layers.0"])
+    assert list(without) == [f"row {i + 1}" for i in range(n)]
+
+    vocabulary = data.Vocabulary(TINY, (1,))
+    embeddings = llama.load(TINY, "float32").embeddings[vocabulary.ordinary]
+    near = embeddings[torch.cdist(stored["layers.0"], embeddings).argmin(dim=1)]
+    last = {key: t.clone() for key, t in stored.items()} | {"layers.0": near}
+    cases = [(last, scores["its nearest tokens, l2"])]
+    for i in (0, n - 1):
+        kept = [k for k in range(n) if k != i]
+        cases.append(({key: t[kept] for key, t in stored.items()}, without[f"row {i + 1}"]))
+    whole = scores["vocab prior, trained"]["loss"]
+    for tensors, told_scores in cases:
+        loss = loss_of(folder, tensors)
+        assert told_scores["loss"] == pytest.approx(loss, rel=1e-3)
+        if "change" in told_scores:
+            assert told_scores["change"] == pytest.approx(loss - whole, abs=1e-4)
+
+
+def loss_of(folder, tensors):
+    """The loss of other rows on a run's evaluation data."""
+    from lab.evaluation import evaluate, open_run, questions_of
+    from lab.commands import EvalOptions
+
+    opened = open_run(folder, {})
+    prompt = llama.Prompt.from_tensors(tensors, opened.settings.prompt.cut)
+    metrics, _ = evaluate(opened.loaded, [prompt], questions_of([opened], EvalOptions()),
+                          opened.settings.prompt.place, opened.settings.data, "")
+    return metrics["loss"]
+
+
+def test_several_runs_and_standard_errors(trained, capsys):
+    runs = [trained("--tokens", 10), trained("--method", "prefix", "--tokens", 3)]
+    capsys.readouterr()
+    assert run("eval", *runs, "--ablate", "--limit", 200) == 0
+    shown = capsys.readouterr().out
+    assert f"{runs[1]} without each of its rows in turn" in shown
+    table = shown.split("in turn\n")[2].splitlines()
+    assert table[0].split() == ["loss", "change"] and len(table) == 4
+    assert all(line.endswith(")") for line in table[1:])
+
+
+def test_what_has_no_words_is_refused_before_anything_is_scored(trained, capsys):
+    prefix, deep = trained("--method", "prefix", "--tokens", 3), trained("--tokens", 0,
+                                                                         "--deep-layers", 1)
+    one = trained("--tokens", 1)
+    for folder, flag, message in ((prefix, "--words", "has keys and values alone"),
+                                  (deep, "--words", "has rows at deep layers alone"),
+                                  (one, "--ablate", "this prompt has one")):
+        capsys.readouterr()
+        assert run("eval", folder, flag) == 2
+        error = capsys.readouterr().err
+        assert message in error and "leave it out" in error and error.count("\n") == 1, error
+        other = "--ablate" if flag == "--words" else "--words"
+        assert run("eval", folder, other, "--limit", 3) == 0
