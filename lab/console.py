@@ -17,10 +17,10 @@ from typing import Iterator
 LONGEST_LINE = 1000  # characters of an error message
 
 # Scores of an answer, in the order of a table's columns: key -> heading.
-SCORES = {"loss": "loss", "exact_match": "exact match", "precision": "precision",
-          "recall": "recall", "f1": "F1", "accuracy": "accuracy", "accuracy_value": "same value",
-          "choice_accuracy": "likeliest",
-          "calibration_error": "ECE", "calibrated": "if calibrated"}
+SCORES = {"loss": "loss", "teacher_kl": "teacher KL", "exact_match": "exact match",
+          "precision": "precision", "recall": "recall", "f1": "F1", "accuracy": "accuracy",
+          "accuracy_value": "same value", "choice_accuracy": "likeliest",
+          "agreement": "as teacher", "calibration_error": "ECE", "calibrated": "if calibrated"}
 CALIBRATION = ("calibration_error", "calibrated")  # scores of `eval` alone
 
 
@@ -209,7 +209,7 @@ def _cell(key: str, numbers: dict[str, float]) -> str:
     if key not in numbers:
         return ""
     if key in SCORES:
-        form = ".3f" if key == "loss" else ".1f"
+        form = ".3f" if key in ("loss", "teacher_kl") else ".1f"
     else:
         form = "d" if isinstance(numbers[key], int) else "#.3g"
     brackets = ""

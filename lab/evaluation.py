@@ -10,9 +10,8 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -20,17 +19,17 @@ import torch
 import data
 import llama
 from lab import statistics
+from lab.batches import by_question
 from lab.commands import EvalOptions, GenerateOptions
-from lab.console import (CALIBRATION, SCORES, SPREADS, Stopped, UserError, progress, say, show,
-                         table)
+from lab.console import CALIBRATION, SCORES, SPREADS, Stopped, UserError, say, show, table
+from lab.distil import Teacher, teacher_text, with_steps
 from lab.files import checksum
 from lab.folder import Run, best_evaluation
 from lab.foreign_data import not_foreign
-from lab.inputs import (LoadedModel, Questions, check_place, encode, load_model, longest_text,
-                        model_files, plain_prompts, read_questions, room_for_text, rows_per_layer,
-                        sample_topics, topic, training_and_evaluation)
-from lab.loss import answer_losses, answers, begin
-from lab.processes import all_gather, rank_and_size
+from lab.inputs import (LoadedModel, Questions, Shared, check_place, encode, load_model,
+                        longest_text, model_files, plain_prompts, read_questions, room_for_text,
+                        rows_per_layer, sample_topics, topic, training_and_evaluation)
+from lab.loss import Text, answer_losses, answers, begin
 from lab.settings import (DataSettings, ModelSettings, Settings, from_flags, text_names,
                           with_flags)
 
@@ -54,7 +53,8 @@ class OpenRun(NamedTuple):
 
     @property
     def max_length(self) -> int:
-        return longest_text(self.loaded, self.settings.data, self.settings.prior)
+        settings = self.settings
+        return longest_text(self.loaded, settings.data, settings.prior, settings.teacher)
 
 
 # Flags of other commands that replace a run's settings, besides the model's.
@@ -103,7 +103,7 @@ def check_weights(run: Run, model: ModelSettings, is_asked_for: bool) -> None:
 def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:
     """A run's data settings, with shorter texts if its own leave no room for other text prompts."""
     stored = settings.data.max_length
-    room, _, _ = room_for_text(loaded, settings.data, settings.prior)
+    room, _, _ = room_for_text(loaded, settings.data, settings.prior, settings.teacher)
     if stored is None or stored <= room or not room:
         return settings.data
     say(f"contexts are cut to fit {room} tokens and not the run's {stored}, which leaves room for "
@@ -116,25 +116,31 @@ def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:
 
 
 @torch.no_grad()
-def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], questions: Questions,
-             place: str, settings: DataSettings, name: str,
-             everywhere: bool = False) -> tuple[dict[str, float], list[dict]]:
+def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past | Text],
+             questions: Questions, place: str, settings: DataSettings, name: str,
+             everywhere: bool = False, teacher: Teacher | None = None
+             ) -> tuple[dict[str, float], list[dict]]:
     """Loss (nats a token), scores (percent) of greedy answers, the standard error of each ("f1_se"
     and so on), the calibration error of first tokens (percent) and that of a perfectly calibrated
     model of the same confidences ("calibrated"; its central 95 % "calibrated_low" and "_high"), and
     the predictions. Of several prompts token probabilities are averaged.
 
     place: where a Prompt stands; a Past stands before everything. Processes share the batches,
-    unless they share the weights and so must all do the same (everywhere)."""
+    unless they share the weights and so must all do the same (everywhere). teacher: of the same
+    questions, and examined: then scores have the divergence from it (nats a token, at the right
+    answers), and the share of answers that are the same (percent)."""
     # What a prompt before the text leaves in the cache is the same for every batch.
     if place == "before":
         prompts = [p.past(loaded.model) if isinstance(p, llama.Prompt) else p for p in prompts]
-    by_question = partial(_by_question, loaded.model, prompts, place, settings, everywhere)
+    common = loaded.model, prompts, place, settings, everywhere
 
-    def answered(pasts: list[llama.Past], batch: data.Batch) -> Iterable[tuple]:
-        return zip(*answers(loaded.model, pasts, batch, settings.max_new, loaded.vocabulary.stop))
+    def answered(members: list[int], pasts: list[llama.Past], batch: data.Batch) -> Iterable[tuple]:
+        states = teacher.states(members, batch.labels) if teacher else None
+        return zip(*answers(loaded.model, pasts, batch, settings.max_new, loaded.vocabulary.stop,
+                            states))
 
-    losses, tokens, ids, confidence, is_right = zip(*by_question(questions, name, answered))
+    losses, tokens, ids, confidence, is_right, kl = zip(*by_question(*common, questions, name,
+                                                                     answered))
     if not math.isfinite(sum(losses)):
         dtype = str(loaded.model.embeddings.dtype).removeprefix("torch.")
         raise Stopped(f"{name}: its loss is {sum(losses)}, not finite in {dtype}: lower --lr, or "
@@ -148,41 +154,24 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], ques
         predictions.append({"id": example.id, "question": example.question,
                             "prediction": prediction, "answers": list(example.answers)})
     if choices := questions.each_choice():
-        choice_losses = by_question(choices, f"{name}, every choice",
-                                    partial(answer_losses, loaded.model))
+        choice_losses = by_question(
+            *common, choices, f"{name}, every choice",
+            lambda members, pasts, batch: answer_losses(loaded.model, pasts, batch))
         _score_choices(questions, choice_losses, scores, predictions)
+    sums = {"loss": losses}
+    if teacher:
+        sums["teacher_kl"] = kl
+        for score, prediction, said in zip(scores, predictions, teacher.said, strict=True):
+            score["agreement"] = float(prediction["prediction"] == said)
     for prediction, score in zip(predictions, scores):
         prediction |= {key: round(100 * value, 2) for key, value in score.items()}
     calibrated, low, high = statistics.calibrated_error(np.array(confidence))
-    metrics = {"loss": sum(losses) / sum(tokens), **data.mean_scores(scores),
-               **standard_errors(questions, losses, tokens, scores),
+    metrics = {**{key: sum(values) / sum(tokens) for key, values in sums.items()},
+               **data.mean_scores(scores), **standard_errors(questions, sums, tokens, scores),
                "calibration_error": statistics.calibration_error(np.array(confidence),
                                                                  np.array(is_right)),
                "calibrated": calibrated, "calibrated_low": low, "calibrated_high": high}
     return metrics, predictions
-
-
-def _by_question(model: llama.Llama, prompts: list[llama.Prompt | llama.Past], place: str,
-                 settings: DataSettings, everywhere: bool, questions: Questions, name: str,
-                 score: Callable[[list[llama.Past], data.Batch], Iterable]) -> list:
-    """What `score` returns of every question of a batch, which goes on from the pasts."""
-    # Every process takes its share of the batches.
-    rank, size = (0, 1) if everywhere else rank_and_size()
-    indices = range(len(questions))
-    batches = [indices[i:i + settings.batch_size] for i in indices[::settings.batch_size]]
-    batches = batches[rank::size]
-
-    scored = {}
-    with progress(total=sum(map(len, batches)), desc=name, unit=" questions", leave=False) as bar:
-        for members in batches:
-            batch = questions.batch(members, settings.share, place, model.embeddings.device)
-            begun = [begin(model, batch, prompt, place) for prompt in prompts]
-            scored.update(zip(members, score([past for past, _ in begun], begun[0][1])))
-            bar.update(len(members))
-    if size > 1:
-        for part in all_gather(scored):
-            scored.update(part)
-    return [scored[i] for i in indices]
 
 
 def _score_choices(questions: Questions, losses: list[float], scores: list[dict],
@@ -204,19 +193,53 @@ def majority(questions: Questions) -> dict[str, float]:
     return {"accuracy": share, "choice_accuracy": share} if right else {}
 
 
-def standard_errors(questions: Questions, losses: list[float], tokens: list[int],
+def standard_errors(questions: Questions, sums: dict[str, list[float]], tokens: list[int],
                     scores: list[dict[str, float]]) -> dict[str, float]:
     """{"loss_se": ...} in the units of the means, with contexts as clusters, because questions of
-    one context are no independent sample; {} of fewer than FEW_CONTEXTS, which tell too little."""
+    one context are no independent sample; {} of fewer than FEW_CONTEXTS, which tell too little.
+    sums: over each answer's tokens."""
     _, context = np.unique([topic(e) for e in questions.examples], return_inverse=True)
     if context.max() + 1 < FEW_CONTEXTS:
         return {}
-    errors = {"loss_se": statistics.ratio_error(np.array(losses), np.array(tokens), context)}
+    errors = {f"{key}_se": statistics.ratio_error(np.array(values), np.array(tokens), context)
+              for key, values in sums.items()}
     ones = np.ones(len(scores))
     for key in scores[0]:
         values = np.array([score[key] for score in scores])
         errors[f"{key}_se"] = 100 * statistics.ratio_error(values, ones, context)
     return errors
+
+
+def examined(loaded: LoadedModel, settings: Settings, questions: Questions,
+             everywhere: bool = False) -> Teacher:
+    """The teacher of the settings, with its own scores and answers to these questions."""
+    text = teacher_text(loaded, settings)
+    questions = with_steps(loaded, settings, text, questions)
+    teacher = Teacher(loaded, text, questions, settings, keep=True)
+    teacher.scores, predictions = evaluate(
+        loaded, [text], teacher.questions, "before", settings.data, settings.teacher.name,
+        everywhere)
+    teacher.said = [prediction["prediction"] for prediction in predictions]
+    return teacher
+
+
+def beside(loaded: LoadedModel, settings: Settings, questions: Questions, teacher: Teacher | None,
+           shared: Shared | None = None, everywhere: bool = False
+           ) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(split in metrics.jsonl, name, scores) of what a prompt is compared with, each as soon as it
+    is made."""
+    once, prior = (shared or Shared()).once, settings.prior
+    if scores := majority(questions):
+        yield "majority", MAJORITY, scores
+    key = (settings.model, settings.data, prior.text, prior.separator, settings.prompt.place,
+           settings.teacher)
+    for plain in once("plain", key, lambda: plain_prompts(loaded, prior, questions)):
+        scores, _ = once(("untrained", plain.name), key, lambda: evaluate(
+            loaded, [plain.past], plain.questions, settings.prompt.place, settings.data,
+            plain.name, everywhere, teacher))
+        yield plain.split, plain.name, scores
+    if teacher:
+        yield "teacher", settings.teacher.name, teacher.scores
 
 
 def score_table(settings: Settings, metrics: list[dict]) -> str:
@@ -226,6 +249,7 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     rows += [("no prompt", line) for line in metrics if line["split"] == "baseline"]
     text_lines = [line for line in metrics if line["split"] == "text"]
     rows += zip(text_names(settings.prior.text), text_lines)
+    rows += [(settings.teacher.name, line) for line in metrics if line["split"] == "teacher"]
     evals = [line for line in metrics if line["split"] == "eval"]
     if not evals and settings.imported:
         return "imported: `eval` scores it"
@@ -259,13 +283,11 @@ def command_eval(given: dict) -> None:
     questions = encode(evals, loaded.vocabulary, opened.max_length, name)
 
     # Score what the prompt is compared with, and then the prompt.
-    plain = plain_prompts(loaded, settings.prior, questions)
-    asked = [(p.name, [p.past], p.questions) for p in plain]
-    asked += [(label, prompts, questions) for label, prompts in trained_prompts(opened)]
-    rows = [(MAJORITY, scores)] if (scores := majority(questions)) else []
-    for label, prompts, asked_questions in asked:
-        scores, _ = evaluate(loaded, prompts, asked_questions, settings.prompt.place,
-                             settings.data, label)
+    teacher = examined(loaded, settings, questions) if settings.teacher.teaches else None
+    rows = [(label, scores) for _, label, scores in beside(loaded, settings, questions, teacher)]
+    for label, prompts in trained_prompts(opened):
+        scores, _ = evaluate(loaded, prompts, questions, settings.prompt.place, settings.data,
+                             label, teacher=teacher)
         if len(prompts) > 1:
             scores |= logged_spread(opened.run)
         rows.append((label, scores))
