@@ -2,7 +2,7 @@
 whose answers a prompt learns to give without them.
 
     text = teacher_text(loaded, settings)                        # run through the model once
-    lessons = learn(run, loaded, settings, text, questions, config=None)
+    lessons = learn(run, loaded, settings, text, questions, None, Shared())
     states = lessons.teacher.states([3, 8], batch.labels)        # (M, D), of loss.taught_loss
 
 The teacher reads a question as a text prompt does: its text is the beginning of the question's
@@ -26,8 +26,9 @@ from lab.batches import by_question
 from lab.console import UserError
 from lab.files import reading
 from lab.folder import WRITTEN, Run
-from lab.inputs import STEPS, LoadedModel, Questions, encode, run_text
+from lab.inputs import STEPS, LoadedModel, Questions, Shared, encode, run_text
 from lab.loss import Text, begin
+from lab.processes import only_first
 from lab.settings import DataSettings, Settings
 
 
@@ -137,26 +138,29 @@ def digest(content: bytes) -> str:
 
 
 def learn(run: Run, loaded: LoadedModel, settings: Settings, text: Text, questions: Questions,
-          config: dict | None) -> Lessons:
+          config: dict | None, shared: Shared) -> Lessons:
     """What the teacher teaches with these questions. config: of the run that is resumed, which
     keeps what the teacher wrote. Raises UserError if that was changed since."""
-    path, content = run.path / WRITTEN, b""
-    if config and path.exists():
-        content = data.read_text(path).encode()
-        lines = [line for _, line in data.json_lines(content.decode(), path)]
-    else:
-        lines = write(loaded, settings, text, questions, settings.teacher.teacher_answers)
-        if len(lines[0]) > 2:
-            content = "".join(json.dumps(line, ensure_ascii=False) + "\n"
-                              for line in lines).encode()
-    if config and content and config.get("teacher_sha256") != digest(content):
+    path, kept, temperature = run.path / WRITTEN, "", settings.teacher.teacher_answers
+    sha256 = (config or {}).get("teacher_sha256")
+    if sha256:
+        kept = only_first(lambda: data.read_text(path) if path.exists() else "")
+    key = (settings.model, settings.data, settings.teacher, settings.prior.separator,
+           settings.seed if temperature else None)
+    if not kept:
+        lines = shared.once("written", key, lambda: write(loaded, settings, text, questions,
+                                                          temperature))
+        if len(lines[0]) > 2:  # more than id and question
+            kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if sha256 and sha256 != digest(kept.encode()):
         raise UserError(f"{path}: not what the teacher wrote when the run began: restore the file, "
                         f"or train again by {run.again}")
     with reading(path, "what a teacher wrote", f"train again by {run.again}"):
-        examples = as_written(questions.examples, lines)
+        lines = [line for _, line in data.json_lines(kept, path)]
+        examples = as_written(questions.examples, lines) if lines else questions.examples
     if examples != questions.examples:  # the teacher's answers may be longer
         questions = encode(examples, loaded.vocabulary, questions.max_length, questions.name)
-    return Lessons(questions, Teacher(loaded, text, questions, settings), content)
+    return Lessons(questions, Teacher(loaded, text, questions, settings), kept.encode())
 
 
 def with_steps(loaded: LoadedModel, settings: Settings, text: Text, questions: Questions

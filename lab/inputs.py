@@ -125,6 +125,10 @@ def longest_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettin
     model's positions. Raises UserError if --max-length does not fit."""
     room, name, taken = room_for_text(loaded, settings, prior, teacher)
     longest = settings.max_length or min(1024, room)
+    if not room:
+        raise UserError(f"the {name} of {taken} tokens and --max-new {settings.max_new} leave none "
+                        f"of the model's {loaded.model.config.max_position_embeddings} positions: "
+                        f"shorten the {name}, or lower --max-new")
     if not 0 < longest <= room:
         raise UserError(f"--max-length {longest}: the model has "
                         f"{loaded.model.config.max_position_embeddings} positions, and the {name} "
@@ -356,7 +360,8 @@ class Questions:
         asking = self.asking[i] if self.asking else data.ASKING
         row = data.encode(self.examples[i], self.vocabulary, self.max_length, self.beginning,
                           asking)
-        if row.cut and not any(self.cut.values()) and not self.beginning:
+        is_taught = self.beginning or self.asking  # and was said of the questions without these
+        if row.cut and not any(self.cut.values()) and not is_taught:
             say(f"{self.name}: the context of {self.examples[i].id} is cut at its end to fit "
                 f"{self.max_length} tokens, and so are others as long (--max-length)")
         self.cut[i] = row.cut

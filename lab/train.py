@@ -592,7 +592,8 @@ def with_teacher(inputs: Inputs, run: Run, config: dict | None) -> Inputs:
     key = settings.model, settings.data, settings.teacher, settings.prior.separator
     exam = once("exam", key, lambda: examined(inputs.loaded, settings, inputs.evaluation,
                                               settings.train.shard))
-    lessons = learn(run, inputs.loaded, settings, exam.text, inputs.questions, config)
+    lessons = learn(run, inputs.loaded, settings, exam.text, inputs.questions, config,
+                    inputs.shared)
     return inputs._replace(questions=lessons.questions, lessons=lessons, exam=exam)
 
 

@@ -129,8 +129,8 @@ def test_a_student_of_itself_has_nothing_to_learn(model):
 def test_a_taught_prompt_answers_as_its_teacher(tmp_path, capsys):
     """The bundled model's style text, without any label: the answers are the teacher's own."""
     out = tmp_path / "run"
-    assert run("train", "--teacher", "short answer", "--teacher-answers", "--steps", 100, "--text",
-               "", "--eval-every", 100, "--eval-limit", 60, "--train-examples", 400, "--max-new",
+    assert run("train", "--teacher", "short answer", "--teacher-answers", "--steps", 80, "--text",
+               "", "--eval-every", 80, "--eval-limit", 40, "--train-examples", 250, "--max-new",
                12, "--out", out) == 0
     log = lines(out / "metrics.jsonl")
     teacher = next(line for line in log if line["split"] == "teacher")
@@ -143,7 +143,7 @@ def test_a_taught_prompt_answers_as_its_teacher(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "teacher 'short answer'" in shown and "teacher KL" in shown and "as teacher" in shown
     assert [set(line) for line in lines(out / "teacher.jsonl")] == [
-        {"id", "question", "answer"}] * 400
+        {"id", "question", "answer"}] * 250
     # eval says the same of the run
     assert run("eval", out, "--json") == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
@@ -269,8 +269,10 @@ def test_no_labels_are_needed(tmp_path):
     (["--teacher", "x", "--teacher-answers", -1], "--teacher-answers -1.0: expected 0 or more"),
     (["--teacher", "x", "--teacher-steps", 3], "give --teacher-reasons too"),
     (["--teacher", "x", "--teacher-reasons", "y"], "use one of written, data"),
-    (["--teacher", "word " * 300], "and the teacher of 3"),
-    (["--teacher", "x", "--teacher-reasons", "--teacher-steps", 400], "and the teacher of 4"),
+    (["--teacher", "word " * 300], "tokens and --max-new 6 leave none of the model's 512"),
+    (["--teacher", "x", "--teacher-reasons", "--teacher-steps", 600], "shorten the teacher, or"),
+    (["--teacher", "word " * 90, "--max-length", 400],
+     "and the teacher of 272 tokens and --max-new 6 leave 234 of them: lower --max-length"),
     (["--teacher", "x", "--teacher-file", "FILE"], "a run has one teacher: give one of the two"),
     (["--teacher-file", "missing"], "missing: cannot be read"),
     (["--teacher-reasons", "data"], "no worked steps with"),
