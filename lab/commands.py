@@ -381,7 +381,8 @@ def add_field(sub: argparse.ArgumentParser, f, show_default: bool, several: bool
     sub.add_argument(flag, dest=dest, type=str if kind is tuple else kind,
                      nargs="+" if is_list else about.get("nargs"),
                      action="append" if several and kind is tuple else "store",
-                     const=None if is_list else about.get("const"), required=about.get("required", False), help=help,
+                     const=None if is_list else about.get("const"),
+                     required=about.get("required", False), help=help,
                      metavar=about.get("flag_metavar") or f.name.upper().split("_")[-1])
 
 

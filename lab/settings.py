@@ -263,8 +263,8 @@ class TeacherSettings:
         "puts it: the prompt learns to say what the frozen model says after this text. The loss is "
         "the divergence of next-token distributions at the answers' tokens (none: learn the "
         "answers of --data)")
-    teacher_mix: float | None = setting(
-        None, "share of the answers' own cross-entropy in the loss, 0 to 1 (0)", least=0, most=1)
+    teacher_mix: float = setting(0.0, "share of the answers' own cross-entropy in the loss, 0 to 1",
+                                 least=0, most=1)
     teacher_answers: float | None = setting(
         None, "train on answers that the teacher gives, greedily or drawn at this temperature, and "
         "not on those of --data, which may then lack them (\"answers\": [] with "
@@ -274,7 +274,7 @@ class TeacherSettings:
         "then answers; the prompt learns to answer without: written, by the teacher (as without a "
         "word); data, the worked solutions of gsm8k and hendrycks data",
         choices=("written", "data"), nargs="?", const="written")
-    teacher_steps: int | None = setting(None, "most tokens of a question's steps (128)", above=0)
+    teacher_steps: int = setting(128, "most tokens of a question's steps", above=0)
 
     @property
     def teaches(self) -> bool:
@@ -286,11 +286,6 @@ class TeacherSettings:
         reasons = {None: "", "written": ", with its steps", "data": ", with worked steps"}
         text = "" if self.teacher is None else f" {shortened(self.teacher)!r}"
         return f"teacher{text}{reasons[self.teacher_reasons]}"
-
-    def complete(self) -> TeacherSettings:
-        return replace(
-            self, teacher_mix=self.teacher_mix or 0.0 if self.teaches else self.teacher_mix,
-            teacher_steps=self.teacher_steps or (128 if self.teacher_reasons else None))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,8 +314,7 @@ class Settings:
         model = self.model.complete()
         settings = replace(self, model=model, prior=self.prior.complete(model.model),
                            prompt=self.prompt.complete(self.prior.deep_layers),
-                           data=self.data.complete(), train=self.train.complete(),
-                           teacher=self.teacher.complete())
+                           data=self.data.complete(), train=self.train.complete())
         check_together(settings)
         return settings
 
@@ -396,12 +390,9 @@ def check_teacher(teacher: TeacherSettings) -> None:
     if teacher.teacher is not None and not teacher.teacher.strip():
         raise UserError("the teacher's text is empty: give a --teacher with words, or leave it out")
     for name in ("teacher_mix", "teacher_answers"):
-        if not teacher.teaches and getattr(teacher, name) is not None:
+        if not teacher.teaches and getattr(teacher, name) != FIELDS[name].default:
             raise UserError(f"{flag_name(name)} is about a teacher: give --teacher too, or leave "
                             "it out")
-    if teacher.teacher_steps is not None and teacher.teacher_reasons is None:
-        raise UserError("--teacher-steps is about a teacher that reads steps: give "
-                        "--teacher-reasons too, or leave it out")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -267,7 +267,6 @@ def test_no_labels_are_needed(tmp_path):
     (["--teacher", "x", "--teacher-mix", 1.5], "--teacher-mix 1.5: expected 0 to 1"),
     (["--teacher", "x", "--teacher-mix", "nan"], "--teacher-mix nan: expected 0 to 1"),
     (["--teacher", "x", "--teacher-answers", -1], "--teacher-answers -1.0: expected 0 or more"),
-    (["--teacher", "x", "--teacher-steps", 3], "give --teacher-reasons too"),
     (["--teacher", "x", "--teacher-reasons", "y"], "use one of written, data"),
     (["--teacher", "word " * 300], "tokens and --max-new 6 leave none of the model's 512"),
     (["--teacher", "x", "--teacher-reasons", "--teacher-steps", 600], "shorten the teacher, or"),
