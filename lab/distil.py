@@ -29,7 +29,7 @@ from lab.folder import WRITTEN, Run
 from lab.inputs import STEPS, LoadedModel, Questions, Shared, encode, run_text
 from lab.loss import Text, begin
 from lab.processes import only_first
-from lab.settings import DataSettings, Settings
+from lab.settings import DataSettings, Settings, TeacherSettings
 
 
 class Teacher:
@@ -96,20 +96,25 @@ def as_taught(questions: Questions, settings: Settings, asking: str = "") -> Que
                      questions.name, beginning(settings), texts)
 
 
-def check_rationales(questions: Questions, most: int) -> None:
-    """Raises UserError for a question without worked steps, or with more than `most` tokens."""
-    for example in questions.examples:
-        if not example.rationale:
-            raise UserError(f"--teacher-reasons data: {questions.name}: no worked steps with "
-                            f"{example.id}: give gsm8k or hendrycks data, or --teacher-reasons "
-                            "written")
-    texts = [data.one_line(e.rationale) for e in questions.examples]
-    lengths = list(map(len, questions.vocabulary.encode_batch(texts)))
-    longest = max(lengths)
+def check_reasons(teacher: TeacherSettings, of_splits: list[Questions]) -> None:
+    """Raises UserError if the teacher is to read the data's worked steps, and a question has none
+    or longer ones than --teacher-steps."""
+    if teacher.teacher_reasons != "data":
+        return
+    longest, name, most = 0, "", teacher.teacher_steps
+    for questions in of_splits:
+        for example in questions.examples:
+            if not example.rationale:
+                raise UserError(f"--teacher-reasons data: {questions.name}: no worked steps with "
+                                f"{example.id}: give gsm8k or hendrycks data, or --teacher-reasons "
+                                "written")
+        texts = [data.one_line(e.rationale) for e in questions.examples]
+        for example, ids in zip(questions.examples, questions.vocabulary.encode_batch(texts)):
+            if len(ids) > longest:
+                longest, name = len(ids), example.id
     if longest > most:
-        raise UserError(f"--teacher-steps {most}: {questions.name}: the worked steps of "
-                        f"{questions.examples[lengths.index(longest)].id} have {longest} tokens: "
-                        f"give --teacher-steps {longest}")
+        raise UserError(f"--teacher-steps {most}: the worked steps of {name} have {longest} "
+                        f"tokens: give --teacher-steps {longest}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,15 +192,12 @@ def write(loaded: LoadedModel, settings: Settings, text: Text, questions: Questi
           temperature: float | None) -> list[dict]:
     """A line a question, {"id", "question"}, and as far as they are asked for the "steps" and the
     "answer" that the teacher writes, which is none without a temperature."""
-    teacher, most = settings.teacher, settings.data.max_new
     lines = [{"id": e.id, "question": e.question} for e in questions.examples]
     parts = []
-    if teacher.teacher_reasons == "data":
-        check_rationales(questions, teacher.teacher_steps)
-    elif teacher.teacher_reasons:
-        parts = [("steps", STEPS, teacher.teacher_steps)]
+    if settings.teacher.teacher_reasons == "written":
+        parts = [("steps", STEPS, settings.teacher.teacher_steps)]
     if temperature is not None:
-        parts.append(("answer", "", most))
+        parts.append(("answer", "", settings.data.max_new))
     for key, asking, most in parts:
         answered = Questions(as_written(questions.examples, lines), questions.vocabulary,
                              questions.max_length, questions.name)

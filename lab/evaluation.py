@@ -283,7 +283,11 @@ def command_eval(given: dict) -> None:
     questions = encode(evals, loaded.vocabulary, opened.max_length, name)
 
     # Score what the prompt is compared with, and then the prompt.
-    teacher = examined(loaded, settings, questions) if settings.teacher.teaches else None
+    teacher, reads_data = None, settings.teacher.teacher_reasons == "data"
+    if reads_data and not all(e.rationale for e in questions.examples):
+        say(f"{name}: no worked steps in it for the teacher to read, so it is not scored")
+    elif settings.teacher.teaches:
+        teacher = examined(loaded, settings, questions)
     rows = [(label, scores) for _, label, scores in beside(loaded, settings, questions, teacher)]
     for label, prompts in trained_prompts(opened):
         scores, _ = evaluate(loaded, prompts, questions, settings.prompt.place, settings.data,

@@ -28,10 +28,10 @@ from lab import posteriors
 from lab.commands import TrainOptions
 from lab.console import (Stopped, UserError, file_list, out_of_memory, progress, say, scores_line,
                          show)
-from lab.distil import Lessons, Teacher, learn
+from lab.distil import Lessons, Teacher, check_reasons, learn
 from lab.evaluation import beside, evaluate, examined, score_table
-from lab.folder import (CONFIG, FIRST_PROMPT, LAST_PROMPT, LOG, Checkpoint, Run,
-                        check_fits, read_config, snapshot, versions)
+from lab.folder import (CONFIG, FIRST_PROMPT, LAST_PROMPT, LOG, Checkpoint, Run, check_fits,
+                        read_config, snapshot, versions)
 from lab.inputs import (LoadedModel, Questions, Shared, check_place, checksums, divided, encode,
                         layers_with_rows, load_model, longest_text, mean_answer_tokens)
 from lab.loss import answer_loss, begin, taught_loss
@@ -64,10 +64,10 @@ class Training:
 
     Every member's objective is its loss on the batch / (questions of the batch * answer_tokens)
     + prior_weight * penalty(member); see docs/posteriors.md. The loss is the cross-entropy of the
-    answers, or taught_loss. Divided by the batch's own number of
-    answer tokens, as the loss that is logged, it would be biased: a token would weigh less in a
-    batch of long answers. The batch of a step is a pure function of the seed and the step. Of
-    several processes each has its share of the batch, and gradients are summed."""
+    answers, or taught_loss. Divided by the batch's own number of answer tokens, as the loss that
+    is logged, it would be biased: a token would weigh less in a batch of long answers. The batch of
+    a step is a pure function of the seed and the step. Of several processes each has its share of
+    the batch, and gradients are summed."""
 
     def __init__(self, run: Run, settings: Settings, loaded: LoadedModel,
                  posterior: posteriors.Point, questions: Questions,
@@ -456,12 +456,12 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     keep_freed_memory()
     checkpoint = checkpoint_of(run, settings) if explicit is None else None
     inputs = read_inputs(run, settings, config, explicit is None, shared)
-    if settings.teacher.teaches:
-        inputs = with_teacher(inputs, run, config if explicit is None else None)
     settings, loaded = inputs.settings, inputs.loaded
 
     # Fit the prior, and make the posterior from its draw.
     begun = begin_run(inputs)
+    if settings.teacher.teaches:
+        inputs = with_teacher(inputs, run, config if explicit is None else None)
     mean_tokens = only_first(lambda: mean_answer_tokens(inputs.questions))
     answers = mean_tokens * len(inputs.questions)
     posterior = make_posterior(settings, begun, answers).to(loaded.device)
@@ -580,6 +580,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
         fitting(examples, name="training"), fitting(evals, name="evaluation"),
         fitting(held_out, name="held-out") if held_out else None))
     questions, evaluation, _ = encoded
+    check_reasons(settings.teacher, [questions, evaluation])
     say(f"model {Path(settings.model.model).name}: {L} layers of width "
         f"{loaded.model.config.hidden_size}, {settings.model.dtype} on {settings.model.device}; "
         f"{len(questions)} questions to train on, {len(evaluation)} to evaluate")

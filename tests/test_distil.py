@@ -152,6 +152,19 @@ def test_a_taught_prompt_answers_as_its_teacher(tmp_path, capsys):
         assert scores["vocab prior, trained"][key] == pytest.approx(after[key], rel=1e-4)
 
 
+def test_the_labels_alone_are_the_other_end_of_the_mix(tmp_path):
+    """With --teacher-mix 1 a run is that of the labels: tokens weigh the same in both losses."""
+    for name, flags in (("labels", []), ("mix", ["--teacher", "short answer", "--teacher-mix", 1])):
+        assert run("train", "--out", tmp_path / name, *FEW, *flags) == 0
+    logs = [[line for line in lines(tmp_path / name / "metrics.jsonl") if line["split"] == "train"]
+            for name in ("labels", "mix")]
+    for labels, mix in zip(*logs, strict=True):
+        for key in ("loss", "grad_norm", "lr"):
+            assert mix[key] == pytest.approx(labels[key], rel=1e-4)
+    rows = [load_file(tmp_path / name / "prompt.safetensors") for name in ("labels", "mix")]
+    assert all((rows[1][key] - x).norm() < 1e-3 * x.norm() for key, x in rows[0].items())
+
+
 GSM8K = [{"question": f"What is {a} + {b}?", "answer":
           f"{a} + {b} = {a + b}\nSo it is {a + b}.\n#### {a + b}"}
          for a in range(1, 7) for b in range(11, 17)]
@@ -208,6 +221,18 @@ def test_runs_resume_to_the_same_bytes(tmp_path, monkeypatch, kind):
     assert run("train", "--config", whole / "config.json", "--out", tmp_path / "again") == 0
     assert (tmp_path / "again/predictions.jsonl").read_bytes() == (
         whole / "predictions.jsonl").read_bytes()
+
+
+def test_a_taught_run_is_scored_on_data_without_steps(tmp_path, capsys):
+    few = flags_of("worked steps", tmp_path)
+    assert run("train", "--out", tmp_path / "run", *few) == 0
+    capsys.readouterr()
+    assert run("eval", tmp_path / "run") == 0
+    assert "teacher 'short answer', with worked steps" in capsys.readouterr().out
+    assert run("eval", tmp_path / "run", "--data", "math", "--limit", 4) == 0
+    printed = capsys.readouterr()
+    assert "math: no worked steps in it for the teacher to read" in printed.err
+    assert "text prior, trained" in printed.out and "worked steps" not in printed.out
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +301,7 @@ def test_no_labels_are_needed(tmp_path):
     (["--teacher-file", "missing"], "missing: cannot be read"),
     (["--teacher-reasons", "data"], "no worked steps with"),
     (["--teacher-reasons", "data", "--data", "GSM8K", "--teacher-steps", 3],
-     "--teacher-steps 3: evaluation: the worked steps of gsm8k-")])
+     "--teacher-steps 3: the worked steps of gsm8k-")])
 def test_a_mistake_is_one_line(tmp_path, capsys, flags, message):
     (tmp_path / "t.txt").write_text("x")
     (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in GSM8K))
@@ -292,12 +317,8 @@ def test_the_remedy_for_long_steps_works(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in GSM8K))
     flags = ["train", "--out", tmp_path / "run", *FEW, "--data", f"gsm8k:{tmp_path / 'x.jsonl'}",
              "--teacher-reasons", "data", "--teacher-steps"]
-    steps = 3
-    for _ in range(2):  # of the evaluation's data, and of the training's
-        if run(*flags, steps) == 0:
-            break
-        steps = int(capsys.readouterr().err.rpartition("give --teacher-steps ")[2])
-    assert steps > 3 and (tmp_path / "run/prompt.safetensors").exists()
+    assert run(*flags, 3) == 2
+    assert run(*flags, capsys.readouterr().err.rpartition("give --teacher-steps ")[2].strip()) == 0
 
 
 def test_a_sweep_varies_teachers(tmp_path, capsys):
