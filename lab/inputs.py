@@ -43,7 +43,10 @@ class Shared:
         """What make() returns, or returned last time if the key is the same. A key has to tell all
         that the result depends on, and nobody may change the result."""
         if kind not in self.kept or self.kept[kind][0] != key:
-            self.kept.pop(kind, None)  # frees it first
+            # What goes is freed first. Whatever was made with another model may hold it.
+            if kind == "model":
+                self.kept.clear()
+            self.kept.pop(kind, None)
             self.kept[kind] = key, make()
         return self.kept[kind][1]
 

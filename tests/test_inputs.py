@@ -38,6 +38,15 @@ def test_tokens_are_made_when_a_batch_needs_them(loaded, monkeypatch):
     assert made == ["7", "8", "400"]  # once
 
 
+def test_another_model_takes_the_place_of_all_that_was_made_with_the_last():
+    """So that no two are in memory, as a teacher's states hold theirs."""
+    shared, made = inputs.Shared(), []
+    for model in ("a", "a", "b"):
+        shared.once("model", model, lambda: made.append(model))
+        shared.once("exam", "x", lambda: made.append("exam"))
+    assert made == ["a", "exam", "b", "exam"]
+
+
 def test_what_does_not_fit_is_known_before(loaded, capsys):
     """The same examples are dropped and cut as if all were tokenised at once."""
     examples = examples_of(40) + [data.Example("long", "squad", "c", "why " * 90, ("x",))]
