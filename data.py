@@ -1014,9 +1014,12 @@ class Row(NamedTuple):
     body: int = 0  # index of the question's first token in ids, where the context ends
 
 
-def question_text(context: str, question: str) -> str:
+ASKING = "\nAnswer:"  # what asks for the answer
+
+
+def question_text(context: str, question: str, asking: str = ASKING) -> str:
     """The paper's template; nothing stands before "Question:" when there is no context."""
-    asked = f"Question: {question}\nAnswer:"
+    asked = f"Question: {question}{asking}"
     return f"{context}\n{asked}" if context else asked
 
 
@@ -1031,12 +1034,14 @@ def one_line(answer: str) -> str:
     return " ".join(line.strip() for line in answer.split("\n")) if "\n" in answer else answer
 
 
-def encode(example: Example, vocabulary: Vocabulary, max_length: int,
-           beginning: str = "") -> Row | None:
+def encode(example: Example, vocabulary: Vocabulary, max_length: int, beginning: str = "",
+           asking: str = ASKING) -> Row | None:
     """An example in at most max_length tokens. One that is too long loses words at the context's
     end; None if the rest alone is too long. A text is a row without question; None if it is empty.
 
-    beginning: a text in front of the example's own, which does not count."""
+    beginning: a text in front of the example's own. asking: what stands between the question and
+    the answer, as "\\nSteps: 1 + 1 = 2\\nAnswer:". Neither counts, so that a context is cut alike
+    with them and without."""
     context = example.context[:LONGEST_TOKENISED]
     if example.kind == "text":
         all_ids = vocabulary.encode(context)
@@ -1062,8 +1067,8 @@ def encode(example: Example, vocabulary: Vocabulary, max_length: int,
         context, dropped = _shorten(context, excess, vocabulary)
         cut += dropped
 
-    if beginning:
-        question = beginning + question
+    if beginning or asking != ASKING:
+        question = beginning + question_text(context, example.question, asking)
         ids, body = vocabulary.encode_at(question + answer, len(beginning) + len(context))
     question_ids = vocabulary.encode(question)
     start = len(common_beginning([ids, question_ids]))

@@ -951,8 +951,10 @@ def ensemble(logits: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def generate(model: Llama, ids: list[list[int]], past: Past | list[Past] | None, max_new: int,
-             stop: set[int] = frozenset(), parent: Tensor | None = None) -> list[list[int]]:
-    """Greedy continuations of ragged beginnings, each up to and including its first token of stop.
+             stop: set[int] = frozenset(), parent: Tensor | None = None,
+             choose: Callable[[list[int], Tensor], Tensor] | None = None) -> list[list[int]]:
+    """Continuations of ragged beginnings, each up to and including its first token of stop. They
+    are greedy, or choose(rows, logits (R, V)) -> (R,) names the next token of these beginnings.
 
     past has batch 1 (a prompt) or one row for each beginning; with parent, beginning i continues
     row parent[i] of past. The token probabilities of a list of pasts are averaged. No beginning may
@@ -973,7 +975,7 @@ def generate(model: Llama, ids: list[list[int]], past: Past | list[Past] | None,
         outputs = [model(step, p, parent=parents) for p in pasts]
         rows = torch.arange(len(active), device=device)
         logits = ensemble([model.logits(h[rows, last]) for h, _ in outputs])
-        token = logits.argmax(dim=-1)
+        token = choose(active, logits) if choose else logits.argmax(dim=-1)
         for row, t in zip(active, token.tolist()):
             answers[row].append(t)
 

@@ -17,7 +17,7 @@ import data
 import llama
 from lab.console import progress
 from lab.inputs import Questions
-from lab.loss import answer_losses, begin
+from lab.loss import Text, answer_losses, begin
 from lab.processes import all_gather, rank_and_size
 from lab.settings import DataSettings
 
@@ -25,12 +25,14 @@ TOGETHER = 8  # prompts of one batch at most: each needs the memory of a batch
 
 
 @torch.no_grad()
-def by_question(model: llama.Llama, entries: list[list[llama.Prompt | llama.Past]], place: str,
-                settings: DataSettings, everywhere: bool, questions: Questions, name: str,
-                score: Callable[[list[llama.Past], data.Batch], Iterable]) -> list[list]:
-    """What `score` returns of every question of a batch, which goes on from the pasts: a list for
-    each of several entries, of as many prompts each. everywhere: processes do not share the
-    batches. Raises ModelError for prompts that one batch cannot hold, see llama.stack."""
+def by_question(model: llama.Llama, entries: list[list[llama.Prompt | llama.Past | Text]],
+                place: str, settings: DataSettings, everywhere: bool, questions: Questions,
+                name: str, score: Callable[[list[int], list[llama.Past], data.Batch], Iterable]
+                ) -> list[list]:
+    """What score(members, pasts, batch) returns of every question: a list for each of several
+    entries, of as many prompts each. members: the questions of a batch, which goes on from the
+    pasts. everywhere: all processes score all batches, because they share the model's weights.
+    Raises ModelError for prompts that one batch cannot hold, see llama.stack."""
     # What a prompt before the text leaves in the cache is the same for every batch.
     if place == "before":
         entries = [[p.past(model) if isinstance(p, llama.Prompt) else p for p in prompts]
@@ -47,7 +49,7 @@ def by_question(model: llama.Llama, entries: list[list[llama.Prompt | llama.Past
         for members in batches:
             batch = questions.batch(members, settings.share, place, model.embeddings.device)
             begun = [begin(model, batch, [*prompts], place) for prompts in zip(*entries)]
-            results = score([past for past, _ in begun], begun[0][1])
+            results = score(members, [past for past, _ in begun], begun[0][1])
             scored.update(zip(product(range(len(entries)), members), results))
             bar.update(len(members))
     if size > 1:
@@ -66,8 +68,8 @@ def grouped(entries: dict[str, list[llama.Prompt]]) -> list[tuple[str, list[str]
             for labels in groups]
 
 
-def losses_and_tokens(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch
-                      ) -> Iterable[tuple[float, int]]:
+def losses_and_tokens(model: llama.Llama, members: list[int], pasts: list[llama.Past],
+                      batch: data.Batch) -> Iterable[tuple[float, int]]:
     """A score function: the loss of each right answer in nats, summed over its tokens, and their
     number."""
     counts = (batch.labels != data.NO_LABEL).sum(dim=1).tolist()

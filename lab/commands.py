@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import data
 import priors
-from lab.console import one_line, say
+from lab.console import UserError, one_line, say
 from lab.foreign_data import not_foreign
 from lab.settings import (FORGET, DataSettings, ModelSettings, PriorSettings, PromptSettings,
-                          TrainSettings, flag_name, setting, value_type)
+                          TeacherSettings, TrainSettings, flag_name, setting, value_type)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -39,6 +39,9 @@ TEXT_FILE = setting((), "text prompts from files, one each, such as worked examp
                     flag_metavar="FILE")
 
 
+TEACHER_FILE = setting(None, "the teacher's text from a file", flag_metavar="FILE")
+
+
 UNANSWERABLE = "keep unanswerable questions; their answer is empty"
 JSON = "print JSON"
 
@@ -52,6 +55,7 @@ class TrainOptions:
                                   "than the run began with, not to the same bytes")
     overwrite: bool = setting(False, "replace the run in --out")
     text_file: tuple[str, ...] = TEXT_FILE
+    teacher_file: str | None = TEACHER_FILE
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class SweepOptions:
 @dataclass(frozen=True)
 class GridOptions:
     text_file: tuple[str, ...] = TEXT_FILE
+    teacher_file: str | None = TEACHER_FILE
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         "train", "Tune a prompt, starting from a draw of a prior.",
-        (ModelSettings, PriorSettings, PromptSettings, DataSettings, TrainSettings, TrainOptions),
+        (ModelSettings, PriorSettings, PromptSettings, DataSettings, TrainSettings,
+         TeacherSettings, TrainOptions),
         lists_priors=True, every_process=True),
     "sweep": Command(
         "sweep", "Train a grid of runs, every combination of the values of train's flags, in any "
@@ -241,7 +247,7 @@ COMMANDS = {
         "that takes several values, as --reference, is given again for the next of them.",
         (SweepOptions,), lists_priors=True, every_process=True,
         grid=(ModelSettings, PriorSettings, PromptSettings, DataSettings, TrainSettings,
-              GridOptions)),
+              TeacherSettings, GridOptions)),
     "eval": Command(
         "evaluation", "Score the prompts of runs beside no prompt and a text prompt.",
         (EvalOptions, StepOptions), (ModelSettings,)),
@@ -316,19 +322,27 @@ def parse(arguments: list[str], description: str) -> tuple[str, dict]:
 
 
 def resolved(given: dict) -> dict:
-    """Flags {name: value} with the text prompts of files among the others, without empty ones, and
-    with the line breaks and tabs that a separator names. Raises DataError or UserError for a file
-    that cannot be read."""
+    """Flags {name: value} with the text prompts and the teacher of files among the others, without
+    empty text prompts, and with the line breaks and tabs that a separator names. Raises DataError
+    or UserError for a file that cannot be read, and for two teachers."""
     given = dict(given)
     if "text_file" in given:
-        texts = [data.read_text(not_foreign(path), most=2**20).rstrip("\n")
-                 for path in given.pop("text_file")]
+        texts = [_text_of(path) for path in given.pop("text_file")]
         given["text"] = [*given.get("text", []), *texts]
+    if "teacher_file" in given:
+        if "teacher" in given:
+            raise UserError("--teacher and --teacher-file: a run has one teacher: give one of the "
+                            "two")
+        given["teacher"] = _text_of(given.pop("teacher_file"))
     if "text" in given:
         given["text"] = [text for text in given["text"] if text]
     if "separator" in given:
         given["separator"] = given["separator"].replace("\\n", "\n").replace("\\t", "\t")
     return given
+
+
+def _text_of(path: str) -> str:
+    return data.read_text(not_foreign(path), most=2**20).rstrip("\n")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -378,10 +392,12 @@ def add_field(sub: argparse.ArgumentParser, f, show_default: bool, several: bool
     if show_default and about.get("show_default", True) and f.default not in (None, ()):
         default = " ".join(f.default) if kind is tuple else f.default
         help = f"{help} ({default})"
+    is_list = several or kind is tuple
     sub.add_argument(flag, dest=dest, type=str if kind is tuple else kind,
-                     nargs="+" if several or kind is tuple else about.get("nargs"),
+                     nargs="+" if is_list else about.get("nargs"),
                      action="append" if several and kind is tuple else "store",
-                     const=about.get("const"), required=about.get("required", False), help=help,
+                     const=None if is_list else about.get("const"),
+                     required=about.get("required", False), help=help,
                      metavar=about.get("flag_metavar") or f.name.upper().split("_")[-1])
 
 

@@ -17,10 +17,10 @@ from typing import Iterator
 LONGEST_LINE = 1000  # characters of an error message
 
 # Scores of an answer, in the order of a table's columns: key -> heading.
-SCORES = {"loss": "loss", "exact_match": "exact match", "precision": "precision",
-          "recall": "recall", "f1": "F1", "accuracy": "accuracy", "accuracy_value": "same value",
-          "choice_accuracy": "likeliest",
-          "calibration_error": "ECE", "calibrated": "if calibrated"}
+SCORES = {"loss": "loss", "teacher_kl": "teacher KL", "exact_match": "exact match",
+          "precision": "precision", "recall": "recall", "f1": "F1", "accuracy": "accuracy",
+          "accuracy_value": "same value", "choice_accuracy": "likeliest",
+          "agreement": "as teacher", "calibration_error": "ECE", "calibrated": "if calibrated"}
 CALIBRATION = ("calibration_error", "calibrated")  # scores of `eval` alone
 
 # The loss on prose, and what of it is the prompt's: see forgetting.py.
@@ -210,7 +210,7 @@ def scores_line(scores: dict[str, float]) -> str:
 def _cell(key: str, numbers: dict[str, float]) -> str:
     if key not in numbers:
         return ""
-    if key in ("loss", "change", *FORGETTING):
+    if key in ("loss", "teacher_kl", "change", *FORGETTING):
         form = ".3f"
     elif key in SCORES:
         form = ".1f"

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +24,16 @@ from lab.batches import by_question, grouped
 from lab.commands import EvalOptions, GenerateOptions
 from lab.console import (CALIBRATION, FORGETTING, SCORES, SPREADS, Stopped, UserError, say, show,
                          table)
+from lab.distil import Teacher, teacher_text, with_steps
 from lab.files import checksum
 from lab.folder import Run, best_evaluation
 from lab.foreign_data import not_foreign
 from lab.forgetting import SPLIT, forgetting, read_prose
-from lab.inputs import (FEW_CONTEXTS, LoadedModel, Questions, check_place, encode, load_model,
-                        longest_text, model_files, plain_prompts, read_questions, room_for_text,
-                        rows_per_layer, sample_topics, topic, training_and_evaluation)
-from lab.loss import answer_losses, answers, begin
+from lab.inputs import (FEW_CONTEXTS, LoadedModel, Questions, Shared, check_place, encode,
+                        load_model, longest_text, model_files, plain_prompts, read_questions,
+                        room_for_text, rows_per_layer, sample_topics, topic,
+                        training_and_evaluation)
+from lab.loss import Text, answer_losses, answers, begin
 from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
                           text_names, with_flags)
 from lab.words import EFFECTS, discrete, effects, without_each
@@ -55,7 +57,8 @@ class OpenRun(NamedTuple):
 
     @property
     def max_length(self) -> int:
-        return longest_text(self.loaded, self.settings.data, self.settings.prior)
+        settings = self.settings
+        return longest_text(self.loaded, settings.data, settings.prior, settings.teacher)
 
 
 # Flags of other commands that replace a run's settings, besides the model's.
@@ -138,7 +141,7 @@ def check_weights(run: Run, model: ModelSettings, is_asked_for: bool) -> None:
 def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:
     """A run's data settings, with shorter texts if its own leave no room for other text prompts."""
     stored = settings.data.max_length
-    room, _, _ = room_for_text(loaded, settings.data, settings.prior)
+    room, _, _ = room_for_text(loaded, settings.data, settings.prior, settings.teacher)
     if stored is None or stored <= room or not room:
         return settings.data
     say(f"contexts are cut to fit {room} tokens and not the run's {stored}, which leaves room for "
@@ -150,43 +153,54 @@ def _with_room(settings: Settings, loaded: LoadedModel) -> DataSettings:
 # scores
 
 
-def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past], questions: Questions,
-             place: str, settings: DataSettings, name: str,
-             everywhere: bool = False) -> tuple[dict[str, float], list[dict]]:
+def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past | Text],
+             questions: Questions, place: str, settings: DataSettings, name: str,
+             everywhere: bool = False, teacher: Teacher | None = None
+             ) -> tuple[dict[str, float], list[dict]]:
     """Loss (nats a token), scores (percent) of greedy answers, the standard error of each ("f1_se"
     and so on), the calibration error of first tokens (percent) and that of a perfectly calibrated
     model of the same confidences ("calibrated"; its central 95 % "calibrated_low" and "_high"), and
     the predictions. Of several prompts token probabilities are averaged.
 
     place: where a Prompt stands; a Past stands before everything. Processes share the batches,
-    unless they share the weights and so must all do the same (everywhere)."""
-    return evaluate_each(loaded, [prompts], questions, place, settings, name, everywhere)[0]
+    unless they share the weights and so must all do the same (everywhere). teacher: of the same
+    questions, and examined: then scores have the divergence from it (nats a token, at the right
+    answers), and the share of answers that are the same (percent)."""
+    return evaluate_each(loaded, [prompts], questions, place, settings, name, everywhere,
+                         teacher)[0]
 
 
 @torch.no_grad()
-def evaluate_each(loaded: LoadedModel, entries: list[list[llama.Prompt | llama.Past]],
+def evaluate_each(loaded: LoadedModel, entries: list[list[llama.Prompt | llama.Past | Text]],
                   questions: Questions, place: str, settings: DataSettings, name: str,
-                  everywhere: bool = False) -> list[tuple[dict[str, float], list[dict]]]:
+                  everywhere: bool = False, teacher: Teacher | None = None
+                  ) -> list[tuple[dict[str, float], list[dict]]]:
     """evaluate of each of several entries, of as many prompts each, in common batches. Raises
     ModelError for prompts that one batch cannot hold, see llama.stack."""
     scored = partial(by_question, loaded.model, entries, place, settings, everywhere)
 
-    def answered(pasts: list[llama.Past], batch: data.Batch) -> Iterable[tuple]:
-        return zip(*answers(loaded.model, pasts, batch, settings.max_new, loaded.vocabulary.stop))
+    def answered(members: list[int], pasts: list[llama.Past], batch: data.Batch) -> Iterable[tuple]:
+        states = None
+        if teacher:  # every entry has all questions, one entry after the other
+            states = teacher.states(members, batch.labels[:len(members)]).repeat(len(entries), 1)
+        return zip(*answers(loaded.model, pasts, batch, settings.max_new, loaded.vocabulary.stop,
+                            states))
 
     answered_each = scored(questions, name, answered)
     losses_of_choices = [[]] * len(entries)
     if choices := questions.each_choice():
-        losses_of_choices = scored(choices, f"{name}, every choice",
-                                   partial(answer_losses, loaded.model))
-    return [_scored(loaded, questions, name, *of_entry)
+        losses_of_choices = scored(
+            choices, f"{name}, every choice",
+            lambda members, pasts, batch: answer_losses(loaded.model, pasts, batch))
+    return [_scored(loaded, questions, name, teacher, *of_entry)
             for of_entry in zip(answered_each, losses_of_choices)]
 
 
-def _scored(loaded: LoadedModel, questions: Questions, name: str, answered: list[tuple],
-            choice_losses: list[float]) -> tuple[dict[str, float], list[dict]]:
+def _scored(loaded: LoadedModel, questions: Questions, name: str, teacher: Teacher | None,
+            answered: list[tuple], choice_losses: list[float]
+            ) -> tuple[dict[str, float], list[dict]]:
     """What evaluate returns, of the numbers of every question; choice_losses: of each choice."""
-    losses, tokens, ids, confidence, is_right = zip(*answered)
+    losses, tokens, ids, confidence, is_right, kl = zip(*answered)
     if not math.isfinite(sum(losses)):
         dtype = str(loaded.model.embeddings.dtype).removeprefix("torch.")
         raise Stopped(f"{name}: its loss is {sum(losses)}, not finite in {dtype}: lower --lr, or "
@@ -201,11 +215,16 @@ def _scored(loaded: LoadedModel, questions: Questions, name: str, answered: list
                             "prediction": prediction, "answers": list(example.answers)})
     if choice_losses:
         _score_choices(questions, choice_losses, scores, predictions)
+    sums = {"loss": losses}
+    if teacher:
+        sums["teacher_kl"] = kl
+        for score, prediction, said in zip(scores, predictions, teacher.said, strict=True):
+            score["agreement"] = float(prediction["prediction"] == said)
     for prediction, score in zip(predictions, scores):
         prediction |= {key: round(100 * value, 2) for key, value in score.items()}
     calibrated, low, high = statistics.calibrated_error(np.array(confidence))
-    metrics = {"loss": sum(losses) / sum(tokens), **data.mean_scores(scores),
-               **standard_errors(questions, losses, tokens, scores),
+    metrics = {**{key: sum(values) / sum(tokens) for key, values in sums.items()},
+               **data.mean_scores(scores), **standard_errors(questions, sums, tokens, scores),
                "calibration_error": statistics.calibration_error(np.array(confidence),
                                                                  np.array(is_right)),
                "calibrated": calibrated, "calibrated_low": low, "calibrated_high": high}
@@ -231,19 +250,53 @@ def majority(questions: Questions) -> dict[str, float]:
     return {"accuracy": share, "choice_accuracy": share} if right else {}
 
 
-def standard_errors(questions: Questions, losses: list[float], tokens: list[int],
+def standard_errors(questions: Questions, sums: dict[str, list[float]], tokens: list[int],
                     scores: list[dict[str, float]]) -> dict[str, float]:
     """{"loss_se": ...} in the units of the means, with contexts as clusters, because questions of
-    one context are no independent sample; {} of fewer than FEW_CONTEXTS, which tell too little."""
+    one context are no independent sample; {} of fewer than FEW_CONTEXTS, which tell too little.
+    sums: over each answer's tokens."""
     _, context = np.unique([topic(e) for e in questions.examples], return_inverse=True)
     if context.max() + 1 < FEW_CONTEXTS:
         return {}
-    errors = {"loss_se": statistics.ratio_error(np.array(losses), np.array(tokens), context)}
+    errors = {f"{key}_se": statistics.ratio_error(np.array(values), np.array(tokens), context)
+              for key, values in sums.items()}
     ones = np.ones(len(scores))
     for key in scores[0]:
         values = np.array([score[key] for score in scores])
         errors[f"{key}_se"] = 100 * statistics.ratio_error(values, ones, context)
     return errors
+
+
+def examined(loaded: LoadedModel, settings: Settings, questions: Questions,
+             everywhere: bool = False) -> Teacher:
+    """The teacher of the settings, with its own scores and answers to these questions."""
+    text = teacher_text(loaded, settings)
+    questions = with_steps(loaded, settings, text, questions)
+    teacher = Teacher(loaded, text, questions, settings, keep=True)
+    teacher.scores, predictions = evaluate(
+        loaded, [text], teacher.questions, "before", settings.data, settings.teacher.name,
+        everywhere)
+    teacher.said = [prediction["prediction"] for prediction in predictions]
+    return teacher
+
+
+def beside(loaded: LoadedModel, settings: Settings, questions: Questions, teacher: Teacher | None,
+           shared: Shared | None = None, everywhere: bool = False
+           ) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(split in metrics.jsonl, name, scores) of what a prompt is compared with, each as soon as it
+    is made."""
+    once, prior = (shared or Shared()).once, settings.prior
+    if scores := majority(questions):
+        yield "majority", MAJORITY, scores
+    key = (settings.model, settings.data, prior.text, prior.separator, settings.prompt.place,
+           settings.teacher)
+    for plain in once("plain", key, lambda: plain_prompts(loaded, prior, questions)):
+        scores, _ = once(("untrained", plain.name), key, lambda: evaluate(
+            loaded, [plain.past], plain.questions, settings.prompt.place, settings.data,
+            plain.name, everywhere, teacher))
+        yield plain.split, plain.name, scores
+    if teacher:
+        yield "teacher", settings.teacher.name, teacher.scores
 
 
 def score_table(settings: Settings, metrics: list[dict]) -> str:
@@ -256,6 +309,7 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     if forgotten:
         plain = [line | numbers for line, numbers in zip(plain, forgotten)]
     rows += zip(["no prompt", *text_names(settings.prior.text)], plain)
+    rows += [(settings.teacher.name, line) for line in metrics if line["split"] == "teacher"]
     evals = [line for line in metrics if line["split"] == "eval"]
     if not evals and settings.imported:
         return "imported: `eval` scores it"
@@ -306,13 +360,10 @@ def command_eval(given: dict) -> None:
             without_each(opened.prompt)
 
     # Score what the prompts are compared with, and then the prompts.
-    rows = [(MAJORITY, scores)] if (scores := majority(questions)) else []
-    for plain in plain_prompts(loaded, settings.prior, questions):
-        scores, _ = evaluate(loaded, [plain.past], plain.questions, settings.prompt.place,
-                             settings.data, plain.name)
-        rows.append((plain.name, scores))
+    teacher = teacher_of(runs, questions)
+    rows = [(label, scores) for _, label, scores in beside(loaded, settings, questions, teacher)]
     entries = {label: prompts for label, prompts, _ in asked}
-    scored = evaluate_all(loaded, entries, questions, settings.prompt.place, settings.data)
+    scored = evaluate_all(loaded, entries, questions, settings.prompt.place, settings.data, teacher)
     for label, prompts, run in asked:
         spread = logged_spread(run) if len(prompts) > 1 else {}
         rows.append((label, scored[label] | spread))
@@ -353,13 +404,27 @@ def questions_of(runs: list[OpenRun], options: EvalOptions) -> Questions:
     return encode(evals, loaded.vocabulary, min(lengths), name)
 
 
+def teacher_of(runs: list[OpenRun], questions: Questions) -> Teacher | None:
+    """The teacher that all the runs have, examined; None if they have none in common, or if it
+    reads worked steps that the questions lack."""
+    settings = runs[0].settings
+    if not settings.teacher.teaches or len({run.settings.teacher for run in runs}) > 1:
+        return None
+    if settings.teacher.teacher_reasons == "data" and not all(
+            e.rationale for e in questions.examples):
+        say(f"{questions.name}: no worked steps in it for the teacher to read, so it is not scored")
+        return None
+    return examined(runs[0].loaded, settings, questions)
+
+
 def evaluate_all(loaded: LoadedModel, entries: dict[str, list[llama.Prompt]], questions: Questions,
-                 place: str, settings: DataSettings) -> dict[str, dict[str, float]]:
+                 place: str, settings: DataSettings, teacher: Teacher | None
+                 ) -> dict[str, dict[str, float]]:
     """The scores of entries {label: prompts}, as evaluate gives them."""
     scores = {}
     for name, labels in grouped(entries):
         results = evaluate_each(loaded, [entries[label] for label in labels], questions, place,
-                                settings, name)
+                                settings, name, teacher=teacher)
         scores |= {label: metrics for label, (metrics, _) in zip(labels, results)}
     return scores
 

@@ -41,12 +41,12 @@ from lab.processes import rank_and_size
 from lab.settings import Settings, flat, from_config
 
 CHECKPOINTS = 2  # that are kept: the newest, and one more in case it turns out to be damaged
-CONFIG, LOG = "config.json", "metrics.jsonl"
+CONFIG, LOG, WRITTEN = "config.json", "metrics.jsonl", "teacher.jsonl"
 LAST_PROMPT = "prompt.safetensors"
 NUMBERED = re.compile(r"[0-9]{6,}\.safetensors")  # a file that is named by its step
 # What the program writes into a run's folder, all that an overwritten run loses.
 OURS = re.compile(r"config\.json|metrics\.jsonl|prompt\.safetensors|predictions\.jsonl|"
-                  r"report\.html|(prompts|checkpoints)/[0-9]{6,}\.safetensors|"
+                  r"teacher\.jsonl|report\.html|(prompts|checkpoints)/[0-9]{6,}\.safetensors|"
                   r"figures/(layer-[0-9]+|curves|attention)\.svg")
 FOLDERS = ("prompts", "checkpoints", "figures")
 RESTORE = "restore the file"
@@ -477,6 +477,7 @@ def read_config(path: Path) -> dict:
         "threads": type(threads) is int and 0 < threads <= 2**10,
         "processes": type(processes) is int and 0 < processes < 2**20,
         "given": isinstance(flags, list) and all(isinstance(flag, str) for flag in flags),
+        "teacher_sha256": isinstance(config.get("teacher_sha256", ""), str),
         "changes": isinstance(changes, list) and all(isinstance(c, dict) for c in changes),
         "sha256": isinstance(sums, dict) and all(isinstance(s, str) for s in sums.values())}
     for key, is_right in expected.items():
@@ -579,7 +580,7 @@ def from_rotated(tensors: dict[str, Tensor], settings: Settings) -> dict[str, Te
 # The numbers that a line of metrics.jsonl must have, by its split.
 NUMBERS = {"train": ("step", "loss"), "skipped": ("step",), "eval": ("step", "loss"),
            "held_out": ("step", "loss"), "baseline": ("loss",), "text": ("loss",),
-           "majority": ("accuracy",), "forgetting": ("prose",)}
+           "teacher": ("loss",), "majority": ("accuracy",), "forgetting": ("prose",)}
 
 
 def _check_metric(line: dict) -> None:
@@ -620,6 +621,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if about.get("sha256") != _digest(tensors, state):
             raise ValueError("its contents do not match their checksum, the file is damaged")
     return Checkpoint(tensors=tensors, **state)
+
+
+def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) -> None:
+    """Raises UserError for another run's checkpoint."""
+    for name, p in posterior.named_parameters():
+        rows = checkpoint.tensors.get(f"rows.{name}")
+        if p.dim() == 4 and rows is not None and rows.dim() == 2:
+            raise UserError(f"{path}: a prefix of an early version, which trained its keys after "
+                            "rotation, so it cannot come to the same end: start a run from it by "
+                            f"--prior posterior:{path},resample=1")
+        if rows is None or rows.shape != p.shape:
+            raise UserError(f"{path}/checkpoints: rows {name!r} are missing or of another shape "
+                            f"than {tuple(p.shape)}: this checkpoint is of another run, or of an "
+                            "early version: start a run anew")
 
 
 def _digest(tensors: dict[str, Tensor], state: dict) -> str:

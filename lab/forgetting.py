@@ -32,9 +32,9 @@ class Prose(Questions):
     def _make_row(self, i: int) -> data.Row:
         text = self.examples[i].context[:data.LONGEST_TOKENISED]
         ids, first = self.vocabulary.encode_at(self.beginning + text, len(self.beginning))
-        ids = ids[self.skip:first + self.max_length]
+        ids = ids[:first + self.max_length]
         # Rows of one beginning share it; the text itself is none that others could share.
-        return data.Row(ids, first + 1 - self.skip, ids, "", 0)
+        return data.Row(ids, first + 1, ids, "", 0)
 
 
 def read_prose(settings: DataSettings, loaded: LoadedModel, max_length: int) -> Prose | None:

@@ -26,9 +26,10 @@ from lab.folder import Run
 from lab.foreign_data import check_data
 from lab.foreign_models import architecture, check_tokenizer, explained
 from lab.hub import GENERATION, from_hub, model_folder, needed_files
+from lab.loss import Text
 from lab.processes import shard_model
 from lab.settings import (BUNDLED, TINY, TOKENS, DataSettings, ModelSettings, PriorSettings,
-                          PromptSettings, Settings, on_hub, text_name, text_names)
+                          PromptSettings, Settings, TeacherSettings, on_hub, text_names)
 from lab.trial import try_tokenizer
 
 
@@ -43,7 +44,10 @@ class Shared:
         """What make() returns, or returned last time if the key is the same. A key has to tell all
         that the result depends on, and nobody may change the result."""
         if kind not in self.kept or self.kept[kind][0] != key:
-            self.kept.pop(kind, None)  # frees it first
+            # What goes is freed first. Whatever was made with another model may hold it.
+            if kind == "model":
+                self.kept.clear()
+            self.kept.pop(kind, None)
             self.kept[kind] = key, make()
         return self.kept[kind][1]
 
@@ -148,7 +152,8 @@ def check_device(device: str) -> None:
         raise UserError(f"--device {device}: {str(e).splitlines()[0]}: use cpu") from None
 
 
-def longest_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettings) -> int:
+def longest_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettings,
+                 teacher: TeacherSettings = TeacherSettings()) -> int:
     """The most tokens of context, question and answer: --max-length, or 1024 or what fits the
     model's positions; of an encoder, whose positions are distances and have no end, --max-length or
     what it was trained on, with what stands behind. Raises UserError if --max-length does not
@@ -156,8 +161,12 @@ def longest_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettin
     if loaded.is_encoder:
         longest = settings.max_length or loaded.model.config.max_position_embeddings
         return longest - len(loaded.end)
-    room, name, taken = room_for_text(loaded, settings, prior)
+    room, name, taken = room_for_text(loaded, settings, prior, teacher)
     longest = settings.max_length or min(1024, room)
+    if not room:
+        raise UserError(f"the {name} of {taken} tokens and --max-new {settings.max_new} leave none "
+                        f"of the model's {loaded.model.config.max_position_embeddings} positions: "
+                        f"shorten the {name}, or lower --max-new")
     if not 0 < longest <= room:
         raise UserError(f"--max-length {longest}: the model has "
                         f"{loaded.model.config.max_position_embeddings} positions, and the {name} "
@@ -166,16 +175,22 @@ def longest_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettin
     return longest
 
 
-def room_for_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettings
-                  ) -> tuple[int, str, int]:
+def room_for_text(loaded: LoadedModel, settings: DataSettings, prior: PriorSettings,
+                  teacher: TeacherSettings = TeacherSettings()) -> tuple[int, str, int]:
     """The positions that the longest prompt and the answer leave, and that prompt's name and
-    tokens. Raises UserError for a text prompt without a token."""
+    tokens, with a teacher's steps. Raises UserError for a text without a token."""
     tokens = {"prompt": rows_per_layer(prior)}
-    for text in prior.text or ():
+    texts = dict(zip(text_names(prior.text or ()), prior.text or ()))
+    if teacher.teacher is not None:
+        texts["teacher"] = teacher.teacher
+    for name, text in texts.items():
         beginning = loaded.vocabulary.encode_plain(text + (prior.separator or ""))
         if not beginning:
-            raise UserError(f"the {text_name(text)} has no token: leave it out")
-        tokens[text_name(text)] = len(beginning)
+            raise UserError(f"the {name} has no token: leave it out")
+        tokens[name] = len(beginning)
+    if teacher.teacher_reasons:
+        cue = len(loaded.vocabulary.encode_plain(STEPS))
+        tokens["teacher"] = tokens.get("teacher", 0) + cue + teacher.teacher_steps
     name, taken = max(tokens.items(), key=lambda item: item[1])
     positions = loaded.model.config.max_position_embeddings
     return max(positions - taken - settings.max_new, 0), name, taken
@@ -213,6 +228,7 @@ def check_place(prompt: PromptSettings, loaded: LoadedModel, model: str) -> None
 # questions
 
 FEW_CONTEXTS = 10  # fewer clusters than these give no standard error worth printing
+STEPS = "\nSteps:"  # what asks for worked steps, before the answer is asked for
 ROWS_KEPT = 10000  # token rows of a data set that are kept, at some 10 KB each
 SIZED = 1000  # questions whose answers' lengths are averaged, in a tenth of a second
 
@@ -341,15 +357,16 @@ class Questions:
     """What a prompt is trained or scored on: examples, and the same as token rows, which are made
     when they are first asked for.
 
-    beginning: a text prompt in front of every example's text. skip: how many tokens, which all rows
-    begin with, the rows lack because a Past holds them."""
+    beginning: a text in front of every example's own. asking: what stands between each question
+    and its answer; without it data.ASKING."""
 
     def __init__(self, examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int,
-                 name: str, beginning: str = ""):
+                 name: str, beginning: str = "", asking: list[str] | None = None):
         self.examples, self.vocabulary, self.max_length = examples, vocabulary, max_length
-        self.name, self.beginning, self.skip = name, beginning, 0
+        self.name, self.beginning, self.asking = name, beginning, asking
         self.cut: dict[int, int] = {}  # tokens that contexts lost, of the rows made so far
-        self.row = functools.lru_cache(maxsize=ROWS_KEPT)(self._make_row)
+        kept = ROWS_KEPT // (1 + len(beginning) // 500)
+        self.row = functools.lru_cache(maxsize=kept)(self._make_row)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -359,24 +376,15 @@ class Questions:
         rows = [self.row(i) for i in indices]
         return data.collate(rows, share, place == "suffix").to(device)
 
-    def take_beginning(self) -> list[int]:
-        """Take the tokens of the text prompt that all rows begin with from them -> these tokens.
-        Its last ones may merge with what follows, and then stay."""
-        starts = [self.vocabulary.encode(self.beginning)]
-        for i in range(len(self)):
-            starts += [self.row(i).ids, self.row(i).question]
-        ids = data.common_beginning(starts)
-        self.skip = len(ids)
-        self.row.cache_clear()
-        return ids
-
     def each_choice(self) -> Questions:
         """Every choice of every question of multiple choice, as if it were the right answer; none
         of other questions."""
         examples = [choice for e in self.examples if e.choices for choice in each_choice(e)]
-        choices = Choices(examples, self.vocabulary, self.max_length, self.name, self.beginning)
-        choices.skip = self.skip
-        return choices
+        asking = None
+        if self.asking:
+            asking = [text for e, text in zip(self.examples, self.asking) for _ in e.choices]
+        return Choices(examples, self.vocabulary, self.max_length, self.name, self.beginning,
+                       asking)
 
     def say_cut(self) -> None:
         """Say how many contexts were cut, of those that this process has read."""
@@ -387,14 +395,15 @@ class Questions:
                 "average (--max-length)")
 
     def _make_row(self, i: int) -> data.Row:
-        row = data.encode(self.examples[i], self.vocabulary, self.max_length, self.beginning)
-        if row.cut and not any(self.cut.values()) and not self.beginning:
+        asking = self.asking[i] if self.asking else data.ASKING
+        row = data.encode(self.examples[i], self.vocabulary, self.max_length, self.beginning,
+                          asking)
+        is_taught = self.beginning or self.asking  # and was said of the questions without these
+        if row.cut and not any(self.cut.values()) and not is_taught:
             say(f"{self.name}: the context of {self.examples[i].id} is cut at its end to fit "
                 f"{self.max_length} tokens, and so are others as long (--max-length)")
         self.cut[i] = row.cut
-        k = self.skip
-        return row._replace(ids=row.ids[k:], start=row.start - k, question=row.question[k:],
-                            body=row.body - k)
+        return row
 
 
 class Choices(Questions):
@@ -441,8 +450,14 @@ class Plain(NamedTuple):
 
     split: str  # in metrics.jsonl
     name: str
-    past: llama.Past
-    questions: Questions  # what follows the Past
+    past: llama.Past | Text
+    questions: Questions  # what follows a Past, or begins with a Text
+
+
+def run_text(loaded: LoadedModel, text: str) -> Text:
+    """A text that others begin with, run through the model after BOS."""
+    ids = torch.tensor(loaded.vocabulary.encode(text), dtype=torch.int64, device=loaded.device)
+    return Text(ids, loaded.model.extend(ids[None]))
 
 
 def plain_prompts(loaded: LoadedModel, prior: PriorSettings, questions: Questions) -> list[Plain]:
@@ -450,13 +465,14 @@ def plain_prompts(loaded: LoadedModel, prior: PriorSettings, questions: Question
     plain = [Plain("baseline", "no prompt", loaded.model.empty(), questions)]
     for name, text in zip(text_names(prior.text), prior.text):
         if prior.separator is None:  # before BOS, as in early runs
-            asked, ids = questions, loaded.vocabulary.encode_plain(text)
-        else:
-            asked = type(questions)(questions.examples, loaded.vocabulary, questions.max_length,
-                                    questions.name, text + prior.separator)
-            ids = asked.take_beginning()
-        past = loaded.model.extend(torch.tensor([ids], device=loaded.device))
-        plain.append(Plain("text", name, past, asked))
+            ids = loaded.vocabulary.encode_plain(text)
+            past = loaded.model.extend(torch.tensor([ids], device=loaded.device))
+            plain.append(Plain("text", name, past, questions))
+            continue
+        beginning = text + prior.separator
+        asked = type(questions)(questions.examples, loaded.vocabulary, questions.max_length,
+                                questions.name, beginning)
+        plain.append(Plain("text", name, run_text(loaded, beginning), asked))
     return plain
 
 

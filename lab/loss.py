@@ -3,7 +3,8 @@
     past, batch = begin(model, batch, prompt, "before")
     summed, tokens = answer_loss(model, past, batch)            # the gradient reaches the prompt
 
-This module knows llama.py and data.py alone. B batch, T tokens, Q tails of a batch, V vocabulary.
+This module knows llama.py and data.py alone. B batch, T tokens, Q tails of a batch, M tokens of
+their answers, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,24 +14,47 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import data
 import llama
 
-CHUNK = 1024  # tokens whose logits are in memory at once
+CHUNK = 2**24  # logits that are in memory at once where an answer's tokens are not needed together
+
+
+class Text(NamedTuple):
+    """A text that batches begin with, and its keys and values, which are computed once."""
+
+    ids: Tensor  # (K,) int64
+    past: llama.Past  # of batch 1, without a prompt
+
+    def first(self, k: int) -> llama.Past:
+        """The Past of the first k tokens alone."""
+        keys, values = (tuple(None if t is None else t[:, :, :k] for t in cached)
+                        for cached in (self.past.keys, self.past.values))
+        return llama.Past(keys, values, self.past.real[:, :k],
+                          self.past.position - len(self.ids) + k)
 
 
 def begin(model: llama.Llama, batch: data.Batch,
-          prompt: llama.Prompt | llama.Past | list[llama.Prompt | llama.Past],
+          prompt: llama.Prompt | llama.Past | Text | list[llama.Prompt | llama.Past | Text],
           place: str = "before") -> tuple[llama.Past, data.Batch]:
     """Run what stands before the batch's tails: its beginnings, and the prompt in its place. Of
     several prompts each has all of the batch, one after the other: K Q tails.
 
     place: where a Prompt stands: before, after-bos, or suffix, before the last token that asks for
-    the answer. A Past of batch 1, of a prompt or of a text, stands before everything. Returns the
-    Past that the tails go on from, and the batch whose parent names each tail's row of it. Raises
-    ModelError for prompts that one batch cannot hold, see llama.stack."""
+    the answer. A Past of batch 1 stands before everything. A Text, always alone, is part of the
+    beginnings, and spares their first tokens. Returns the Past that the tails go on from, and the
+    batch whose parent names each tail's row of it. Raises ModelError for prompts that one batch
+    cannot hold, see llama.stack."""
     prompts, past = prompt if isinstance(prompt, list) else [prompt], model.empty()
+    if isinstance(prompts[0], Text):
+        # The text's last tokens may merge with what follows in some row, and then are run anew.
+        [text], shared = prompts, batch.shared
+        k = min(len(text.ids), shared.shape[1])
+        same = (shared[:, :k] == text.ids[:k]).all(dim=0)
+        k = int(same.cumprod(dim=0).sum())
+        prompts, batch = [text.first(k)], batch._replace(shared=shared[:, k:])
     if isinstance(prompts[0], llama.Past):
         place = "before"
     if place != "suffix":
@@ -81,6 +105,36 @@ def answer_loss(model: llama.Llama, past: llama.Past, batch: data.Batch) -> tupl
     return _cross_entropy(logits, batch.labels[is_scored]), len(logits)
 
 
+def taught_loss(model: llama.Llama, past: llama.Past, batch: data.Batch, states: Tensor,
+                mix: float) -> tuple[Tensor, float, float]:
+    """Summed over the answers' tokens, in nats: (1 - mix) KL + mix cross-entropy, with its
+    gradient; the cross-entropy of the labels; the Kullback-Leibler divergence of the next token's
+    distribution from the teacher's, whose hidden states (M, D) at these tokens are states.
+
+    Logits of CHUNK numbers are made at a time, and made again for the backward pass."""
+    is_scored = batch.labels != data.NO_LABEL
+    h = model.states(batch.tails, past, batch.parent, is_scored)
+
+    def sums(h: Tensor, states: Tensor, labels: Tensor) -> Tensor:
+        logits = model.logits(h)
+        kl = _divergence(logits, model.logits(states)).sum()
+        return torch.stack((_cross_entropy(logits, labels), kl))
+
+    size = max(1, CHUNK // model.config.vocab_size)
+    chunks = zip(h.split(size), states.split(size), batch.labels[is_scored].split(size))
+    parts = [checkpoint(sums, *chunk, use_reentrant=False, preserve_rng_state=False)
+             for chunk in chunks]
+    cross_entropy, kl = torch.stack(parts).sum(dim=0)
+    return (1 - mix) * kl + mix * cross_entropy, cross_entropy.item(), kl.item()
+
+
+def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || logits) of each of N distributions over the vocabulary, logits (N, V) each."""
+    log_q, log_p = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(dim=-1)
+                    for x in (logits, teacher))
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels, reduction=reduction)
@@ -98,13 +152,15 @@ class Answers(NamedTuple):
     ids: list[list[int]]  # greedy answers, each up to and with its first token of `stop`
     confidence: list[float]  # the probability of the likeliest first token of every answer
     is_right: list[bool]  # whether that token is the right answer's first
+    kl: list[float]  # from the teacher, in nats, summed over the right answer's tokens; 0 without
 
 
 @torch.no_grad()
 def answers(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch, max_new: int,
-            stop: set[int]) -> Answers:
+            stop: set[int], states: Tensor | None = None) -> Answers:
     """The loss of the right answers and the greedy answers, of one forward. Of several pasts (see
-    begin), which must have the batch's parents in common, token probabilities are averaged.
+    begin), which must have the batch's parents in common, token probabilities are averaged. states:
+    of a teacher, see taught_loss.
 
     Where a right answer's tokens are also the likeliest ones, greedy decoding would have taken
     them. So decoding goes on only from the token at which the two part."""
@@ -144,7 +200,8 @@ def answers(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch, max_
             ids[i] = answer
     losses = _per_answer(_cross_entropy(logits, labels, "none"), counts)
     is_right = (likeliest == labels[first]).tolist()
-    return Answers(losses, counts.tolist(), ids, confidence.tolist(), is_right)
+    return Answers(losses, counts.tolist(), ids, confidence.tolist(), is_right,
+                   _divergences(model, logits, states, counts))
 
 
 @torch.no_grad()
@@ -153,18 +210,29 @@ def answer_losses(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch
     answers."""
     is_scored = batch.labels != data.NO_LABEL
     states = [model.states(batch.tails, past, batch.parent, is_scored) for past in pasts]
-    losses = []
+    size, losses = max(1, CHUNK // model.config.vocab_size), []
     # Answers may be whole texts, and the logits of all their tokens would be gigabytes.
-    for labels, *parts in zip(batch.labels[is_scored].split(CHUNK),
-                              *(h.split(CHUNK) for h in states)):
+    for labels, *parts in zip(batch.labels[is_scored].split(size),
+                              *(h.split(size) for h in states)):
         logits = llama.ensemble([model.logits(h) for h in parts])
         losses.append(_cross_entropy(logits, labels, "none"))
     return _per_answer(torch.cat(losses), is_scored.sum(dim=1))
 
 
-def _per_answer(losses: Tensor, counts: Tensor) -> list[float]:
-    """Summed losses of each of the answers whose tokens' (N,) stand one after the other."""
-    return torch.stack([part.sum() for part in losses.split(counts.tolist())]).tolist()
+def _divergences(model: llama.Llama, logits: Tensor, states: Tensor | None, counts: Tensor
+                 ) -> list[float]:
+    """The summed divergence of each answer from the teacher's; zeros if there is none."""
+    if states is None:
+        return [0.0] * len(counts)
+    size = max(1, CHUNK // model.config.vocab_size)
+    parts = [_divergence(x, model.logits(h)) for x, h in zip(logits.split(size),
+                                                             states.split(size))]
+    return _per_answer(torch.cat(parts), counts)
+
+
+def _per_answer(values: Tensor, counts: Tensor) -> list[float]:
+    """Sums of values (N,), of which counts (Q,) follow each other for each answer."""
+    return torch.stack([part.sum() for part in values.split(counts.tolist())]).tolist()
 
 
 def _confirmed(likeliest: Tensor, labels: Tensor, counts: Tensor, max_new: int,

@@ -22,7 +22,7 @@ from lab.console import UserError
 from lab.files import reading
 from lab.folder import LAST_PROMPT, Run, layer_picture
 from lab.settings import (FIELDS, DataSettings, ModelSettings, Settings, flag_name, flat, is_value,
-                          prior_name, spec_name, value_type)
+                          prior_name, shortened, spec_name, value_type)
 
 MOST = 10_000  # runs
 RATES = ("lr", "lr_factor")  # settings of which the best is taken
@@ -177,6 +177,8 @@ def setting_name(name: str, value) -> str:
     for switch, (meaning, _) in switches.items():
         if value == meaning:
             return switch
+    if name == "teacher":
+        return f"teacher {shortened(value)!r}"
     word = flag_name(name)[2:]
     if isinstance(value, bool):
         return word if value else f"no {word}"

@@ -38,14 +38,14 @@ REFERENCE_ROWS = 20000
 # fields
 
 
-def setting(default, help: str, *, above=None, least=None, below=None, choices=(), earlier=(),
-            **about):
+def setting(default, help: str, *, above=None, least=None, below=None, most=None, choices=(),
+            earlier=(), **about):
     """A field of settings. The value must be more than `above`, at least `least`, less than
-    `below`, one of `choices`. earlier: choices of early versions, which their runs keep. about: how
-    commands.py makes a flag of it."""
+    `below`, at most `most`, one of `choices`. earlier: choices of early versions, which their runs
+    keep. about: how commands.py makes a flag of it."""
     return field(default=default, metadata={
-        "help": help, "above": above, "least": least, "below": below, "choices": choices,
-        "earlier": earlier, **about})
+        "help": help, "above": above, "least": least, "below": below, "most": most,
+        "choices": choices, "earlier": earlier, **about})
 
 
 # How a field of settings is annotated -> the type of its value. Other annotations are not known.
@@ -85,6 +85,8 @@ def check_ranges(settings) -> None:
             continue
         # A seed becomes a 64-bit number together with a layer's number.
         below = about["below"] or (2**40 if value_type(f) is int else math.inf)
+        if about["most"] is not None and not about["least"] <= value <= about["most"]:
+            raise UserError(f"{flag} {value}: expected {about['least']} to {about['most']}")
         if about["above"] is not None and not about["above"] < value < below:
             raise UserError(f"{flag} {value}: expected more than {about['above']}, and less than "
                             f"{below}")
@@ -266,6 +268,38 @@ class TrainSettings:
                        snapshot_every=self.snapshot_every or max(1, self.steps // 20))
 
 
+@dataclass(frozen=True)
+class TeacherSettings:
+    teacher: str | None = setting(
+        None, "a text, such as worked examples or a document, in front of every question as --text "
+        "puts it: the prompt learns to say what the frozen model says after this text. The loss is "
+        "the divergence of next-token distributions at the answers' tokens (none: learn the "
+        "answers of --data)")
+    teacher_mix: float = setting(0.0, "share of the answers' own cross-entropy in the loss, 0 to 1",
+                                 least=0, most=1)
+    teacher_answers: float | None = setting(
+        None, "train on answers that the teacher gives, greedily or drawn at this temperature, and "
+        "not on those of --data, which may then lack them (\"answers\": [] with "
+        "--keep-unanswerable)", least=0, nargs="?", const=0.0, flag_metavar="TEMPERATURE")
+    teacher_reasons: str | None = setting(
+        None, "the teacher reads worked steps after the question, as \"Steps: 12 + 35 = 47\", and "
+        "then answers; the prompt learns to answer without: written, by the teacher (as without a "
+        "word); data, the worked solutions of gsm8k and hendrycks data",
+        choices=("written", "data"), nargs="?", const="written")
+    teacher_steps: int = setting(128, "most tokens of a question's steps", above=0)
+
+    @property
+    def teaches(self) -> bool:
+        return self.teacher is not None or self.teacher_reasons is not None
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        reasons = {None: "", "written": ", with its steps", "data": ", with worked steps"}
+        text = "" if self.teacher is None else f" {shortened(self.teacher)!r}"
+        return f"teacher{text}{reasons[self.teacher_reasons]}"
+
+
 # --------------------------------------------------------------------------------------------------
 # all of a run's settings
 
@@ -277,6 +311,7 @@ class Settings:
     prompt: PromptSettings = PromptSettings()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
+    teacher: TeacherSettings = TeacherSettings()
     imported: str | None = None  # the name of an adapter, of a prompt that was not trained here
 
     @classmethod
@@ -305,7 +340,7 @@ class Settings:
 
 
 PARTS = {"model": ModelSettings, "prior": PriorSettings, "prompt": PromptSettings,
-         "data": DataSettings, "train": TrainSettings}
+         "data": DataSettings, "train": TrainSettings, "teacher": TeacherSettings}
 FIELDS = {f.name: f for part in PARTS.values() for f in fields(part)}
 
 
@@ -364,6 +399,17 @@ def check_together(settings: Settings) -> None:
     if train.posterior != "point" and not train.prior_weight:
         raise UserError(f"--posterior {train.posterior} needs the prior, without which there is no "
                         "posterior: give --prior-weight above 0")
+    check_teacher(settings.teacher)
+
+
+def check_teacher(teacher: TeacherSettings) -> None:
+    """Raises UserError for settings of a teacher that contradict each other."""
+    if teacher.teacher is not None and not teacher.teacher.strip():
+        raise UserError("the teacher's text is empty: give a --teacher with words, or leave it out")
+    for name in ("teacher_mix", "teacher_answers"):
+        if not teacher.teaches and getattr(teacher, name) != FIELDS[name].default:
+            raise UserError(f"{flag_name(name)} is about a teacher: give --teacher too, or leave "
+                            "it out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -480,8 +526,12 @@ def prior_name(prior: str) -> str:
     return name + colon + ",".join(parts)
 
 
+def shortened(text: str) -> str:
+    return textwrap.shorten(text, 40, placeholder="...")
+
+
 def text_name(text: str) -> str:
-    return f"text prompt {textwrap.shorten(text, 40, placeholder='...')!r}"
+    return f"text prompt {shortened(text)!r}"
 
 
 def text_names(texts: tuple[str, ...]) -> list[str]:
@@ -509,6 +559,8 @@ def free_name(settings: Settings) -> str:
         value = flat(settings)[name]
         if value != FIELDS[name].default:
             parts.append(value)
+    if settings.teacher.teaches:
+        parts.append("taught")
     name = "-".join([*parts, f"seed{settings.seed}"])
     numbered = (f"{name}-{i}" for i in range(2, 10**6))
     return next(path for path in (name, *numbered) if not Path(path).exists())

@@ -116,7 +116,8 @@ def scores_of(cell: Cell) -> dict[str, float]:
     numbers |= {name: value for name, value in zip(RATES, cell.rate) if value is not None}
     if cell.held_out:
         numbers["held_out"] = cell.held_out[cell.rate]
-    for key in dict.fromkeys(("loss", "exact_match", cell.key, "choice_accuracy")):
+    for key in dict.fromkeys(("loss", "teacher_kl", "exact_match", cell.key, "choice_accuracy",
+                              "agreement")):
         if all(key in line for line in cell.logs.values()):
             numbers |= with_interval(key, [line[key] for line in cell.logs.values()])
     return numbers | with_interval("steps", [*cell.steps.values()])

@@ -28,14 +28,14 @@ from lab import posteriors
 from lab.commands import TrainOptions
 from lab.console import (Stopped, UserError, file_list, out_of_memory, progress, say, scores_line,
                          show)
-from lab.evaluation import MAJORITY, evaluate, majority, score_table
-from lab.folder import (CONFIG, FIRST_PROMPT, LAST_PROMPT, LOG, Checkpoint, Run, read_config,
-                        snapshot, versions)
+from lab.distil import Lessons, Teacher, check_reasons, learn
+from lab.evaluation import beside, evaluate, examined, score_table
+from lab.folder import (CONFIG, FIRST_PROMPT, LAST_PROMPT, LOG, Checkpoint, Run, check_fits,
+                        read_config, snapshot, versions)
 from lab.forgetting import log_forgetting, read_prose
 from lab.inputs import (LoadedModel, Questions, Shared, check_place, checksums, divided, encode,
-                        layers_with_rows, load_model, longest_text, mean_answer_tokens,
-                        plain_prompts)
-from lab.loss import answer_loss, begin
+                        layers_with_rows, load_model, longest_text, mean_answer_tokens)
+from lab.loss import answer_loss, begin, taught_loss
 from lab.pictures import draw_run
 from lab.populations import (Reference, directions, draw, fit, gaussian_like, norm_ratio,
                              population_key, prefix_of, prefix_references, references)
@@ -65,21 +65,24 @@ class Training:
     """A posterior's optimiser, with its learning rates as peaks.
 
     Every member's objective is its loss on the batch / (questions of the batch * answer_tokens)
-    + prior_weight * penalty(member); see docs/posteriors.md. Divided by the batch's own number of
-    answer tokens, as the loss that is logged, it would be biased: a token would weigh less in a
-    batch of long answers. The batch of a step is a pure function of the seed and the step. Of
-    several processes each has its share of the batch, and gradients are summed."""
+    + prior_weight * penalty(member); see docs/posteriors.md. The loss is the cross-entropy of the
+    answers, or taught_loss. Divided by the batch's own number of answer tokens, as the loss that
+    is logged, it would be biased: a token would weigh less in a batch of long answers. The batch of
+    a step is a pure function of the seed and the step. Of several processes each has its share of
+    the batch, and gradients are summed."""
 
     def __init__(self, run: Run, settings: Settings, loaded: LoadedModel,
                  posterior: posteriors.Point, questions: Questions,
                  penalty: Callable[[dict[int, Tensor]], Tensor] | None,
-                 evaluate: Callable[[int], tuple[dict, list[dict]]], answer_tokens: float):
+                 evaluate: Callable[[int], tuple[dict, list[dict]]], answer_tokens: float,
+                 teacher: Teacher | None = None):
         """evaluate(step) scores the prompt as it is: metrics and predictions. penalty: -log p of a
         member's numbers over the answer tokens of the training data; None: no prior in the loss.
-        answer_tokens: the mean number of a question's."""
+        answer_tokens: the mean number of a question's. teacher: of the same questions."""
         self.run, self.settings, self.loaded = run, settings, loaded
         self.posterior, self.questions = posterior, questions
         self.penalty, self.evaluate, self.answer_tokens = penalty, evaluate, answer_tokens
+        self.teacher = teacher
         self.order = data.Order([e.context for e in questions.examples], settings.data.batch_size,
                                 settings.seed, settings.data.share)
         self.parameters = [p for p in posterior.parameters() if p.requires_grad]
@@ -141,58 +144,71 @@ class Training:
                                           len(self.batch.tails), device=device)
 
         # Leave the gradient of the posterior, summed over the processes, in the parameters.
-        loss, penalty = self._backward(examples)
+        loss, kl, penalty = self._backward(examples)
         all_reduce_gradients(self.parameters)
-        loss = all_reduce_sum(loss, device=device)[0] / tokens
+        loss, kl = (total / tokens for total in all_reduce_sum(loss, kl, device=device))
         largest = train.clip if self.posterior.clips else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest).item()
 
         # Step only if all numbers are finite: one that is not would spoil every row for good.
         rate = self.optimiser.param_groups[0]["lr"]
-        if math.isfinite(loss + penalty + norm):
+        if math.isfinite(loss + kl + penalty + norm):
             self.optimiser.step()
             seconds = time.perf_counter() - start
             line = {"step": self.step + 1, "split": "train", "loss": loss, "lr": rate,
                     "grad_norm": norm, "examples_per_second": round(examples / seconds, 2),
                     "seconds": round(seconds, 4)}
+            self.progress = f"loss {loss:.3f}, {examples / seconds:.1f} questions/s"
+            if self.teacher:
+                line["teacher_kl"] = kl
+                self.progress = f"teacher KL {kl:.3f}, {self.progress}"
             if self.penalty:
                 line["penalty"] = penalty
             self.run.log(line)
-            self.progress = f"loss {loss:.3f}, {examples / seconds:.1f} questions/s"
         else:
             self._skip(loss, norm, rate)
         self.optimiser.zero_grad()
 
-    def _batch_of(self, step: int) -> data.Batch:
-        """This process's share of a step's batch."""
+    def _share_of(self, step: int) -> list[int]:
+        """This process's share of the questions of a step."""
         indices, (rank, size) = self.order[step], rank_and_size()
-        first, end = rank * len(indices) // size, (rank + 1) * len(indices) // size
-        return self.questions.batch(indices[first:end], self.settings.data.share,
+        return indices[rank * len(indices) // size:(rank + 1) * len(indices) // size]
+
+    def _batch_of(self, step: int) -> data.Batch:
+        return self.questions.batch(self._share_of(step), self.settings.data.share,
                                     self.settings.prompt.place, self.loaded.device)
 
-    def _backward(self, examples: float) -> tuple[float, float]:
-        """Leave every member's gradient in the parameters -> the summed loss of this process's
-        answers, and the weighted penalty, both means over the members. examples: the questions of
-        all processes."""
+    def _backward(self, examples: float) -> tuple[float, float, float]:
+        """Leave every member's gradient in the parameters -> the summed cross-entropy of this
+        process's answers, their divergence from the teacher's (0 without one), and the weighted
+        penalty, all means over the members. examples: the questions of all processes."""
         model, prompt = self.loaded.model, self.settings.prompt
         size, weight = rank_and_size()[1], self.settings.train.prior_weight
         members = self.posterior.members(self.step)
         extra = self.posterior.extra_loss()
-        loss, penalty = 0.0, 0.0
+        loss, kl, penalty, states = 0.0, 0.0, 0.0, None
+        if self.teacher:
+            states = self.teacher.states(self._share_of(self.step), self.batch.labels)
         for layers in members:
             past, batch = begin(model, self.batch, llama.Prompt(layers, prompt.cut), prompt.place)
-            summed, _ = answer_loss(model, past, batch)
+            if states is None:
+                summed, _ = answer_loss(model, past, batch)
+                member_loss, member_kl = summed.item(), 0.0
+            else:
+                summed, member_loss, member_kl = taught_loss(
+                    model, past, batch, states, self.settings.teacher.teacher_mix)
             objective = summed / (examples * self.answer_tokens)
             if self.penalty:
                 member_penalty = self.penalty(layers)
                 objective = objective + weight * member_penalty / size
                 penalty += weight * member_penalty.item() / len(members)
             objective.backward()
-            loss += summed.item() / len(members)
+            loss += member_loss / len(members)
+            kl += member_kl / len(members)
         if extra is not None:
             (weight * extra / size).backward()
             penalty += weight * extra.item()
-        return loss, penalty
+        return loss, kl, penalty
 
     def _skip(self, loss: float, norm: float, rate: float) -> None:
         """Leave out a step whose numbers are not finite, or stop if that happened too often."""
@@ -429,6 +445,8 @@ class Inputs(NamedTuple):
     held_out: Questions | None  # to choose settings by, with --hold-out
     sums: dict[str, str]  # checksums of the files
     shared: Shared  # what runs of one process have in common
+    lessons: Lessons = Lessons()  # of a teacher, if there is one
+    exam: Teacher | None = None  # the teacher of the evaluation's questions
 
 
 def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[str] | None,
@@ -447,19 +465,19 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
 
     # Fit the prior, and make the posterior from its draw.
     begun = begin_run(inputs)
+    if settings.teacher.teaches:
+        inputs = with_teacher(inputs, run, config if explicit is None else None)
     mean_tokens = only_first(lambda: mean_answer_tokens(inputs.questions))
     answers = mean_tokens * len(inputs.questions)
     posterior = make_posterior(settings, begun, answers).to(loaded.device)
     if checkpoint:
         check_fits(posterior, checkpoint, run.path)
 
-    def scores(prompts, name: str, questions: Questions):
-        return evaluate(loaded, prompts, questions, settings.prompt.place, settings.data, name,
-                        everywhere=settings.train.shard)
-
     def evaluate_posterior(step: int, questions: Questions = inputs.evaluation):
         prompts = [llama.Prompt(layers, settings.prompt.cut) for layers in posterior.evaluated()]
-        return scores(prompts, f"step {step}", questions)
+        return evaluate(loaded, prompts, questions, settings.prompt.place, settings.data,
+                        f"step {step}", settings.train.shard,
+                        inputs.exam if questions is inputs.evaluation else None)
 
     def penalty(layers: dict[int, Tensor]) -> Tensor:
         # The loss is a mean over answer tokens, so -log p is divided by their number: with weight 1
@@ -470,13 +488,18 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
 
     training = Training(run, settings, loaded, posterior, inputs.questions,
                         penalty if settings.train.prior_weight else None, evaluate_posterior,
-                        mean_tokens)
+                        mean_tokens, inputs.lessons.teacher)
     if checkpoint:
         record_changes(run, settings, config, checkpoint.step)
     begin_or_cut_back(training, checkpoint, inputs,
                       flags_of(config) if explicit is None else explicit, begun.reports)
     if not checkpoint or not checkpoint.metrics_bytes:
-        log_untrained(run, inputs, scores)
+        # What the prompt is compared with.
+        for split, name, scores in beside(loaded, settings, inputs.evaluation, inputs.exam,
+                                          inputs.shared, settings.train.shard):
+            run.log({"split": split, **scores})
+            say(f"{name}: {scores_line(scores)}")
+        inputs.evaluation.say_cut()
     training.go(checkpoint)
     if inputs.held_out:
         metrics, _ = evaluate_posterior(training.step, inputs.held_out)
@@ -489,23 +512,6 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
         report(run, settings, begun.by_layer, len(inputs.evaluation))
         show(f"{time.time() - started:.0f} s; {run.path}: prompt.safetensors, predictions.jsonl, "
              f"metrics.jsonl, {file_list(draw_run(run, settings, begun.by_layer))}")
-
-
-def log_untrained(run: Run, inputs: Inputs, scores: Callable[..., tuple[dict, list[dict]]]) -> None:
-    """Log the scores that the prompt is compared with. scores(prompts, name, questions)."""
-    settings, prior = inputs.settings, inputs.settings.prior
-    if scores_of_majority := majority(inputs.evaluation):
-        run.log({"split": "majority", **scores_of_majority})
-        say(f"{MAJORITY}: {scores_line(scores_of_majority)}")
-    key = settings.model, settings.data, prior.text, prior.separator, settings.prompt.place
-    once = inputs.shared.once
-    for plain in once("plain", key, lambda: plain_prompts(inputs.loaded, prior,
-                                                          inputs.evaluation)):
-        metrics, _ = once(("untrained", plain.name), key, lambda: scores(
-            [plain.past], plain.name, plain.questions))
-        run.log({"split": plain.split, **metrics})
-        say(f"{plain.name}: {scores_line(metrics)}")
-    inputs.evaluation.say_cut()
 
 
 class Beginning(NamedTuple):
@@ -568,7 +574,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
     # Everything that can be wrong with the settings is found before the data is tokenised.
     L = loaded.model.config.num_hidden_layers
     layers = layers_with_rows(settings.prior, L, settings.prompt)
-    max_length = longest_text(loaded, settings.data, settings.prior)
+    max_length = longest_text(loaded, settings.data, settings.prior, settings.teacher)
     examples, evals, held_out = once("examples", settings.data, lambda: divided(settings.data))
     sums = only_first(lambda: {**checksums(settings, shared),
                                "tokenizer": loaded.vocabulary.sha256})
@@ -585,10 +591,22 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
         fitting(examples, name="training"), fitting(evals, name="evaluation"),
         fitting(held_out, name="held-out") if held_out else None))
     questions, evaluation, _ = encoded
+    check_reasons(settings.teacher, [questions, evaluation])
     say(f"model {Path(settings.model.model).name}: {L} layers of width "
         f"{loaded.model.config.hidden_size}, {settings.model.dtype} on {settings.model.device}; "
         f"{len(questions)} questions to train on, {len(evaluation)} to evaluate")
     return Inputs(settings, loaded, layers, examples, *encoded, sums, shared)
+
+
+def with_teacher(inputs: Inputs, run: Run, config: dict | None) -> Inputs:
+    """The inputs with what a teacher teaches. config: of the run that is resumed."""
+    settings, once = inputs.settings, inputs.shared.once
+    key = settings.model, settings.data, settings.teacher, settings.prior.separator
+    exam = once("exam", key, lambda: examined(inputs.loaded, settings, inputs.evaluation,
+                                              settings.train.shard))
+    lessons = learn(run, inputs.loaded, settings, exam.text, inputs.questions, config,
+                    inputs.shared)
+    return inputs._replace(questions=lessons.questions, lessons=lessons, exam=exam)
 
 
 def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, str],
@@ -634,29 +652,17 @@ def make_posterior(settings: Settings, begun: Beginning, answers: float) -> post
     return kind(start, units, 1 / answers, settings.seed)
 
 
-def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) -> None:
-    """Raises UserError for another run's checkpoint."""
-    for name, p in posterior.named_parameters():
-        rows = checkpoint.tensors.get(f"rows.{name}")
-        if p.dim() == 4 and rows is not None and rows.dim() == 2:
-            raise UserError(f"{path}: a prefix of an early version, which trained its keys after "
-                            "rotation, so it cannot come to the same end: start a run from it by "
-                            f"--prior posterior:{path},resample=1")
-        if rows is None or rows.shape != p.shape:
-            raise UserError(f"{path}/checkpoints: rows {name!r} are missing or of another shape "
-                            f"than {tuple(p.shape)}: this checkpoint is of another run, or of an "
-                            "early version: start a run anew")
-
-
 def begin_or_cut_back(training: Training, checkpoint: Checkpoint | None, inputs: Inputs,
                       flags: list[str], reports: list[dict]) -> None:
     """Take the run's folder back to a checkpoint. Without one it begins: with what the run is and
     its first checkpoint, so that there always is one."""
     if checkpoint:
         training.run.cut_back(checkpoint)
+        inputs.lessons.keep(training.run)  # what the teacher wrote may be lost
         return
     with training.run.beginning():
         write_config(training.run, inputs, flags, reports, training.posterior)
+        inputs.lessons.keep(training.run)
         training.run.write(LOG, b"")
         training.save()
 
@@ -669,7 +675,7 @@ def write_config(run: Run, inputs: Inputs, flags: list[str], reports: list[dict]
         "settings": flat(inputs.settings), "given": flags, "priors": reports,
         "learning_rates": {group["name"]: group["lr"] for group in groups},
         "threads": torch.get_num_threads(), "processes": rank_and_size()[1], "versions": versions(),
-        "sha256": inputs.sums})
+        "sha256": inputs.sums, **inputs.lessons.record})
 
 
 def record_changes(run: Run, settings: Settings, config: dict, step: int) -> None:

@@ -155,8 +155,9 @@ def world(folder: Path) -> None:
     for name, flags in {
             "point": ["--prior", "vocab"],
             "sgld": ["--prior", "fitted", "--posterior", "sgld", "--particles", "2"],
-            "gaussian": ["--prior", "fitted", "--posterior", "gaussian", "--particles", "2"]
-            }.items():
+            "gaussian": ["--prior", "fitted", "--posterior", "gaussian", "--particles", "2"],
+            "taught": ["--teacher", "say it", "--teacher-answers", "--teacher-reasons",
+                       "--teacher-steps", "2"]}.items():
         spec = f"squad:{folder}/squad.json"
         assert promptprior.main([
             "train", "--model", str(model), "--data", spec, "--eval-data", spec, *FEW, "--steps",
@@ -261,6 +262,9 @@ KINDS = {
            "metrics.jsonl": {"compare", "plot", "resume", "export"},
            "prompts/*.safetensors": {"compare", "plot"},
            "checkpoints/*.safetensors": {"resume"}, "predictions.jsonl": {"plot"}}.items()},
+    **{f"run {file}, taught": Kind("runs/taught", file, [
+        c for c in RUN if c[0] == "eval" or "--resume" in c])
+       for file in ("config.json", "teacher.jsonl")},
     **{f"sweep {file}": Kind("sweep", file, [["sweep", "COPY", "--table"]])
        for file in ("plan.json", "runs/*/config.json", "runs/*/metrics.jsonl",
                     "runs/*/predictions.jsonl", "runs/*/prompt.safetensors",

@@ -38,6 +38,15 @@ def test_tokens_are_made_when_a_batch_needs_them(loaded, monkeypatch):
     assert made == ["7", "8", "400"]  # once
 
 
+def test_another_model_takes_the_place_of_all_that_was_made_with_the_last():
+    """So that no two are in memory, as a teacher's states hold theirs."""
+    shared, made = inputs.Shared(), []
+    for model in ("a", "a", "b"):
+        shared.once("model", model, lambda: made.append(model))
+        shared.once("exam", "x", lambda: made.append("exam"))
+    assert made == ["a", "exam", "b", "exam"]
+
+
 def test_what_does_not_fit_is_known_before(loaded, capsys):
     """The same examples are dropped and cut as if all were tokenised at once."""
     examples = examples_of(40) + [data.Example("long", "squad", "c", "why " * 90, ("x",))]
@@ -67,7 +76,7 @@ def test_answers_lengths_are_averaged_over_a_sample(loaded, monkeypatch):
 
 
 def test_a_text_prompt_is_run_once(loaded, monkeypatch):
-    """The Past holds what all texts begin with, and the rows the rest; together they are whole."""
+    """The Past holds the text, and rows begin with its tokens, but for those that merge."""
     examples = examples_of(12)
     questions = inputs.Questions(examples, loaded.vocabulary, 400, "evaluation")
     prior = PriorSettings(text=("say it shortly:", "a\nb")).complete("tiny")
@@ -79,13 +88,13 @@ def test_a_text_prompt_is_run_once(loaded, monkeypatch):
     assert [p.split for p in plain] == ["baseline", "text", "text"]
     assert plain[0].past.position.item() == 0 and plain[0].questions is questions
     for p, text, (begun,) in zip(plain[1:], prior.text, ran):
-        n = p.past.position.item()
-        assert n == len(begun) >= len(loaded.vocabulary.encode(text))
+        assert begun.tolist() == p.past.ids.tolist() == loaded.vocabulary.encode(f"{text}\n")
+        assert p.past.past.position.item() == len(begun)
         for i, example in enumerate(examples):
             whole = loaded.vocabulary.encode(f"{text}\n" + data.question_text(
                 example.context, example.question) + data.answer_text(example))
             row = p.questions.row(i)
-            assert [*begun.tolist(), *row.ids] == whole
+            assert row.ids == whole and row.ids[:len(begun) - 1] == begun.tolist()[:-1]
             assert loaded.vocabulary.decode(row.ids[row.start:]) == data.answer_text(example)
 
 

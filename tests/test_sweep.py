@@ -18,7 +18,7 @@ from scipy import stats
 from test_survival import same
 
 import promptprior
-from lab import commands, plan, populations, sweep, train
+from lab import commands, evaluation, plan, populations, sweep, train
 from lab.folder import Run
 from lab.inputs import divided, topic
 from lab.settings import DataSettings
@@ -186,8 +186,9 @@ def test_what_is_equal_is_done_once(tmp_path, monkeypatch):
             return function(*arguments, **named)
         monkeypatch.setattr(module, name, call)
 
-    for name in ("load_model", "encode", "references", "fit", "plain_prompts", "divided"):
+    for name in ("load_model", "encode", "references", "fit", "divided"):
         counted(train, name)
+    counted(evaluation, "plain_prompts")
     counted(populations, "population")
     assert main("sweep", "--out", tmp_path / "a", *GRID, "--steps", 0) == 0
     counts = {name: calls.count(name) for name in calls}
