@@ -81,7 +81,7 @@ def read_config(path: Path) -> Config:
     fields = llama.read_fields(path, c, FIELDS, {})
     values = {NAMES[field]: value for field, value in fields.items()}
     feed_forward = c.get("feed_forward_proj") or "relu"
-    if feed_forward not in FEED_FORWARDS:
+    if feed_forward not in [*FEED_FORWARDS]:  # a value of JSON need not be a key of any dict
         raise ModelError(f"{path}: feed_forward_proj is {feed_forward!r:.80}, and only "
                          f"{', '.join(FEED_FORWARDS)} are known here: choose another folder")
     if values["max_distance"] <= values["buckets"] // 4:  # those have a bucket each

@@ -556,7 +556,7 @@ def begin_run(inputs: Inputs) -> Beginning:
 
     if settings.train.shard:  # a reference may need the weights, which all hold together
         begun = work()
-        begun = begun._replace(start=broadcast(begun.start))
+        begun = begun._replace(start=broadcast(begun.start), bases=broadcast(begun.bases))
     else:
         begun = only_first(work)
     return begun._replace(by_layer=kept)

@@ -52,9 +52,10 @@ def lines(folder):
     ["--shard", "--data", "math", "--tokens", "0", "--deep-layers", "2", "--steps", "3"],
     ["--shard", "--place", "suffix", "--reparam", "mlp", "--data", "math", "--steps", "2"],
     ["--shard", "--method", "prefix", "--prefix-layers", "2", "--reparam", "shared", "--place",
-     "after-bos", "--steps", "2"]],
+     "after-bos", "--steps", "2"],
+    ["--shard", "--deep-layers", "1", "--subspace", "3", "--steps", "3"]],
     ids=["particles", "sharded, of deep rows alone", "sharded, a suffix of a network",
-         "sharded, a prefix after BOS"])
+         "sharded, a prefix after BOS", "sharded, in a subspace"])
 def test_two_processes_train_as_one(tmp_path, arguments):
     """The same losses and rows, to rounding; a batch of 7 divides unevenly. Only one speaks."""
     (tmp_path / "spy.py").write_text(SPY)

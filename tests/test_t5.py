@@ -225,6 +225,7 @@ def test_other_commands_say_what_takes_an_encoder(made, tmp_path, capsys):
 def test_bad_configurations(made, capsys):
     _, folder = made()
     for field, value, text in (("feed_forward_proj", "gated-swish", "relu, gated-gelu"),
+                               ("feed_forward_proj", ["relu"], "is ['relu'], and only"),
                                ("d_model", "wide", "d_model is 'wide', expected a whole number"),
                                ("num_heads", 0, "num_heads is 0"),
                                ("relative_attention_max_distance", 8, "a quarter of the 32")):
