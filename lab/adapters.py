@@ -35,8 +35,8 @@ import llama
 from lab.commands import ExportOptions, ImportOptions
 from lab.console import UserError, say, show
 from lab.evaluation import OpenRun, open_run
-from lab.files import (begins_with, free_folder, free_place, new_folder, read_tensors, reading,
-                       write_file)
+from lab.files import (SMALL, begins_with, free_folder, free_place, new_folder, read_tensors,
+                       reading, write_file)
 from lab.folder import CONFIG as RUN_CONFIG
 from lab.folder import FIRST_PROMPT, LAST_PROMPT, Run, versions
 from lab.foreign_data import not_foreign
@@ -161,13 +161,13 @@ def read(path: Path) -> Adapter:
         remedy = str(inside[0]) if inside else "a folder that PEFT's save_pretrained made"
         raise UserError(f"{path}: no {CONFIG} in it, so it is no adapter: give {remedy}")
 
-    config = data.read_json(not_foreign(path / CONFIG), dict)
+    config = data.read_json(not_foreign(path / CONFIG), dict, SMALL)
     kind = config.get("peft_type")
     if kind not in ROWS + PREFIX:
         raise UserError(f"{path}: peft_type is {kind!r:.80}, which is no prompt that can stand "
                         f"alone: only {', '.join(ROWS + PREFIX)} can be read")
     check_applied(config, path / CONFIG)
-    about = data.read_json(path / ABOUT, dict) if (path / ABOUT).exists() else {}
+    about = data.read_json(path / ABOUT, dict, SMALL) if (path / ABOUT).exists() else {}
     numbers = _checked(_embeddings(path), path)
     n = config.get("num_virtual_tokens")
     if n != len(numbers):

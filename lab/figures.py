@@ -38,7 +38,7 @@ from lab import compare, geometry, statistics, two_samples
 from lab.activations import Collection, command_collect
 from lab.commands import FigureOptions
 from lab.console import UserError, progress, show
-from lab.files import write_file
+from lab.files import SMALL, write_file
 from lab.folder import Run
 from lab.inputs import LoadedModel, check_same_model, load_model, parse_spec
 from lab.locality import paths_of, walks
@@ -616,7 +616,7 @@ def draw_figures(numbers: list[int], world: World) -> None:
     folder, results = Path(world.options.out), {}
     path = folder / "figures.json"
     if path.exists():
-        earlier = data.read_json(path, dict)
+        earlier = data.read_json(path, dict, SMALL)
         results = {int(key): entry for key, entry in earlier.items()
                    if key.isascii() and key.isdecimal()}
     # Figures that are drawn now replace their entries of an earlier call.

@@ -35,6 +35,9 @@ from lab.console import UserError, out_of_memory
 # --------------------------------------------------------------------------------------------------
 # reading
 
+# The most bytes that are read at once of a file that says what something is, and of a log.
+SMALL, LONG = 2**26, 2**29
+
 
 @contextlib.contextmanager
 def reading(path: str | Path, expected: str, remedy: str = "") -> Iterator[None]:

@@ -33,8 +33,8 @@ import data
 import llama
 from lab import posteriors
 from lab.console import UserError
-from lab.files import (Folder, NotWritten, is_unfinished, locked, only_begun, read_tensors,
-                       reading, refuse_link)
+from lab.files import (LONG, SMALL, Folder, NotWritten, is_unfinished, locked, only_begun,
+                       read_tensors, reading, refuse_link)
 from lab.foreign_data import not_foreign
 from lab.hub import model_folder
 from lab.processes import rank_and_size
@@ -258,7 +258,7 @@ class Run:
     def last_scored(self) -> int:
         """The last step that the log has an evaluation of; -1 if it has none."""
         path = self.path / LOG
-        lines = (data.read_text(path) if path.exists() else "").split("\n")[:-1]
+        lines = (data.read_text(path, LONG) if path.exists() else "").split("\n")[:-1]
         for line in reversed(lines):
             if '"eval"' in line:
                 # What else is wrong with the log is told by those who read all of it.
@@ -326,7 +326,7 @@ class Run:
     def metrics(self) -> list[dict]:
         """The log, without a last line that a killed run left unfinished."""
         path = self.path / LOG
-        text = data.read_text(path) if path.exists() else ""
+        text = data.read_text(path, LONG) if path.exists() else ""
         lines = []
         for where, line in data.json_lines(text[:text.rfind("\n") + 1], path):
             with reading(where, "a line that training logs", RESTORE):
@@ -338,7 +338,8 @@ class Run:
         """The answers of the last evaluation."""
         path = self.path / "predictions.jsonl"
         lines = []
-        for where, line in data.json_lines(data.read_text(path) if path.exists() else "", path):
+        text = data.read_text(path, LONG) if path.exists() else ""
+        for where, line in data.json_lines(text, path):
             with reading(where, "a prediction", RESTORE):
                 _check_prediction(line)
             lines.append(line)
@@ -407,12 +408,12 @@ class Run:
         log, length = self.path / LOG, checkpoint.metrics_bytes
         try:
             with open(llama.regular(log), "rb") as f:
+                if os.fstat(f.fileno()).st_size < length:
+                    return f"{log}: shorter than at {path.name}: its end is lost"
                 beginning = f.read(length)
         except OSError as e:
             raise UserError(f"{log}: {llama.cause(e)}: {self.how_to_begin()}") from None
         digest = hashlib.sha256(beginning).hexdigest()
-        if len(beginning) < length:
-            return f"{log}: shorter than at {path.name}: its end is lost"
         if beginning[-1:] not in (b"", b"\n") or checkpoint.metrics_sha256 not in ("", digest):
             return f"{log}: not the log that {path.name} was saved beside"
         return ""
@@ -464,7 +465,7 @@ def read_config(path: Path) -> dict:
     if not os.path.lexists(path):
         raise UserError(f"{path.parent}: no {path.name}, so no run is here: give the folder that "
                         "train made")
-    config = data.read_json(not_foreign(path), dict)
+    config = data.read_json(not_foreign(path), dict, SMALL)
     settings = config.get("settings")
     if not isinstance(settings, dict) or not {
             "model", "prior", "data", "tokens", "cut", "seed"} <= settings.keys():

@@ -135,7 +135,7 @@ def _cache(folder: Path) -> str | None:
     if not versions:
         return None
     main = snapshots / "../refs/main"
-    commit = main.read_text(errors="replace").strip() if main.is_file() else ""
+    commit = data.read_text(main, most=1000).strip() if main.is_file() else ""
     newest = max(versions.values(), key=lambda version: version.stat().st_mtime)
     return f"this is a model's root in the hub's cache: give {versions.get(commit, newest)}"
 

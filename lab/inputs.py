@@ -321,10 +321,10 @@ def divided(settings: DataSettings) -> Examples:
     examples, held_out = read_questions(settings.data, 0, settings.keep_unanswerable), []
     if settings.eval_data is not None:
         evals = read_questions(settings.eval_data, 1, settings.keep_unanswerable)
-        evals = sample_topics(evals, settings.eval_limit)
     else:
         examples, evals = _hold_out(examples, settings, "for evaluation (no --eval-data)",
                                     "give --eval-data")
+    evals = sample_topics(evals, settings.eval_limit)  # of one topic there may be any number
     if settings.hold_out:
         examples, held_out = _hold_out(examples, settings, "to choose settings by (--hold-out)",
                                      "leave out --hold-out, or several --lr")

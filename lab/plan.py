@@ -19,7 +19,7 @@ from typing import NamedTuple
 import data
 from lab.commands import NOT_IN_GRIDS, resolved
 from lab.console import UserError
-from lab.files import reading
+from lab.files import SMALL, reading
 from lab.folder import LAST_PROMPT, Run, layer_picture
 from lab.settings import (FIELDS, DataSettings, ModelSettings, Settings, flag_name, flat, is_value,
                           prior_name, shortened, spec_name, value_type)
@@ -61,13 +61,15 @@ def read_plan(path: Path) -> Plan:
     if not path.exists():
         raise UserError(f"{path.parent}: no {path.name}, so no sweep is here: give the folder of "
                         "one, or --out and what to vary")
-    content = data.read_json(path, dict)
+    content = data.read_json(path, dict, SMALL)
     with reading(path, "a sweep's plan", "restore it, or begin another in another --out"):
         plan = Plan(path.parent, content["runs"], content["threads"], content["margin"])
         if type(plan.threads) is not int or not 0 < plan.threads <= 1024:
             raise ValueError(f"threads {plan.threads!r:.80}")
         if type(plan.margin) not in (int, float) or not 0 < plan.margin < math.inf:
             raise ValueError(f"margin {plan.margin!r:.80}")
+        if len(plan.runs) > MOST:
+            raise ValueError(f"{len(plan.runs)} runs, more than {MOST}")
         for name, flags in plan.runs.items():
             if not NAME.fullmatch(name):
                 raise ValueError(f"a run {name!r:.80}")
@@ -78,7 +80,7 @@ def read_plan(path: Path) -> Plan:
 
 def read_grids(path: str) -> list[dict[str, list]]:
     """The grids of a JSON file: {name: value or list of values}, or a list of these."""
-    content = data.read_json(path)
+    content = data.read_json(path, most=SMALL)
     grids = content if isinstance(content, list) else [content]
     for grid in grids:
         if not isinstance(grid, dict):

@@ -24,7 +24,7 @@ import torch
 import data
 from lab.commands import SweepOptions
 from lab.console import Stopped, UserError, one_line, say
-from lab.files import Locked, write_file
+from lab.files import SMALL, Locked, write_file
 from lab.folder import CONFIG, Run
 from lab.inputs import Shared
 from lab.plan import Plan, cell_key, make_runs, read_grids, read_plan
@@ -180,7 +180,7 @@ def command_sweep(given: dict) -> None:
             work(plan, shared)
         work(plan, shared)  # what a helper that was killed left
 
-    failed = {name: data.read_text(path).strip() for name in plan.runs
+    failed = {name: one_line(data.read_text(path, SMALL)) for name in plan.runs
               if (path := plan.failure(name)).exists()}
     finished = [name for name in plan.runs if name not in failed and plan.is_finished(name)]
     for name, reason in failed.items():

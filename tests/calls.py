@@ -339,6 +339,9 @@ class Bench:
         problem = ""
         if error is not None and stopped.status == 0:
             status, err, problem = self.result()
+            if "going on from step" in err and not problem:
+                # A checkpoint that cannot be read is left out, and said to be.
+                return Outcome(name, stopped.hit, errno.errorcode[error], status, "")
             if not problem and status and str(self.case) not in err and str(self.world) not in err:
                 problem = f"an error that names no file: {err[-300:]}"
         elif error is not None:

@@ -596,6 +596,16 @@ def test_threads_that_cannot_be_started(own, refused, monkeypatch):
     assert len(started) == 3 and not any(thread.is_alive() for thread in started)
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "predictions.jsonl"])
+def test_small_files_of_gigabytes(own, refused, name):
+    folder = own("runs/point")
+    os.truncate(folder / name, 2**31 - 1)  # sparse
+    tracemalloc.start()
+    assert f"{name}: {2**31 - 1} bytes, and no more than" in refused("plot", folder)
+    assert tracemalloc.get_traced_memory()[1] < 2**28
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("state", [
     "false", "[]", "{}", "", "null", DEEP, '{"step": "1", "metrics_bytes": 0, "due": true}'])
 def test_a_checkpoints_state(own, refused, state):

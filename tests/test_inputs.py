@@ -135,3 +135,12 @@ def test_token_embeddings_of_texts_are_looked_up(loaded, monkeypatch):
     both = references(prior, of_data, loaded, [0, 2])
     assert len(set(ran)) == 2
     assert torch.equal(at_0[0].rows, both[0].rows) and len(at_0[0].rows) == 200
+
+
+def test_no_more_is_evaluated_than_asked_for(tmp_path):
+    """Whole topics are held out, however many questions they have."""
+    path = tmp_path / "sums.txt"
+    path.write_text("What is 1 + 1?\n2\n" * 30 + "What is 2 + 2?\n4\n" * 30)
+    examples = inputs.divided(DataSettings(data=f"math:{path}", eval_limit=3))
+    assert len(examples.training) == 30 and len(examples.evaluation) == 3
+    assert examples.training[0].question != examples.evaluation[0].question

@@ -137,7 +137,8 @@ def test_a_folder_has_one_plan(copy, capsys):
     assert (copy / "plan.json").read_bytes() == before
     for old, new in (('"threads": 1', '"threads": -1'), ('"margin": 2.0', '"margin": "a"'),
                      ('"vocab-seed0-lr0.003"', '"../x"'), ('"seed": 0', '"seed": {}'),
-                     ('"runs": {', '"rums": {'), ('"steps": 4', '"out": "x"')):
+                     ('"runs": {', '"rums": {'), ('"steps": 4', '"out": "x"'),
+                     ('"runs": {', '"runs": {' + "".join(f'"x{i}": {{}}, ' for i in range(10**4)))):
         (copy / "plan.json").write_bytes(before.replace(old.encode(), new.encode(), 1))
         assert main("sweep", copy, "--table") == 2
         assert "restore it" in capsys.readouterr().err
@@ -254,7 +255,9 @@ def test_a_run_that_failed_does_not_stop_the_rest(tmp_path, capsys):
     # It is not tried again unless that is asked for.
     assert main("sweep", out) == 1 and "run 1 of 2" not in capsys.readouterr().err
     assert main("sweep", out, "--retry") == 1 and "run 1 of 2" in capsys.readouterr().err
+    failed.write_text(f"{reason}\n" * 10**5)
     assert main("sweep", out, "--table") == 0
+    assert len(capsys.readouterr().err) < 3000
 
 
 def test_another_run_in_a_runs_place_is_not_taken_for_it(copy, capsys):
