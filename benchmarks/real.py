@@ -45,14 +45,15 @@ import llama  # noqa: E402
 import viz  # noqa: E402
 from lab.commands import Parser  # noqa: E402
 from lab.console import Stopped, UserError, one_line, say, show  # noqa: E402
+from lab.beginning import Inputs, begin_run, make_posterior, read_inputs  # noqa: E402
 from lab.evaluation import evaluate  # noqa: E402
 from lab.files import read_tensors, reading, write_file  # noqa: E402
 from lab.folder import Run  # noqa: E402
 from lab.inputs import mean_answer_tokens, parse_spec  # noqa: E402
 from lab.loss import answer_loss, begin  # noqa: E402
 from lab.settings import Settings, flat, spec_name  # noqa: E402
-from lab.train import (Inputs, Training, begin_or_cut_back, begin_run,  # noqa: E402
-                       checkpoint_of, keep_freed_memory, make_posterior, read_inputs, schedule)
+from lab.train import (Training, begin_or_cut_back, checkpoint_of,  # noqa: E402
+                       keep_freed_memory, schedule)
 from promptprior import exit_status, message  # noqa: E402
 
 METHODS = OURS, PEFT = "promptprior", "PEFT"

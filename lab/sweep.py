@@ -22,6 +22,7 @@ from typing import Iterator
 import torch
 
 import data
+from lab.beginning import read_inputs
 from lab.commands import SweepOptions
 from lab.console import Stopped, UserError, one_line, say
 from lab.files import SMALL, Locked, write_file
@@ -31,7 +32,7 @@ from lab.plan import Plan, cell_key, make_runs, read_grids, read_plan
 from lab.processes import use_threads
 from lab.settings import from_flags
 from lab.sweep_table import show_table
-from lab.train import differences, read_inputs, train_run
+from lab.train import differences, train_run
 
 MARGIN = 2.0  # points
 PROGRAM = Path(__file__).resolve().parent.parent / "promptprior.py"

@@ -22,8 +22,8 @@ SPY = """  # promptprior.py, writing down the places in the data that every batc
 import os, sys
 sys.path.insert(0, os.getcwd())
 import promptprior
-from lab import inputs, train
-batch, references = inputs.Questions.batch, train.references
+from lab import beginning, inputs
+batch, references = inputs.Questions.batch, beginning.references
 def spy(self, indices, *more):
     with open(os.path.join(sys.argv[-1], "batches" + os.environ.get("RANK", "")), "a") as f:
         f.write(f"{len(self.examples)} {list(indices)}\\n")
@@ -31,7 +31,7 @@ def spy(self, indices, *more):
 def fits(*arguments, **more):
     open(os.path.join(sys.argv[-1], "fits" + os.environ.get("RANK", "")), "w").close()
     return references(*arguments, **more)
-inputs.Questions.batch, train.references = spy, fits
+inputs.Questions.batch, beginning.references = spy, fits
 sys.exit(promptprior.main(sys.argv[1:-1]))
 """
 

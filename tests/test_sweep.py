@@ -18,7 +18,7 @@ from scipy import stats
 from test_survival import same
 
 import promptprior
-from lab import commands, evaluation, plan, populations, sweep, train
+from lab import beginning, commands, evaluation, plan, populations, sweep, train
 from lab.folder import Run
 from lab.inputs import divided, topic
 from lab.settings import DataSettings
@@ -188,7 +188,7 @@ def test_what_is_equal_is_done_once(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     for name in ("load_model", "encode", "references", "fit", "divided"):
-        counted(train, name)
+        counted(beginning, name)
     counted(evaluation, "plain_prompts")
     counted(populations, "population")
     assert main("sweep", "--out", tmp_path / "a", *GRID, "--steps", 0) == 0
