@@ -33,9 +33,11 @@ DIFFERENCE_TITLES = {
 END_TITLES = {"start_norm": "norm, drawn", "norm": "norm ratio", "moved": "moved", "own": "own",
               "chance": "by chance"}
 ABOUT = """\
-In brackets: 95 % intervals, of Student's t over seeds. held-out loss: on questions of the training
-data that no run was trained on, by which the rate was chosen. steps: until the loss was within a
-tenth of the last one, at an evaluation."""
+In brackets: 95 % intervals, of Student's t over seeds. steps: until the loss was within a tenth of
+the last one, at an evaluation."""
+ABOUT_HELD_OUT = """\
+held-out loss: on questions of the training data that no run was trained on, by which the rate was
+chosen."""
 ABOUT_DIFFERENCES = """\
 by seed: the difference, paired by seed, on these questions; other questions too: as it may be of
 other seeds and other questions (whole articles or paragraphs). p, equal: of two one-sided tests
@@ -246,8 +248,9 @@ def show_table(plan: Plan, finished: list[str], margin: float) -> None:
         ends = ends_of(cells)
         curves = pictures.curves([run for cell in cells for run in cell.runs.values()])
 
+    about = f"{ABOUT}\n{ABOUT_HELD_OUT}" if any(cell.held_out for cell in cells) else ABOUT
     text = [f"{plan.folder.resolve().name}: {len(finished)} of {len(plan.runs)} runs; scores in "
-            f"percent, loss in nats a token\n\n{table(scores, SCORE_TITLES)}\n\n{ABOUT}"]
+            f"percent, loss in nats a token\n\n{table(scores, SCORE_TITLES)}\n\n{about}"]
     text += rates_of(cells)
     if differences:
         kinds = " or ".join(dict.fromkeys(SCORES[cell.key] for cell in cells))
