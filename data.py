@@ -890,7 +890,8 @@ def _versioned_file(folder: Path, c: dict) -> str | None:
     versions = {match[1]: match[0] for match in (
         re.fullmatch(r"tokenizer\.([1-5](\.[0-9]+)*)\.json", str(name), re.A)
         for name in (files if isinstance(files, list) else ())) if match}
-    name = versions[max(versions)] if versions else "tokenizer.json"
+    newest = max(versions, key=lambda v: [int(part) for part in v.split(".")], default=None)
+    name = versions.get(newest, "tokenizer.json")
     is_other = (folder / name).is_file() and (
         read_text(folder / name) != read_text(folder / "tokenizer.json"))
     return name if is_other else None

@@ -3,8 +3,9 @@
     python benchmarks/claims.py --out claims [--only prior deep] [--seeds 5] [FLAG of sweep ...]
 
 Without more flags: the bundled model on its questions, an hour and a half of one core. Every other
-flag goes to all runs, such as --model DIR --data SPEC --eval-data SPEC --steps 100 --jobs 2. Started
-again it goes on; CLAIM/ in the folder is an ordinary sweep, and CLAIM/table.txt what it came to.
+flag goes to all runs, such as --model DIR --data SPEC --eval-data SPEC --steps 100 --jobs 2. When
+it is started again it goes on. CLAIM/ in the folder is an ordinary sweep, and CLAIM/table.txt what
+it came to.
 
 With several --factors the learning rates are tuned first, in CLAIM-rates/: each cell is trained
 with seed 0 at every factor, and the one with the lowest loss on held-out training questions is

@@ -45,7 +45,7 @@ def by_question(model: llama.Llama, entries: list[list[llama.Prompt | llama.Past
 
     scored = {}
     total = sum(map(len, batches))
-    with progress(total=total, desc=name, unit=" questions", leave=False) as bar:
+    with progress(total=total, desc=name, unit=f" {questions.unit}", leave=False) as bar:
         for members in batches:
             batch = questions.batch(members, settings.share, place, model.embeddings.device)
             begun = [begin(model, batch, [*prompts], place) for prompts in zip(*entries)]

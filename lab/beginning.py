@@ -46,6 +46,7 @@ class Inputs(NamedTuple):
     shared: Shared  # what runs of one process have in common
     lessons: Lessons = Lessons()  # of a teacher, if there is one
     exam: Teacher | None = None  # the teacher of the evaluation's questions
+    held_out_exam: Teacher | None = None
 
 
 def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: bool,
@@ -77,7 +78,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
         fitting(examples, name="training"), fitting(evals, name="evaluation"),
         fitting(held_out, name="held-out") if held_out else None))
     questions, evaluation, _ = encoded
-    check_reasons(settings.teacher, [questions, evaluation])
+    check_reasons(settings.teacher, [part for part in encoded if part])
     say(f"model {Path(settings.model.model).name}: {L} layers of width "
         f"{loaded.model.config.hidden_size}, {settings.model.dtype} on {settings.model.device}; "
         f"{len(questions)} questions to train on, {len(evaluation)} to evaluate")
@@ -88,11 +89,13 @@ def with_teacher(inputs: Inputs, run: Run, config: dict | None) -> Inputs:
     """The inputs with what a teacher teaches. config: of the run that is resumed."""
     settings, once = inputs.settings, inputs.shared.once
     key = settings.model, settings.data, settings.teacher, settings.prior.separator
-    exam = once("exam", key, lambda: examined(inputs.loaded, settings, inputs.evaluation,
-                                              settings.train.shard))
+    exam, held_out_exam = once("exam", key, lambda: [
+        examined(inputs.loaded, settings, questions, settings.train.shard) if questions else None
+        for questions in (inputs.evaluation, inputs.held_out)])
     lessons = learn(run, inputs.loaded, settings, exam.text, inputs.questions, config,
                     inputs.shared)
-    return inputs._replace(questions=lessons.questions, lessons=lessons, exam=exam)
+    return inputs._replace(questions=lessons.questions, lessons=lessons, exam=exam,
+                           held_out_exam=held_out_exam)
 
 
 def check_unchanged(run: Run, settings: Settings, config: dict, sums: dict[str, str],

@@ -16,8 +16,9 @@ import data
 import priors
 from lab.console import UserError, one_line, say
 from lab.foreign_data import not_foreign
-from lab.settings import (FORGET, DataSettings, ModelSettings, PriorSettings, PromptSettings,
-                          TeacherSettings, TrainSettings, flag_name, setting, value_type)
+from lab.settings import (FIELDS, FORGET, DataSettings, ModelSettings, PriorSettings,
+                          PromptSettings, TeacherSettings, TrainSettings, flag_name, setting,
+                          value_type)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -37,11 +38,7 @@ class StepOptions:
 
 TEXT_FILE = setting((), "text prompts from files, one each, such as worked examples",
                     flag_metavar="FILE")
-
-
 TEACHER_FILE = setting(None, "the teacher's text from a file", flag_metavar="FILE")
-
-
 UNANSWERABLE = "keep unanswerable questions; their answer is empty"
 JSON = "print JSON"
 
@@ -318,6 +315,10 @@ def parse(arguments: list[str], description: str) -> tuple[str, dict]:
     for text in arguments:
         if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-in for bytes not UTF-8
             top.error(f"{ascii(text)}: not UTF-8: rename the file, or convert the text")
+    # In a grid a flag that may stand without a value has this one then.
+    for name, value in given.items():
+        if name.startswith("grid.") and value == []:
+            given[name] = [FIELDS[name.removeprefix("grid.")].metadata["const"]]
     return given.pop("command"), given
 
 
@@ -394,7 +395,7 @@ def add_field(sub: argparse.ArgumentParser, f, show_default: bool, several: bool
         help = f"{help} ({default})"
     is_list = several or kind is tuple
     sub.add_argument(flag, dest=dest, type=str if kind is tuple else kind,
-                     nargs="+" if is_list else about.get("nargs"),
+                     nargs=about.get("nargs") if not is_list else "*" if "const" in about else "+",
                      action="append" if several and kind is tuple else "store",
                      const=None if is_list else about.get("const"),
                      required=about.get("required", False), help=help,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from dataclasses import replace
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -101,20 +102,27 @@ def check_reasons(teacher: TeacherSettings, of_splits: list[Questions]) -> None:
     or longer ones than --teacher-steps."""
     if teacher.teacher_reasons != "data":
         return
-    longest, name, most = 0, "", teacher.teacher_steps
     for questions in of_splits:
-        for example in questions.examples:
-            if not example.rationale:
-                raise UserError(f"--teacher-reasons data: {questions.name}: no worked steps with "
-                                f"{example.id}: give gsm8k or hendrycks data, or --teacher-reasons "
-                                "written")
-        texts = [data.one_line(e.rationale) for e in questions.examples]
-        for example, ids in zip(questions.examples, questions.vocabulary.encode_batch(texts)):
-            if len(ids) > longest:
-                longest, name = len(ids), example.id
-    if longest > most:
-        raise UserError(f"--teacher-steps {most}: the worked steps of {name} have {longest} "
-                        f"tokens: give --teacher-steps {longest}")
+        if lacking := without_steps(questions):
+            raise UserError(f"--teacher-reasons data: {questions.name}: no worked steps with "
+                            f"question {lacking}: give gsm8k or hendrycks data, or "
+                            "--teacher-reasons written")
+    longest, name = max(map(longest_steps, of_splits))
+    if longest > teacher.teacher_steps:
+        raise UserError(f"--teacher-steps {teacher.teacher_steps}: the worked steps of {name} have "
+                        f"{longest} tokens: give --teacher-steps {longest}")
+
+
+def without_steps(questions: Questions) -> str | None:
+    """The id of the first question without worked steps, if there is one."""
+    return next((e.id for e in questions.examples if not e.rationale), None)
+
+
+def longest_steps(questions: Questions) -> tuple[int, str]:
+    """The tokens of the longest worked steps, and the id of their question."""
+    texts = [data.one_line(e.rationale) for e in questions.examples]
+    counts = map(len, questions.vocabulary.encode_batch(texts))
+    return max(zip(counts, (e.id for e in questions.examples)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,8 +158,8 @@ def learn(run: Run, loaded: LoadedModel, settings: Settings, text: Text, questio
     sha256 = (config or {}).get("teacher_sha256")
     if sha256:
         kept = only_first(lambda: data.read_text(path) if path.exists() else "")
-    key = (settings.model, settings.data, settings.teacher, settings.prior.separator,
-           settings.seed if temperature else None)
+    key = (settings.model, settings.data, replace(settings.teacher, teacher_mix=0.0),
+           settings.prior.separator, settings.seed if temperature else None)
     if not kept:
         lines = shared.once("written", key, lambda: write(loaded, settings, text, questions,
                                                           temperature))

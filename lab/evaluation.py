@@ -24,7 +24,7 @@ from lab.batches import by_question, grouped
 from lab.commands import EvalOptions, GenerateOptions
 from lab.console import (CALIBRATION, FORGETTING, SCORES, SPREADS, Stopped, UserError, say, show,
                          table)
-from lab.distil import Teacher, teacher_text, with_steps
+from lab.distil import Teacher, longest_steps, teacher_text, with_steps, without_steps
 from lab.files import checksum
 from lab.folder import Run, best_evaluation
 from lab.foreign_data import not_foreign
@@ -120,8 +120,11 @@ def open_runs(paths: list[str], given: dict, same: dict[str, str]) -> list[OpenR
                                 f"{remedy}")
     models: dict[ModelSettings, LoadedModel] = {}
     runs = [open_run(path, given, models) for path in paths]
-    with torch.no_grad():
-        llama.stack([opened.prompt.past(opened.model) for opened in runs])
+    try:
+        with torch.no_grad():
+            llama.stack([opened.prompt.past(opened.model) for opened in runs])
+    except llama.ModelError as e:
+        raise UserError(f"{', '.join(paths)}: {e}") from None
     return runs
 
 
@@ -316,14 +319,14 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     if not evals:
         raise UserError("the run has no evaluation in its metrics.jsonl: go on with it by train "
                         "--out RUN --resume")
+    if forgotten and forgotten[-1].get("step") == evals[-1]["step"]:
+        evals[-1] = evals[-1] | forgotten[-1]
     prior, last = f"{settings.prior_name} prior", evals[-1]
     rows.append((f"{prior}, untrained", evals[0]))
     together = ""
     if settings.train.has_particles:
         together = f", {settings.train.particles} particles together"
     best = best_evaluation(evals, [line["step"] for line in evals])
-    if forgotten and forgotten[-1].get("step") == last["step"]:
-        last |= forgotten[-1]
     for line in [last] if best in (evals[0], last) else [best, last]:
         mark = " (lowest loss)" if line is best and line is not last else ""
         if line["step"]:
@@ -335,8 +338,7 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
 
 # Settings of data that runs have in common where they are scored together, and their flags.
 SAME_DATA = {"eval_limit": "--limit", "keep_unanswerable": "--keep-unanswerable",
-             "max_new": "--max-new", "text": "--text", "separator": "--separator",
-             "forget": "--forget"}
+             "max_new": "--max-new", "text": "--text", "separator": "--separator"}
 
 
 def command_eval(given: dict) -> None:
@@ -345,7 +347,11 @@ def command_eval(given: dict) -> None:
     runs = open_runs(options.runs, given, same)
     settings, loaded = runs[0].settings, runs[0].loaded
     questions = questions_of(runs, options)
-    prose = read_prose(settings.data, loaded, questions.max_length)
+    prose = None
+    if len({opened.settings.data.forget for opened in runs}) > 1:
+        say("the runs have different --forget, so prose is not scored: give --forget for all")
+    else:
+        prose = read_prose(settings.data, loaded, questions.max_length)
 
     # All prompts are made before the first is scored, as some may be refused.
     asked = []
@@ -406,14 +412,24 @@ def questions_of(runs: list[OpenRun], options: EvalOptions) -> Questions:
 
 def teacher_of(runs: list[OpenRun], questions: Questions) -> Teacher | None:
     """The teacher that all the runs have, examined; None if they have none in common, or if it
-    reads worked steps that the questions lack."""
+    cannot read the worked steps of these questions."""
     settings = runs[0].settings
-    if not settings.teacher.teaches or len({run.settings.teacher for run in runs}) > 1:
+    if len({run.settings.teacher for run in runs}) > 1:
+        say("the runs have different teachers, or some none, so none is scored: eval them one by "
+            "one")
         return None
-    if settings.teacher.teacher_reasons == "data" and not all(
-            e.rationale for e in questions.examples):
-        say(f"{questions.name}: no worked steps in it for the teacher to read, so it is not scored")
+    if not settings.teacher.teaches:
         return None
+    if settings.teacher.teacher_reasons == "data":
+        if without_steps(questions):
+            say(f"{questions.name}: no worked steps in it for the teacher to read, so it is not "
+                "scored")
+            return None
+        longest, name = longest_steps(questions)
+        if longest > settings.teacher.teacher_steps:
+            say(f"the worked steps of {name} have {longest} tokens, more than the run's "
+                f"--teacher-steps {settings.teacher.teacher_steps}: its teacher is not scored")
+            return None
     return examined(runs[0].loaded, settings, questions)
 
 

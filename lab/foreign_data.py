@@ -99,7 +99,7 @@ KINDS: dict[bytes, Callable[[Path], str]] = STAND_INS | {
                                            path, ".csv"),
     rb"(?s).{257}ustar": _tar,
     rb"7z\xbc\xaf\x27\x1c": _archive("a 7z archive (pip install py7zr)",
-                                         "python -m py7zr x PATH DIR"),
+                                      "python -m py7zr x PATH DIR"),
     rb"\x1f\x8b": _packed("gzip", "gzip -d"),
     rb"\xfd7zXZ\0": _packed("xz", "xz -d"),
     rb"\x28\xb5\x2f\xfd": _packed("zstd", "zstd -d"),

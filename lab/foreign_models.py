@@ -88,13 +88,15 @@ def check_tokenizer(folder: Path) -> None:
     """Raise UserError if a model's folder has its tokenizer in another form than tokenizer.json, or
     if something else was saved as one of the tokenizer's files."""
     others = [name for name in (*TOKENIZERS, "spiece.model") if (folder / name).exists()]
-    if others == ["spiece.model"] and not (folder / "tokenizer.json").is_file():
+    of_encoder = "spiece.model" in others and is_encoder(folder)
+    if others == ["spiece.model"] and not of_encoder and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder / 'tokenizer.json'}: no such file: the folder has spiece.model: "
                         "rename it to tokenizer.model")
     if others and not (folder / "tokenizer.json").is_file():
+        tokenizer_class = "T5Tokenizer" if of_encoder else TOKENIZERS[others[0]]
         raise UserError(f"{folder / 'tokenizer.json'}: no such file: the folder has {others[0]}, "
                         "from which `python -c \"import sys; from transformers import "
-                        f"{TOKENIZERS[others[0]]} as T; T.from_pretrained(sys.argv[1])"
+                        f"{tokenizer_class} as T; T.from_pretrained(sys.argv[1])"
                         f".save_pretrained(sys.argv[1])\" {shlex.quote(str(folder))}` makes it "
                         "(pip install transformers sentencepiece protobuf)")
     for path in sorted(folder.glob("*token*.json")):

@@ -29,6 +29,8 @@ SPLIT = "forgetting"  # of a run's log
 class Prose(Questions):
     """Texts, as rows whose answer is all of the text but its first token."""
 
+    unit = "texts"
+
     def _make_row(self, i: int) -> data.Row:
         text = self.examples[i].context[:data.LONGEST_TOKENISED]
         ids, first = self.vocabulary.encode_at(self.beginning + text, len(self.beginning))
@@ -51,7 +53,10 @@ def read_prose(settings: DataSettings, loaded: LoadedModel, max_length: int) -> 
     encoded = loaded.vocabulary.encode_batch([e.context[:2000] for e in texts])
     several = [text for text, ids in zip(texts, encoded) if len(ids) > 2]
     if len(several) < 2:
-        raise UserError(f"--forget {spec}: {len(several)} texts of several tokens in it, and "
+        if settings.eval_limit == 1:
+            raise UserError("--forget takes 2 texts or more: give a larger --eval-limit (--limit "
+                            "of eval)")
+        raise UserError(f"--forget {spec}: texts of several tokens in it: {len(several)}, and "
                         "forgetting takes 2 or more, parted by empty lines: give other prose")
     return Prose(several, loaded.vocabulary, max_length, spec)
 

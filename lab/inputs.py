@@ -20,7 +20,7 @@ import data
 import llama
 import priors
 from lab import t5
-from lab.console import UserError, file_list, say, silent_stderr
+from lab.console import UserError, say, silent_stderr
 from lab.files import checksum
 from lab.folder import Run
 from lab.foreign_data import check_data
@@ -278,13 +278,18 @@ def say_files(kind: str, path: str) -> None:
     left_out = [file.name for file in matching if file not in files]
     if left_out:
         say(f"{path}: {len(left_out)} of {len(matching)} files left out, because their names are "
-            f"no module's: {file_list(left_out)}")
+            f"no module's: {some_of(left_out)}")
     splits = sorted({file.parent.name for file in files})
     if len(splits) > 1:
         say(f"{path}: its splits are mixed: {', '.join(splits[:9])}")
     elif len(files) > 1 and not Path(path).is_relative_to(TINY):
         say(f"{path}: {len(files)} files are read together: "
-            f"{file_list([file.name for file in files])}")
+            f"{some_of([file.name for file in files])}")
+
+
+def some_of(names: list[str], most: int = 4) -> str:
+    """Names with commas between them, the first ones of many."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def topic(example: data.Example) -> str:
@@ -359,6 +364,8 @@ class Questions:
 
     beginning: a text in front of every example's own. asking: what stands between each question
     and its answer; without it data.ASKING."""
+
+    unit = "questions"  # what they are called where progress is shown
 
     def __init__(self, examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int,
                  name: str, beginning: str = "", asking: list[str] | None = None):

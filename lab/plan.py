@@ -21,8 +21,8 @@ from lab.commands import NOT_IN_GRIDS, resolved
 from lab.console import UserError
 from lab.files import SMALL, reading
 from lab.folder import LAST_PROMPT, Run, layer_picture
-from lab.settings import (FIELDS, DataSettings, ModelSettings, Settings, flag_name, flat, is_value,
-                          prior_name, shortened, spec_name, value_type)
+from lab.settings import (FIELDS, DataSettings, ModelSettings, Settings, TeacherSettings,
+                          flag_name, flat, is_value, prior_name, shortened, spec_name, value_type)
 
 MOST = 10_000  # runs
 RATES = ("lr", "lr_factor")  # settings of which the best is taken
@@ -143,7 +143,7 @@ def _place(name: str) -> tuple[int, int]:
         return 3, 0  # text_file
     if name in vars(ModelSettings()):
         place = 0
-    elif name in vars(DataSettings()):
+    elif name in vars(DataSettings()) or name in vars(TeacherSettings()):
         place = 1
     else:
         place = {"seed": 2, "prior": 4, **dict.fromkeys(RATES, 5)}.get(name, 3)

@@ -33,7 +33,7 @@ from lab.folder import CONFIG
 
 
 def torch_file(rows: Tensor) -> bytes:
-    """What torch.load(file, weights_only=True) opens, in the dtype of rows."""
+    """A file of torch.save, which others open without unpickling code; in the dtype of rows."""
     file = io.BytesIO()
     torch.save(rows.detach().cpu().clone(), file)  # of a view it would write all that it views
     return file.getvalue()

@@ -410,6 +410,9 @@ def check_teacher(teacher: TeacherSettings) -> None:
         if not teacher.teaches and getattr(teacher, name) != FIELDS[name].default:
             raise UserError(f"{flag_name(name)} is about a teacher: give --teacher too, or leave "
                             "it out")
+    if teacher.teacher_reasons is None and teacher.teacher_steps != FIELDS["teacher_steps"].default:
+        raise UserError("--teacher-steps is about steps that a teacher reads: give "
+                        "--teacher-reasons too, or leave it out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -536,7 +539,11 @@ def text_name(text: str) -> str:
 
 def text_names(texts: tuple[str, ...]) -> list[str]:
     """A name for each text prompt; those of texts that begin alike have numbers."""
-    names = list(map(text_name, texts))
+    return numbered(list(map(text_name, texts)))
+
+
+def numbered(names: list[str]) -> list[str]:
+    """The names, with numbers behind those that are there more than once."""
     return [name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})"
             for i, name in enumerate(names)]
 

@@ -22,7 +22,7 @@ from lab.files import reading, write_file
 from lab.folder import Run
 from lab.inputs import FEW_CONTEXTS, topic, training_and_evaluation, unit
 from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settings
-from lab.settings import DataSettings, Settings
+from lab.settings import DataSettings, Settings, numbered
 
 LEVEL = 0.05
 SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds",
@@ -37,7 +37,7 @@ In brackets: 95 % intervals, of Student's t over seeds. steps: until the loss wa
 the last one, at an evaluation."""
 ABOUT_HELD_OUT = """\
 held-out loss: on questions of the training data that no run was trained on, by which the rate was
-chosen."""
+chosen; of taught prompts the divergence from the teacher, or --teacher-mix of both."""
 ABOUT_DIFFERENCES = """\
 by seed: the difference, paired by seed, on these questions; other questions too: as it may be of
 other seeds and other questions (whole articles or paragraphs). p, equal: of two one-sided tests
@@ -69,6 +69,15 @@ def last(metrics: list[dict], split: str) -> dict | None:
     return next((line for line in reversed(metrics) if line["split"] == split), None)
 
 
+def objective(line: dict, flags: dict) -> float:
+    """The loss of a line of the log as the run's training takes it: cross-entropy, or with a
+    teacher its mixture with the divergence."""
+    if "teacher_kl" not in line:
+        return line["loss"]
+    mix = flags.get("teacher_mix", 0.0)
+    return (1 - mix) * line["teacher_kl"] + mix * line["loss"]
+
+
 def steps_to_loss(metrics: list[dict]) -> int:
     """The first step whose evaluation has a loss at most a tenth above the last one's."""
     evaluations = [line for line in metrics if line["split"] == "eval"]
@@ -88,7 +97,8 @@ def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
         by_rate.setdefault(rate_of(flags), {})[flags.get("seed", 0)] = name
 
     cells = []
-    for name, by_rate in grouped.values():
+    names = numbered([name for name, _ in grouped.values()])
+    for name, (_, by_rate) in zip(names, grouped.values()):
         logs = {run: plan.run(run).metrics() for runs in by_rate.values() for run in runs.values()}
         # Of rates with fewer runs, a failed one among them, nobody knows how good they are.
         most = max(map(len, by_rate.values()))
@@ -96,7 +106,8 @@ def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
         for rate, runs in by_rate.items():
             lines = [last(logs[run], "held_out") for run in runs.values()]
             if len(runs) == most and None not in lines:
-                losses[rate] = float(np.mean([line["loss"] for line in lines]))
+                losses[rate] = float(np.mean([objective(line, plan.runs[run])
+                                              for line, run in zip(lines, runs.values())]))
         rate = min(losses, key=losses.get) if losses else next(iter(by_rate))
         runs = dict(sorted(by_rate[rate].items()))
         cells.append(Cell(name, {seed: plan.run(run) for seed, run in runs.items()},
@@ -148,7 +159,7 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
             continue
         numbers = with_interval("difference", [
             cell.logs[seed][cell.key] - first.logs[seed][cell.key] for seed in seeds])
-        answers = np.array([[by_question(c.runs[seed], cell.key) for seed in seeds]
+        answers = np.array([[scores_by_question(c.runs[seed], cell.key) for seed in seeds]
                             for c in (cell, first)])
         effect = statistics.paired(answers[0] - answers[1], units[settings])
         half = effect.half_width()
@@ -163,7 +174,7 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
     return rows
 
 
-def by_question(run: Run, key: str) -> list[float]:
+def scores_by_question(run: Run, key: str) -> list[float]:
     return [prediction[key] for prediction in run.predictions()]
 
 
@@ -274,7 +285,7 @@ def rates_of(cells: list[Cell]) -> list[str]:
             losses = ", ".join(f"{rate_name(rate)} {loss:.3f}"
                                for rate, loss in cell.held_out.items())
             edge = ""
-            for name, chosen, *tried in zip(RATES, cell.rate, *cell.held_out):
+            for chosen, *tried in zip(cell.rate, *cell.held_out):
                 values = {value for value in tried if value is not None}
                 if len(values) > 1 and chosen in (min(values), max(values)):
                     edge = ": the best is the last one tried, so that better ones may lie beyond"

@@ -389,7 +389,8 @@ def resume(run: Run, flags: dict, any_processes: bool) -> None:
     config, stored = run.config(), run.settings()
     kinds = [priors.parse(prior)[:2] for prior in (stored.prior.prior, flags.get("prior", "vocab"))]
     fixed = {name: value for name, value in flags.items() if name not in MAY_CHANGE + MAY_MOVE
-             or name == "prior" and kinds[0] != kinds[1]}
+             or name == "prior" and kinds[0] != kinds[1]
+             or name == "forget" and stored.data.forget is None}
     conflicts = differences(stored, fixed)
     if conflicts:
         changeable = ", ".join(map(flag_name, MAY_CHANGE))
@@ -455,11 +456,11 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     if checkpoint:
         check_fits(posterior, checkpoint, run.path)
 
-    def evaluate_posterior(step: int, questions: Questions = inputs.evaluation):
+    def evaluate_posterior(step: int, questions: Questions = inputs.evaluation,
+                           exam: Teacher | None = inputs.exam):
         prompts = [llama.Prompt(layers, settings.prompt.cut) for layers in posterior.evaluated()]
         return evaluate(loaded, prompts, questions, settings.prompt.place, settings.data,
-                        f"step {step}", settings.train.shard,
-                        inputs.exam if questions is inputs.evaluation else None)
+                        f"step {step}", settings.train.shard, exam)
 
     def penalty(layers: dict[int, Tensor]) -> Tensor:
         # The loss is a mean over answer tokens, so -log p is divided by their number: with weight 1
@@ -484,7 +485,7 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
         inputs.evaluation.say_cut()
     training.go(checkpoint)
     if inputs.held_out:
-        metrics, _ = evaluate_posterior(training.step, inputs.held_out)
+        metrics, _ = evaluate_posterior(training.step, inputs.held_out, inputs.held_out_exam)
         run.log({"step": training.step, "split": "held_out", **metrics})
     if prose:
         prompts = [llama.Prompt(layers, settings.prompt.cut) for layers in posterior.evaluated()]

@@ -130,8 +130,8 @@ def test_a_taught_prompt_answers_as_its_teacher(tmp_path, capsys):
     """The bundled model's style text, without any label: the answers are the teacher's own."""
     out = tmp_path / "run"
     assert run("train", "--teacher", "short answer", "--teacher-answers", "--steps", 80, "--text",
-               "", "--eval-every", 80, "--eval-limit", 40, "--train-examples", 250, "--max-new",
-               12, "--out", out) == 0
+               "", "--eval-every", 80, "--eval-limit", 40, "--train-examples", 120, "--max-new",
+               10, "--batch-size", 8, "--out", out) == 0
     log = lines(out / "metrics.jsonl")
     teacher = next(line for line in log if line["split"] == "teacher")
     before, after = [line for line in log if line["split"] == "eval"]
@@ -143,7 +143,7 @@ def test_a_taught_prompt_answers_as_its_teacher(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "teacher 'short answer'" in shown and "teacher KL" in shown and "as teacher" in shown
     assert [set(line) for line in lines(out / "teacher.jsonl")] == [
-        {"id", "question", "answer"}] * 250
+        {"id", "question", "answer"}] * 120
     # eval says the same of the run
     assert run("eval", out, "--json") == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
@@ -342,7 +342,8 @@ def test_a_sweep_varies_teachers(tmp_path, capsys):
                          ids=["whole", "sharded"])
 def test_two_processes_have_one_teacher(tmp_path, arguments):
     """The same answers, drawn or not, the same losses and rows, to rounding."""
-    common = [*FEW, "--teacher", "short answer", "--teacher-answers", 0.7, "--teacher-mix", 0.2]
+    common = [*FEW, "--steps", 2, "--teacher", "short answer", "--teacher-answers", 0.7,
+              "--teacher-mix", 0.2]
     two = torchrun("train", "--out", tmp_path / "two", *common, *arguments)
     _, err = two.communicate(timeout=300)
     assert two.returncode == 0, err

@@ -219,4 +219,4 @@ def test_nor_is_one_answered(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "open_run", lambda *_: None)
     page = write(tmp_path / "page.jsonl", PAGE)
     with pytest.raises(UserError, match="page.jsonl: a web page"):
-        evaluation.command_generate({"run": "x", "batch": page})
+        evaluation.command_generate({"paths": ["x"], "batch": page})

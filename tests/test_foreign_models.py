@@ -246,6 +246,23 @@ def test_a_tokenizer_of_sentencepiece(tmp_path, beside):
     assert converted(tmp_path / "it's", tmp_path).encode(text) == theirs.encode(text)
 
 
+def test_a_t5s_tokenizer(tmp_path):
+    """Pieces of a unigram model, and </s> behind a text."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    sentencepiece.SentencePieceTrainer.train(
+        input=f"{TINY.parent}/README.md", model_prefix=str(tmp_path / "x"), vocab_size=400,
+        model_type="unigram", minloglevel=2, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    (tmp_path / "x.model").rename(folder / "spiece.model")
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    text = "Where is the prompt? Of the prior, 12 rows"
+    converted_ids = converted(folder, tmp_path).encode(text)
+    assert converted_ids == [*theirs.encode(text), 1]
+
+
 def test_a_tokenizer_of_two_files(tmp_path):
     pytest.importorskip("transformers")
     content = json.loads((TINY / "tokenizer.json").read_text())

@@ -132,8 +132,8 @@ def test_what_is_no_prose_is_one_line(trained, tmp_path, prose, capsys):
     (tmp_path / "words.txt").write_text("a\n\nb\n\nc")
     folder = trained()
     for spec, message in (("squad", "give text:PATH"), (f"text:{tmp_path}/no.txt", "nothing found"),
-                          (f"text:{tmp_path}/one.txt", "1 texts of several tokens"),
-                          (f"text:{tmp_path}/words.txt", "0 texts of several tokens"),
+                          (f"text:{tmp_path}/one.txt", "texts of several tokens in it: 1"),
+                          (f"text:{tmp_path}/words.txt", "texts of several tokens in it: 0"),
                           ("prose:x", "unknown kind")):
         for command in (("eval", folder), ("train", "--steps", 0, "--out", tmp_path / "new")):
             capsys.readouterr()
@@ -143,3 +143,17 @@ def test_what_is_no_prose_is_one_line(trained, tmp_path, prose, capsys):
             assert message in error.splitlines()[-1], error
     assert not (tmp_path / "new").exists()
     assert run("eval", folder, "--forget", "text", "--limit", 3) == 0
+
+
+def test_forgetting_is_asked_for_before_a_run_begins(trained, prose, capsys):
+    """Or of eval; a line of the log keeps its split where a table has both."""
+    folder = trained()
+    capsys.readouterr()
+    assert run("train", "--out", folder, "--resume", "--forget", prose) == 2
+    assert "--forget" in capsys.readouterr().err
+    forgets = trained("--forget", prose)
+    capsys.readouterr()
+    assert run("compare", forgets, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["scores"]["split"] == "eval"
+    assert run("eval", forgets, folder, "--limit", 3, "--json") == 0
+    assert "different --forget" in capsys.readouterr().err

@@ -18,7 +18,8 @@ from scipy import stats
 from test_survival import same
 
 import promptprior
-from lab import beginning, commands, evaluation, plan, populations, sweep, train
+from lab import (beginning, commands, evaluation, plan, populations, sweep, sweep_table,
+                 train)
 from lab.folder import Run
 from lab.inputs import divided, topic
 from lab.settings import DataSettings
@@ -423,3 +424,26 @@ def test_rates_that_differ_by_a_factor_are_one_cell(tmp_path, capsys):
     assert {row["lr"] for row in Run(tmp_path / "a/runs/lr-factor3.0").metrics()
             if row["split"] == "train"} and Run(
         tmp_path / "a/runs/lr-factor3.0").settings().data.hold_out
+
+
+def test_a_taught_cells_rate_is_chosen_by_what_it_is_taught():
+    """The labels of held-out questions are none where the teacher's answers are learned."""
+    line = {"loss": 8.0, "teacher_kl": 0.5}
+    assert sweep_table.objective({"loss": 8.0}, {}) == 8
+    assert sweep_table.objective(line, {}) == 0.5
+    assert sweep_table.objective(line, {"teacher_mix": 0.25}) == 0.75 * 0.5 + 0.25 * 8
+
+
+def test_flags_that_may_stand_alone_do_so_in_a_grid_and_alike_names_have_numbers(tmp_path):
+    """Two teachers whose texts begin alike are two rows of the table; held-out questions have the
+    divergence from the teacher."""
+    few = [*FEW, "--steps", "1", "--eval-every", "1", "--lr", "1e-3", "1e-2"]
+    long = "You are a helpful and careful assistant who answers"
+    assert main("sweep", "--out", tmp_path / "a", "--teacher", f"{long} A", f"{long} B",
+                "--teacher-answers", *few) == 0
+    table = rows(tmp_path / "a")
+    assert len({row["cell"] for row in table}) == 2
+    assert all(row["cell"].endswith(f"({i + 1})") for i, row in enumerate(table))
+    for run in (tmp_path / "a/runs").iterdir():
+        line = [m for m in Run(run).metrics() if m["split"] == "held_out"][-1]
+        assert line["teacher_kl"] > 0 and Run(run).settings().teacher.teacher_answers == 0

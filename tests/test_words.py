@@ -137,9 +137,9 @@ def loss_of(folder, tensors):
 
 
 def test_several_runs_and_standard_errors(trained, capsys):
-    runs = [trained("--tokens", 10), trained("--method", "prefix", "--tokens", 3)]
+    runs = [trained("--tokens", 5), trained("--method", "prefix", "--tokens", 3)]
     capsys.readouterr()
-    assert run("eval", *runs, "--ablate", "--limit", 200) == 0
+    assert run("eval", *runs, "--ablate", "--limit", 60) == 0
     shown = capsys.readouterr().out
     assert f"{runs[1]} without each of its rows in turn" in shown
     table = shown.split("in turn\n")[2].splitlines()
