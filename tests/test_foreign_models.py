@@ -259,8 +259,8 @@ def test_a_t5s_tokenizer(tmp_path):
     (folder / "config.json").write_text('{"model_type": "t5"}')
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     text = "Where is the prompt? Of the prior, 12 rows"
-    converted_ids = converted(folder, tmp_path).encode(text)
-    assert converted_ids == [*theirs.encode(text), 1]
+    vocabulary = converted(folder, tmp_path)
+    assert vocabulary.encode(text) == theirs.encode(text) and vocabulary.behind == [1]
 
 
 def test_a_tokenizer_of_two_files(tmp_path):
