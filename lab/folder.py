@@ -463,7 +463,7 @@ def versions() -> dict[str, str]:
 def read_config(path: Path) -> dict:
     """A run's config.json. Raises UserError for what no run writes."""
     if not os.path.lexists(path):
-        what = f"no {path.name}, so no run is here" if path.parent.exists() else "no such folder"
+        what = f"no {path.name}, so no run is here" if path.parent.exists() else "no such file or folder"
         raise UserError(f"{path.parent}: {what}: give the folder that train made")
     config = data.read_json(not_foreign(path), dict, SMALL)
     settings = config.get("settings")

@@ -28,7 +28,7 @@ from torch import Tensor
 import data
 from lab.console import UserError, say, show
 from lab.evaluation import OpenRun
-from lab.files import free_place, replacing
+from lab.files import SMALL, free_place, replacing
 from lab.folder import CONFIG
 
 
@@ -63,7 +63,7 @@ def sidecar(path: Path) -> Path:
 def is_ours(path: Path) -> bool:
     """Whether export made the rows at path, by the sidecar."""
     with contextlib.suppress(data.DataError):
-        about = data.read_json(sidecar(path), dict)
+        about = data.read_json(sidecar(path), dict, SMALL)
         return about.get("file") == path.name and about.get("for") in FORMS
     return False
 

@@ -69,12 +69,11 @@ def last(metrics: list[dict], split: str) -> dict | None:
     return next((line for line in reversed(metrics) if line["split"] == split), None)
 
 
-def objective(line: dict, flags: dict) -> float:
+def objective(line: dict, mix: float) -> float:
     """The loss of a line of the log as the run's training takes it: cross-entropy, or with a
-    teacher its mixture with the divergence."""
+    teacher its mixture with the divergence; mix: --teacher-mix."""
     if "teacher_kl" not in line:
         return line["loss"]
-    mix = flags.get("teacher_mix", 0.0)
     return (1 - mix) * line["teacher_kl"] + mix * line["loss"]
 
 
@@ -106,8 +105,8 @@ def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
         for rate, runs in by_rate.items():
             lines = [last(logs[run], "held_out") for run in runs.values()]
             if len(runs) == most and None not in lines:
-                losses[rate] = float(np.mean([objective(line, plan.runs[run])
-                                              for line, run in zip(lines, runs.values())]))
+                mix = plan.settings(next(iter(runs.values()))).teacher.teacher_mix  # one in a cell
+                losses[rate] = float(np.mean([objective(line, mix) for line in lines]))
         rate = min(losses, key=losses.get) if losses else next(iter(by_rate))
         runs = dict(sorted(by_rate[rate].items()))
         cells.append(Cell(name, {seed: plan.run(run) for seed, run in runs.items()},
@@ -288,7 +287,8 @@ def rates_of(cells: list[Cell]) -> list[str]:
             for chosen, *tried in zip(cell.rate, *cell.held_out):
                 values = {value for value in tried if value is not None}
                 if len(values) > 1 and chosen in (min(values), max(values)):
-                    edge = ": the best is the last one tried, so that better ones may lie beyond"
+                    end = "lowest" if chosen == min(values) else "highest"
+                    edge = f": the best is the {end} one tried, so that better ones may lie beyond"
             lines.append(f"{cell.name}: {losses}{edge}")
     return ["held-out loss by learning rate\n" + "\n".join(lines)] if lines else []
 
