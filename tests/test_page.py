@@ -665,7 +665,7 @@ def test_csv_and_picture(screen):
 
 
 @pytest.mark.parametrize("width, height, scheme", [(390, 844, "dark"), (390, 844, "light"),
-                                                   (1400, 900, "dark")])
+                                                   (1000, 900, "dark"), (1400, 900, "dark")])
 def test_narrow_and_dark(screen, width, height, scheme):
     screen.look(width, height, scheme, still=True)
     screen.settled()
