@@ -463,27 +463,27 @@ def named_spec(text: str) -> tuple[str, str]:
     return (name, spec) if equals and ":" not in name else ("", text)
 
 
-def chosen_layers(text: str | None, L: int) -> list[int]:
-    """"0,8,16" or "all" -> layers; None: the first, the middle and the end."""
-    if text is None:
+def chosen_layers(words: tuple[str, ...], L: int) -> list[int]:
+    """("0", "8,16") or ("all",) -> layers; (): the first, the middle and the end."""
+    if not words:
         return sorted({0, L // 2, L})
-    if text == "all":
+    if words == ("all",):
         return list(range(L + 1))
     try:
-        layers = sorted({int(i) for i in text.split(",")})
+        layers = sorted({int(i) for i in ",".join(words).split(",")})
     except ValueError:
         layers = [-1]
     if not 0 <= layers[0] <= layers[-1] <= L:
-        raise UserError(f"--layers {text}: expected numbers from 0 to {L} with commas between, or "
-                        f"all; {L} is what comes after the final norm")
+        raise UserError(f"--layers {' '.join(words)}: expected numbers from 0 to {L}, or all; {L} "
+                        "is what comes after the final norm")
     return layers
 
 
-def chosen_roles(text: str | None) -> tuple[str, ...]:
+def chosen_roles(words: tuple[str, ...]) -> tuple[str, ...]:
     known = [role for role in ROLES if role != "prompt"]  # its rows are kept apart
-    roles = tuple(text.split(",") if text else known)
+    roles = tuple(",".join(words).split(",") if words else known)
     if not set(roles) <= set(known):
-        raise UserError(f"--roles {text}: use some of {', '.join(known)}")
+        raise UserError(f"--roles {' '.join(words)}: use some of {' '.join(known)}")
     return roles
 
 

@@ -125,16 +125,16 @@ class CollectOptions:
     under: str | None = setting(None, "with a run's prompt in front of every text, and its rows "
                                 "collected too", flag_metavar="RUN")
     out: str = setting("activations.safetensors", "the file to write")
-    layers: str | None = setting(
-        None, "layers whose inputs are kept, as in 0,8,16, or all; the model's number of layers is "
-        "what comes after the final norm (the first, the middle, the end)")
+    layers: tuple[str, ...] = setting(
+        (), "layers whose inputs are kept, as in 0 8 16 or 0,8,16, or all; the model's number of "
+        "layers is what comes after the final norm (the first, the middle, the end)")
     examples: int = setting(1000, "examples of each SPEC, drawn at random; 0 for all", least=0)
     limit: int = setting(20000, "rows of each SPEC, whole examples drawn at random; 0 for all",
                          least=0)
     pool: str = setting("token", "token: a row a token; mean: an example's mean; last: its last "
                         "token", choices=("token", "mean", "last"))
-    roles: str | None = setting(None, "tokens of these roles: some of "
-                                "bos,context,question,answer,text (all)")
+    roles: tuple[str, ...] = setting((), "tokens of these roles: some of bos context question "
+                                     "answer text (all)")
     max_length: int | None = setting(None, "most tokens of an example (1024, or what fits)",
                                      above=0)
     seed: int = setting(0, "seed of what is drawn at random", least=0)

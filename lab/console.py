@@ -95,7 +95,10 @@ def show(text: str, file=None) -> None:
 
 def say(text: str) -> None:
     """Print a remark on standard error, in the first process only."""
-    if FIRST:
+    if not FIRST:
+        return
+    bars = sys.modules.get("tqdm")  # a bar at a terminal goes away for the time, and comes again
+    with bars.tqdm.external_write_mode(sys.stderr) if bars else contextlib.nullcontext():
         show(text, sys.stderr)
 
 

@@ -554,10 +554,15 @@ def spec_name(spec: str) -> str:
     return kind + colon + Path(path).name
 
 
+def in_a_name(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text)
+
+
 def free_name(settings: Settings) -> str:
     """runs/ and the settings that tell runs apart, with a number if that folder exists."""
-    prior = "".join(c if c.isalnum() else "-" for c in settings.prior_name)
-    parts = [f"runs/{settings.data.data.split(':')[0]}", prior]
+    model = Path(settings.model.model).name  # of a folder, or of NAME/MODEL
+    parts = [] if settings.model.model == "tiny" else [in_a_name(model)]
+    parts += [settings.data.data.split(":")[0], in_a_name(settings.prior_name)]
     if settings.prior.deep_layers:
         parts.append(f"deep{settings.prior.deep_layers}")
     if settings.prompt.subspace:
@@ -568,6 +573,6 @@ def free_name(settings: Settings) -> str:
             parts.append(value)
     if settings.teacher.teaches:
         parts.append("taught")
-    name = "-".join([*parts, f"seed{settings.seed}"])
+    name = "runs/" + "-".join([*parts, f"seed{settings.seed}"])
     numbered = (f"{name}-{i}" for i in range(2, 10**6))
     return next(path for path in (name, *numbered) if not Path(path).exists())

@@ -244,6 +244,7 @@ class Training:
         self.run.write("predictions.jsonl", "".join(lines).encode())
         # The log comes after what it scores: its last scores are never of a prompt to come.
         self.run.log({"step": self.step, "split": "eval", **metrics, **self.posterior.report()})
+        say(f"step {self.step}: {scores_line(metrics)}")
         self.evaluation_due = False
         self.save()
 

@@ -184,7 +184,7 @@ def test_massive_rows_are_marked_and_left_out(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(activations, "stream", stream)
     path = tmp_path / "a.safetensors"
-    assert run("collect", "--data", "math", "--layers", "0,3", "--examples", 30,
+    assert run("collect", "--data", "math", "--layers", 0, 3, "--examples", 30,
                "--roles", "question,answer", "--out", path) == 0
     assert "0 of BOS and 2 others of massive norm" in capsys.readouterr().out
     file = activations.Collection(path)
@@ -213,6 +213,7 @@ def test_bad_input_is_one_line(tmp_path, collected, capsys):
     new = tmp_path / "new.safetensors"
     assert "two are named" in refused("collect", "--data", "math", "math", "--out", new)
     assert "--layers 7" in refused("collect", "--layers", 7, "--out", new)
+    assert "--layers 0 x" in refused("collect", "--layers", "0", "x", "--out", new)
     assert "--roles" in refused("collect", "--roles", "verb", "--out", new)
     assert "--pool" in refused("collect", "--pool", "max", "--out", new)
     assert "no token of the roles" in refused("collect", "--data", "text", "--roles", "answer",

@@ -1,5 +1,6 @@
 """What the program says while it works."""
 
+import io
 import os
 import subprocess
 import sys
@@ -34,6 +35,18 @@ def test_a_long_stage_goes_on_speaking(capsys, monkeypatch):
     assert len(lines) == 4 and "s left" in lines[1]
     assert [line.split(",")[0] for line in lines[1:]] == [
         f"train: {n} of 10 steps" for n in (6, 8, 10)]
+
+
+def test_a_remark_beside_a_bar_has_a_line_of_its_own(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with console.progress(total=5, desc="train", mininterval=0) as bar:
+        bar.update(2)
+        console.say("step 2: loss 1.5")
+    # After a carriage return a terminal writes over the line.
+    shown = [line.split("\r")[-1] for line in terminal.getvalue().splitlines()]
+    assert "step 2: loss 1.5" in shown and "2/5" in shown[-1]
 
 
 def test_only_the_first_process_speaks(capsys, monkeypatch):

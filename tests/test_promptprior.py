@@ -60,9 +60,9 @@ def test_an_unknown_flag_names_the_help_of_its_command(capsys):
 def test_a_score_is_said_before_the_next_is_made(tmp_path, capsys):
     assert run("train", "--out", tmp_path / "run", *FEW) == 0
     stages = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()
-              if line.startswith(("no prompt", "text prompt"))]
-    assert stages == ["no prompt", "no prompt", "text prompt 'short answer'",
-                      "text prompt 'short answer'"]
+              if line.startswith(("no prompt", "text prompt", "step "))]
+    assert stages == [name for name in ("no prompt", "text prompt 'short answer'", "step 0",
+                                        "step 2", "step 4") for _ in ("begins", "is scored")]
 
 
 def test_the_runs_folder(trained):

@@ -117,3 +117,6 @@ def test_names():
     assert settings.free_name(run) == "runs/squad-exclusion-k-2-deep3-sgld-seed4"
     run = Settings.from_flags({"subspace": 8, "directions": "random"})
     assert settings.free_name(run) == "runs/squad-vocab-subspace8-random-seed0"
+    for model in ("there/SmolLM2-1.7B", "HuggingFaceTB/SmolLM2-1.7B"):  # a folder, one of the hub
+        run = Settings.from_flags({"model": model})
+        assert settings.free_name(run) == "runs/SmolLM2-1-7B-squad-vocab-seed0"
