@@ -9,6 +9,9 @@ os.environ["PROMPTPRIOR_CACHE"] = cache.name
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would stall each other
     os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# A kill loses nothing that was written, so no test in this process needs the disk itself, for which
+# every run of a few steps would wait some 70 times.
+os.fsync = lambda descriptor: None
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
