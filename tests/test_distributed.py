@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import promptprior
+from forked import Pair
 
 HERE = Path(promptprior.__file__).parent
 FEW = ["--steps", "5", "--eval-every", "3", "--eval-limit", "20", "--batch-size", "7",
@@ -59,10 +60,9 @@ def lines(folder):
 def test_two_processes_train_as_one(tmp_path, arguments):
     """The same losses and rows, to rounding; a batch of 7 divides unevenly. Only one speaks."""
     (tmp_path / "spy.py").write_text(SPY)
-    two = torchrun("train", "--out", tmp_path / "two", *FEW, *arguments, tmp_path,
-                   program=tmp_path / "spy.py")
-    out, err = two.communicate(timeout=300)
-    assert two.returncode == 0, err
+    two = Pair("train", "--out", tmp_path / "two", *FEW, *arguments, tmp_path,
+               script=tmp_path / "spy.py")
+    assert two.wait() == 0, two.err
     done = [(tmp_path / f"batches{rank}").read_text().splitlines() for rank in (0, 1)]
     # One fits the prior for both, unless a reference needs weights that are shared.
     assert (tmp_path / "fits0").exists()
@@ -74,7 +74,7 @@ def test_two_processes_train_as_one(tmp_path, arguments):
         assert abs(len(mine) - len(other)) <= 1 and len(mine) + len(other) == size
     # those who share weights all evaluate everything
     assert evals[0] == evals[1] if "--shard" in arguments else not set(evals[0]) & set(evals[1])
-    assert out.count(" moved ") == len({
+    assert two.out.count(" moved ") == len({
         name.split(".")[1] for name in load_file(tmp_path / "two" / "prompt.safetensors")})
     alone = [a for a in arguments if a != "--shard"]
     assert promptprior.main(["train", "--out", str(tmp_path / "one"), *FEW, *alone]) == 0
@@ -136,7 +136,8 @@ def test_the_first_process_draws_for_all(tmp_path, arguments):
 
 def test_a_signal_stops_both_and_the_run_goes_on(tmp_path):
     run = tmp_path / "run"
-    process = torchrun("train", "--out", run, *FEW, "--data", "math", "--steps", "2000")
+    process = torchrun("train", "--out", run, *FEW, "--data", "math", "--tokens", "1", "--steps",
+                       "2000", "--batch-size", "2")
     deadline = time.time() + 120
     while time.time() < deadline and not (run / "metrics.jsonl").exists() or '"train"' not in (
             run / "metrics.jsonl").read_text():
@@ -146,9 +147,8 @@ def test_a_signal_stops_both_and_the_run_goes_on(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and err.count("stopped by SIGTERM") == 1, err
     last = max(m["step"] for m in lines(run) if "step" in m) + 2
-    process = torchrun("train", "--out", run, "--resume", "--steps", last)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    both = Pair("train", "--out", run, "--resume", "--steps", last)
+    assert both.wait() == 0, both.err
     steps = [m["step"] for m in lines(run) if m["split"] == "train"]
     assert steps == list(range(1, last + 1))
 

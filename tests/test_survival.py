@@ -3,7 +3,6 @@ in the bytes of an undisturbed run."""
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import promptprior
+from forked import CONTEXT, Forked
 from lab import commands, evaluation, files, train
 from lab import folder as run_module
 from priors import PRIORS
@@ -163,17 +163,13 @@ def victim(arguments, point, n):
 
 def test_killed_inside_the_writer(tmp_path):
     """At every point of the first or the last checkpoint."""
-    context = multiprocessing.get_context("forkserver")  # no torch threads to inherit
-    # What every victim would import again; the optimiser imports torch._dynamo.
-    context.set_forkserver_preload(["torch", "torch._dynamo", "promptprior", "lab.train",
-                                    "test_survival"])
     threads, alone = torch.get_num_threads(), tmp_path / "whole"
     torch.set_num_threads(1)  # as its victims
     try:
         assert main("train", "--out", alone, *FEW) == 0
         for case, (point, n) in enumerate(CASES):
             out = tmp_path / str(case)
-            child = context.Process(target=victim, args=(
+            child = CONTEXT.Process(target=victim, args=(
                 ["train", "--out", str(out), *FEW], point, n))
             child.start()
             child.join(60)
@@ -220,18 +216,18 @@ def test_a_disk_that_fails(whole, tmp_path, monkeypatch, capsys, point, n, numbe
 
 def test_a_full_disk(tmp_path):
     """A real limit on file sizes, met by the log in the middle of a run."""
-    command = [sys.executable, HERE / "promptprior.py", "train", "--out"]
+    command = [HERE / "promptprior.py", "train", "--out"]
     few = [*FEW, "--tokens", "1", "--steps", "45", "--eval-every", "15"]
-    subprocess.run([*command, tmp_path / "a", *few], check=True, capture_output=True)
+    assert Forked(*command, tmp_path / "a", *few).wait() == 0
     limit = (tmp_path / "a/metrics.jsonl").stat().st_size * 2 // 3
     assert limit > 1.2 * max(p.stat().st_size for p in (tmp_path / "a").rglob("*.safetensors"))
-    found = subprocess.run([*command, tmp_path / "b", *few], capture_output=True, text=True,
-                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE,
-                                                                 (limit, limit)))
+    found = subprocess.run([sys.executable, *command, tmp_path / "b", *few], capture_output=True,
+                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda:
+                           resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     error = found.stderr.strip().split("\n")[-1]
     assert found.returncode == 1 and "metrics.jsonl: cannot be written" in error \
         and "--resume" in error and "Traceback" not in found.stderr
-    subprocess.run([*command, tmp_path / "b", "--resume"], check=True, capture_output=True)
+    assert Forked(*command, tmp_path / "b", "--resume").wait() == 0
     same(tmp_path / "a", tmp_path / "b")
 
 
@@ -246,18 +242,15 @@ def test_killed_at_random(tmp_path, kills):
     kinds = [["--prior", "fitted", "--prior-weight", "1"],
              ["--prior", "fitted", "--posterior", "sgld", "--particles", "2"],
              ["--posterior", "gaussian", "--deep-layers", "1", "--dtype", "bfloat16"]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(out, *arguments):
-        return subprocess.Popen([sys.executable, HERE / "promptprior.py", "train", "--out", out,
-                                 *FEW, "--reference-rows", "300", "--steps", "16", "--eval-every",
-                                 "4", *arguments], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True, env=environment)
+        return Forked(HERE / "promptprior.py", "train", "--out", out, *FEW, "--reference-rows",
+                      "300", "--steps", "16", "--eval-every", "4", *arguments)
 
     def survive(i):
         whole, parts, rng = tmp_path / f"whole{i}", tmp_path / f"parts{i}", random.Random(i)
         done = start(whole, *kinds[i])
-        assert done.wait() == 0, done.stderr.read()
+        assert done.wait() == 0, done.err
         killed = 0
         while killed < kills:
             child = start(parts, *kinds[i], *["--resume"] * parts.exists())
@@ -271,8 +264,8 @@ def test_killed_at_random(tmp_path, kills):
                 continue
             killed += 1
         last = start(parts, *kinds[i], *["--resume"] * parts.exists())
-        assert last.wait() == 0, last.stderr.read()
-        assert "taken over from process" in last.stderr.read() or not killed
+        assert last.wait() == 0, last.err
+        assert "taken over from process" in last.err or not killed
         same(whole, parts)
 
     with ThreadPoolExecutor(2) as pool:
@@ -281,16 +274,15 @@ def test_killed_at_random(tmp_path, kills):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_process_by_itself(tmp_path, number):
-    command = [sys.executable, HERE / "promptprior.py", "train", "--out"]
-    few = [*FEW, "--steps", "400", "--eval-every", "200"]
-    child = subprocess.Popen([*command, tmp_path / "b", *few], stderr=subprocess.PIPE, text=True)
+    child = Forked(HERE / "promptprior.py", "train", "--out", tmp_path / "b", *FEW, "--steps",
+                   "400", "--eval-every", "200")
     while not (tmp_path / "b/metrics.jsonl").exists() or \
             (tmp_path / "b/metrics.jsonl").read_text().count('"train"') < 3:
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(number)
     assert child.wait(60) == -number  # a shell sees 130 or 143
-    error = child.stderr.read().strip().split("\n")[-1]
+    error = child.err.strip().split("\n")[-1]
     step = int(re.search(r"after step (\d+) of 400", error)[1])
     assert signal.Signals(number).name in error and "--resume" in error
     assert run_module.Run(tmp_path / "b").load_checkpoint()[0].step == step
