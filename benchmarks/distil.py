@@ -58,8 +58,9 @@ def grids(a: argparse.Namespace, teacher: str) -> list[dict]:
     common = {"model": a.model, "data": a.data, "teacher": teacher, "teacher_mix": a.mix,
               "steps": a.steps, "eval_limit": a.eval_limit, "tokens": COLUMNS,
               "method": list(METHODS), "seed": a.seeds}
-    if a.eval_data:
-        common["eval_data"] = a.eval_data
+    for name in ("eval_data", "dtype"):
+        if getattr(a, name):
+            common[name] = getattr(a, name)
     return [{**common, "prior": prior, "text": [[teacher] if prior == "text" else []]}
             for prior in a.priors]
 
@@ -97,6 +98,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=200)
     p.add_argument("--mix", type=float, default=0.0, help="--teacher-mix")
     p.add_argument("--eval-limit", type=int, default=200)
+    p.add_argument("--dtype", help="of the frozen weights, as for train")
     a = p.parse_args()
 
     teacher = worked_examples(a.data, a.examples)

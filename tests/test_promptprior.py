@@ -315,7 +315,7 @@ def test_map_keeps_rows_near_the_prior(tmp_path):
 
 def test_sample(tmp_path, capsys):
     assert run("sample", "--prior", "exclusion:k=2", "--deep-layers", 1, "--out", tmp_path / "s",
-               "--json") == 0
+               "--reference-rows", 500, "--json") == 0
     out = json.loads(capsys.readouterr().out)
     assert [r["layer"] for r in out] == [0, 5] \
         and out[0]["radius_drawn"] == pytest.approx(3.84, abs=0.01)
