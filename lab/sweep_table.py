@@ -10,6 +10,7 @@ that answered the same questions, seed by seed and question by question.
 from __future__ import annotations
 
 import html
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,7 +121,11 @@ def with_interval(key: str, values: list[float]) -> dict[str, float]:
     """{KEY, KEY_low, KEY_high}: the mean and its interval; of one value the value alone."""
     if len(values) < 2:
         return {key: float(values[0])}
-    return dict(zip((key, f"{key}_low", f"{key}_high"), statistics.mean_interval(values)))
+    mean, low, high = statistics.mean_interval(values)
+    if key != "difference":  # nothing else can be below 0, and no percentage above 100
+        is_percentage = key in SCORES and key not in ("loss", "teacher_kl")
+        low, high = max(low, 0.0), min(high, 100.0 if is_percentage else math.inf)
+    return {key: mean, f"{key}_low": low, f"{key}_high": high}
 
 
 def scores_of(cell: Cell) -> dict[str, float]:

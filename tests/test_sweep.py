@@ -447,3 +447,13 @@ def test_flags_that_may_stand_alone_do_so_in_a_grid_and_alike_names_have_numbers
     for run in (tmp_path / "a/runs").iterdir():
         line = [m for m in Run(run).metrics() if m["split"] == "held_out"][-1]
         assert line["teacher_kl"] > 0 and Run(run).settings().teacher.teacher_answers == 0
+
+
+def test_intervals_stay_where_values_can_be():
+    interval = sweep_table.with_interval
+    assert interval("f1", [90.0, 98.0]) == {"f1": 94.0, "f1_low": pytest.approx(43.2, abs=0.1),
+                                            "f1_high": 100.0}
+    assert interval("loss", [0.1, 0.9])["loss_low"] == 0 < interval("steps", [99, 101])["steps_low"]
+    assert interval("steps", [90.0, 120.0])["steps_high"] > 100
+    assert interval("difference", [-1.0, 5.0])["difference_low"] < -10
+    assert interval("f1", [90.0]) == {"f1": 90.0}
