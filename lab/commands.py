@@ -230,6 +230,7 @@ class Command(NamedTuple):
     lists_priors: bool = False  # --help ends with the priors
     every_process: bool = False  # all processes of torchrun run it, not the first alone
     grid: tuple[type, ...] = ()  # the same; each flag takes several values, given as "grid.FLAG"
+    unused: tuple[str, ...] = ()  # fields of options that the command has no use for
 
 
 COMMANDS = {
@@ -253,7 +254,8 @@ COMMANDS = {
         (GenerateOptions, StepOptions), (ModelSettings,)),
     "sample": Command(
         "sample", "Draw rows from a prior, report on them and picture them.",
-        (ModelSettings, PriorSettings, DataSettings, SampleOptions), lists_priors=True),
+        (ModelSettings, PriorSettings, DataSettings, SampleOptions),
+        unused=("batch_size", "share", "forget"), lists_priors=True),
     "collect": Command(
         "activations", "Keep activations of data at chosen layers, with the role of every row, in "
         "one safetensors file. The model may be the encoder of a T5, too.",
@@ -361,7 +363,8 @@ def parser(description: str) -> argparse.ArgumentParser:
                 add_field(sub, f, show_default=False)
         for kind in command.options:
             for f in fields(kind):
-                add_field(sub, f, show_default=True)
+                if f.name not in command.unused:
+                    add_field(sub, f, show_default=True)
         for kind in command.grid:
             for f in fields(kind):
                 if f.name not in NOT_IN_GRIDS:

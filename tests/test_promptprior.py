@@ -57,6 +57,12 @@ def test_an_unknown_flag_names_the_help_of_its_command(capsys):
         "--help`\n")
 
 
+def test_a_flag_that_changes_nothing_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run("sample", "--forget", "text")
+    assert "unrecognized arguments: --forget text" in capsys.readouterr().err
+
+
 def test_a_score_is_said_before_the_next_is_made(tmp_path, capsys):
     assert run("train", "--out", tmp_path / "run", *FEW) == 0
     stages = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()
