@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from scipy import stats
 from test_survival import same
 
 import promptprior
+from forked import Forked
 from lab import (beginning, commands, evaluation, plan, populations, sweep, sweep_table,
                  train)
 from lab.folder import Run
@@ -201,15 +200,13 @@ def test_what_is_equal_is_done_once(tmp_path, monkeypatch):
 def test_killed_and_started_again_it_comes_to_the_same_bytes(whole, tmp_path):
     """Killed when the third run has a checkpoint."""
     out = tmp_path / "sweep"
-    command = [sys.executable, str(ROOT / "promptprior.py"), "sweep", "--out", str(out), *GRID]
-    victim = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    victim = Forked(ROOT / "promptprior.py", "sweep", "--out", out, *GRID)
     third = out / "runs/fitted-seed0-lr0.003/checkpoints/000002.safetensors"
     end = time.monotonic() + 300
     while not third.exists():
         assert victim.poll() is None and time.monotonic() < end
         time.sleep(0.01)
-    victim.kill()
+    victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert 3 <= len(list((out / "runs").iterdir())) < 8  # so that some are left
     assert main("sweep", "--out", out, *GRID) == 0
@@ -284,12 +281,9 @@ def test_processes_share_the_runs(tmp_path, capsys):
 
 def test_a_process_of_torchrun_works_alone(tmp_path):
     """Any of them: it meets no others."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "1", "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "localhost"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "promptprior.py"), "sweep", "--out", str(tmp_path / "a"), *FEW,
-         "--steps", "1"], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    second = Forked(ROOT / "promptprior.py", "sweep", "--out", tmp_path / "a", *FEW, "--steps", 1,
+                    RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost")
+    assert second.wait() == 0, second.err
     assert (tmp_path / "a/runs/run/figures/layer-00.svg").exists()
     assert rows(tmp_path / "a")[0]["cell"] == "defaults"
 
