@@ -129,9 +129,9 @@ def test_a_student_of_itself_has_nothing_to_learn(model):
 def test_a_taught_prompt_answers_as_its_teacher(tmp_path, capsys):
     """The bundled model's style text, without any label: the answers are the teacher's own."""
     out = tmp_path / "run"
-    assert run("train", "--teacher", "short answer", "--teacher-answers", "--steps", 80, "--text",
-               "", "--eval-every", 80, "--eval-limit", 40, "--train-examples", 120, "--max-new",
-               10, "--batch-size", 8, "--out", out) == 0
+    assert run("train", "--teacher", "short answer", "--teacher-answers", "--steps", 50, "--text",
+               "", "--eval-every", 50, "--eval-limit", 30, "--train-examples", 60, "--max-new",
+               10, "--batch-size", 6, "--out", out) == 0
     log = lines(out / "metrics.jsonl")
     teacher = next(line for line in log if line["split"] == "teacher")
     before, after = [line for line in log if line["split"] == "eval"]
@@ -143,7 +143,7 @@ def test_a_taught_prompt_answers_as_its_teacher(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "teacher 'short answer'" in shown and "teacher KL" in shown and "as teacher" in shown
     assert [set(line) for line in lines(out / "teacher.jsonl")] == [
-        {"id", "question", "answer"}] * 120
+        {"id", "question", "answer"}] * 60
     # eval says the same of the run
     assert run("eval", out, "--json") == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
