@@ -32,7 +32,8 @@ def trained(tmp_path_factory):
         if flags not in made:
             made[flags] = tmp_path_factory.mktemp("runs") / "run"
             assert run("train", "--steps", 2, "--batch-size", 4, "--eval-limit", 30,
-                       *flags, "--out", made[flags]) == 0
+                       "--train-examples", 60, "--reference-rows", 500, *flags, "--out",
+                       made[flags]) == 0
         return made[flags]
 
     return make
