@@ -619,12 +619,12 @@ class Sparse(Fitted):
     def _wide_draws(self, n: int, generator: Generator) -> Tensor:
         return self.unwhiten(self.wide * self._noise(n, generator))
 
-    def draw(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """-> rows (n, D) fp64, and which of them (n,) were moved."""
+    def draw(self, n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """-> rows (n, D) fp64, which of them (n,) were moved, and the distances (n,)."""
         import torch
 
         rows = self.mean.new_empty(n, len(self.mean))
-        moved = torch.zeros(n).bool()
+        moved, distance = torch.zeros(n).bool(), self.mean.new_empty(n)
         dense = torch.arange(n)
         tries = 0
         while len(dense):
@@ -633,12 +633,13 @@ class Sparse(Fitted):
             else:
                 rows[dense] = self.mean + 1.1 * (rows[dense] - self.mean)
                 moved[dense] = True
-            dense = dense[self.distance(rows[dense]) <= self.threshold]
+            distance[dense] = self.distance(rows[dense])
+            dense = dense[distance[dense] <= self.threshold]
             tries += 1
-        return rows, moved
+        return rows, moved, distance
 
     def sample(self, n: int, generator: Generator) -> Tensor:
-        rows, _ = self.draw(n, generator)
+        rows, _, _ = self.draw(n, generator)
         return rows.float()
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -656,10 +657,10 @@ class Sparse(Fitted):
         of a fixed seed, and the share of those draws that were moved."""
         import torch
 
-        rows, moved = self.draw(200, torch.Generator().manual_seed(1))
+        _, moved, distance = self.draw(200, torch.Generator().manual_seed(1))
         return {**super().report(), "acceptance": self.acceptance, "threshold": self.threshold,
                 "distance_reference": float(self.held_distances.median()),
-                "distance_drawn": float(self.distance(rows).median()),
+                "distance_drawn": float(distance.median()),
                 "moved": float(moved.double().mean())}
 
 

@@ -72,6 +72,15 @@ def checksum(paths: list[Path]) -> str:
     return total.hexdigest()
 
 
+def digest_of(tensors: dict[str, Tensor], state: dict) -> str:
+    """SHA-256 of the state and of every tensor's name, type, shape and bytes."""
+    total = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        content = t.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        total.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + content)
+    return total.hexdigest()
+
+
 def begins_with(path: Path, beginning: bytes) -> bool:
     """Whether a file, if there is one, begins with these bytes. Raises UserError if it cannot be
     read."""

@@ -33,8 +33,8 @@ import data
 import llama
 from lab import posteriors
 from lab.console import UserError
-from lab.files import (LONG, SMALL, Folder, NotWritten, is_unfinished, locked, only_begun,
-                       read_tensors, reading, refuse_link)
+from lab.files import (LONG, SMALL, Folder, NotWritten, digest_of, is_unfinished, locked,
+                       only_begun, read_tensors, reading, refuse_link)
 from lab.foreign_data import not_foreign
 from lab.hub import model_folder
 from lab.processes import rank_and_size
@@ -282,7 +282,7 @@ class Run:
                      ) -> None:
         """Write tensors as `tensors` reads them, with what tells whose they are."""
         about = {"settings": identity(settings), "step": step}
-        about["sha256"] = _digest(tensors, about)
+        about["sha256"] = digest_of(tensors, about)
         self.write(name, save(tensors, {ABOUT: json.dumps(about, sort_keys=True)}))
 
     def prompt(self, name: str | None = None) -> llama.Prompt:
@@ -361,7 +361,7 @@ class Run:
                 log = hashlib.file_digest(f, "sha256").hexdigest()
                 state = {"step": step, "metrics_bytes": f.tell(), "metrics_sha256": log,
                          "due": due, "settings": identity(settings)}
-            about = {"state": json.dumps(state), "sha256": _digest(tensors, state)}
+            about = {"state": json.dumps(state), "sha256": digest_of(tensors, state)}
             folder.write(f"checkpoints/{step:06d}.safetensors", save(tensors, about))
             for name in numbered(folder.names(), "checkpoints")[:-CHECKPOINTS]:
                 folder.remove(name)
@@ -523,7 +523,7 @@ def read_prompt(path: Path) -> tuple[dict[str, Tensor], dict]:
         sha256 = about.pop("sha256")
         if {key: type(value) for key, value in about.items()} != {"settings": dict, "step": int}:
             raise ValueError("its metadata is not that of a run")
-        if sha256 != _digest(tensors, about):
+        if sha256 != digest_of(tensors, about):
             raise ValueError("its contents do not match their checksum, the file is damaged")
     return tensors, about
 
@@ -619,7 +619,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         early = {"step": int, "metrics_bytes": int, "due": bool}
         if kinds not in (early, {**early, "metrics_sha256": str, "settings": dict}):
             raise ValueError("its state is not that of a run")
-        if about.get("sha256") != _digest(tensors, state):
+        if about.get("sha256") != digest_of(tensors, state):
             raise ValueError("its contents do not match their checksum, the file is damaged")
     return Checkpoint(tensors=tensors, **state)
 
@@ -636,12 +636,3 @@ def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) 
             raise UserError(f"{path}/checkpoints: rows {name!r} are missing or of another shape "
                             f"than {tuple(p.shape)}: this checkpoint is of another run, or of an "
                             "early version: start a run anew")
-
-
-def _digest(tensors: dict[str, Tensor], state: dict) -> str:
-    """SHA-256 of the state and of every tensor's name, type, shape and bytes."""
-    total = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    for name, t in sorted(tensors.items()):
-        content = t.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        total.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + content)
-    return total.hexdigest()

@@ -387,13 +387,13 @@ def test_runs_of_early_versions_open(run, capsys):
         save_file(load_file(path), path, {"settings": "{}"})
     opened = Run(run)
     for path in opened.checkpoints():
-        from lab.folder import _digest, read_checkpoint
+        from lab.folder import digest_of, read_checkpoint
 
         checkpoint = read_checkpoint(path)
         state = {"step": checkpoint.step, "metrics_bytes": checkpoint.metrics_bytes,
                  "due": checkpoint.due}
         path.write_bytes(save(checkpoint.tensors, {
-            "state": json.dumps(state), "sha256": _digest(checkpoint.tensors, state)}))
+            "state": json.dumps(state), "sha256": digest_of(checkpoint.tensors, state)}))
     assert main("compare", run) == 0 and main("plot", run) == 0
     assert "4 steps" in (run / "figures/layer-00.svg").read_text()
     (run / "checkpoints/000004.safetensors").unlink()  # to write prompts that say whose they are

@@ -342,7 +342,7 @@ def test_sparse_is_the_wide_gaussian_where_neighbours_are_far(dim):
 
     np.testing.assert_allclose(prior.distance(x[held]), far(x[held]), rtol=1e-4, atol=1e-6)
     threshold = np.quantile(far(x[held]), 0.9)
-    rows, moved = prior.draw(3000, seeded(1))
+    rows, moved, distance = prior.draw(3000, seeded(1))
     assert prior.threshold == pytest.approx(threshold, rel=1e-4)
     assert not moved.any() and far(rows).min() > threshold * (1 - 1e-6)
     wide = stats.multivariate_normal(mean.numpy(), 1.5**2 * spread.numpy())
@@ -359,7 +359,7 @@ def test_sparse_is_the_wide_gaussian_where_neighbours_are_far(dim):
 def test_sparse_rows_that_stay_dense_are_moved_away_from_the_mean():
     x = two_clusters(4000, 2)
     prior = priors.Sparse.fit(x, scale=0.01)  # draws all fall in the middle of the reference
-    rows, moved = prior.draw(20, seeded())
+    rows, moved, _ = prior.draw(20, seeded())
     assert moved.all() and (prior.distance(rows) > prior.threshold).all()
     back = prior.mean + (rows - prior.mean) / 1.1
     assert (prior.distance(back) <= prior.threshold).all()  # and no farther than needed
