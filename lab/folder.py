@@ -34,7 +34,7 @@ import llama
 from lab import posteriors
 from lab.console import UserError
 from lab.files import (LONG, SMALL, Folder, NotWritten, digest_of, is_unfinished, locked,
-                       only_begun, read_tensors, reading, refuse_link)
+                       only_begun, read_tensors, reading, refuse_link, settled_state)
 from lab.foreign_data import not_foreign
 from lab.hub import model_folder
 from lab.processes import rank_and_size
@@ -86,6 +86,8 @@ class Run:
         self.path = Path(path)
         self.step: int | None = None
         self.folder: Folder | None = None  # while it is locked: what is written goes there
+        # The log and its file's state: a long one takes seconds to read, and is asked for often.
+        self._log: tuple[tuple | None, list[dict]] = None, []
 
     @property
     def writes(self) -> bool:
@@ -326,6 +328,12 @@ class Run:
     def metrics(self) -> list[dict]:
         """The log, without a last line that a killed run left unfinished."""
         path = self.path / LOG
+        state = settled_state(path) if path.exists() else None
+        if state is None or state != self._log[0]:
+            self._log = state, self._read_log(path)
+        return [*self._log[1]]
+
+    def _read_log(self, path: Path) -> list[dict]:
         text = data.read_text(path, LONG) if path.exists() else ""
         lines = []
         for where, line in data.json_lines(text[:text.rfind("\n") + 1], path):

@@ -164,9 +164,8 @@ def victim(arguments, point, n):
 def test_killed_inside_the_writer(tmp_path):
     """At every point of the first or the last checkpoint."""
     context = multiprocessing.get_context("forkserver")  # no torch threads to inherit
-    # What every victim would import again; the optimiser imports torch._dynamo.
-    context.set_forkserver_preload(["torch", "torch._dynamo", "promptprior", "lab.train",
-                                    "test_survival"])
+    # What every victim would import again.
+    context.set_forkserver_preload(["torch", "promptprior", "lab.train", "test_survival"])
     threads, alone = torch.get_num_threads(), tmp_path / "whole"
     torch.set_num_threads(1)  # as its victims
     try:
