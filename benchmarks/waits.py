@@ -4,11 +4,11 @@
     python benchmarks/waits.py --random          # LLaMA 3.2 1B's width and vocabulary, few layers
 
 Each command is a process of its own, on runs of one step that are trained first. Seconds are from
-its start to its end, imports and all; of training, to its beginning, when all is read and the
-prior is drawn, and to its first scores and its first step. Memory is the most that the process
-held: all of it, and what is above the model's weights, which are mapped from their file. The cache
-folder is empty before each command; with --again each is run once more with what the first left
-there.
+its start to its end, imports and all, by the clock and of processors, which count the same beside
+other work; of training, to its beginning, when all is read and the prior is drawn, and to each line
+of its log. Memory is the most that the process held: all of it, and what is above the model's
+weights, which are mapped from their file. The cache folder is empty before each command; with
+--again each is run once more with what the first left there.
 """
 
 from __future__ import annotations
@@ -89,9 +89,15 @@ def prepare(out: Path) -> None:
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def waits(command: Command, cache: Path) -> Iterator[tuple[str, float, int]]:
-    """Run a command -> what was waited for, the seconds since its start, and the most bytes that it
-    held until then."""
+class Wait(NamedTuple):
+    name: str
+    clock: float  # seconds since the start
+    processors: float  # seconds, of all threads
+    held: int  # bytes, the most until then
+
+
+def waits(command: Command, cache: Path) -> Iterator[Wait]:
+    """Run a command -> what was waited for."""
     environment = {**os.environ, "PROMPTPRIOR_CACHE": str(cache)}
     with tempfile.TemporaryFile() as errors:
         start, seen, done = time.perf_counter(), 0, 0
@@ -102,16 +108,16 @@ def waits(command: Command, cache: Path) -> Iterator[tuple[str, float, int]]:
             time.sleep(0.02 if command.log else 0)
             done, status, usage = os.wait4(process.pid, os.WNOHANG if command.log else 0)
             seconds = time.perf_counter() - start
-            held = 1024 * usage.ru_maxrss if done else high_water(process.pid)
             reached = stages(command.log) if command.log else []
+            spent = (usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss) if done else \
+                so_far(process.pid)
             for stage in reached[seen:]:
-                yield f"{command.name}: {stage}", seconds, held
+                yield Wait(f"{command.name}: {stage}", seconds, *spent)
             seen = len(reached)
         if status:
             errors.seek(0)
             raise SystemExit(f"{command.name}: {errors.read().decode()}")
-        if not command.log:
-            yield command.name, seconds, held
+        yield Wait(f"{command.name}{': ends' if command.log else ''}", seconds, *spent)
 
 
 def stages(log: Path) -> list[str]:
@@ -121,10 +127,12 @@ def stages(log: Path) -> list[str]:
     return ["begins", *names] if (log.parent / "config.json").exists() else []
 
 
-def high_water(process: int) -> int:
-    """The most bytes that a running process held so far."""
+def so_far(process: int) -> tuple[float, int]:
+    """Of a running process, the processors' seconds and the most bytes that it held so far."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+    held = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK"), 1024 * held
 
 
 def random_model(folder: Path, layers: int) -> None:
@@ -175,17 +183,17 @@ def main() -> None:
         layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         print(f"{model.name}: {layers} layers, {dtype}, weights of {size / 1e9:.2f} GB\n"
-              f"{'seconds':>8} {'GB':>6} {'above':>6}")
+              f"{'seconds':>8} {'processor':>9} {'GB':>5} {'above':>5}")
         asked = ["--model", model, "--dtype", dtype], ["--data", a.data]
         for command in commands(*asked, a.limit, layers, out):
             chosen = command.name.startswith(tuple(a.only))
             if not (chosen or command.log):  # runs are always needed
                 continue
             shutil.rmtree(cache, ignore_errors=True)
-            for turn in range(1 + a.again):
-                for name, seconds, held in waits(command, cache):
-                    print(f"{seconds:>8.1f} {held / 1e9:>6.1f} {(held - size) / 1e9:>6.1f}  "
-                          f"{name}{', again' * turn}", flush=True)
+            for turn in range(1 + (a.again and not command.log)):
+                for name, clock, processors, held in waits(command, cache):
+                    print(f"{clock:>8.1f} {processors:>9.1f} {held / 1e9:>5.1f} "
+                          f"{(held - size) / 1e9:>5.1f}  {name}{', again' * turn}", flush=True)
             if command.log == out / "deep/metrics.jsonl":
                 prepare(out)
 

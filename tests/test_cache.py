@@ -157,13 +157,15 @@ def test_commands_say_the_same_with_the_folder_and_without(folder, tmp_path, mon
         monkeypatch.setenv("PROMPTPRIOR_CACHE", place)
         assert promptprior.main(["train", *shared, "--prior", "fitted", "--overwrite", "--out",
                                  str(run)]) == 0
-        pictures.append((run / "figures/layer-00.svg").read_bytes()
-                        + (run / "prompt.safetensors").read_bytes())
+        assert promptprior.main(["plot", str(run)]) == 0
+        pictures.append([(run / name).read_bytes() for name in
+                         ("figures/layer-00.svg", "prompt.safetensors", "report.html")])
         capsys.readouterr()
         for command in (["compare", str(run)], ["sample", "--prior", "exclusion"]):
             assert promptprior.main([*command, "--json"]) == 0
             outputs.append(json.loads(capsys.readouterr().out))
         kept = sorted(file.name.partition("-")[0] for file in folder.iterdir())
-        assert kept == ["Spectrum.of", "Spectrum.of", "pca", "spacing"]  # one held-out
+        # The Gaussian of all tokens, and of those that a prior is judged without.
+        assert kept == ["Spectrum.of", "Spectrum.of", "map_of", "neighbours", "pca", "spacing"]
     assert pictures[0] == pictures[1] == pictures[2]
     assert outputs[:2] == outputs[2:4] == outputs[4:]
