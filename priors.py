@@ -18,6 +18,7 @@ N reference rows, D width, n prompt rows. `paper` is Exploring Embedding Priors 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 BLOCK = 8192  # reference rows that are converted to fp64 at a time: 128k of them would be gigabytes
-STRIP = 256  # rows of a covariance that are one product
+STRIP = 256  # columns of a covariance that are one product
+INSIDE = 20_000  # rows that tell a share to a third of a percent
 
 
 class PriorError(ValueError):
@@ -271,7 +273,7 @@ class Exclusion(Fitted):
     law (RadiusLaw) and the direction uniformly."""
 
     law: RadiusLaw  # of the radius in the first law.dim whitened coordinates
-    inside: float  # share of the reference within the excluded radius
+    inside: float  # share of the reference within the excluded radius; of INSIDE rows at most
 
     @classmethod
     def fit(cls, reference: Tensor, c: float = 5.0, k: int = 0, radius: float = 0.0,
@@ -290,10 +292,11 @@ class Exclusion(Fitted):
         dim = k or D
         # c_dim = radius^2 says c = radius^dim, a number that overflows at the width of a model
         prior.law = RadiusLaw(dim, dim * math.log(radius) if radius else math.log(c))
+        rows = reference[_evenly_spaced(N, INSIDE)]
         count = 0.0
-        for block in reference.split(BLOCK):
+        for block in rows.split(BLOCK):
             count += float((prior.whiten(block, dim).norm(dim=1) < prior.law.inner).sum())
-        prior.inside = count / N
+        prior.inside = count / len(rows)
         return prior
 
     def sample(self, n: int, generator: Generator) -> Tensor:
@@ -546,7 +549,6 @@ class Sparse(Fitted):
     squares: Tensor  # (N,): squared norms of the centred rows; inf for those held out
     held_distances: Tensor  # of the rows held out, which are no neighbours
     threshold: float  # of distances that are sparse
-    acceptance: float  # share of wide draws that are sparse
 
     @classmethod
     def fit(cls, reference: Tensor, k: int = 10, quantile: float = 0.9, scale: float = 1.5,
@@ -572,15 +574,20 @@ class Sparse(Fitted):
         prior.squares = torch.cat([prior.centred(x).square().sum(1) for x in blocks])
         prior.squares[held] = math.inf
 
-        # The threshold comes from real rows, the acceptance from wide draws.
         prior.held_distances = prior.distance(reference[held])
         prior.threshold = float(prior.held_distances.quantile(quantile))
         if not prior.threshold > 1e-6 * prior.scale[0]:
             raise PriorError(f"sparse: {quantile:.0%} of the reference rows have {k} or more "
                              "copies: raise k or quantile, or give a reference without copies")
-        wide_draws = prior._wide_draws(1000, torch.Generator().manual_seed(0))
-        prior.acceptance = float((prior.distance(wide_draws) > prior.threshold).double().mean())
         return prior
+
+    @functools.cached_property
+    def acceptance(self) -> float:
+        """Share of wide draws that are sparse. Of a large reference it takes seconds."""
+        import torch
+
+        wide_draws = self._wide_draws(1000, torch.Generator().manual_seed(0))
+        return float((self.distance(wide_draws) > self.threshold).double().mean())
 
     def centred(self, x: Tensor) -> Tensor:
         """x (n, D) less the mean; with dim its coordinates (n, dim) fp64 in the principal
