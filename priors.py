@@ -18,15 +18,18 @@ N reference rows, D width, n prompt rows. `paper` is Exploring Embedding Priors 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 BLOCK = 8192  # reference rows that are converted to fp64 at a time: 128k of them would be gigabytes
+STRIP = 256  # columns of a covariance that are one product
+INSIDE = 20_000  # rows that tell a share to a third of a percent
 
 
 class PriorError(ValueError):
@@ -37,7 +40,8 @@ class Prior:
     """What every prior has, beside report() and the three flags:
 
     fit(reference (N, D), **options) -> prior, a class method. An option has the type of its
-        default: int, float or str. Errors are PriorError.
+        default: int, float or str. Errors are PriorError. A prior that begins with a Gaussian takes
+        the reference's Spectrum too, if it is known already.
     sample(n, generator) -> (n, D) fp32
     log_prob(x (n, D)) -> (n,) nats, in x's dtype"""
 
@@ -163,9 +167,8 @@ class Fitted(Prior):
         self.shrinkage = shrinkage
 
     @classmethod
-    def fit(cls, reference: Tensor, shrinkage: float = -1.0) -> Fitted:
-        import torch
-
+    def fit(cls, reference: Tensor, shrinkage: float = -1.0, *,
+            spectrum: Spectrum | None = None) -> Fitted:
         N, D = reference.shape
         if N < 2:
             raise PriorError(f"a Gaussian cannot be fitted on {N} reference rows: "
@@ -173,16 +176,14 @@ class Fitted(Prior):
         if shrinkage > 1:
             raise PriorError(f"shrinkage is {shrinkage}, expected 0 to 1, or -1 for the "
                              "Ledoit-Wolf optimum")
-        mean, covariance, fourth_moment = _moments(reference)
-        trace = covariance.trace()
+        mean, variance, basis, fourth_moment = spectrum or Spectrum.of(reference)
+        trace = variance.sum()
         if not trace > 0:
             raise PriorError("all reference rows are equal, so there is no spread to fit: "
                              "give another reference")
 
         if shrinkage < 0:
-            shrinkage = _ledoit_wolf(covariance, fourth_moment, N)
-        variance, basis = torch.linalg.eigh(covariance)
-        variance, basis = variance.flip(0), basis.flip(1)
+            shrinkage = _ledoit_wolf(variance, fourth_moment, N)
         shrunk = (1 - shrinkage) * variance + shrinkage * trace / D
         # A singular Sigma without shrinkage has zero variances; the floor keeps densities finite.
         scale = shrunk.clamp(min=1e-10 * shrunk[0]).sqrt()
@@ -219,31 +220,40 @@ class Fitted(Prior):
         return {"shrinkage": self.shrinkage}
 
 
-def _moments(reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows (N, D), in fp64: the mean (D,), the covariance (D, D), and the mean fourth power of a
-    row's distance to the mean."""
-    import torch
+class Spectrum(NamedTuple):
+    """All that a Gaussian takes of its reference (N, D), in fp64."""
 
-    N, D = reference.shape
-    # By blocks, because a sum in another type makes a copy of all that it adds.
-    mean = sum(block.sum(0, dtype=torch.float64) for block in reference.split(BLOCK)) / N
-    if not torch.isfinite(mean).all():
-        raise PriorError("the reference has values that are not finite: find the rows and "
-                         "leave them out")
-    covariance = torch.zeros(D, D, dtype=torch.float64, device=reference.device)
-    fourth_moment = torch.zeros((), dtype=torch.float64, device=reference.device)
-    for block in reference.split(BLOCK):
-        x = block.double() - mean
-        covariance += x.T @ x / N
-        fourth_moment += x.square().sum(1).square().sum() / N
-    return mean, covariance, fourth_moment
+    mean: Tensor  # (D,)
+    variance: Tensor  # (D,): the covariance's eigenvalues, falling
+    basis: Tensor  # (D, D): its eigenvectors as columns
+    fourth_moment: Tensor  # (): the mean fourth power of a row's distance to the mean
+
+    @classmethod
+    def of(cls, reference: Tensor) -> Spectrum:
+        import torch
+
+        N, D = reference.shape
+        # By blocks, because a sum in another type makes a copy of all that it adds.
+        mean = sum(block.sum(0, dtype=torch.float64) for block in reference.split(BLOCK)) / N
+        if not torch.isfinite(mean).all():
+            raise PriorError("the reference has values that are not finite: find the rows and "
+                             "leave them out")
+        covariance = torch.zeros(D, D, dtype=torch.float64, device=reference.device)
+        fourth_moment = torch.zeros((), dtype=torch.float64, device=reference.device)
+        for block in reference.split(BLOCK):
+            x = block.double().sub_(mean)
+            fourth_moment += x.square().sum(1).square().sum() / N
+            # The covariance is symmetric: half of it is enough, and takes half of the time.
+            for i in range(0, D, STRIP):
+                covariance[i:, i:i + STRIP] += x[:, i:].T @ x[:, i:i + STRIP] / N
+        variance, basis = torch.linalg.eigh(covariance)  # reads the lower half
+        return cls(mean, variance.flip(0), basis.flip(1), fourth_moment)
 
 
-def _ledoit_wolf(covariance: Tensor, fourth_moment: Tensor, N: int) -> float:
+def _ledoit_wolf(variance: Tensor, fourth_moment: Tensor, N: int) -> float:
     """The optimal weight of the identity (Ledoit and Wolf 2004, lemmas 3.2 to 3.4)."""
-    D = len(covariance)
-    square = covariance.square().sum()
-    distance_to_identity = square - covariance.trace()**2 / D
+    square = variance.square().sum()
+    distance_to_identity = square - variance.sum()**2 / len(variance)
     if not distance_to_identity > 0:
         return 1.0
     error = (fourth_moment - square) / N
@@ -263,11 +273,11 @@ class Exclusion(Fitted):
     law (RadiusLaw) and the direction uniformly."""
 
     law: RadiusLaw  # of the radius in the first law.dim whitened coordinates
-    inside: float  # share of the reference within the excluded radius
+    inside: float  # share of the reference within the excluded radius; of INSIDE rows at most
 
     @classmethod
     def fit(cls, reference: Tensor, c: float = 5.0, k: int = 0, radius: float = 0.0,
-            shrinkage: float = -1.0) -> Exclusion:
+            shrinkage: float = -1.0, *, spectrum: Spectrum | None = None) -> Exclusion:
         N, D = reference.shape
         if radius and (c != 5.0 or not radius > 1):
             raise PriorError(f"exclusion: radius is {radius} and c is {c}, expected a radius of "
@@ -278,14 +288,15 @@ class Exclusion(Fitted):
             raise PriorError(f"exclusion: k is {k}, expected 1 to {D} principal directions, "
                              "or 0 for all")
 
-        prior = super().fit(reference, shrinkage)
+        prior = super().fit(reference, shrinkage, spectrum=spectrum)
         dim = k or D
         # c_dim = radius^2 says c = radius^dim, a number that overflows at the width of a model
         prior.law = RadiusLaw(dim, dim * math.log(radius) if radius else math.log(c))
+        rows = reference[_evenly_spaced(N, INSIDE)]
         count = 0.0
-        for block in reference.split(BLOCK):
+        for block in rows.split(BLOCK):
             count += float((prior.whiten(block, dim).norm(dim=1) < prior.law.inner).sum())
-        prior.inside = count / N
+        prior.inside = count / len(rows)
         return prior
 
     def sample(self, n: int, generator: Generator) -> Tensor:
@@ -538,18 +549,18 @@ class Sparse(Fitted):
     squares: Tensor  # (N,): squared norms of the centred rows; inf for those held out
     held_distances: Tensor  # of the rows held out, which are no neighbours
     threshold: float  # of distances that are sparse
-    acceptance: float  # share of wide draws that are sparse
 
     @classmethod
     def fit(cls, reference: Tensor, k: int = 10, quantile: float = 0.9, scale: float = 1.5,
-            dim: int = 0, shrinkage: float = -1.0) -> Sparse:
+            dim: int = 0, shrinkage: float = -1.0, *,
+            spectrum: Spectrum | None = None) -> Sparse:
         import torch
 
         N, D = reference.shape
         if not (0 < quantile < 1 and scale > 0 and 0 <= dim <= D):
             raise PriorError(f"sparse: quantile {quantile}, scale {scale}, dim {dim}: expected a "
                              f"quantile between 0 and 1, a scale above 0, and a dim of 0 to {D}")
-        prior = super().fit(reference, shrinkage)
+        prior = super().fit(reference, shrinkage, spectrum=spectrum)
         held = _evenly_spaced(N, min(max(N // 10, 1), 1000))
         if not 1 <= k <= N - len(held):
             raise PriorError(f"sparse: k is {k}, and {N - len(held)} reference rows can be "
@@ -563,15 +574,20 @@ class Sparse(Fitted):
         prior.squares = torch.cat([prior.centred(x).square().sum(1) for x in blocks])
         prior.squares[held] = math.inf
 
-        # The threshold comes from real rows, the acceptance from wide draws.
         prior.held_distances = prior.distance(reference[held])
         prior.threshold = float(prior.held_distances.quantile(quantile))
         if not prior.threshold > 1e-6 * prior.scale[0]:
             raise PriorError(f"sparse: {quantile:.0%} of the reference rows have {k} or more "
                              "copies: raise k or quantile, or give a reference without copies")
-        wide_draws = prior._wide_draws(1000, torch.Generator().manual_seed(0))
-        prior.acceptance = float((prior.distance(wide_draws) > prior.threshold).double().mean())
         return prior
+
+    @functools.cached_property
+    def acceptance(self) -> float:
+        """Share of wide draws that are sparse. Of a large reference it takes seconds."""
+        import torch
+
+        wide_draws = self._wide_draws(1000, torch.Generator().manual_seed(0))
+        return float((self.distance(wide_draws) > self.threshold).double().mean())
 
     def centred(self, x: Tensor) -> Tensor:
         """x (n, D) less the mean; with dim its coordinates (n, dim) fp64 in the principal
@@ -610,12 +626,12 @@ class Sparse(Fitted):
     def _wide_draws(self, n: int, generator: Generator) -> Tensor:
         return self.unwhiten(self.wide * self._noise(n, generator))
 
-    def draw(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """-> rows (n, D) fp64, and which of them (n,) were moved."""
+    def draw(self, n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """-> rows (n, D) fp64, which of them (n,) were moved, and the distances (n,)."""
         import torch
 
         rows = self.mean.new_empty(n, len(self.mean))
-        moved = torch.zeros(n).bool()
+        moved, distance = torch.zeros(n).bool(), self.mean.new_empty(n)
         dense = torch.arange(n)
         tries = 0
         while len(dense):
@@ -624,12 +640,13 @@ class Sparse(Fitted):
             else:
                 rows[dense] = self.mean + 1.1 * (rows[dense] - self.mean)
                 moved[dense] = True
-            dense = dense[self.distance(rows[dense]) <= self.threshold]
+            distance[dense] = self.distance(rows[dense])
+            dense = dense[distance[dense] <= self.threshold]
             tries += 1
-        return rows, moved
+        return rows, moved, distance
 
     def sample(self, n: int, generator: Generator) -> Tensor:
-        rows, _ = self.draw(n, generator)
+        rows, _, _ = self.draw(n, generator)
         return rows.float()
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -647,10 +664,10 @@ class Sparse(Fitted):
         of a fixed seed, and the share of those draws that were moved."""
         import torch
 
-        rows, moved = self.draw(200, torch.Generator().manual_seed(1))
+        _, moved, distance = self.draw(200, torch.Generator().manual_seed(1))
         return {**super().report(), "acceptance": self.acceptance, "threshold": self.threshold,
                 "distance_reference": float(self.held_distances.median()),
-                "distance_drawn": float(self.distance(rows).median()),
+                "distance_drawn": float(distance.median()),
                 "moved": float(moved.double().mean())}
 
 
@@ -681,7 +698,8 @@ class VAE(Fitted):
     gain: float  # nats by which a held-out row is likelier than under the fitted Gaussian
 
     @classmethod
-    def fit(cls, reference: Tensor, latent: int = 0, shrinkage: float = -1.0) -> VAE:
+    def fit(cls, reference: Tensor, latent: int = 0, shrinkage: float = -1.0, *,
+            spectrum: Spectrum | None = None) -> VAE:
         import torch
 
         N, D = reference.shape
@@ -690,7 +708,7 @@ class VAE(Fitted):
         if not 0 <= latent <= D:
             raise PriorError(f"vae: latent is {latent}, expected 1 to {D}, or 0 to choose the "
                              "number by held-out rows")
-        prior = super().fit(reference, shrinkage)
+        prior = super().fit(reference, shrinkage, spectrum=spectrum)
         rows = reference[torch.randperm(N, generator=torch.Generator().manual_seed(0))[:8192]]
         count = min(len(rows) // 5, 400)
         held_out, rows = rows[:count], rows[count:]
@@ -875,9 +893,10 @@ PRIORS = {
 
 
 def options(name: str) -> dict[str, object]:
-    """A prior's options and their defaults, from the signature of its fit."""
+    """A prior's options and their defaults, from the signature of its fit. A spectrum, which is
+    None by default, is none."""
     parameters = inspect.signature(PRIORS[name].fit).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {p.name: p.default for p in parameters if p.default not in (p.empty, None)}
 
 
 def parse(spec: str) -> tuple[str, dict[str, object], list[str]]:

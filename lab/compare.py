@@ -24,6 +24,7 @@ from torch import Tensor
 import priors
 from lab import geometry, statistics, two_samples
 from lab.activations import Collection
+from lab.cache import kept
 from lab.commands import CompareOptions
 from lab.console import UserError, say, show, table
 from lab.evaluation import OpenRun, open_run, score_table
@@ -79,6 +80,11 @@ def measure(keys: str, call: Callable, *arguments) -> dict[str, float]:
     except (geometry.GeometryError, statistics.StatisticsError):
         return {}
     return dict(zip(keys.split(), map(float, np.atleast_1d(values))))
+
+
+def spacing_of(tokens: Tensor) -> float:
+    """geometry.spacing of the vocabulary (V, D); see cache.kept."""
+    return float(kept(geometry.spacing, tokens.numpy())[0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,7 +271,7 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
     if 0 in start and not opened.prompt.is_prefix:
         tokens = opened.model.embeddings[opened.vocabulary.ordinary].float().cpu()
         if settings.model not in spacings:
-            spacings[settings.model] = measure("spacing", geometry.spacing, tokens.numpy())
+            spacings[settings.model] = measure("spacing", spacing_of, tokens)
         at_tokens = {"tokens": tokens, **spacings[settings.model]}
 
     # Measure each layer's rows, and read what they say.
@@ -276,7 +282,7 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
                              "as far at random": at_random.float()}, tokens, opened.vocabulary)
     for i, reference in references_of(opened).items():
         for name, numbers in measure_rows(start[i], end[i], reference.rows,
-                                          priors.Fitted.fit(reference.rows),
+                                          reference.gaussian,
                                           particles=len(run.prompts()),
                                           **(at_tokens if i == 0 else {})):
             rows.append((f"layer {i} {name}", numbers))

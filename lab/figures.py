@@ -42,6 +42,7 @@ from lab.files import SMALL, write_file
 from lab.folder import Run
 from lab.inputs import LoadedModel, check_same_model, load_model, parse_spec
 from lab.locality import paths_of, walks
+from lab.populations import VOCABULARY, Reference, vocabulary_part
 from lab.sample import LEAST, LEAST_TEXTS, judge_prior
 from lab.settings import ModelSettings, absolute, from_flags, prior_name, spec_name
 from lab.train import command_train, differences
@@ -69,10 +70,14 @@ class World(NamedTuple):
         return self.loaded.model.config.num_hidden_layers
 
     @property
+    def vocabulary(self) -> Reference:
+        """Every token that a text can have, once."""
+        return Reference([vocabulary_part(self.loaded).rows], VOCABULARY, keep=True)
+
+    @property
     def embeddings(self) -> np.ndarray:
-        """(V, D): every token that a text can have, once."""
-        ids = self.loaded.vocabulary.ordinary
-        return self.loaded.model.embeddings[ids].float().cpu().numpy()
+        """(V, D): the vocabulary's rows."""
+        return self.vocabulary.rows.numpy()
 
     @property
     def tokens(self) -> Collection:
@@ -326,16 +331,17 @@ def percent_inside(x: np.ndarray, population: np.ndarray) -> float:
 def rows_over_vocabulary(world: World, run: str) -> Drawing:
     """PCA of the vocabulary. The run's name ends with the paper's learning rate, as in
     fitted-5e-3."""
-    vocabulary = world.embeddings
-    plane = viz.pca(vocabulary)
-    marks = [viz.Cloud(f"vocabulary, {len(vocabulary)} tokens", viz.project(plane, vocabulary)),
+    reference = world.vocabulary
+    population, plane = reference.rows, reference.plane
+    marks = [viz.Cloud(f"vocabulary, {len(population)} tokens",
+                       viz.project(plane, population.numpy())),
              *prompt_marks(world.runs[run], 0, plane, "rows")]
 
     # Where the rows lie among the tokens, as compare measures it.
     start, end = world.runs[run].start_and_end()
-    population = torch.from_numpy(vocabulary)
-    fitted = priors.Fitted.fit(population)
-    measures = dict(compare.measure_rows(start[0], end[0], population, fitted, population))
+    spacing = compare.measure("spacing", compare.spacing_of, population)
+    measures = dict(compare.measure_rows(start[0], end[0], population, reference.gaussian,
+                                         population, **spacing))
     numbers = {"token_distance": measures["reference"]["distance"]}
     for prefix, rows in (("prior", measures["prior draw"]), ("trained", measures["trained"])):
         for key in ("distance", "norm_ratio", "moved", "collapse", "effective_rank"):
@@ -351,10 +357,10 @@ def rows_over_vocabulary(world: World, run: str) -> Drawing:
 
 def exclusion_draws(world: World) -> Drawing:
     """PCA of the vocabulary."""
-    vocabulary, seed = world.embeddings, world.options.seed
-    prior = priors.Exclusion.fit(torch.from_numpy(vocabulary))
+    reference, seed = world.vocabulary, world.options.seed
+    prior = reference.fit(priors.Exclusion, {})
     draws = prior.sample(SIZE // 4, torch.Generator().manual_seed(seed)).numpy()
-    plane = viz.pca(vocabulary)
+    vocabulary, plane = reference.rows.numpy(), reference.plane
     marks = [viz.Cloud(f"exclusion, {len(draws)} draws", viz.project(plane, draws), viz.SKY),
              viz.Cloud(f"vocabulary, {len(vocabulary)} tokens", viz.project(plane, vocabulary))]
     numbers = {**prior.report(), "draws_inside": percent_inside(draws, vocabulary)}

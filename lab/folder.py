@@ -33,8 +33,8 @@ import data
 import llama
 from lab import posteriors
 from lab.console import UserError
-from lab.files import (LONG, SMALL, Folder, NotWritten, is_unfinished, locked, only_begun,
-                       read_tensors, reading, refuse_link)
+from lab.files import (LONG, SMALL, Folder, NotWritten, digest_of, is_unfinished, locked,
+                       only_begun, read_tensors, reading, refuse_link, settled_state)
 from lab.foreign_data import not_foreign
 from lab.hub import model_folder
 from lab.processes import rank_and_size
@@ -86,6 +86,8 @@ class Run:
         self.path = Path(path)
         self.step: int | None = None
         self.folder: Folder | None = None  # while it is locked: what is written goes there
+        # The log and its file's state: a long one takes seconds to read, and is asked for often.
+        self._log: tuple[tuple | None, list[dict]] = None, []
 
     @property
     def writes(self) -> bool:
@@ -282,7 +284,7 @@ class Run:
                      ) -> None:
         """Write tensors as `tensors` reads them, with what tells whose they are."""
         about = {"settings": identity(settings), "step": step}
-        about["sha256"] = _digest(tensors, about)
+        about["sha256"] = digest_of(tensors, about)
         self.write(name, save(tensors, {ABOUT: json.dumps(about, sort_keys=True)}))
 
     def prompt(self, name: str | None = None) -> llama.Prompt:
@@ -326,6 +328,12 @@ class Run:
     def metrics(self) -> list[dict]:
         """The log, without a last line that a killed run left unfinished."""
         path = self.path / LOG
+        state = settled_state(path) if path.exists() else None
+        if state is None or state != self._log[0]:
+            self._log = state, self._read_log(path)
+        return [*self._log[1]]
+
+    def _read_log(self, path: Path) -> list[dict]:
         text = data.read_text(path, LONG) if path.exists() else ""
         lines = []
         for where, line in data.json_lines(text[:text.rfind("\n") + 1], path):
@@ -361,7 +369,7 @@ class Run:
                 log = hashlib.file_digest(f, "sha256").hexdigest()
                 state = {"step": step, "metrics_bytes": f.tell(), "metrics_sha256": log,
                          "due": due, "settings": identity(settings)}
-            about = {"state": json.dumps(state), "sha256": _digest(tensors, state)}
+            about = {"state": json.dumps(state), "sha256": digest_of(tensors, state)}
             folder.write(f"checkpoints/{step:06d}.safetensors", save(tensors, about))
             for name in numbered(folder.names(), "checkpoints")[:-CHECKPOINTS]:
                 folder.remove(name)
@@ -523,7 +531,7 @@ def read_prompt(path: Path) -> tuple[dict[str, Tensor], dict]:
         sha256 = about.pop("sha256")
         if {key: type(value) for key, value in about.items()} != {"settings": dict, "step": int}:
             raise ValueError("its metadata is not that of a run")
-        if sha256 != _digest(tensors, about):
+        if sha256 != digest_of(tensors, about):
             raise ValueError("its contents do not match their checksum, the file is damaged")
     return tensors, about
 
@@ -619,7 +627,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         early = {"step": int, "metrics_bytes": int, "due": bool}
         if kinds not in (early, {**early, "metrics_sha256": str, "settings": dict}):
             raise ValueError("its state is not that of a run")
-        if about.get("sha256") != _digest(tensors, state):
+        if about.get("sha256") != digest_of(tensors, state):
             raise ValueError("its contents do not match their checksum, the file is damaged")
     return Checkpoint(tensors=tensors, **state)
 
@@ -636,12 +644,3 @@ def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) 
             raise UserError(f"{path}/checkpoints: rows {name!r} are missing or of another shape "
                             f"than {tuple(p.shape)}: this checkpoint is of another run, or of an "
                             "early version: start a run anew")
-
-
-def _digest(tensors: dict[str, Tensor], state: dict) -> str:
-    """SHA-256 of the state and of every tensor's name, type, shape and bytes."""
-    total = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    for name, t in sorted(tensors.items()):
-        content = t.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        total.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + content)
-    return total.hexdigest()

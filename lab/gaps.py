@@ -43,14 +43,13 @@ def most_bimodal(x: np.ndarray) -> Split:
     is the next direction, until the share grows no more. All of this is in the first N / 20
     principal coordinates, 50 at most: in more, any rows have a direction that divides them."""
     x = _checked(x)
-    mean = x.mean(0)
-    _, deviation, axes = np.linalg.svd(x - mean, full_matrices=False)
-    P = min(len(x) // 20, 50, int((deviation > 1e-6 * deviation[0]).sum()))
-    scaled_axes = axes[:P].T / deviation[:P] * len(x)**0.5  # (D, P), to coordinates of variance 1
-    z = (x - mean) @ scaled_axes
+    centred = x - x.mean(0)
+    deviation, axes = _principal(centred, min(len(x) // 20, 50))
+    scaled_axes = axes / deviation  # (D, P), to coordinates of variance 1
+    z = centred @ scaled_axes
 
     best, best_share = None, -1.0
-    for start in np.eye(P):
+    for start in np.eye(len(deviation)):
         direction, threshold, share = _discriminate(z, start)
         if share > best_share:
             best, best_share = (direction, threshold), share
@@ -59,6 +58,20 @@ def most_bimodal(x: np.ndarray) -> Split:
     direction = scaled_axes @ direction
     along = x @ direction
     return Split(direction, float(along[~above].mean()), float(along[above].mean()))
+
+
+def _principal(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The standard deviations (P,), falling, of centred rows x (N, D) along their first principal
+    directions (D, P), of which there are at most so many. Those that rounding may have made are
+    left out."""
+    N, D = x.shape
+    # The smaller of the two matrices of products, whose decomposition is quicker than x's own.
+    square, vectors = np.linalg.eigh(x @ x.T if N < D else x.T @ x)
+    square, vectors = square[::-1][:most], vectors[:, ::-1][:, :most]
+    P = int((square > 1e-12 * square[0]).sum())
+    length = np.sqrt(square[:P])
+    axes = x.T @ vectors[:, :P] / length if N < D else vectors[:, :P]
+    return length / N**0.5, axes
 
 
 def _discriminate(z: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, float, float]:

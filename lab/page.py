@@ -32,6 +32,7 @@ import llama
 import viz
 from lab import geometry
 from lab.activations import ROLES
+from lab.cache import kept
 from lab.commands import PlotOptions
 from lab.console import UserError, progress, say, show
 from lab.evaluation import OpenRun, open_run
@@ -39,8 +40,8 @@ from lab.files import NotWritten, begins_with, free_place, write_file
 from lab.folder import Run, snapshot
 from lab.inputs import LoadedModel
 from lab.pictures import curves, draw_run, text_picture
-from lab.populations import (Labels, Part, Reference, population, prefix_vectors, references_of,
-                             vocabulary_part)
+from lab.populations import (Labels, Part, Reference, plane_of, population, prefix_vectors,
+                             references_of, vocabulary_part)
 from lab.settings import ModelSettings, Settings, from_flags, spec_name
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -57,6 +58,7 @@ PREDICTIONS = 2000  # most of a run's
 CURVE = 500  # most points of a training curve
 LONGEST = 200  # characters of a token
 SEED = 0  # of samples and maps
+VOCABULARY_MAP = "token embeddings of the vocabulary"  # the name of the first map
 UNUSED = "in no reference"  # the domain of tokens that no reference uses
 
 
@@ -164,7 +166,7 @@ def vocabulary_with_domains(loaded: LoadedModel, reference: Reference, texts: li
         kinds.append(kind_of(texts[token]))
         used_by = " and ".join(sorted(domains_of[token])) or UNUSED
         domains.append(used_by if reference.labels else "vocabulary")
-    return Part(rows, "token embeddings of the vocabulary",
+    return Part(rows, VOCABULARY_MAP,
                 Labels(torch.tensor(loaded.vocabulary.ordinary), kinds, domains,
                        torch.arange(len(kinds))))
 
@@ -181,8 +183,9 @@ def layer_map(i: int, part: Part, reference: Reference, layers: int) -> LayerMap
     how many maps share the room on the page."""
     rows, labels = part.rows, part.labels
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))
-    # A large vocabulary's plane takes seconds, and the run's picture may have it already.
-    plane = reference.plane if rows is reference.rows else viz.pca(rows.numpy())
+    # What is the model's alone takes seconds and is kept; the run's picture may have its plane.
+    keep = part.name == VOCABULARY_MAP
+    plane = reference.plane if rows is reference.rows else plane_of(rows, keep)
     mean_norm = rows.norm(dim=1).mean().item()
     if i > 0:  # a sample is enough of activations; of the vocabulary every token is shown
         index = order[:min(DEEP, ALL_DEEP // layers)].sort().values
@@ -194,7 +197,7 @@ def layer_map(i: int, part: Part, reference: Reference, layers: int) -> LayerMap
 
     # Neighbours of as many rows as time allows.
     asked = sample[:max(int(WORK / x.size), 1)]
-    near, cosine = geometry.similar(x[asked], x, min(NEAR, len(x) - 1), members=asked)
+    near, cosine = (t.numpy() for t in kept(neighbours, x, asked, keep=keep))
     roles, role = categories(labels.role)
     domains, domain = categories(labels.domain)
     content = {
@@ -204,16 +207,27 @@ def layer_map(i: int, part: Part, reference: Reference, layers: int) -> LayerMap
         "explained": plane.explained.tolist(), "norm": np.linalg.norm(x, axis=1) / mean_norm,
         "asked": asked, "near": near, "cosine": cosine}
     if len(sample) >= 12 and np.ptp(x[sample], axis=0).max() > 0:
-        content["tsne"] = tsne_content(x, sample)
+        content["tsne"] = tsne_content(x, sample, keep)
     return LayerMap(content, x, plane, mean_norm, sample, reference.is_prefix)
 
 
-def tsne_content(x: np.ndarray, sample: np.ndarray) -> dict:
-    """The t-SNE of a sample of the rows x (B, W), which are given by their indices."""
+def neighbours(x: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The NEAR most similar others of some rows of x (B, W), and their cosines."""
+    return geometry.similar(x[asked], x, min(NEAR, len(x) - 1), members=asked)
+
+
+def map_of(x: np.ndarray, sample: np.ndarray) -> tuple:
+    """The t-SNE of some rows of x (B, W): points, perplexity, KL and recall."""
     embedding = viz.tsne(x[sample], seed=SEED)
-    content = {"points": embedding.points, "perplexity": float(embedding.perplexity),
-               "kl": float(embedding.kl), "seed": SEED,
-               "recall": recall(x[sample], embedding.points)}
+    return (embedding.points, embedding.kl, embedding.perplexity,
+            recall(x[sample], embedding.points))
+
+
+def tsne_content(x: np.ndarray, sample: np.ndarray, keep: bool) -> dict:
+    """The t-SNE of a sample of the rows x (B, W), which are given by their indices."""
+    points, kl, perplexity, found = kept(map_of, x, sample, keep=keep)
+    content = {"points": points.numpy(), "perplexity": float(perplexity), "kl": float(kl),
+               "seed": SEED, "recall": float(found)}
     if len(sample) < len(x):
         content["sample"] = sample
     return content

@@ -28,6 +28,7 @@ import priors
 import viz
 from lab import posteriors
 from lab.activations import BATCH, ROLES, Collection, is_massive, roles_of, stream
+from lab.cache import kept
 from lab.console import UserError, progress, say
 from lab.evaluation import OpenRun
 from lab.folder import Run
@@ -35,6 +36,8 @@ from lab.inputs import (LoadedModel, check_same_model, collection_of, parse_spec
                         say_files, topic, training_and_evaluation)
 from lab.settings import (REFERENCE_ROWS, DataSettings, PriorSettings, PromptSettings, Settings,
                           prior_name, spec_name)
+
+VOCABULARY = "vocabulary"  # the name of the population of all tokens
 
 
 class Labels(NamedTuple):
@@ -59,15 +62,43 @@ class Reference:
     name: str
     labels: list[Labels] | None = None  # one for each part; None: the rows of runs are no tokens
     is_prefix: bool = False  # keys (before rotation) and values, W = 2 G hd; else W = D
+    keep: bool = False  # what is worked out of the rows, because they are the model's alone
 
     @property
     def rows(self) -> Tensor:
-        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        return joined(self.parts)
 
     @functools.cached_property
     def plane(self) -> viz.Plane:
         """The principal plane of the rows, of which there are at least two."""
-        return viz.pca(self.rows.numpy())
+        return plane_of(self.rows, self.keep)
+
+    @functools.cached_property
+    def spectrum(self) -> priors.Spectrum:
+        """What a Gaussian takes of the rows."""
+        return priors.Spectrum(*kept(priors.Spectrum.of, self.rows, keep=self.keep))
+
+    def fit(self, kind: type, options: dict) -> priors.Prior:
+        """A prior of this kind, fitted on the population."""
+        if kind.several:
+            return kind.fit(*self.parts, **options)
+        if issubclass(kind, priors.Fitted):
+            return kind.fit(self.rows, spectrum=self.spectrum, **options)
+        return kind.fit(self.rows, **options)
+
+    @property
+    def gaussian(self) -> priors.Fitted:
+        return self.fit(priors.Fitted, {})
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Parts (N, W) of a population as one; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def plane_of(rows: Tensor, keep: bool) -> viz.Plane:
+    """The principal plane of rows (N, W); see cache.kept."""
+    return viz.Plane(*(t.numpy() for t in kept(viz.pca, rows.numpy(), keep=keep)))
 
 
 class Part(NamedTuple):
@@ -112,7 +143,7 @@ def references(prior: PriorSettings, settings: DataSettings, loaded: LoadedModel
         names = dict.fromkeys(part.name for part in layer_parts)
         labels = None if runs else [part.labels for part in layer_parts]
         by_layer[i] = Reference([part.rows for part in layer_parts], " and ".join(names), labels,
-                                is_prefix)
+                                is_prefix, keep=[*names] == [VOCABULARY])
     return by_layer
 
 
@@ -200,8 +231,8 @@ def population(spec: str, prior: PriorSettings, settings: DataSettings, loaded: 
 def vocabulary_part(loaded: LoadedModel) -> Part:
     """Every token that a text can have, once."""
     ids = torch.tensor(loaded.vocabulary.ordinary)
-    labels = Labels(ids, ["token"] * len(ids), ["vocabulary"] * len(ids), torch.arange(len(ids)))
-    return Part(loaded.model.embeddings[ids].float().cpu(), "vocabulary", labels)
+    labels = Labels(ids, ["token"] * len(ids), [VOCABULARY] * len(ids), torch.arange(len(ids)))
+    return Part(loaded.model.embeddings[ids].float().cpu(), VOCABULARY, labels)
 
 
 def collection_population(spec: str, prior: PriorSettings, loaded: LoadedModel, layers: list[int]
@@ -358,9 +389,7 @@ class Draw(NamedTuple):
 def fit(settings: PriorSettings, by_layer: dict[int, Reference]) -> dict[int, priors.Prior]:
     """The prior of each layer, fitted on its reference."""
     name, options, _ = priors.parse(settings.prior)
-    prior = priors.PRIORS[name]
-    return {i: prior.fit(*(reference.parts if prior.several else [reference.rows]), **options)
-            for i, reference in by_layer.items()}
+    return {i: reference.fit(priors.PRIORS[name], options) for i, reference in by_layer.items()}
 
 
 def directions(prompt: PromptSettings, by_layer: dict[int, Reference], seed: int
@@ -374,7 +403,7 @@ def directions(prompt: PromptSettings, by_layer: dict[int, Reference], seed: int
             raise UserError(f"--subspace {k}: at layer {i} a row has {W} numbers: give at most as "
                             "many directions")
         if prompt.directions == "principal":
-            bases[i] = priors.Fitted.fit(reference.rows).basis[:, :k].contiguous()
+            bases[i] = reference.gaussian.basis[:, :k].contiguous()
         else:
             number = random.Random(f"directions {seed} {i}").getrandbits(63)
             generator = torch.Generator().manual_seed(number)
@@ -390,7 +419,7 @@ def gaussian_like(prior: priors.Prior, reference: Reference) -> posteriors.Gauss
         scale = torch.full((prior.width,), prior.std)
         return posteriors.Gaussian(torch.zeros(prior.width), torch.eye(prior.width), scale)
     if not isinstance(prior, priors.Fitted):
-        prior = priors.Fitted.fit(reference.rows)
+        prior = reference.gaussian
     return posteriors.Gaussian(prior.mean, prior.basis, prior.scale)
 
 

@@ -25,7 +25,7 @@ from lab.compare import TITLES, sample, sample_index
 from lab.console import file_list, say, show, table
 from lab.files import free_folder, new_folder
 from lab.inputs import layers_with_rows, load_model, longest_text, rows_per_layer
-from lab.populations import Reference, draw, references
+from lab.populations import Reference, draw, joined, references
 from lab.settings import Settings, from_flags
 
 LEAST = 100  # rows that a reference must have for a fifth of it to judge a prior
@@ -46,11 +46,12 @@ def held_out(texts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: int,
-                texts: list[Tensor] | None = None) -> list[tuple[str, dict[str, float]]]:
+                texts: list[Tensor] | None = None, keep: bool = False
+                ) -> list[tuple[str, dict[str, float]]]:
     """Fit a prior on four fifths of its reference, one part (N, D) for each population, draw
     prompts of n rows, and compare the draws with the remaining fifth. texts: of each part the
     numbers (N,) of the texts that its rows are of, which are held out whole; None: every row is a
-    text.
+    text. keep: what is worked out of the rows to fit on, see cache.kept.
 
     Draws of a Gaussian fitted on the same rows, and these rows themselves, are compared too. The
     rows come from the reference's own distribution, so no prior can be expected to do better.
@@ -69,16 +70,16 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
         held_parts.append(x[to_judge])
         held_texts.append(text[to_judge] + first)
         first += int(text.max()) + 1
-    fit = torch.cat(fit_parts)
-    held_rows = torch.cat(held_parts)
+    reference = Reference(fit_parts, "", keep=keep)
+    fit, held_rows = reference.rows, joined(held_parts)
     held, held_text = sample(held_rows), torch.cat(held_texts)[sample_index(len(held_rows))].numpy()
     neighbours, count = sample(fit), len(held)
 
     # The measures depend on the number of rows, so every set has as many as are held out.
-    sets = {"prior's draws": _draws(prior, fit_parts if prior.several else [fit], options, n,
-                                    count, seed)}
+    fitted = reference.fit(prior, options)
+    sets = {"prior's draws": _draws(fitted, len(fit), n, count, seed)}
     if prior is not priors.Fitted:
-        sets["fitted Gaussian's"] = _draws(priors.Fitted, [fit], {}, n, count, seed)
+        sets["fitted Gaussian's"] = _draws(reference.gaussian, len(fit), n, count, seed)
     sets["reference rows"] = sample(fit, count)
 
     # Compare every set with the held-out rows.
@@ -102,15 +103,15 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     return rows
 
 
-def _draws(prior: type, parts: list[Tensor], options: dict, n: int, count: int, seed: int
-           ) -> np.ndarray:
-    """(count, D) rows of a prior fitted on these parts, in prompts of n rows."""
-    fitted = prior.fit(*parts, **options)
+def _draws(prior: priors.Prior, N: int, n: int, count: int, seed: int) -> np.ndarray:
+    """(count, D) rows of a prior that is fitted on N, as prompts of n rows have them."""
     generator = torch.Generator().manual_seed(seed)
-    if prior is priors.Vocab:
+    if type(prior) is priors.Vocab:
         # It draws without replacement, and in prompts of n rows it would draw some rows twice.
-        return fitted.sample(min(count, len(parts[0])), generator).float().numpy()
-    prompts = [fitted.sample(n, generator) for _ in range(-(-count // n))]
+        return prior.sample(min(count, N), generator).float().numpy()
+    if type(prior) is not priors.Xavier:
+        n = count  # a row's law does not depend on how many are drawn with it, and one draw is fast
+    prompts = [prior.sample(n, generator) for _ in range(-(-count // n))]
     return torch.cat(prompts)[:count].float().numpy()
 
 
@@ -166,7 +167,7 @@ def judge_reference(settings: Settings, reference: Reference
     if min(len(text.unique()) for text in texts) < LEAST_TEXTS:
         return []
     return judge_prior(priors.PRIORS[name], reference.parts, options,
-                       rows_per_layer(settings.prior), settings.seed, texts)
+                       rows_per_layer(settings.prior), settings.seed, texts, reference.keep)
 
 
 def write_draw(folder: Path, settings: Settings, rows: dict[int, Tensor],

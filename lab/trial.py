@@ -2,7 +2,7 @@
 before this one does, because the tokenizers library is native code: some files make it end the
 process, fill the memory or never return, and no check in Python can stop that.
 
-A file that has passed is known by its checksum, and is not tried again.
+A file that has passed is known by its checksum in the cache folder, and is not tried again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import data
+from lab.cache import cache_folder
 from lab.console import UserError
 
 MEMORY = 4 * 2**30  # bytes of address space; a vocabulary of 128,000 tokens takes a tenth
@@ -50,8 +51,9 @@ sys.exit(3 if grown else 0)
 def try_tokenizer(path: Path) -> None:
     """Raise UserError if a tokenizer.json cannot be used safely, DataError if it is no text."""
     content = data.read_text(path).encode()  # refuses a pipe, and more than memory has room for
-    mark = cache_folder() / f"tokenizer-{hashlib.sha256(content).hexdigest()}"
-    if mark.exists():
+    folder = cache_folder()
+    mark = folder / f"tokenizer-{hashlib.sha256(content).hexdigest()}" if folder else None
+    if mark and mark.exists():
         return
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     # -P: no module of the working directory is imported.
@@ -69,16 +71,9 @@ def try_tokenizer(path: Path) -> None:
         fault = ("makes the tokenizers library end the process, or take more than "
                  f"{MEMORY / 2**30:.0f} GiB ({signal.Signals(-status).name})")
     else:
-        if status == 0:  # other ends tell nothing of the file
+        if mark and status == 0:  # other ends tell nothing of the file
             with contextlib.suppress(OSError):  # a folder that is not written costs another trial
                 mark.parent.mkdir(parents=True, exist_ok=True)
                 mark.touch()
         return
     raise UserError(f"{path}: {fault}: fetch it again, from where you trust")
-
-
-def cache_folder() -> Path:
-    """Where what was learned of files is kept, for all runs."""
-    named = os.environ.get("PROMPTPRIOR_CACHE")
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(named or f"{caches}/promptprior")

@@ -292,7 +292,7 @@ def sealed(content: bytes) -> bytes:
         key = folder.ABOUT if folder.ABOUT in about else "state"
         state = json.loads(about[key])
         state.pop("sha256", None)
-        digest = folder._digest(tensors, state)
+        digest = folder.digest_of(tensors, state)
     except Exception:  # damaged too much
         return content
     if key == "state":

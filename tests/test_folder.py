@@ -387,13 +387,13 @@ def test_runs_of_early_versions_open(run, capsys):
         save_file(load_file(path), path, {"settings": "{}"})
     opened = Run(run)
     for path in opened.checkpoints():
-        from lab.folder import _digest, read_checkpoint
+        from lab.folder import digest_of, read_checkpoint
 
         checkpoint = read_checkpoint(path)
         state = {"step": checkpoint.step, "metrics_bytes": checkpoint.metrics_bytes,
                  "due": checkpoint.due}
         path.write_bytes(save(checkpoint.tensors, {
-            "state": json.dumps(state), "sha256": _digest(checkpoint.tensors, state)}))
+            "state": json.dumps(state), "sha256": digest_of(checkpoint.tensors, state)}))
     assert main("compare", run) == 0 and main("plot", run) == 0
     assert "4 steps" in (run / "figures/layer-00.svg").read_text()
     (run / "checkpoints/000004.safetensors").unlink()  # to write prompts that say whose they are
@@ -553,3 +553,48 @@ def test_the_hub_is_not_asked_for_what_an_adapter_names(tmp_path, monkeypatch, c
     with pytest.raises(ZeroDivisionError):
         main("import", folder, "--out", tmp_path / "run", "--model", "stranger/model")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_is_hashed_once_a_process_until_it_changes(tmp_path, monkeypatch):
+    file, hashed = tmp_path / "model.safetensors", []
+    file.write_bytes(b"one")
+    digest, now = files.hashlib.file_digest, files.time.time_ns
+    monkeypatch.setattr(files.hashlib, "file_digest",
+                        lambda f, kind: hashed.append(f.name) or digest(f, kind))
+    first = files.checksum([file])
+    assert files.checksum([file]) == first and len(hashed) == 2  # it may change within a clock's tick
+    monkeypatch.setattr(files.time, "time_ns", lambda: now() + 10**10)
+    assert {files.checksum([file]) for _ in range(4)} == {first} and len(hashed) == 3
+    file.write_bytes(b"two")
+    second = files.checksum([file])
+    assert second != first and files.checksum([file]) == second and len(hashed) == 4
+    (tmp_path / "other").write_bytes(b"one")
+    os.replace(tmp_path / "other", file)
+    assert files.checksum([file]) == first and len(hashed) == 5
+    file.unlink()
+    with pytest.raises(UserError, match="restore it"):
+        files.checksum([file])
+
+
+def test_runs_of_one_model_hash_it_once(runs, monkeypatch, capsys):
+    hashed, digest, now = [], files.hashlib.file_digest, files.time.time_ns
+    monkeypatch.setattr(files.time, "time_ns", lambda: now() + 10**10)
+    files._sum_of.cache_clear()
+    monkeypatch.setattr(files.hashlib, "file_digest",
+                        lambda f, kind: hashed.append(Path(f.name).name) or digest(f, kind))
+    assert main("compare", runs / "0", runs / "1") == 0
+    assert hashed.count("model.safetensors") == 1
+
+
+def test_a_log_is_read_once_until_it_grows(run, monkeypatch):
+    now, log = files.time.time_ns, run / LOG
+    monkeypatch.setattr(files.time, "time_ns", lambda: now() + 10**10)
+    opened, read = Run(run), []
+    parse = Run._read_log
+    monkeypatch.setattr(Run, "_read_log", lambda self, path: read.append(path) or parse(self, path))
+    lines = opened.metrics()
+    lines.pop()  # the caller's own
+    assert opened.metrics() == Run(run).metrics() != lines and len(read) == 2
+    with log.open("a") as f:
+        f.write(json.dumps({"split": "train", "step": 5, "loss": 1.0}) + "\n")
+    assert opened.metrics()[-1]["step"] == 5 and len(read) == 3

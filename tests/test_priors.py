@@ -342,8 +342,9 @@ def test_sparse_is_the_wide_gaussian_where_neighbours_are_far(dim):
 
     np.testing.assert_allclose(prior.distance(x[held]), far(x[held]), rtol=1e-4, atol=1e-6)
     threshold = np.quantile(far(x[held]), 0.9)
-    rows, moved = prior.draw(3000, seeded(1))
+    rows, moved, distance = prior.draw(3000, seeded(1))
     assert prior.threshold == pytest.approx(threshold, rel=1e-4)
+    torch.testing.assert_close(distance, prior.distance(rows))
     assert not moved.any() and far(rows).min() > threshold * (1 - 1e-6)
     wide = stats.multivariate_normal(mean.numpy(), 1.5**2 * spread.numpy())
     tried = wide.rvs(60_000, random_state=np.random.default_rng(0))
@@ -356,10 +357,39 @@ def test_sparse_is_the_wide_gaussian_where_neighbours_are_far(dim):
     assert prior.report()["distance_drawn"] > prior.threshold > np.median(far(x[held]))
 
 
+def test_a_prior_is_the_same_of_a_spectrum_that_is_known_already():
+    x = two_clusters(3000, 12)
+    spectrum = priors.Spectrum.of(x)
+    covariance = torch.cov(x.double().T, correction=0)
+    torch.testing.assert_close(spectrum.basis * spectrum.variance @ spectrum.basis.T, covariance)
+    for kind in (priors.Fitted, priors.Exclusion, priors.Sparse, priors.VAE):
+        name = next(name for name, prior in priors.PRIORS.items() if prior is kind)
+        assert "spectrum" not in priors.options(name)
+        one, other = kind.fit(x), kind.fit(x, spectrum=spectrum)
+        assert torch.equal(one.sample(5, seeded()), other.sample(5, seeded()))
+        assert one.report() == other.report()
+
+
+def test_a_covariance_is_summed_in_strips():
+    """Of a width that is no multiple of them."""
+    x = torch.randn(900, 2 * priors.STRIP + 30, generator=seeded())
+    spectrum = priors.Spectrum.of(x)
+    covariance = np.cov(x.double().numpy().T, bias=True)
+    np.testing.assert_allclose((spectrum.basis * spectrum.variance @ spectrum.basis.T).numpy(),
+                               covariance, atol=1e-13)
+
+
+def test_the_share_inside_is_that_of_many_rows():
+    x = torch.randn(3 * priors.INSIDE, 3, generator=seeded()).abs()
+    prior = priors.Exclusion.fit(x)
+    inside = (prior.whiten(x).norm(dim=1) < prior.law.inner).double().mean()
+    assert prior.inside == pytest.approx(float(inside), abs=0.01)
+
+
 def test_sparse_rows_that_stay_dense_are_moved_away_from_the_mean():
     x = two_clusters(4000, 2)
     prior = priors.Sparse.fit(x, scale=0.01)  # draws all fall in the middle of the reference
-    rows, moved = prior.draw(20, seeded())
+    rows, moved, _ = prior.draw(20, seeded())
     assert moved.all() and (prior.distance(rows) > prior.threshold).all()
     back = prior.mean + (rows - prior.mean) / 1.1
     assert (prior.distance(back) <= prior.threshold).all()  # and no farther than needed

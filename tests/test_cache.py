@@ -1,0 +1,171 @@
+"""What is kept of a large vocabulary: the same bit for bit with the folder and without."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import priors
+import viz
+from lab import cache, geometry
+from lab.populations import Reference
+
+ROWS = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 25)
+KEPT = (priors.Spectrum.of, viz.pca, geometry.spacing)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "WORTH", 0)
+    monkeypatch.setenv("PROMPTPRIOR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def given(function):
+    return ROWS if function == priors.Spectrum.of else ROWS.numpy()
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and x.stride() == y.stride() and torch.equal(x, y)
+        for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("function", KEPT)
+def test_kept_results_are_those_of_the_function_bit_for_bit(folder, monkeypatch, function):
+    first = cache.kept(function, given(function))
+    [file] = folder.iterdir()
+    calls = []
+    monkeypatch.setattr(cache, "_results", lambda *a: calls.append(a))
+    again = cache.kept(function, given(function))
+    assert same(first, again) and not calls and oct(file.stat().st_mode)[-3:] != "777"
+
+    monkeypatch.undo()
+    monkeypatch.setenv("PROMPTPRIOR_CACHE", "off")
+    assert same(first, cache.kept(function, given(function)))
+    returned = function(given(function))
+    for t, value in zip(first, returned if isinstance(returned, tuple) else (returned,)):
+        np.testing.assert_array_equal(t.numpy(), np.asarray(value))
+
+
+def test_what_a_result_depends_on_tells_it_apart(folder, monkeypatch):
+    rows = ROWS.numpy()
+    cache.kept(viz.pca, rows)
+    other = rows.copy()
+    other[7, 3] = np.nextafter(other[7, 3], 9)
+    for arguments in ((other,), (rows, 3), (rows[:, ::-1],), (rows.T,)):
+        cache.kept(viz.pca, *arguments)
+    assert len(list(folder.iterdir())) == 5
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)  # sums round differently
+    cache.kept(viz.pca, rows)
+    assert len(list(folder.iterdir())) == 6
+
+
+def test_what_no_other_command_asks_for_or_takes_no_time_is_not_kept(folder, monkeypatch):
+    cache.kept(viz.pca, ROWS.numpy(), keep=False)
+    assert Reference([ROWS], "squad").plane and not folder.exists()
+    monkeypatch.setattr(cache, "WORTH", 300 * 24**2 + 1)
+    assert Reference([ROWS], "vocabulary", keep=True).plane and not folder.exists()
+    monkeypatch.setattr(cache, "WORTH", 300 * 24**2)
+    assert Reference([ROWS], "vocabulary", keep=True).plane and len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign", "folder", "pipe", "link"])
+def test_a_damaged_or_foreign_file_is_as_good_as_none(folder, tmp_path, monkeypatch, damage):
+    rows = ROWS.numpy()
+    first = cache.kept(viz.pca, rows)
+    [file] = folder.iterdir()
+    content = file.read_bytes()
+    cache.kept(viz.pca, rows[:200])
+    [other] = set(folder.iterdir()) - {file}
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage == "pipe":
+        os.mkfifo(file)
+    elif damage == "link":
+        (tmp_path / "theirs").write_bytes(b"theirs")
+        file.symlink_to(tmp_path / "theirs")
+    else:
+        file.write_bytes({"cut": content[:-1], "flipped": content[:-9] + b"\xff" + content[-8:],
+                          "empty": b"", "foreign": other.read_bytes()}[damage])
+    assert same(first, cache.kept(viz.pca, rows))
+    if damage in ("folder", "pipe", "link"):  # what is no file of ours is left alone
+        assert not file.is_file() or (tmp_path / "theirs").read_bytes() == b"theirs"
+    else:  # it was written anew
+        monkeypatch.delattr(cache, "_results")
+        assert same(first, cache.kept(viz.pca, rows))
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "WORTH", 0)
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", "/proc/nowhere"):
+        monkeypatch.setenv("PROMPTPRIOR_CACHE", str(place))
+        assert same(cache.kept(viz.pca, ROWS.numpy()), cache.kept(viz.pca, ROWS.numpy(), keep=False))
+
+    monkeypatch.setenv("PROMPTPRIOR_CACHE", str(tmp_path / "full"))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "write_file", full)
+    assert len(cache.kept(viz.pca, ROWS.numpy())) == 3
+
+
+def test_where_the_folder_is(monkeypatch):
+    monkeypatch.delenv("PROMPTPRIOR_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache.cache_folder() == Path("/x/promptprior")
+    monkeypatch.setenv("PROMPTPRIOR_CACHE", "/y/z")
+    assert cache.cache_folder() == Path("/y/z")
+    monkeypatch.setenv("PROMPTPRIOR_CACHE", "off")
+    assert cache.cache_folder() is None
+
+
+RACE = """
+import sys, torch, viz
+from lab import cache
+cache.WORTH = 0
+rows = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)).numpy()
+for i in range(20):
+    print(cache.kept(viz.pca, rows + i)[1].numpy().tobytes().hex())
+"""
+
+
+def test_processes_share_the_folder(folder):
+    root = Path(__file__).resolve().parent.parent
+    processes = [subprocess.Popen([sys.executable, "-c", RACE], cwd=root, text=True,
+                                  stdout=subprocess.PIPE) for _ in range(3)]
+    said = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0] and len(said) == 1
+    assert len(list(folder.iterdir())) == 20  # and nothing unfinished
+
+
+def test_commands_say_the_same_with_the_folder_and_without(folder, tmp_path, monkeypatch, capsys):
+    import promptprior
+
+    run = tmp_path / "run"
+    shared = ["--steps", "0", "--eval-limit", "1", "--max-new", "1"]
+    outputs, pictures = [], []
+    for place in (str(folder), str(folder), "off"):
+        monkeypatch.setenv("PROMPTPRIOR_CACHE", place)
+        assert promptprior.main(["train", *shared, "--prior", "fitted", "--overwrite", "--out",
+                                 str(run)]) == 0
+        assert promptprior.main(["plot", str(run)]) == 0
+        pictures.append([(run / name).read_bytes() for name in
+                         ("figures/layer-00.svg", "prompt.safetensors", "report.html")])
+        capsys.readouterr()
+        for command in (["compare", str(run)], ["sample", "--prior", "exclusion"]):
+            assert promptprior.main([*command, "--json"]) == 0
+            outputs.append(json.loads(capsys.readouterr().out))
+        kept = sorted(file.name.partition("-")[0] for file in folder.iterdir())
+        # The Gaussian of all tokens, and of those that a prior is judged without.
+        assert kept == ["Spectrum.of", "Spectrum.of", "map_of", "neighbours", "pca", "spacing"]
+    assert pictures[0] == pictures[1] == pictures[2]
+    assert outputs[:2] == outputs[2:4] == outputs[4:]
