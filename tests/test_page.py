@@ -8,11 +8,7 @@ import hashlib
 import json
 import re
 import shutil
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +29,9 @@ from lab.populations import references_of
 from lab.settings import with_flags
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from browser import Browser, NoBrowser  # noqa: E402
 TEMPLATE = page.TEMPLATE.read_text()
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "</script><script>alert(1)</script>", "<!--",
            "]]>", '"><img src=x onerror=alert(1)>', "\u202etxt.exe", "\x00", "\ud800",
@@ -390,121 +389,14 @@ def test_tokens_are_shown_as_a_text_has_them():
 # --------------------------------------------------------------------------------------------------
 # in a browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-         "--disable-background-networking --disable-component-update --disable-sync").split()
-
-
-class Browser:
-    """A headless Chromium, by chromedriver's own protocol (W3C WebDriver)."""
-
-    def __init__(self, folder):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.at = f"http://127.0.0.1:{s.getsockname()[1]}"
-        self.process = subprocess.Popen([DRIVER, f"--port={self.at.rsplit(':')[-1]}"],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(200):
-            try:
-                urllib.request.urlopen(f"{self.at}/status", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(.05)
-        options = {"args": [*FLAGS, f"--user-data-dir={folder}"], "binary": CHROMIUM}
-        try:
-            self.at += "/session/" + self.post("/session", capabilities={"alwaysMatch": {
-                "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
-                )["sessionId"]
-        except (AssertionError, OSError):
-            self.process.terminate()
-            self.process.wait()
-            raise
-
-    def post(self, path, **body):
-        request = urllib.request.Request(self.at + path, json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.load(answer)["value"]
-        except urllib.error.HTTPError as e:
-            raise AssertionError(json.load(e)["value"]["message"].splitlines()[0]) from None
-
-    def close(self):
-        end = urllib.request.Request(self.at, method="DELETE")
-        try:
-            urllib.request.urlopen(end, timeout=20).close()
-        finally:
-            self.process.terminate()
-            self.process.wait()
-
-    def js(self, code, *arguments):
-        return self.post("/execute/sync", script=code, args=arguments)
-
-    def look(self, width=1400, height=900, scheme="light", still=False):
-        cdp = lambda cmd, **params: self.post("/goog/cdp/execute", cmd=cmd, params=params)
-        cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-            mobile=width < 500)
-        cdp("Emulation.setEmulatedMedia", features=[
-            {"name": "prefers-color-scheme", "value": scheme},
-            {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"}])
-
-    def open(self, path):
-        self.post("/url", url=path.as_uri())
-        self.until("return document.documentElement.dataset.ready === 'yes'")
-
-    def until(self, code, *arguments, seconds=10):
-        end = time.time() + seconds
-        while time.time() < end:
-            if self.js(code, *arguments):
-                return
-            time.sleep(.03)
-        raise AssertionError(f"never came true: {code}")
-
-    def settled(self):
-        """Wait until what was asked to be drawn is drawn."""
-        self.post("/execute/async", script="const done = arguments[0]; requestAnimationFrame(() => "
-                  "requestAnimationFrame(() => setTimeout(() => done(1), 20)))", args=[])
-
-    def mouse(self, x, y, *more):
-        """The pointer to a place on the canvas, then "pointerDown", "pointerUp"."""
-        at = self.js("const b = document.getElementById('canvas').getBoundingClientRect(); "
-                     "return [b.x, b.y]")
-        self.post("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": [
-            {"type": "pointerMove", "x": round(at[0] + x), "y": round(at[1] + y), "duration": 0},
-            *({"type": kind, "button": 0} for kind in more)]}])
-        self.settled()
-
-    def keys(self, text):
-        self.post("/actions", actions=[{"type": "key", "id": "keys", "actions": [
-            {"type": kind, "value": c} for c in text for kind in ("keyDown", "keyUp")]}])
-        self.settled()
-
-    def pixels(self, rgb):
-        """How many of the canvas are about that colour, and their mean place."""
-        self.settled()
-        return self.js("""
-            const c = document.getElementById("canvas"), d = c.getContext("2d").getImageData(
-                0, 0, c.width, c.height).data, want = arguments[0];
-            let n = 0, x = 0, y = 0;
-            for (let i = 0; i < d.length; i += 4)
-              if (want.every((v, k) => Math.abs(d[i + k] - v) < 12) && d[i + 3] > 240) {
-                n++; x += i / 4 % c.width; y += Math.floor(i / 4 / c.width);
-              }
-            return [n, x / n, y / n];""", rgb)
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("no browser: the page was not tried in one (apt-get install chromium "
-                    "chromium-driver)")
     try:
         b = Browser(tmp_path_factory.mktemp("browser"))
-    except (AssertionError, OSError) as e:
-        pytest.skip(f"{CHROMIUM} does not start: the page was not tried in a browser ({e})")
-    yield b
-    b.close()
+    except NoBrowser as e:
+        pytest.skip(f"the page was not tried in a browser: {e}")
+    with b:
+        yield b
 
 
 @pytest.fixture(scope="module")
