@@ -54,7 +54,7 @@ const act = {
   pan: i => pointer("pointermove", middle[0] + 200 * Math.sin(i / 9),
     middle[1] + 90 * Math.sin(i / 7)),
   zoom: i => canvas.dispatchEvent(new WheelEvent("wheel", {clientX: middle[0] + 40,
-    clientY: middle[1], deltaY: i % 80 < 40 ? -40 : 40, cancelable: true})),
+    clientY: middle[1], deltaY: i % 60 < 30 ? -12 : 12, cancelable: true})),
   slider: i => { slider.value = i % (+slider.max + 1); slider.dispatchEvent(new Event("input")); },
 }[kind];
 const frames = [];
