@@ -9,7 +9,8 @@ without a graphics card, and the page's own clock (performance.now at every requ
 tells how long a frame takes while the map is dragged, zoomed by the wheel, and while the slider of
 steps is moved: one event a frame, in both projections and at the deepest layer. It tells too when
 the first picture stood, counted from the beginning of loading, and how long a search takes until
-its results and rings are drawn. The browser shows at most 60 frames a second, 16.7 ms each.
+its results and rings are drawn. The browser shows at most 60 frames a second, 16.7 ms each. On a
+machine with other work the time that the page's thread ran (processor ms of a frame) tells more.
 """
 
 from __future__ import annotations
@@ -144,9 +145,12 @@ def first_picture(browser: Browser, path: Path) -> float:
     return browser.js("return window.firstPicture") / 1000
 
 
-def frames(browser: Browser, kind: str, count: int = 120) -> list[float]:
-    """The milliseconds of so many frames while the map is moved: kind is pan, zoom or slider."""
-    return browser.wait_for(FRAMES, kind, count)
+def frames(browser: Browser, kind: str, count: int = 120) -> tuple[list[float], float]:
+    """The milliseconds of so many frames while the map is moved, and those of processor time that
+    the page's own thread spent on one: kind is pan, zoom or slider."""
+    before = browser.seconds()
+    milliseconds = browser.wait_for(FRAMES, kind, count)
+    return milliseconds, 1000 * (browser.seconds() - before) / (count + 1)
 
 
 def search(browser: Browser, text: str) -> tuple[float, str]:
@@ -159,15 +163,15 @@ def measure(browser: Browser, path: Path, a: argparse.Namespace) -> None:
     seconds = [first_picture(browser, path) for _ in range(a.repeats)]
     print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB; first picture after "
           f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
-    print(f"  {'':<44}{'':>9}  frame ms, median   95th   frames/s")
+    print(f"  {'':<44}{'':>9}  frame ms, median   95th   frames/s  processor ms")
     for layer, plane in product((0, -1), ("pca", "tsne")):
         name, points = browser.js(SHOW, layer, plane)
         for kind in ("pan", "zoom", "slider"):
-            of = [frames(browser, kind, a.frames) for _ in range(a.repeats)]
-            middle = statistics.median(statistics.median(x) for x in of)
-            late = statistics.median(np.percentile(x, 95) for x in of)
-            print(f"  {f'{name}, {plane}, {int(points):,} points':<44}{kind:>9}"
-                  f"{middle:>18.1f}{late:>7.1f}{1000 / middle:>11.1f}")
+            each, busy = zip(*(frames(browser, kind, a.frames) for _ in range(a.repeats)))
+            middle = statistics.median(map(statistics.median, each))
+            late = statistics.median(np.percentile(of, 95) for of in each)
+            print(f"  {f'{name}, {plane}, {int(points):,} points':<44}{kind:>9}{middle:>18.1f}"
+                  f"{late:>7.1f}{1000 / middle:>11.1f}{statistics.median(busy):>13.1f}", flush=True)
     browser.js(SHOW, 0, "pca")
     for text in SEARCHES:
         times, found = zip(*(search(browser, text) for _ in range(a.repeats)))

@@ -100,6 +100,12 @@ class Browser:
             {"name": "prefers-color-scheme", "value": scheme},
             {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"}])
 
+    def seconds(self):
+        """The processor time that the page's thread has spent."""
+        self.cdp("Performance.enable", timeDomain="threadTicks")
+        metrics = self.cdp("Performance.getMetrics")["metrics"]
+        return next(m["value"] for m in metrics if m["name"] == "ThreadTime")
+
     def open(self, path):
         self.post("/url", url=path.as_uri())
         self.until("return document.documentElement.dataset.ready === 'yes'")
