@@ -728,8 +728,13 @@ class Points(NamedTuple):
         return _marker(x, y, self)
 
 
+RIM = 5.0  # pixels from the middle of a marker to outside of it
+
+
 class Arrows(NamedTuple):
-    """A thin arrow from every row of start (m, 2) to the same row of end."""
+    """A thin arrow from every row of start (m, 2) to the same row of end, from the rim of the
+    marker at the one to that at the other, which would hide its head. Markers that touch need
+    none."""
 
     name: str
     start: np.ndarray
@@ -739,8 +744,13 @@ class Arrows(NamedTuple):
         return np.concatenate([self.start, self.end])
 
     def draw(self, frame: Frame) -> list[str]:
-        pairs = zip(frame.place(self.start), frame.place(self.end))
-        return [_arrow(np.stack(pair), "path") for pair in pairs]
+        lines = []
+        for start, end in zip(frame.place(self.start), frame.place(self.end)):
+            length = math.hypot(*(end - start))
+            if length > 2 * RIM:
+                rim = RIM * (end - start) / length
+                lines.append(_arrow(np.stack([start + rim, end - rim]), "path"))
+        return lines
 
     def key(self, x: float, y: float) -> str:
         return _arrow(np.array([(x - 8.0, y), (x + 8.0, y)]), "path")
@@ -777,7 +787,8 @@ class Trails(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """y over x, both (m,), with a band from low to high (m,) if those are given."""
+    """y over x, both (m,), with a band from low to high (m,) if those are given. Dots of different
+    shapes tell curves apart without colours; a faint curve stands back behind the others."""
 
     name: str
     x: np.ndarray
@@ -786,6 +797,8 @@ class Curve(NamedTuple):
     high: np.ndarray | None = None
     colour: str = BLUE
     dots: bool = False
+    shape: str = "circle"  # of the dots
+    faint: bool = False
 
     def extent(self) -> np.ndarray:
         heights = [v for v in (self.y, self.low, self.high) if v is not None]
@@ -801,22 +814,23 @@ class Curve(NamedTuple):
             lines.append(f'<path fill="{self.colour}" fill-opacity=".18" d="{_path(outline)}Z"/>')
 
         pixels = frame.place(np.stack([self.x, self.y], 1))
-        lines.append(_line(pixels, "curve", f' stroke="{self.colour}"'))
+        faint = ' stroke-opacity=".45"' if self.faint else ""
+        lines.append(_line(pixels, "curve", f' stroke="{self.colour}"{faint}'))
         if self.dots:
-            dot = Points("", pixels, self.colour)
+            dot = Points("", pixels, self.colour, shape=self.shape)
             lines += [_marker(x, y, dot) for x, y in pixels]
         return lines
 
     def key(self, x: float, y: float) -> str:
         line = f'<path class="curve" stroke="{self.colour}" d="M{x - 8} {y}h16"/>'
         if self.dots:
-            line += _marker(x, y, Points("", None, self.colour))
+            line += _marker(x, y, Points("", None, self.colour, shape=self.shape))
         return line
 
 
 class Heat(NamedTuple):
     """A matrix (rows, columns) of numbers as coloured cells, with the numbers in them if there is
-    room. The cell of a nan is empty."""
+    room: with two decimals, or one if they are percents or larger. The cell of a nan is empty."""
 
     values: np.ndarray
     rows: tuple[str, ...]
@@ -843,20 +857,27 @@ class Heat(NamedTuple):
             lines.append(f'<text class="small" text-anchor="end" x="{frame.left - 6:.2f}" '
                          f'y="{y:.2f}">{_xml(name)}</text>')
 
-        # Columns' names are slanted and end at their columns
+        # Columns' names that are too long to stand side by side are slanted, and end at theirs
         y = frame.top + frame.height + 12
         for c, name in enumerate(self.columns):
             x = frame.left + (c + .5) * width + 4
+            if not self.slanted(frame):
+                lines.append(f'<text class="small" text-anchor="middle" x="{x - 4:.2f}" '
+                             f'y="{y + 4:.2f}">{_xml(name)}</text>')
+                continue
             lines.append(f'<text class="small" text-anchor="end" transform="translate({x:.2f} '
                          f'{y:.2f}) rotate(-40)">{_xml(name)}</text>')
         return lines
 
+    def slanted(self, frame: Frame) -> bool:
+        return 6.2 * max(map(len, self.columns)) + 4 > frame.width / self.values.shape[1]
+
     def _cell(self, value, x, y, width, height):
         share = float(np.clip((value - self.low) / (self.high - self.low), 0, 1))
-        ink = "#fff" if share < 0.6 else "#111"  # on viridis' dark half, and on its light one
+        ink = "#fff" if share < 0.45 else "#111"  # on viridis' dark half, and on its light one
         text = ""
         if width >= 27:
-            text = f"{value:.2f}"
+            text = f"{value:.{1 if self.high - self.low > 10 else 2}f}"
         elif width >= 20:
             text = f"{value:.1f}"
         return [f'<rect x="{x:.2f}" y="{y:.2f}" width="{width + .3:.2f}" '
@@ -881,6 +902,7 @@ class Panel(NamedTuple):
     title: str = ""
     equal: bool = True  # one scale for both axes
     ticks: bool = True  # False where the units mean nothing, as in a t-SNE map
+    places: tuple[tuple[float, str], ...] = ()  # of the x axis's ticks, and their texts
     frame: np.ndarray | None = None  # (m, 2): the points that set the limits; None: all
 
 
@@ -962,7 +984,7 @@ def _draw_grid(panels, columns, width, top):
         row = panels[first:first + columns]
         frames = [_frame(panel, side, aspect) for panel in row]
         above = 18 if any(panel.title for panel in row) else 0
-        below = max(_below(panel) for panel in row)
+        below = max(_below(panel, frame) for panel, frame in zip(row, frames))
         for c, (panel, frame) in enumerate(zip(row, frames)):
             x = MARGIN + sum(left[:c + 1]) + c * (side + gap)
             lines += _draw_panel(panel, frame._replace(left=x, top=top + height + above))
@@ -1031,20 +1053,20 @@ def _number(value):
 
 def _left(panel: Panel) -> float:
     """Room for what stands left of a panel: ticks and the axis's name, or a matrix's row names."""
-    if isinstance(panel.marks[0], Heat):
-        return 6.2 * max(map(len, panel.marks[0].rows)) - 2
-    ticks = 40 if panel.ticks else 0
     name = 18 if panel.axes[1] else 0
-    return ticks + name
-
-
-def _below(panel: Panel) -> float:
-    """Room for what stands under a panel: ticks and the axis's name, or a matrix's column names."""
     if isinstance(panel.marks[0], Heat):
-        return 24 + 4.4 * max(map(len, panel.marks[0].columns))
-    ticks = 16 if panel.ticks else 0
+        return 6.2 * max(map(len, panel.marks[0].rows)) - 2 + name
+    return (40 if panel.ticks else 0) + name
+
+
+def _below(panel: Panel, frame: Frame) -> float:
+    """Room for what stands under a panel: ticks and the axis's name, or a matrix's column names."""
     name = 18 if panel.axes[0] else 0
-    return 12 + ticks + name
+    heat = panel.marks[0]
+    if isinstance(heat, Heat):
+        slant = 4.4 * max(map(len, heat.columns)) if heat.slanted(frame) else 5
+        return 24 + slant + name
+    return 12 + (16 if panel.ticks else 0) + name
 
 
 def _frame(panel: Panel, side: float, aspect: float | None = None) -> Frame:
@@ -1080,7 +1102,7 @@ def _draw_panel(panel: Panel, frame: Frame) -> list[str]:
         lines.append(f'<text class="panel" x="{frame.left:.2f}" y="{frame.top - 6:.2f}">'
                      f'{_xml(panel.title)}</text>')
     if panel.ticks and not heat:
-        lines += _draw_ticks(frame)
+        lines += _draw_ticks(frame, panel.places)
 
     # What lies beyond the limits is clipped, except a matrix, whose names lie outside
     name = f"c{zlib.crc32(repr((frame.left, frame.top)).encode()):08x}"
@@ -1095,17 +1117,19 @@ def _draw_panel(panel: Panel, frame: Frame) -> list[str]:
     return lines + _draw_axis_names(panel, frame)
 
 
-def _draw_ticks(frame: Frame) -> list[str]:
-    """Ticks with their numbers and grid lines: those of the x axis, then those of the y axis."""
+def _draw_ticks(frame: Frame, places: tuple[tuple[float, str], ...] = ()) -> list[str]:
+    """Ticks with their numbers and grid lines: those of the x axis, at places if given, then those
+    of the y axis."""
     about = 5 if frame.width > 250 else 4
     bottom = frame.top + frame.height
     lines = []
-    for tick in _ticks(frame.low[0], frame.high[0], about):
+    round_ones = [(tick, _tick_label(tick)) for tick in _ticks(frame.low[0], frame.high[0], about)]
+    for tick, text in places or round_ones:
         x, _ = frame.place(np.array([tick, frame.low[1]]))[0]
         lines.append(f'<path class="grid" d="M{x:.2f} {frame.top:.2f}v{frame.height:.2f}"/>'
                      f'<path class="tick" d="M{x:.2f} {bottom:.2f}v4"/><text class="small" '
                      f'x="{x:.2f}" y="{bottom + 16:.2f}" text-anchor="middle">'
-                     f'{_tick_label(tick)}</text>')
+                     f'{_xml(text)}</text>')
     for tick in _ticks(frame.low[1], frame.high[1], about):
         _, y = frame.place(np.array([frame.low[0], tick]))[0]
         lines.append(f'<path class="grid" d="M{frame.left:.2f} {y:.2f}h{frame.width:.2f}"/>'
@@ -1130,15 +1154,15 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def _draw_axis_names(panel: Panel, frame: Frame) -> list[str]:
-    """The names of the axes, further out if there are ticks."""
+    """The names of the axes, outside of what stands at the ticks or at a matrix's cells."""
     lines = []
     if panel.axes[0]:
         x = frame.left + frame.width / 2
-        y = frame.top + frame.height + 14 + (18 if panel.ticks else 0)
+        y = frame.top + frame.height + _below(panel, frame) - 14
         lines.append(f'<text class="small" x="{x:.2f}" y="{y:.2f}" text-anchor="middle">'
                      f'{_xml(panel.axes[0])}</text>')
     if panel.axes[1]:
-        x = frame.left - 8 - (39 if panel.ticks else 0)
+        x = frame.left - _left(panel) + 11
         y = frame.top + frame.height / 2
         lines.append(f'<text class="small" transform="translate({x:.2f} {y:.2f}) rotate(-90)" '
                      f'text-anchor="middle">{_xml(panel.axes[1])}</text>')

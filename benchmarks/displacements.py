@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import viz  # noqa: E402
 from lab.folder import Run  # noqa: E402
 
-TASKS = ("squad", "math")
+TASKS = {"squad": "F1 in percent", "math": "accuracy in percent"}
 CONTROLS = ("shuffled", "mean row", "random", "none")
 
 
@@ -127,9 +127,11 @@ def main() -> None:
         for receiver, row in zip(a.priors, scores):
             print(f"  {receiver:<12}" + "".join(f"{score:7.1f}" for score in row), flush=True)
         panels.append(viz.Panel([viz.Heat(scores, tuple(a.priors), tuple(givers), 0, 100)],
-                                title=f"{task}: line's draw, column's move"))
-    caption = ("Bundled world: F1 of SQuAD, accuracy of arithmetic, percent, of prompts that are "
-               "one prior's draw and what training added to another's, with the same seed; means "
+                                ("displacement added to it", "prior's draw"),
+                                f"{task}, {TASKS[task]}"))
+    caption = ("Bundled world: scores of prompts that are one prior's draw and the displacement "
+               "that training gave another's, with the same seed, or the draw's own, shuffled, as "
+               "its mean row, of its lengths in random directions, or none; means "
                f"of {a.seeds} seeds. Cosines of displacements, row by row and of mean rows: "
                + "; ".join(f"{name} " + " and ".join(f"{statistics.mean(values):.2f}"
                                                      for values in zip(*pairs))

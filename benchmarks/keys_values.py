@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import viz  # noqa: E402
 from lab.folder import FIRST_PROMPT, Run  # noqa: E402
 
-TASKS = ("squad", "math")
+TASKS = {"squad": "F1 in percent", "math": "accuracy in percent"}
 SOURCES = (*TASKS, "draw")
 
 
@@ -68,11 +68,11 @@ def main() -> None:
                 for seed in range(a.seeds))
         for keys, row in zip(SOURCES, scores):
             print(f"  {keys:<6}" + "".join(f"{score:7.1f}" for score in row), flush=True)
-        names = [tuple(f"{part} of {s}" for s in SOURCES) for part in ("keys", "values")]
-        panels.append(viz.Panel([viz.Heat(scores, *names, 0, 100)], title=f"scored on {task}"))
-    caption = (f"Bundled world, prior {a.prior}, {a.steps} steps of 8 questions: F1 of SQuAD, "
-               "accuracy of arithmetic, percent, of prefixes with the keys of one and the values "
-               f"of another; means of {a.seeds} seeds.")
+        panels.append(viz.Panel([viz.Heat(scores, SOURCES, SOURCES, 0, 100)],
+                                ("values of", "keys of"), f"scored on {task}, {TASKS[task]}"))
+    caption = (f"Bundled world, prior {a.prior}, {a.steps} steps of 8 questions: scores of "
+               "prefixes with the keys of one and the values of another, each trained on a task "
+               f"or as drawn; means of {a.seeds} seeds.")
     path = Path(a.out) / "keys-values.svg"
     path.write_text(viz.figure(panels, "Keys of one prefix, values of another", caption))
     print(path)

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 import viz  # noqa: E402
 from lab.folder import Run  # noqa: E402
 
-COLOURS = {"principal": viz.BLUE, "random": viz.VERMILION, "all": viz.GREEN}
+LOOKS = {"principal": (viz.BLUE, "circle"), "random": (viz.VERMILION, "square"),
+         "all": (viz.GREEN, "circle")}
 
 
 def picture(scores: dict, key: str, caption: str) -> str:
@@ -32,15 +33,17 @@ def picture(scores: dict, key: str, caption: str) -> str:
     title = {"f1": "F1"}.get(key, key)
     for column, name in enumerate((f"{title}, percent", "loss, nats a token")):
         marks = []
-        for kind, colour in COLOURS.items():
+        for kind, (colour, shape) in LOOKS.items():
             ks = [k for name_, k in scores if name_ == kind]
             values = np.array([[seed[column] for seed in scores[kind, k]] for k in sorted(ks)])
             x = np.log2(sorted(ks)) if kind != "all" else np.log2([sizes[0], sizes[-1]])
             if kind == "all":
                 values = np.repeat(values, 2, axis=0)
             marks.append(viz.Curve(f"{kind} directions", x, values.mean(axis=1),
-                                   values.min(axis=1), values.max(axis=1), colour, kind != "all"))
-        panels.append(viz.Panel(marks, ("log2 of k", name), equal=False))
+                                   values.min(axis=1), values.max(axis=1), colour, kind != "all",
+                                   shape))
+        panels.append(viz.Panel(marks, ("k, the number of directions", name), equal=False,
+                                places=tuple((np.log2(k), str(k)) for k in sizes)))
     return viz.figure(panels, "Prompts that move in k directions", caption, columns=2)
 
 

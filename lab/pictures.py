@@ -27,6 +27,7 @@ from lab.settings import Settings, spec_name
 from lab.statistics import interval
 
 PALETTE = (viz.VERMILION, viz.BLUE, viz.GREEN, viz.PURPLE, viz.ORANGE, viz.SKY)
+LOOKS = tuple(zip(PALETTE, cycle(("circle", *viz.SHAPES))))  # colour and shape of a curve's dots
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ class Group(NamedTuple):
     logs: list[list[dict]]  # metrics.jsonl of each
     score: str  # the key of the score that is drawn
     colour: str
+    shape: str  # of the dots
 
 
 def curves(runs: list[Run]) -> str:
@@ -134,11 +136,11 @@ def curves(runs: list[Run]) -> str:
         steps, values = by_step(group.logs, "train", "loss")
         if len(steps):
             steps, values = _smoothed(steps, values)
-            losses.append(banded("", steps, values, group.colour))
-        steps, values = by_step(group.logs, "eval", "loss")
-        losses.append(banded(group.name, steps, values, group.colour, dots=True))
-        steps, values = by_step(group.logs, "eval", group.score)
-        scores.append(banded(group.name, steps, values, group.colour, dots=True))
+            losses.append(banded("", steps, values, group.colour)._replace(faint=True))
+        for curves_of, key in ((losses, "loss"), (scores, group.score)):
+            steps, values = by_step(group.logs, "eval", key)
+            curve = banded(group.name, steps, values, group.colour, dots=True)
+            curves_of.append(curve._replace(shape=group.shape))
 
     kinds = list(dict.fromkeys(group.score for group in groups))
     if len(kinds) == 1:  # a level is of one score
@@ -159,7 +161,7 @@ def _groups(runs: list[Run]) -> list[Group]:
         by_settings.setdefault(without_seed, []).append(run)
 
     groups: list[Group] = []
-    for (settings, members), colour in zip(by_settings.items(), cycle(PALETTE)):
+    for (settings, members), look in zip(by_settings.items(), cycle(LOOKS)):
         name = f"{settings.prior_name} on {spec_name(settings.data.data)}"
         # Groups that differ in other settings are named after a run.
         if any(group.name == name for group in groups):
@@ -167,7 +169,7 @@ def _groups(runs: list[Run]) -> list[Group]:
         logs = [run.metrics() for run in members]
         score = "accuracy" if any("accuracy" in line for line in logs[0]) else "f1"
         seeds = [run.settings().seed for run in members]
-        groups.append(Group(name, members, seeds, logs, score, colour))
+        groups.append(Group(name, members, seeds, logs, score, *look))
     return groups
 
 
@@ -184,22 +186,22 @@ def _levels(groups: list[Group]) -> list[viz.Curve]:
     """Level lines of the scores without a prompt and with the first text prompt, where a group's
     runs logged them."""
     levels = []
+    last = max(line["step"] for group in groups for log in group.logs for line in log
+               if line["split"] == "eval")
     for split, name, colour in (("baseline", "no prompt", viz.GREY),
                                 ("text", "text prompt", viz.BLACK)):
         for group in groups:
             first = [next((line[group.score] for line in log if line["split"] == split), None)
                      for log in group.logs]
             if None not in first:
-                steps, _ = by_step(group.logs, "eval", group.score)
-                x = np.array([0, max(steps[-1], 1)])
+                x = np.array([0, max(last, 1)])
                 levels.append(viz.Curve(name, x, np.full(2, np.mean(first)), colour=colour))
                 break
     return levels
 
 
 def _curves_caption(groups: list[Group]) -> str:
-    parts = ["Dots: evaluation; lines without dots: training, averaged over a fortieth of the "
-             "steps."]
+    parts = ["Dots: evaluation; pale lines: training, averaged over a fortieth of the steps."]
     if any(len(group.runs) > 1 for group in groups):
         parts.append("Bands: 95 % confidence of the mean over seeds.")
     sources = []
@@ -245,12 +247,12 @@ def line(curve: list[dict], caption: str) -> str:
         # A curve for each task, of the first score that it has.
         marks = []
         tasks = dict.fromkeys(point["data"] for point in curve)
-        for task, colour in zip(tasks, cycle(PALETTE)):
+        for task, (colour, shape) in zip(tasks, cycle(LOOKS)):
             points = [point for point in curve if point["data"] == task]
             key = next(key for key in keys if key in points[0])
             x = np.array([point["t"] for point in points])
             y = np.array([point[key] for point in points])
-            marks.append(viz.Curve(task, x, y, colour=colour, dots=True))
+            marks.append(viz.Curve(task, x, y, colour=colour, dots=True, shape=shape))
         panels.append(viz.Panel(marks, ("t", label), equal=False))
     return viz.figure(panels, "From one prompt to another", caption)
 
@@ -258,19 +260,20 @@ def line(curve: list[dict], caption: str) -> str:
 def attention(rows: list[tuple[str, dict[str, float]]], caption: str) -> str:
     """SVG of what a prompt does to attention. rows: ("layer I", measures) of every layer."""
     x = np.array([int(name.split()[1]) for name, _ in rows], float)
-    shares = [("share of attention to the prompt", "mass", viz.VERMILION),
-              ("shift of attention among content", "shift", viz.BLUE)]
-    bias = [("one direction's share of the bias", "one", viz.GREEN),
-            ("the same, of a head's", "one_head", viz.PURPLE),
-            ("bias over all that attention adds", "bias", viz.ORANGE)]
+    looks = iter(LOOKS)
+    shares = [("share of attention to the prompt", "mass", *next(looks)),
+              ("shift of attention among content", "shift", *next(looks))]
+    bias = [("one direction's share of the bias", "one", *next(looks)),
+            ("the same, of a head's", "one_head", *next(looks)),
+            ("bias over all that attention adds", "bias", *next(looks))]
 
     # All are shares, so both panels reach from 0 to 1.
     frame = np.array([(x.min(), 0.0), (max(x.max(), x.min() + 1), 1.0)])
     panels = []
     for measures in (shares, bias):
         marks = []
-        for name, key, colour in measures:
+        for name, key, colour, shape in measures:
             y = np.array([numbers[key] for _, numbers in rows])
-            marks.append(viz.Curve(name, x, y, colour=colour, dots=True))
+            marks.append(viz.Curve(name, x, y, colour=colour, dots=True, shape=shape))
         panels.append(viz.Panel(marks, ("layer", ""), equal=False, frame=frame))
     return viz.figure(panels, "What the prompt does to attention", caption)

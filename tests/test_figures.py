@@ -17,6 +17,7 @@ import viz
 from lab import figures, pictures
 from lab.activations import Collection
 from lab.folder import Run
+from lab.settings import Settings
 
 FEW = ["--steps", "2", "--eval-limit", "4", "--batch-size", "2", "--examples", "40", "--limit",
        "1200"]
@@ -177,6 +178,32 @@ def test_curves_of_seeds_have_a_band(folder, tmp_path):
                     if p.get("fill-opacity") == ".18"])
 
     assert bands(alone) == 0 and bands(together) == 3
+
+
+def test_curves_have_shapes_and_levels_that_reach_the_longest_runs_end(tmp_path):
+    class Logged(Run):
+        def __init__(self, prior, steps):
+            super().__init__(tmp_path / prior)
+            self.prior, self.steps = prior, steps
+
+        def settings(self):
+            return Settings.from_flags({"prior": self.prior})
+
+        def metrics(self):
+            line = {"step": 0, "split": "baseline", "loss": 3.0, "f1": 4.0}
+            return [line, *({"step": s, "split": split, "loss": 1.0, "f1": 50.0}
+                            for s in range(0, self.steps + 1, 10) for split in ("eval", "train"))]
+
+    svg = ET.fromstring(pictures.curves([Logged("vocab", 20), Logged("fitted", 40)]))
+    losses, scores = svg.findall("{*}g")
+    assert len(scores.findall("{*}circle")) == 3  # evaluations of the shorter run
+    pale = [p for p in losses.findall("{*}path") if p.get("stroke-opacity")]
+    assert [p.get("stroke") for p in pale] == [viz.VERMILION, viz.BLUE]  # training
+    level = next(p for p in scores.findall("{*}path") if p.get("stroke") == viz.GREY)
+    ends = [float(point.split()[0]) for point in level.get("d")[1:].split("L")]
+    squares = [p for p in scores.findall("{*}path") if p.get("d") == viz.SHAPES["square"]]
+    assert len(squares) == 5
+    assert ends == [float(s.get("transform")[10:].split()[0]) for s in (squares[0], squares[-1])]
 
 
 def test_a_point_that_drifted_away_does_not_make_a_map_small():

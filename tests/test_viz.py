@@ -134,6 +134,61 @@ def test_heat_colours_every_number():
     assert fills == [viz.viridis(0), viz.viridis(1), viz.viridis(0.5)] and fills[0] == "#440154"
     cells = [t.text for t in root.findall("{*}text") if t.get("class") == "cell"]
     assert cells == ["0.00", "1.00", "0.50"]
+    percents = viz.Heat(100 * values, ("r0", "r1"), ("c0", "c1"), 0, 100)
+    svg = viz.figure([viz.Panel([percents], ("columns", "rows"))])
+    assert [t.text for t in texts(svg, "cell")] == ["0.0", "100.0", "50.0"]
+
+
+@pytest.mark.parametrize("columns, slanted", [(("squad", "math"), False),
+                                              (("a name of some length" * 3, "b"), True)])
+def test_a_matrix_names_its_axes_outside_of_its_names(columns, slanted):
+    heat = viz.Heat(np.eye(2), ("one row", "another"), columns)
+    svg = viz.figure([viz.Panel([heat], ("columns", "rows"))], caption="c")
+    found = {t.text: t for t in texts(svg, "small")}
+    frame = next(r for r in ET.fromstring(svg).findall("{*}rect") if r.get("class") == "frame")
+    left, top, height = (float(frame.get(k)) for k in ("x", "y", "height"))
+    turned = found["rows"].get("transform")
+    assert float(turned[10:].split()[0]) < left - 6 - 6 * len("another") and "-90" in turned
+    assert all(("rotate" in (found[name].get("transform") or "")) == slanted for name in columns)
+    under = float(found["columns"].get("y")) - top - height
+    assert under > (150 if slanted else 24)
+    assert float(texts(svg, "note")[0].get("y")) > float(found["columns"].get("y")) + 10
+
+
+def test_arrows_reach_from_rim_to_rim():
+    """Their heads stand outside of the markers, and markers that touch have none."""
+    start = np.array([[0.0, 0.0], [0.0, 1.0]])
+    end = np.array([[10.0, 5.0], [0.1, 1.0]])
+    root = ET.fromstring(viz.figure([viz.Panel([
+        viz.Arrows("", start, end), viz.Points("", start), viz.Points("", end)])]))
+    inside = root.find("{*}g")
+    places = [np.array([float(c.get("cx")), float(c.get("cy"))]) for c in inside.findall("{*}circle")]
+    line, = (p.get("d") for p in inside.findall("{*}path") if p.get("class") == "path")
+    tail, tip = (np.array(point.split(), float) for point in line[1:].split("L"))
+    for point, middle in ((tail, places[0]), (tip, places[2])):
+        assert np.linalg.norm(point - middle) == pytest.approx(viz.RIM, abs=0.02)
+    assert np.linalg.norm(tip - tail) == pytest.approx(
+        np.linalg.norm(places[2] - places[0]) - 2 * viz.RIM, abs=0.02)
+
+
+def test_ticks_stand_at_given_places():
+    k = np.array([1, 4, 16])
+    curve = viz.Curve("a", np.log2(k), np.array([5.0, 6.0, 8.0]), dots=True, shape="square")
+    places = tuple((np.log2(i), f"<{i}>") for i in k)
+    svg = viz.figure([viz.Panel([curve], ("k", "y"), equal=False, places=places)])
+    assert [t.text for t in texts(svg, "small")][:4] == ["<1>", "<4>", "<16>", "5"]
+    middles = [float(t.get("x")) for t in texts(svg, "small")[:3]]
+    squares = ET.fromstring(svg).find("{*}g").findall("{*}path")[1:]
+    assert [float(s.get("transform")[10:].split()[0]) for s in squares] == middles
+
+
+def test_curves_are_told_apart_by_shape_and_a_faint_one_stands_back():
+    x = np.arange(3.0)
+    root = ET.fromstring(viz.figure([viz.Panel([
+        viz.Curve("a", x, x, faint=True), viz.Curve("b", x, x, dots=True, shape="diamond")])]))
+    pale, line, *dots = root.find("{*}g").findall("{*}path")
+    assert float(pale.get("stroke-opacity")) < .6 and line.get("stroke-opacity") is None
+    assert [d.get("d") for d in dots] == [viz.SHAPES["diamond"]] * 3
 
 
 def test_panels_of_a_grid_do_not_overlap():
