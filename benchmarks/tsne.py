@@ -1,23 +1,29 @@
-"""viz.tsne against openTSNE and scikit-learn: CPU seconds, divergence, memory.
+"""viz.tsne against openTSNE, scikit-learn, Intel's extension of it and FIt-SNE: CPU seconds, KL.
 
-    pip install openTSNE==1.0.4 scikit-learn
-    python benchmarks/tsne.py [--sizes 2000,10000,50000,128000] [--data clusters,tokens,MODEL]
+    pip install openTSNE==1.0.4 scikit-learn scikit-learn-intelex fitsne
+    python benchmarks/tsne.py [--sizes 2000,10000,50000] [--data clusters,tokens,MODEL]
+
+Peers that are not installed are left out. fitsne is built on the spot, and needs Cython, wheel and
+the headers of FFTW. 128,000 points are asked for by --sizes 128000.
 
 Every fit is a process of its own with one thread; rounds take turns, and a ratio is the median over
 rounds. Processor seconds, imports left out, are what a busy machine disturbs least. Every method
-gets the same raw rows, and whatever it does to them first is part of it. Perplexity 30, each
-method's own defaults otherwise.
+gets the same rows, and whatever it does to them first is part of it. Perplexity 30, each method's
+own defaults otherwise, Intel's those of scikit-learn.
 
-Maps are judged by the raw rows in all dimensions. The divergence is the same for all, in float64:
+Maps are judged by the given rows in all dimensions. The divergence is the same for all, in float64:
 affinities by bisection from exact neighbours, Z over all pairs. Kept is the share of a row's 10
 nearest rows that are among its 10 nearest on the map, by scikit-learn's exact search, the mean over
-2,000 rows. A peer that would take too long at a size is left out unless --all: scikit-learn and
-openTSNE with exact neighbours beyond 10,000 points, all beyond 50,000, where maps are not judged.
+2,000 rows. Where viz.tsne does not compare all pairs, the share of the 90 nearest rows that it
+finds is printed, a mean over about 1000 rows. A peer that would take too long at a size is left out
+unless --all: scikit-learn and openTSNE with exact neighbours beyond 10,000 points, all beyond
+50,000, where maps are not judged.
 
 clusters: 20 Gaussian clusters of random shapes, axes shrinking as exp(-i / 10), in 50 dimensions.
 tokens: as a table of token embeddings: 192 dimensions whose spread falls slowly, as i^-1/4, rows
 in groups of about 20 that hardly stand out, norms log-normal.
 MODEL: a model's folder; the rows are a sample of its input embeddings.
+--components 50 first reduces wider rows to their principal components, for all methods.
 """
 
 from __future__ import annotations
@@ -41,7 +47,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import viz
 
 PERPLEXITY = 30
-METHODS = {"ours": 10**9, "openTSNE": 50_000, "openTSNE, exact": 10_000, "scikit-learn": 10_000}
+METHODS = {"ours": 10**9, "openTSNE": 50_000, "openTSNE, exact": 10_000, "scikit-learn": 10_000,
+           "intelex": 50_000, "FIt-SNE": 50_000}  # and the most points
+PACKAGES = {"openTSNE": "openTSNE", "openTSNE, exact": "openTSNE", "scikit-learn": "scikit-learn",
+            "intelex": "scikit-learn-intelex", "FIt-SNE": "fitsne"}
 
 
 def clusters(N: int, seed: int = 0) -> np.ndarray:
@@ -80,7 +89,15 @@ def fit(method: str, x: np.ndarray) -> np.ndarray:
     if method == "ours":
         viz.THREADS = 1
         return viz.tsne(x, PERPLEXITY).points
-    if method == "scikit-learn":
+    if method == "FIt-SNE":
+        from fitsne import FItSNE
+
+        return FItSNE(x.astype(np.float64), perplexity=PERPLEXITY, rand_seed=1, nthreads=1)
+    if method in ("scikit-learn", "intelex"):
+        if method == "intelex":
+            from sklearnex import patch_sklearn
+
+            patch_sklearn(verbose=False)
         from sklearn.manifold import TSNE
 
         return TSNE(perplexity=PERPLEXITY, random_state=0, n_jobs=1).fit_transform(x)
@@ -93,7 +110,7 @@ def fit(method: str, x: np.ndarray) -> np.ndarray:
 def child(method: str, source: str, target: str) -> None:
     """One fit: the map to target, seconds and peak memory to standard output."""
     x = np.load(source)
-    fit(method, x[:100])  # imports, and what is compiled at first use
+    fit(method, x[:200])  # imports, and what is compiled at first use
     before, wall, cpu = _peak(), time.perf_counter(), time.process_time()
     points = fit(method, x)
     print(json.dumps({"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall,
@@ -153,11 +170,28 @@ def kept(x, y, k=10, rows=2000) -> float:
     return float(np.mean([len(set(a) & set(b) - {i}) / k for i, a, b in zip(asked, *near)]))
 
 
-def measure(kind: str, N: int, methods: list[str], rounds: int, judged: bool) -> None:
+def found(x) -> float:
+    """The share of the neighbours of about 1000 rows that viz.tsne finds."""
+    k = 3 * PERPLEXITY
+    parts = viz._near_cells(x, k, viz.RECALL)
+    if parts is None:
+        return 1.0
+    parts = parts[::max(1, len(x) // 1000)] if len(parts) > 50 else parts
+    asked = np.concatenate([rows for rows, _ in parts])
+    near, _ = viz._neighbours(x, x, k, itself=True, parts=parts)
+    true, _ = viz._neighbours(x[asked], x, k + 1)
+    return float(np.mean([len(set(a) & set(b) - {i}) / k
+                          for i, a, b in zip(asked, near[asked], true)]))
+
+
+def measure(kind: str, N: int, methods: list[str], rounds: int, judged: bool,
+            components: int | None) -> None:
     results = {method: [] for method in methods}
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/x.npy", f"{folder}/y.npy"
         x = DATA[kind](N) if kind in DATA else embeddings(kind, N)
+        if components and x.shape[1] > components:
+            x = viz.project(viz.pca(x, components), x).astype(np.float32)
         np.save(source, x)
         reference = affinities(x) if judged else None
         for turn in range(rounds):
@@ -172,6 +206,8 @@ def measure(kind: str, N: int, methods: list[str], rounds: int, judged: bool) ->
     print(f"\n{kind}, {len(x)} points x {x.shape[1]}, {rounds} rounds\n{'':<18}{'CPU s':>8}"
           f"{'wall s':>8}{'KL':>9}{'KL / ours':>11}{'kept':>7}{'MB':>7}"
           f"{'CPU / ours: median (least - most)':>36}")
+    if N > viz.APPROXIMATE:
+        print(f"neighbours found by ours: {found(x):.3f}")
     ours = results["ours"]
     for method, runs in results.items():
         cpu, wall, memory = (statistics.median(r[key] for r in runs)
@@ -186,22 +222,30 @@ def measure(kind: str, N: int, methods: list[str], rounds: int, judged: bool) ->
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--sizes", default="2000,10000", help="numbers of points")
+    p.add_argument("--sizes", default="2000,10000,50000", help="numbers of points")
     p.add_argument("--data", default=",".join(DATA),
                    help=f"of {', '.join(DATA)}, and folders of models")
+    p.add_argument("--components", type=int, help="of wider rows, for all methods")
     p.add_argument("--methods", help="instead of those that a size allows, separated by ;")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--all", action="store_true", help="every method at every size")
     a = p.parse_args()
     for name in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
         os.environ[f"{name}_NUM_THREADS"] = "1"
-    packages = ("numpy", "openTSNE", "scikit-learn")
-    print("one thread;", ", ".join(f"{n} {importlib.metadata.version(n)}" for n in packages))
+    print("one thread; numpy", np.__version__)
+    missing = []
+    for package in dict.fromkeys(PACKAGES.values()):
+        try:
+            print(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+            print(f"{package} is not installed, and left out: pip install {package}")
     for N in map(int, a.sizes.split(",")):
         chosen = a.methods.split(";") if a.methods else [
             m for m, largest in METHODS.items() if a.all or N <= largest]
+        chosen = [m for m in chosen if PACKAGES.get(m) not in missing]
         for kind in a.data.split(","):
-            measure(kind, N, chosen, a.rounds, N <= 50_000)
+            measure(kind, N, chosen, a.rounds, N <= 50_000, a.components)
 
 
 if __name__ == "__main__":
