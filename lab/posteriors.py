@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections import defaultdict
 from typing import Callable, NamedTuple
 
 import torch
@@ -58,9 +57,10 @@ class Point(nn.Module):
         return [{"params": [numbers], "lr": factor * (lr or self.scales[i] / 20),
                  "name": f"layer {i}"} for i, numbers in self.numbers().items()]
 
-    def optimiser(self, lr: float | None = None, factor: float = 1.0) -> Optimiser:
-        """What moves the parameters."""
-        return AdamW(self.groups(lr, factor))
+    def optimiser(self, lr: float | None = None, factor: float = 1.0) -> torch.optim.Optimizer:
+        """What moves the parameters. AdamW has no weight decay here, which would be a pull towards
+        zero, a prior that nobody chose."""
+        return torch.optim.AdamW(self.groups(lr, factor), weight_decay=0.0)
 
     def members(self, step: int) -> list[Layers]:
         """The prompts whose gradients are wanted; a pure function of parameters, seed and step."""
@@ -85,52 +85,6 @@ class Point(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """What a run keeps, the representative as `layers.I`; `particles` reads it."""
         return {f"layers.{i}": numbers for i, numbers in self.representative().items()}
-
-
-class Optimiser:
-    """As much of torch.optim.Optimizer as training uses. That one imports torch._dynamo when it is
-    made, which takes a second.
-
-    param_groups: {"params": [...], "lr": ...} each. state: of every parameter that was moved."""
-
-    def __init__(self, groups: list[dict]):
-        self.param_groups = groups
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
-
-    def zero_grad(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
-    def step(self) -> None:
-        raise NotImplementedError
-
-
-class AdamW(Optimiser):
-    """torch.optim.AdamW bit for bit on a CPU, without weight decay, which would be a pull towards
-    zero, a prior that nobody chose."""
-
-    BETAS, EPSILON = (0.9, 0.999), 1e-8
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._move(p, group["lr"])
-
-    def _move(self, p: nn.Parameter, lr: float) -> None:
-        state = self.state[p]
-        if not state:
-            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                      "exp_avg_sq": torch.zeros_like(p)}
-        state["step"] += 1
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        (one, two), t = self.BETAS, state["step"].item()
-        mean.lerp_(p.grad, 1 - one)
-        square.mul_(two).addcmul_(p.grad, p.grad, value=1 - two)
-        length = (square.sqrt() / (1 - two**t)**0.5).add_(self.EPSILON)
-        p.addcdiv_(mean, length, value=-lr / (1 - one**t))
 
 
 class Encoded(Point):
@@ -286,7 +240,7 @@ class Langevin(Whitened):
     def initial(self, draws: Tensor) -> Tensor:
         return draws
 
-    def optimiser(self, lr: float | None = None, factor: float = 1.0) -> Optimiser:
+    def optimiser(self, lr: float | None = None, factor: float = 1.0) -> torch.optim.Optimizer:
         layers = sorted(self.numbers())
         noises = [functools.partial(self.noise, layer=i) for i in layers]
         return LangevinSteps(self.groups(lr, factor), noises, self.weight)
@@ -316,7 +270,7 @@ class Langevin(Whitened):
         return {"spread": float(z.var(dim=0).mean())} if len(z) > 1 else {}
 
 
-class LangevinSteps(Optimiser):
+class LangevinSteps(torch.optim.Optimizer):
     """Preconditioned stochastic gradient Langevin dynamics (Welling and Teh 2011; Li et al. 2016)
     in whitened coordinates z, with the noise of Leimkuhler and Matthews (2013):
 
@@ -337,7 +291,7 @@ class LangevinSteps(Optimiser):
     def __init__(self, groups: list[dict], noises: list[Callable], weight: float):
         """groups: of one parameter (K, n, D) each. noises: noise(shape, seed=...) of each group.
         weight: what -log p was multiplied by before its gradient was taken."""
-        super().__init__(groups)
+        super().__init__(groups, {"lr": 0.05})
         self.noises, self.weight = noises, weight
 
     @torch.no_grad()

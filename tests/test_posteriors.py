@@ -1,9 +1,6 @@
 """Posteriors on targets whose law is known."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +12,6 @@ import priors
 from lab import posteriors, train
 from lab.populations import Reference, directions, gaussian_like
 from lab.settings import PromptSettings, Settings
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def generator(seed=0):
@@ -53,43 +48,6 @@ def fit(posterior, log_density, weight, steps, rate):
             posterior.extra_loss().backward()
         optimiser.step()
         optimiser.zero_grad()
-
-
-# --------------------------------------------------------------------------------------------------
-# what moves a point
-
-
-def test_adamw_is_torchs_to_the_last_bit():
-    draws = {i: torch.randn(1, 5, 12, generator=generator(i)) for i in (0, 3)}
-    point = posteriors.Point(draws, {0: 2.0, 3: 0.1}, 1, 0)
-    ours = point.optimiser()
-    theirs = posteriors.Point(draws, {0: 2.0, 3: 0.1}, 1, 0)
-    peer = torch.optim.AdamW(theirs.groups(), weight_decay=0.0)
-    for step in range(40):
-        for optimiser, layers in ((ours, point.layers), (peer, theirs.layers)):
-            optimiser.zero_grad()
-            for group in optimiser.param_groups:
-                group["lr"] *= 0.97
-            (layers["0"] ** 3).sum().add(layers["3"].sin().sum()).backward()
-            if step == 20:
-                layers["3"].grad = None  # of a layer that a loss does not reach
-            optimiser.step()
-        for key in ("0", "3"):
-            mine, its = ours.state[point.layers[key]], peer.state[theirs.layers[key]]
-            assert torch.equal(point.layers[key], theirs.layers[key]) and mine.keys() == its.keys()
-            assert all(torch.equal(mine[name], its[name]) for name in mine)
-
-
-def test_training_does_not_import_the_compiler(tmp_path):
-    """Which takes a second."""
-    program = ("import sys, promptprior; status = promptprior.main(sys.argv[1:]); "
-               "sys.exit(status or 'torch._dynamo' in sys.modules)")
-    for kind in ("point", "sgld"):
-        done = subprocess.run(
-            [sys.executable, "-c", program, "train", "--prior", "fitted", "--posterior", kind,
-             "--particles", "2", "--steps", "1", "--eval-limit", "1", "--max-new", "1",
-             "--batch-size", "2", "--out", tmp_path / kind], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------
