@@ -33,7 +33,7 @@ import data
 import llama
 import peers
 from distil import worked_examples
-from lab.adapters import _prefix_numbers
+from lab.adapters import prefix_numbers
 from lab.beginning import read_inputs
 from lab.distil import Teacher, teacher_text
 from lab.folder import Run
@@ -65,7 +65,7 @@ class Ours:
 
     def gradient(self) -> Tensor:
         """(n, L 2 G hd), as PEFT keeps a prefix."""
-        return _prefix_numbers(self.prefix._replace(keys=tuple(t.grad for t in self.prefix.keys),
+        return prefix_numbers(self.prefix._replace(keys=tuple(t.grad for t in self.prefix.keys),
                                                     values=tuple(t.grad for t in
                                                                  self.prefix.values)))
 
@@ -73,7 +73,7 @@ class Ours:
 class Theirs:
     def __init__(self, base, inputs, teacher: Teacher, prefix: llama.Past):
         self.base, self.student, self.taught = base, inputs.questions, teacher.questions
-        numbers = _prefix_numbers(prefix)
+        numbers = prefix_numbers(prefix)
         self.model = peft.get_peft_model(base, peft.CartridgeConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=len(numbers), num_frozen_tokens=0))
         self.encoder = self.model.prompt_encoder["default"]

@@ -79,7 +79,7 @@ def to_peft(model: llama.Llama, prompt: Tensor | llama.Past, base: str,
                 "tokenizer_kwargs": None}
     else:
         check_in_all_layers(prompt)
-        numbers = _prefix_numbers(prompt)
+        numbers = prefix_numbers(prompt)
         form = {"peft_type": "PREFIX_TUNING", "num_attention_heads": c.num_key_value_heads,
                 "token_dim": c.num_key_value_heads * c.head_dim, "prefix_projection": False,
                 "encoder_hidden_size": None, "init_weights": None}
@@ -105,7 +105,7 @@ def check_in_all_layers(past: llama.Past) -> None:
                         "prefix, without --prefix-layers")
 
 
-def _prefix_numbers(past: llama.Past) -> Tensor:
+def prefix_numbers(past: llama.Past) -> Tensor:
     """What a prompt of batch 1 leaves in the layers, as PEFT keeps it: (n, L 2 G hd)."""
     layers = [torch.cat(columns) for columns in zip(past.keys, past.values)]  # (2, G, n, hd)
     return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1)
@@ -286,7 +286,7 @@ def without_bos(adapter: Adapter, model: llama.Llama, bos: int | None) -> Adapte
     last, expected = adapter.numbers[-1], None
     if bos is not None and adapter.kind in PREFIX and len(adapter.numbers) > 1:
         past = model.extend(torch.tensor([[bos]], device=model.embeddings.device))
-        expected = _prefix_numbers(past)[0].float().cpu()
+        expected = prefix_numbers(past)[0].float().cpu()
     # The weights are the same, but the dtype may be another.
     if expected is None or expected.shape != last.shape \
             or not (expected - last).norm() <= 0.05 * last.norm():
