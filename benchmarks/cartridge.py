@@ -65,9 +65,9 @@ class Ours:
 
     def gradient(self) -> Tensor:
         """(n, L 2 G hd), as PEFT keeps a prefix."""
-        return prefix_numbers(self.prefix._replace(keys=tuple(t.grad for t in self.prefix.keys),
-                                                    values=tuple(t.grad for t in
-                                                                 self.prefix.values)))
+        keys, values = (tuple(t.grad for t in cached)
+                        for cached in (self.prefix.keys, self.prefix.values))
+        return prefix_numbers(self.prefix._replace(keys=keys, values=values))
 
 
 class Theirs:
