@@ -593,6 +593,14 @@ def test_names_stand_where_there_is_room(screen):
             assert right < a or b < left or abs(y - v) > 10
 
 
+def test_an_axis_tells_its_numbers_apart(screen):
+    for low, high, pitch, texts in ((-1, 1.01, .4, ["\u22121.0", "\u22120.5", "0.0", "0.5", "1.0"]),
+                                    (0, 2.84, .6, ["0", "1", "2"]),
+                                    (1.234495, 1.234525, 1e-5, ["1.23450", "1.23451", "1.23452"])):
+        assert screen.js("return [...rounds(...arguments)].map(([, text]) => text)", low, high,
+                         pitch) == texts
+
+
 def test_older_browsers_decode_by_hand(browser, page_file):
     script = browser.cdp("Page.addScriptToEvaluateOnNewDocument",
                          source="Uint8Array.fromBase64 = undefined")
