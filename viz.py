@@ -126,7 +126,7 @@ SPACING = 0.35  # of the mesh
 # From LARGE points on, maps are as good as openTSNE's by less work: a shorter schedule, a mesh of
 # twice the spacing, and attraction to the nearer half of the neighbours, which carries 9/10 of it
 LARGE = 5000
-SHORT_SCHEDULE = ((40, 12, 1 / 12, 0.9), (50, 1, 3, 0.95), (20, 1, 1.5, 0.8))
+SHORT_SCHEDULE = ((40, 12, 1 / 12, 0.9), (80, 1, 3, 0.95), (20, 1, 1.5, 0.8))
 APPROXIMATE = 20_000  # up to this many points, all pairs are compared
 RECALL = 0.98  # the share of the neighbours that is found among more
 SPARE = 16  # candidates beyond the neighbours: with fewer, more rows are searched twice
@@ -281,52 +281,60 @@ def _neighbours(rows, population, k, itself=False, parts=None):
 
 def _near_cells(x, k, recall):
     """Parts for _neighbours in which about this share of the k neighbours of a row of x (N, D) is
-    found: for every cell of k-means its rows, and the members of the nearest cells. None, which is
-    all pairs, if these are a third of all, as in hundreds of dimensions, where every cell is near.
+    found: the rows of a cell, and the members of the cells nearest to it. None, which is all pairs,
+    if these are half of all, as in hundreds of dimensions, where every cell is near.
 
-    How many members are near enough is measured: about 1000 rows are compared with all."""
+    Cells are those of k-means, about 128 rows each. How many members are near enough is measured:
+    about 1000 rows are compared with all."""
     N = len(x)
-    sample = x[::4]
-    centres = sample[::32].astype(np.float32)
-    C = len(centres)
-
-    def cells_of(rows):
-        half = np.vecdot(centres, centres) / 2
-        return np.concatenate([(block @ centres.T - half).argmax(1)
-                               for block in _blocks(rows, 4096)])
-
-    def in_cells(cell):
-        """The rows by cell, how many each cell has, and how many the cells before it."""
-        count = np.bincount(cell, minlength=C)
-        return np.argsort(cell, kind="stable"), count, np.cumsum(count) - count
-
-    for _ in range(5):
-        order, count, before = in_cells(cells_of(sample))
-        filled = count > 0
-        sums = np.add.reduceat(sample[order], before[filled], dtype=np.float64)
-        centres[filled] = sums / count[filled, None]
-
-    cell = cells_of(x)
-    order, count, before = in_cells(cell)
-    half = np.vecdot(centres, centres) / 2
-    distance = half - centres @ centres.T
+    centres, cell = _cells(x)
+    order, count, before = _by_cell(cell, len(centres))
+    distance = np.vecdot(centres, centres) / 2 - centres @ centres.T
     np.fill_diagonal(distance, -np.inf)  # a cell is the nearest to itself
-    nearest = np.argsort(distance, axis=1)
+    nearest = np.argsort(distance, axis=1, kind="stable")
     held = count[nearest].cumsum(1)  # members of the nearest cells, up to each
 
-    asked = np.arange(0, N, N // 1000)
+    asked = np.arange(0, N, max(1, N // 1000))
     index, _ = _neighbours(x[asked], x, k + 1)  # of which the first is the row itself
-    rank = np.argsort(nearest, axis=1)
-    needed = held[cell[asked, None], rank[cell[asked, None], cell[index]]]
+    own = cell[asked, None]
+    needed = held[own, np.argsort(nearest, axis=1)[own, cell[index]]]
     reach = max(np.quantile(needed, recall), 2 * k)
     if reach > N / 2:
         return None
     parts = []
     for c in np.flatnonzero(count):
         near = nearest[c, :np.searchsorted(held[c], reach) + 1]
-        members = [order[before[a]:before[a] + count[a]] for a in (c, *near)]
-        parts.append((members[0], np.sort(np.concatenate(members[1:]))))
+        members = [order[before[a]:before[a] + count[a]] for a in near]
+        parts.append((members[0], np.sort(np.concatenate(members))))
     return parts
+
+
+def _cells(x):
+    """Centres (C, D) of k-means, fitted to every fourth row of x (N, D), and the rows' cells (N,).
+
+    Products are of float64: their rounding, which depends on threads, is too small to move a row
+    to another cell."""
+    sample = x[::4]
+    centres = np.unique(sample[::32].astype(np.float64), axis=0)
+
+    def assign(rows):
+        half = np.vecdot(centres, centres) / 2
+        return np.concatenate([(block.astype(np.float64) @ centres.T - half).argmax(1)
+                               for block in _blocks(rows, 1024)])
+
+    for _ in range(5):
+        order, count, before = _by_cell(assign(sample), len(centres))
+        filled = count > 0
+        sums = np.add.reduceat(sample[order], before[filled], dtype=np.float64)
+        centres[filled] = sums / count[filled, None]
+    return centres, assign(x)
+
+
+def _by_cell(cell, C):
+    """The rows by cell, for the cells (N,) of rows; how many each of the C cells has; and how many
+    the cells before it have."""
+    count = np.bincount(cell, minlength=C)
+    return np.argsort(cell, kind="stable"), count, np.cumsum(count) - count
 
 
 class Scores(NamedTuple):
@@ -728,7 +736,7 @@ def _descend(edges, y, repulsion, progress):
             velocity = momentum * velocity - rate * N / 4 * gain * slope
 
             # A hub, a neighbour of thousands of points, would leap across the map and widen it
-            length = np.sqrt(np.square(velocity).sum(1, keepdims=True))
+            length = np.sqrt(np.vecdot(velocity, velocity))[:, None]
             y = y + velocity * (LONGEST_STEP / np.maximum(length, LONGEST_STEP))
             y -= y.mean(0)
             if progress:

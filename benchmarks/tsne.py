@@ -127,25 +127,16 @@ def affinities(x: np.ndarray):
     """Rows, columns and values of symmetric P, by bisection in float64."""
     from scipy.sparse import coo_array
 
-    x = x.astype(np.float64) - x.mean(0)
-    N, k, length = len(x), 3 * PERPLEXITY, np.square(x).sum(1)
-    index, p = np.empty((N, k), np.int64), np.empty((N, k))
-    for at in range(0, N, 256):
-        b = slice(at, min(at + 256, N))
-        d = length[b, None] + length - 2 * x[b] @ x.T
-        d[np.arange(len(d)), np.arange(b.start, b.stop)] = np.inf
-        index[b] = np.argpartition(d, k, axis=1)[:, :k]
-        d = np.take_along_axis(d, index[b], 1)
-        d -= d.min(1, keepdims=True)
-        low, high = np.full((len(d), 1), -60.0), np.full((len(d), 1), 60.0)
-        for _ in range(60):
-            beta = np.exp((low + high) / 2)
-            q = np.exp(-beta * d)
-            q /= q.sum(1, keepdims=True)
-            wide = -(q * np.log(np.maximum(q, 1e-300))).sum(1, keepdims=True) > math.log(PERPLEXITY)
-            middle = (low + high) / 2
-            low, high = np.where(wide, middle, low), np.where(wide, high, middle)
-        p[b] = q
+    N, k = len(x), 3 * PERPLEXITY
+    index, d = viz._neighbours(x, x, k, itself=True)  # all pairs, tested against scipy's KDTree
+    d -= d.min(1, keepdims=True)
+    low, high = np.full((N, 1), -60.0), np.full((N, 1), 60.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        p = np.exp(-np.exp(middle) * d)
+        p /= p.sum(1, keepdims=True)
+        wide = -(p * np.log(np.maximum(p, 1e-300))).sum(1, keepdims=True) > math.log(PERPLEXITY)
+        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
     p = coo_array((p.ravel(), (np.repeat(np.arange(N), k), index.ravel())), shape=(N, N)).tocsr()
     p = ((p + p.T) / (2 * N)).tocoo()
     return *p.coords, p.data
@@ -153,8 +144,7 @@ def affinities(x: np.ndarray):
 
 def divergence(i, j, p, y) -> float:
     y = y.astype(np.float64)
-    Z = sum((1 / (1 + np.square(y[at:at + 256, None] - y).sum(2))).sum()
-            for at in range(0, len(y), 256)) - len(y)
+    _, Z, _ = viz._all_pairs(y)
     return float((p * np.log(p * (1 + np.square(y[i] - y[j]).sum(1)))).sum() + math.log(Z))
 
 

@@ -138,6 +138,47 @@ def test_neighbours_in_tight_clusters_far_apart(ratio, dtype):
     assert (index == true[:300]).all() and (square[:, 0] == 0).all()
 
 
+@pytest.mark.parametrize("N", [300, 2000, 20_011])
+def test_the_largest_of_each_row(N):
+    score = np.random.default_rng(0).normal(size=(40, N)).astype(np.float32)
+    score[1] = 0  # all are equal
+    score[2] = np.arange(N)
+    score[3, :50] = -np.inf
+    index = viz._largest(score, 30)
+    assert all(len(set(row)) == 30 for row in index)
+    assert (np.sort(np.take_along_axis(score, index, 1)) == np.sort(score)[:, -30:]).all()
+
+
+def shared(a, b):
+    return np.mean([len(set(i) & set(j)) / len(i) for i, j in zip(a, b)])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_near_cells_hold_the_share_of_the_neighbours(dtype):
+    x = clusters(6000).astype(dtype)
+    x[:300] = x[0]  # more duplicates than a cell has rows
+    parts = viz._near_cells(x, 90, 0.98)
+    assert (np.sort(np.concatenate([rows for rows, _ in parts])) == np.arange(6000)).all()
+    assert np.mean([len(members) for _, members in parts]) < 6000 / 3
+    true, _ = viz._neighbours(x, x, 90, itself=True)
+    index, square = viz._neighbours(x, x, 90, itself=True, parts=parts)
+    assert 0.97 <= shared(true[300:], index[300:]) < 1
+    np.testing.assert_allclose(square[::60], np.square(
+        x[::60, None].astype(np.float64) - x[index[::60]]).sum(2), rtol=1e-9)
+
+
+def test_all_pairs_are_compared_where_every_cell_is_near():
+    x = np.random.default_rng(0).normal(size=(3000, 200))
+    assert viz._near_cells(x, 90, 0.98) is None
+
+
+def test_recall_of_1_compares_all_pairs(thousand, monkeypatch):
+    exact = viz.tsne(thousand, 10).points
+    monkeypatch.setattr(viz, "APPROXIMATE", 500)
+    assert (viz.tsne(thousand, 10, recall=1).points == exact).all()
+    assert (viz.tsne(thousand, 10).points != exact).any()
+
+
 def test_affinities_are_the_definition(small):
     x, p, _ = small
     order, edges = sparse(x, 20)
@@ -225,6 +266,20 @@ def test_map_is_as_good_as_openTSNEs(name, kl, slack, thousand):
     assert viz.tsne(x).kl <= slack * kl
 
 
+def test_large_map_is_as_good_as_openTSNEs():
+    """As above, the divergence for all 90 neighbours, and for those that pull."""
+    x = clusters(5000)
+    map_ = viz.tsne(x)
+    for near, kl in ((90, 1.3743), (45, map_.kl)):
+        index, square = viz._neighbours(x, x, 90, itself=True)
+        p = viz._affinities(square, 30)[:, :near]
+        order, edges = viz._symmetric(index[:, :near], p / p.sum() * len(x))
+        points = map_.points[order]
+        all_pairs = viz._gradient(edges, points, viz._all_pairs, cost=True)[1]
+        assert all_pairs <= 1.005 * kl
+    assert all_pairs == pytest.approx(map_.kl, rel=5e-3)  # Z is of a mesh, at twice the spacing
+
+
 def test_wide_data_keep_as_many_neighbours_as_openTSNE_keeps():
     """Its version 1.0.4 with exact neighbours and theta 0.1 on all dimensions."""
     x = tokens(1600)
@@ -259,8 +314,11 @@ def test_progress_reports_every_step():
 CODE = """
 import hashlib, numpy as np, viz
 x = np.random.default_rng(0).normal(size=(1800, 70)).astype(np.float32)
-print(hashlib.sha256(viz.tsne(x, 10).points.tobytes()).hexdigest(),
-      hashlib.sha256(viz.tsne(x[:500], 10, seed=1).points.tobytes()).hexdigest())
+maps = [viz.tsne(x, 10), viz.tsne(x[:500], 10, seed=1)]
+viz.LARGE = viz.APPROXIMATE = 1000
+x[:, 2:] /= 100  # all cells are near in 70 dimensions
+assert viz._near_cells(x, 30, 0.98)
+print([hashlib.sha256(m.points.tobytes()).hexdigest() for m in maps + [viz.tsne(x, 10)]])
 """
 
 
