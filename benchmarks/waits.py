@@ -170,7 +170,7 @@ def main() -> None:
     p.add_argument("--dtype", help="of weights and activations (bfloat16 if random)")
     p.add_argument("--data", default="squad", help="SPEC of the questions, as for train")
     p.add_argument("--limit", type=int, default=4, help="questions of a step and of an evaluation")
-    p.add_argument("--only", nargs="+", default=[""], help="beginnings of commands' names")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="commands, as the table names them")
     p.add_argument("--again", action="store_true", help="each command twice, the cache kept")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +186,7 @@ def main() -> None:
               f"{'seconds':>8} {'processor':>9} {'GB':>5} {'above':>5}")
         asked = ["--model", model, "--dtype", dtype], ["--data", a.data]
         for command in commands(*asked, a.limit, layers, out):
-            if not command.name.startswith(("train", *a.only)):  # a run is always needed
+            if a.only and command.name not in ["train", *a.only]:  # a run is always needed
                 continue
             shutil.rmtree(cache, ignore_errors=True)
             for turn in range(1 + (a.again and not command.log)):  # a run is not trained again

@@ -88,7 +88,8 @@ def test_training_does_not_import_the_compiler(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", program, "train", "--prior", "fitted", "--posterior", kind,
              "--particles", "2", "--steps", "1", "--eval-limit", "1", "--max-new", "1",
-             "--batch-size", "2", "--out", tmp_path / kind], cwd=ROOT, capture_output=True, text=True)
+             "--batch-size", "2", "--out", tmp_path / kind], cwd=ROOT, capture_output=True,
+            text=True)
         assert done.returncode == 0, done.stderr
 
 
