@@ -599,3 +599,4 @@ def test_a_log_is_read_once_until_it_grows(run, monkeypatch):
     with log.open("a") as f:
         f.write(json.dumps({"split": "train", "step": 5, "loss": 1.0}) + "\n")
     assert opened.metrics()[-1]["step"] == 5 and len(read) == 3
+    assert main("plot", run) == 0 and len(read) == 4
