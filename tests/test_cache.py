@@ -119,6 +119,12 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkey
     assert len(cache.kept(viz.pca, ROWS.numpy())) == 3
 
 
+def test_what_is_refused_is_refused_before_anything_is_worked_out(folder):
+    with pytest.raises(priors.PriorError, match="dim 25"):
+        Reference([ROWS], "vocabulary", keep=True).fit(priors.Sparse, {"dim": 25})
+    assert not folder.exists()
+
+
 def test_where_the_folder_is(monkeypatch):
     monkeypatch.delenv("PROMPTPRIOR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
