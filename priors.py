@@ -22,7 +22,7 @@ import functools
 import inspect
 import math
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -41,7 +41,7 @@ class Prior:
 
     fit(reference (N, D), **options) -> prior, a class method. An option has the type of its
         default: int, float or str. Errors are PriorError. A prior that begins with a Gaussian takes
-        the reference's Spectrum too, if it is known already.
+        spectrum too, which gives the reference's Spectrum if that is known already.
     sample(n, generator) -> (n, D) fp32
     log_prob(x (n, D)) -> (n,) nats, in x's dtype"""
 
@@ -168,7 +168,7 @@ class Fitted(Prior):
 
     @classmethod
     def fit(cls, reference: Tensor, shrinkage: float = -1.0, *,
-            spectrum: Spectrum | None = None) -> Fitted:
+            spectrum: Callable[[], Spectrum] | None = None) -> Fitted:
         N, D = reference.shape
         if N < 2:
             raise PriorError(f"a Gaussian cannot be fitted on {N} reference rows: "
@@ -176,7 +176,7 @@ class Fitted(Prior):
         if shrinkage > 1:
             raise PriorError(f"shrinkage is {shrinkage}, expected 0 to 1, or -1 for the "
                              "Ledoit-Wolf optimum")
-        mean, variance, basis, fourth_moment = spectrum or Spectrum.of(reference)
+        mean, variance, basis, fourth_moment = spectrum() if spectrum else Spectrum.of(reference)
         trace = variance.sum()
         if not trace > 0:
             raise PriorError("all reference rows are equal, so there is no spread to fit: "
@@ -277,7 +277,8 @@ class Exclusion(Fitted):
 
     @classmethod
     def fit(cls, reference: Tensor, c: float = 5.0, k: int = 0, radius: float = 0.0,
-            shrinkage: float = -1.0, *, spectrum: Spectrum | None = None) -> Exclusion:
+            shrinkage: float = -1.0, *,
+            spectrum: Callable[[], Spectrum] | None = None) -> Exclusion:
         N, D = reference.shape
         if radius and (c != 5.0 or not radius > 1):
             raise PriorError(f"exclusion: radius is {radius} and c is {c}, expected a radius of "
@@ -553,7 +554,7 @@ class Sparse(Fitted):
     @classmethod
     def fit(cls, reference: Tensor, k: int = 10, quantile: float = 0.9, scale: float = 1.5,
             dim: int = 0, shrinkage: float = -1.0, *,
-            spectrum: Spectrum | None = None) -> Sparse:
+            spectrum: Callable[[], Spectrum] | None = None) -> Sparse:
         import torch
 
         N, D = reference.shape
@@ -699,7 +700,7 @@ class VAE(Fitted):
 
     @classmethod
     def fit(cls, reference: Tensor, latent: int = 0, shrinkage: float = -1.0, *,
-            spectrum: Spectrum | None = None) -> VAE:
+            spectrum: Callable[[], Spectrum] | None = None) -> VAE:
         import torch
 
         N, D = reference.shape

@@ -51,12 +51,12 @@ def commands(model: list, questions: list, limit: int, layers: int, out: Path) -
     figures = ["figures", *model, *short, "--examples", 200, "--limit", 2000, "--out"]
     return [
         Command("train", [*train, run], run / "metrics.jsonl"),
-        Command("train --deep-layers 1", [*train, deep, "--deep-layers", 1],
+        Command("of deep layers: train", [*train, deep, "--deep-layers", 1],
                 deep / "metrics.jsonl"),
+        Command("of deep layers: plot", ["plot", deep]),
         *(Command(f"sample --prior {name}", ["sample", *model, *questions[:2], "--prior", name])
-          for name in ("vocab", "fitted", "exclusion", "sparse", "vae")),
+          for name in ("fitted", "exclusion", "sparse", "vae")),
         Command("plot", ["plot", run]),
-        Command("plot, of deep layers", ["plot", deep]),
         Command(f"plot, a log of {STEPS} steps", ["plot", out / "long"]),
         Command("plot --text", ["plot", run, "--text"]),
         Command("compare", ["compare", run]),
@@ -169,8 +169,8 @@ def main() -> None:
     p.add_argument("--layers", type=int, default=2, help="of the random model")
     p.add_argument("--dtype", help="of weights and activations (bfloat16 if random)")
     p.add_argument("--data", default="squad", help="SPEC of the questions, as for train")
-    p.add_argument("--limit", type=int, default=8, help="questions of a step and of an evaluation")
-    p.add_argument("--only", nargs="+", default=[""], help="beginnings of commands' names")
+    p.add_argument("--limit", type=int, default=4, help="questions of a step and of an evaluation")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="commands, as the table names them")
     p.add_argument("--again", action="store_true", help="each command twice, the cache kept")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -186,15 +186,14 @@ def main() -> None:
               f"{'seconds':>8} {'processor':>9} {'GB':>5} {'above':>5}")
         asked = ["--model", model, "--dtype", dtype], ["--data", a.data]
         for command in commands(*asked, a.limit, layers, out):
-            chosen = command.name.startswith(tuple(a.only))
-            if not (chosen or command.log):  # runs are always needed
+            if a.only and command.name not in ["train", *a.only]:  # a run is always needed
                 continue
             shutil.rmtree(cache, ignore_errors=True)
-            for turn in range(1 + (a.again and not command.log)):
+            for turn in range(1 + (a.again and not command.log)):  # a run is not trained again
                 for name, clock, processors, held in waits(command, cache):
                     print(f"{clock:>8.1f} {processors:>9.1f} {held / 1e9:>5.1f} "
                           f"{(held - size) / 1e9:>5.1f}  {name}{', again' * turn}", flush=True)
-            if command.log == out / "deep/metrics.jsonl":
+            if command.name == "train":
                 prepare(out)
 
 

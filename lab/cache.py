@@ -83,7 +83,8 @@ def _program() -> bytes:
 def _checksum(function: Callable, rows: Tensor | np.ndarray, arguments: tuple) -> str:
     """Of all that the results depend on, to the last bit."""
     circumstances = (torch.__version__, np.__version__, torch.get_num_threads(), os.cpu_count(),
-                     os.environ.get("OPENBLAS_NUM_THREADS"), torch.backends.cpu.get_cpu_capability())
+                     os.environ.get("OPENBLAS_NUM_THREADS"),
+                     torch.backends.cpu.get_cpu_capability())
     total = hashlib.sha256(repr((function.__qualname__, circumstances)).encode())
     total.update(_program())
     for value in (rows, *arguments):

@@ -423,7 +423,7 @@ def command_plot(given: dict) -> None:
         target = free_place(options.out, "--out", options.overwrite, is_page, "a page of plot")
 
     # The runs' own pictures, and the page.
-    content = gather(drawn_runs(options, given, models))
+    content = gather(drawn_runs(runs, options, given, models))
     page = viz.page(TEMPLATE.read_text(encoding="utf-8"), content).encode()
     if target:
         write_file(target, page, is_new=not options.overwrite)
@@ -455,12 +455,13 @@ def left_out_if_read_only(options: PlotOptions) -> Iterator[None]:
         say(f"{e}: left out")
 
 
-def drawn_runs(options: PlotOptions, given: dict, models: dict[ModelSettings, LoadedModel]
+def drawn_runs(runs: list[Run], options: PlotOptions, given: dict,
+               models: dict[ModelSettings, LoadedModel]
                ) -> Iterator[tuple[OpenRun, dict[int, Reference]]]:
     """Runs with what their prompts lie among, one after the other; the pictures of each are drawn
     when it is opened."""
-    for path in options.runs:
-        opened = open_run(path, given, models)
+    for run in runs:
+        opened = open_run(run, given, models)
         by_layer = references_of(opened)
         with left_out_if_read_only(options):
             names = draw_run(opened.run, opened.settings, by_layer)

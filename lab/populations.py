@@ -83,7 +83,7 @@ class Reference:
         if kind.several:
             return kind.fit(*self.parts, **options)
         if issubclass(kind, priors.Fitted):
-            return kind.fit(self.rows, spectrum=self.spectrum, **options)
+            return kind.fit(self.rows, spectrum=lambda: self.spectrum, **options)
         return kind.fit(self.rows, **options)
 
     @property

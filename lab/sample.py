@@ -9,6 +9,7 @@ n prompt rows, N rows of a population, D width.
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     rows = [("held-out rows", {"effective_rank": geometry.effective_rank(held),
                                "knn": _third_neighbour(held, neighbours),
                                "gap": 100 * split.share_in_gap(held)})]
-    for name, x in sets.items():
+
+    def measured(name: str) -> tuple[str, dict[str, float]]:
+        x = sets[name]
         precision, recall = geometry.precision_recall(x, held)
         # Rows are dealt into groups as large as the held-out texts, so that a permutation exchanges
         # like with like
@@ -99,8 +102,10 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
                    "gap": 100 * split.share_in_gap(x), "c2st": gaps.c2st(x, held)}
         if name != "reference rows":  # these are among the neighbours
             numbers["knn"] = _third_neighbour(x, neighbours)
-        rows.append((name, numbers))
-    return rows
+        return name, numbers
+
+    with ThreadPoolExecutor(geometry.THREADS) as pool:  # numpy decomposes on one core alone
+        return [*rows, *pool.map(measured, sets)]
 
 
 def _draws(prior: priors.Prior, N: int, n: int, count: int, seed: int) -> np.ndarray:

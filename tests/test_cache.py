@@ -107,7 +107,8 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkey
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", "/proc/nowhere"):
         monkeypatch.setenv("PROMPTPRIOR_CACHE", str(place))
-        assert same(cache.kept(viz.pca, ROWS.numpy()), cache.kept(viz.pca, ROWS.numpy(), keep=False))
+        alone = cache.kept(viz.pca, ROWS.numpy(), keep=False)
+        assert same(cache.kept(viz.pca, ROWS.numpy()), alone)
 
     monkeypatch.setenv("PROMPTPRIOR_CACHE", str(tmp_path / "full"))
 
@@ -116,6 +117,12 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkey
 
     monkeypatch.setattr(cache, "write_file", full)
     assert len(cache.kept(viz.pca, ROWS.numpy())) == 3
+
+
+def test_what_is_refused_is_refused_before_anything_is_worked_out(folder):
+    with pytest.raises(priors.PriorError, match="dim 25"):
+        Reference([ROWS], "vocabulary", keep=True).fit(priors.Sparse, {"dim": 25})
+    assert not folder.exists()
 
 
 def test_where_the_folder_is(monkeypatch):

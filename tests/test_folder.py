@@ -562,7 +562,8 @@ def test_a_file_is_hashed_once_a_process_until_it_changes(tmp_path, monkeypatch)
     monkeypatch.setattr(files.hashlib, "file_digest",
                         lambda f, kind: hashed.append(f.name) or digest(f, kind))
     first = files.checksum([file])
-    assert files.checksum([file]) == first and len(hashed) == 2  # it may change within a clock's tick
+    # It may change within a tick of the clock
+    assert files.checksum([file]) == first and len(hashed) == 2
     monkeypatch.setattr(files.time, "time_ns", lambda: now() + 10**10)
     assert {files.checksum([file]) for _ in range(4)} == {first} and len(hashed) == 3
     file.write_bytes(b"two")
@@ -598,3 +599,4 @@ def test_a_log_is_read_once_until_it_grows(run, monkeypatch):
     with log.open("a") as f:
         f.write(json.dumps({"split": "train", "step": 5, "loss": 1.0}) + "\n")
     assert opened.metrics()[-1]["step"] == 5 and len(read) == 3
+    assert main("plot", run) == 0 and len(read) == 4
