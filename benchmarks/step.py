@@ -2,7 +2,7 @@
 
     python benchmarks/smollm2.py smollm2
     python benchmarks/step.py --model smollm2 --data squad:train-v1.1.json
-    python benchmarks/step.py --model smollm2 --dtype bfloat16 --layers 6       # a fifth of the time
+    python benchmarks/step.py --model smollm2 --dtype bfloat16 --layers 6    # a fifth of the time
 
 A step is forward, backward and the update of 20 rows, on a batch as `train` makes it. Its matrix
 products are recorded, with the layouts of their operands, and made again alone, in the order of the
