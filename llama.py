@@ -386,42 +386,49 @@ def pick(t: Tensor | None, parent: Tensor | None) -> Tensor | None:
 
 def stack(pasts: list[Past]) -> Past:
     """Pasts as one, whose batch is theirs one after the other: the rows of a batch may go on from
-    different prompts.
+    different prompts and texts. Shorter ones are padded in front of their content columns, and
+    columns in front that no row uses are dropped.
 
-    Either every layer has as many columns in all of them, and as many of the prompt's. Or the
-    layers of each past have equally many: then shorter pasts are padded in front, and all columns
-    become content columns, of which `real` says which hold something. Raises ModelError for pasts
-    that are neither."""
+    Either every layer has as many prompt columns in all of them. Or the layers of each past have
+    equally many columns: then the prompt's become content columns, and `real` says which of them
+    hold something. Raises ModelError for pasts that are neither."""
     if len(pasts) == 1:
         return pasts[0]
     counts = [[0 if k is None else k.shape[2] for k in past.keys] for past in pasts]
     real = [past.real for past in pasts]
-    columns = counts[0]
-    if any(c != columns for c in counts) or len({r.shape[1] for r in real}) > 1:
+    prompts = [[c - r.shape[1] for c in columns] for columns, r in zip(counts, real)]
+    fronts = prompts[0]  # the prompt columns of every layer
+    if any(p != fronts for p in prompts):
         uneven = [i for i, c in enumerate(counts) if len({*c}) > 1]
         if uneven:
             raise ModelError(f"prompt {uneven[0] + 1} of {len(pasts)} has {counts[uneven[0]]} "
                              "columns in its layers, and another has other numbers of them: one "
                              "batch takes prompts with columns at the same layers, or such as have "
                              "equally many at every layer: take each alone")
-        longest = max(c[0] for c in counts)
-        columns = [longest] * len(columns)
-        real = [F.pad(F.pad(r, (c[0] - r.shape[1], 0), value=True), (longest - c[0], 0))
-                for r, c in zip(real, counts)]
-    return Past(_stack_columns([past.keys for past in pasts], columns, real),
-                _stack_columns([past.values for past in pasts], columns, real),
+        real = [F.pad(r, (p[0], 0), value=True) for r, p in zip(real, prompts)]
+        fronts = [0] * len(fronts)
+
+    used = [r.shape[1] - int((~r).all(dim=0).cumprod(dim=0).sum()) for r in real]
+    longest = max(used)
+    real = [F.pad(r, (longest - r.shape[1], 0)) for r in real]  # drops columns where negative
+    return Past(_stack_columns([past.keys for past in pasts], fronts, real),
+                _stack_columns([past.values for past in pasts], fronts, real),
                 torch.cat(real), torch.cat([past.position for past in pasts]))
 
 
-def _stack_columns(caches: list[tuple[Tensor | None, ...]], columns: list[int], real: list[Tensor]
+def _stack_columns(caches: list[tuple[Tensor | None, ...]], fronts: list[int], real: list[Tensor]
                    ) -> tuple[Tensor | None, ...]:
-    """The keys or the values of several pasts as those of one with `columns` in its layers."""
-    stacked = []
-    for width, *tensors in zip(columns, *caches):
+    """The keys or the values of several pasts as those of one: in every layer its prompt columns
+    and as many content columns as real (B, S) has of each past."""
+    stacked, S = [], real[0].shape[1]
+    for front, *tensors in zip(fronts, *caches):
         some = next((t for t in tensors if t is not None), None)
-        padded = [some.new_zeros(len(r), some.shape[1], width, some.shape[3]) if t is None else
-                  F.pad(t, (0, 0, width - t.shape[2], 0)) for t, r in zip(tensors, real)
-                  ] if some is not None else []
+        padded = []
+        for t, r in zip(tensors, real) if some is not None else ():
+            if t is None:
+                t = some.new_zeros(len(r), some.shape[1], front, some.shape[3])
+            content = F.pad(t[:, :, front:], (0, 0, S - t.shape[2] + front, 0))
+            padded.append(torch.cat((t[:, :, :front], content), dim=2) if front else content)
         stacked.append(torch.cat(padded) if padded else None)
     return tuple(stacked)
 
@@ -966,31 +973,60 @@ def generate(model: Llama, ids: list[list[int]], past: Past | list[Past] | None,
     if not ids:
         return answers
     device = model.embeddings.device
-    active = list(range(len(ids)))  # the rows of the batch
-    step, parents = pad(ids).to(device), parent
-    pasts = past if isinstance(past, list) else [past]
+    outputs = [model(pad(ids).to(device), p, parent=parent)
+               for p in (past if isinstance(past, list) else [past])]
+    rows = torch.arange(len(ids), device=device)
     last = torch.tensor([len(r) - 1 for r in ids], device=device)
-    while True:
-        # one more token for every row
-        outputs = [model(step, p, parent=parents) for p in pasts]
-        rows = torch.arange(len(active), device=device)
-        logits = ensemble([model.logits(h[rows, last]) for h, _ in outputs])
-        token = choose(active, logits) if choose else logits.argmax(dim=-1)
-        for row, t in zip(active, token.tolist()):
-            answers[row].append(t)
+    logits = ensemble([model.logits(h[rows, last]) for h, _ in outputs])
+    decoding = Decoding(model, max_new, stop, choose)
+    decoding.append([*enumerate(answers)], logits, [p for _, p in outputs])
+    decoding.run()
+    return answers
 
-        # finished rows leave the batch
-        unfinished = [i for i, row in enumerate(active)
-                      if answers[row][-1] not in stop and len(answers[row]) < max_new]
+
+class Decoding:
+    """Answers that grow together, a token each at a time, though they may have begun at different
+    times: the fewer rows a product has, the more each of them costs. A finished row leaves."""
+
+    def __init__(self, model: Llama, max_new: int, stop: set[int] = frozenset(),
+                 choose: Callable[[list[int], Tensor], Tensor] | None = None):
+        """See generate."""
+        self.model, self.max_new, self.stop, self.choose = model, max_new, stop, choose
+        self.rows: list[tuple[int, list[int]]] = []  # numbers for choose, and answers
+        self.pasts: list[Past] = []  # what the rows have read, all but their answers' last tokens
+
+    @torch.no_grad()
+    def add(self, rows: list[tuple[int, list[int]]], pasts: list[Past]) -> None:
+        """Let the answers of rows (number, answer) grow in place, those that are not finished."""
+        unfinished = [i for i, (_, answer) in enumerate(rows)
+                      if answer[-1] not in self.stop and len(answer) < self.max_new]
         if not unfinished:
-            return answers
-        pasts = [p for _, p in outputs]
-        if len(unfinished) < len(active):
-            index = torch.tensor(unfinished, device=device)
-            active = [active[i] for i in unfinished]
-            token = token[index]
+            return
+        if len(unfinished) < len(rows):
+            index = torch.tensor(unfinished, device=pasts[0].real.device)
             pasts = [p.take(index) for p in pasts]
-        step, parents, last = token[:, None], None, token.new_zeros(len(token))
+        if self.rows:
+            pasts = [stack([*pair]) for pair in zip(self.pasts, pasts)]
+        self.rows, self.pasts = self.rows + [rows[i] for i in unfinished], pasts
+
+    def append(self, rows: list[tuple[int, list[int]]], logits: Tensor, pasts: list[Past]) -> None:
+        """Append the next token to every answer, given its logits (R, V), and add the rows."""
+        numbers = [number for number, _ in rows]
+        tokens = self.choose(numbers, logits) if self.choose else logits.argmax(dim=-1)
+        for (_, answer), token in zip(rows, tokens.tolist()):
+            answer.append(token)
+        self.add(rows, pasts)
+
+    @torch.no_grad()
+    def run(self, left: int = 0) -> None:
+        """Decode until at most so many rows are left."""
+        while len(self.rows) > left:
+            last = torch.tensor([answer[-1:] for _, answer in self.rows],
+                                device=self.pasts[0].real.device)
+            outputs = [self.model(last, p) for p in self.pasts]
+            logits = ensemble([self.model.logits(h[:, 0]) for h, _ in outputs])
+            rows, self.rows = self.rows, []
+            self.append(rows, logits, [p for _, p in outputs])
 
 
 def pad(rows: list[list[int]], value: int = PAD) -> Tensor:

@@ -2,6 +2,7 @@
 
     python benchmarks/evaluation.py                                # 135M shape, bundled SQuAD
     python benchmarks/evaluation.py --data squad:dev-v1.1.json     # real SQuAD
+    python benchmarks/evaluation.py --model smollm2 --data squad:dev-v1.1.json    # a real model
 
 A random model never ends a line, so a random share of the vocabulary, --stop of it, ends an answer:
 answers are then about as long as SQuAD's. Our evaluation decodes only where a model errs, so it is
@@ -10,7 +11,13 @@ own).
 
 Before anything is timed our loss and our answers, token by token, are compared in fp32 with PEFT's,
 asked one question at a time. PEFT is timed as its users run it, a forward for the loss and generate
-for a batch padded on the left. The latter does not shift positions by the padding (peft 0.21.2 with
+for a batch padded on the left.
+
+With --model DIR a real model answers --questions of the data under 20 rows of its vocabulary, after
+a text of --text-tokens tokens, and with neither, whatever share of answers is right. Ours takes
+batches of 16, as `eval` does, PEFT those of --peft-batches of which it is fastest.
+
+PEFT's generate does not shift positions by the padding (peft 0.21.2 with
 transformers 5), so many of its answers are then others, which is counted and not held against its
 time.
 """
@@ -18,13 +25,15 @@ time.
 from __future__ import annotations
 
 import statistics
+import time
 
 import torch
 
 import peers
 import data
 import llama
-from lab.loss import answers
+from lab.inputs import parse_spec
+from lab.loss import Text, answers, begin
 
 
 def ours(model: llama.Llama, prompt: llama.Prompt, rows: list[data.Row], stop: set[int],
@@ -60,10 +69,92 @@ def their_answers(model, rows: list[data.Row], stop: set[int], max_new: int) -> 
     return [a[:end] for a, end in zip(answers, ends)]
 
 
+def ours_of_all(model: llama.Llama, start, rows: list[data.Row], stop: set[int], max_new: int):
+    """Loss (nats a token) and answers of all rows, as `eval` makes them. start: see lab.loss.begin,
+    or a Prompt."""
+    decoding, results = llama.Decoding(model, max_new, stop), []
+    with torch.no_grad():
+        if isinstance(start, llama.Prompt):
+            start = start.past(model)
+        for i in range(0, len(rows), 16):
+            past, batch = begin(model, data.collate(rows[i:i + 16]), start)
+            results.append(answers(model, [past], batch, max_new, stop, decoding=decoding))
+    decoding.run()
+    loss = sum(sum(r.loss) for r in results) / sum(sum(r.tokens) for r in results)
+    return loss, [ids for r in results for ids in r.ids]
+
+
+def cpu_seconds(call):
+    start = time.process_time()
+    result = call()
+    return time.process_time() - start, result
+
+
+def real(a) -> None:
+    """The comparison on a model folder. Seconds are CPU seconds of the process."""
+    from transformers import AutoModelForCausalLM
+
+    model = llama.load(a.model, a.dtype)
+    peer = AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype)).eval()
+    vocabulary = data.Vocabulary(a.model, bos=model.config.bos_token_id)
+    examples = [e for e in data.read(*parse_spec(a.data, 0)) if e.answers]
+    text = vocabulary.encode("\n".join(dict.fromkeys(e.context for e in reversed(examples))))
+    text = vocabulary.tokenizer.decode(text[:a.text_tokens]) + "\n"
+    g = torch.Generator().manual_seed(a.seed)
+    rows = model.embeddings[torch.randint(len(model.embeddings), (a.tokens,), generator=g)]
+    with torch.no_grad():
+        ids = torch.tensor(vocabulary.encode(text))
+        starts = {"no prompt": model.empty(), "a text": Text(ids, model.extend(ids[None])),
+                  "a prompt": llama.Prompt({0: rows.float()})}  # PEFT wraps the peer for good: last
+    print(f"{peers.machine(a)}\n{a.model}, {a.dtype}; {a.questions} questions of {a.data}; a text "
+          f"of {len(ids)} tokens, a prompt of {a.tokens} rows")
+    for name, start in starts.items():
+        asked = [data.encode(e, vocabulary, 1024, text if name == "a text" else "")
+                 for e in examples[:a.questions]]
+        theirs = peers.peft_model(peer, rows).eval() if name == "a prompt" else peer
+        compare(a, name, model, start, theirs, asked, vocabulary.stop)
+
+
+def compare(a, name: str, model: llama.Llama, start, theirs, rows: list[data.Row],
+            stop: set[int]) -> None:
+    """Print questions a second of both, ours before and after PEFT's turns."""
+    def own_turn():
+        return cpu_seconds(lambda: ours_of_all(model, start, rows, stop, a.max_new))
+
+    mine, (loss, said) = own_turn()
+    best = {}
+    for size in map(int, a.peft_batches.split(",")):
+        parts = [rows[i:i + size] for i in range(0, len(rows), size)]
+        forward, losses = cpu_seconds(lambda: [their_loss(theirs, part) for part in parts])
+        generate, answered = cpu_seconds(
+            lambda: [ids for part in parts for ids in their_answers(theirs, part, stop, a.max_new)])
+        best[size] = forward + generate, generate
+        if size == 1:
+            tokens = torch.tensor([len(row.ids) - row.start for row in rows])
+            other = float((torch.stack(losses) * tokens).sum() / tokens.sum())
+            differ = sum(x != y for x, y in zip(said, answered))
+            print(f"{name}: loss {loss:.6f}, PEFT's {other:.6f}; {differ} answers differ from "
+                  "PEFT's one by one", flush=True)
+            if a.dtype == "float32":
+                assert not differ and abs(loss - other) <= 1e-5 * other
+    mine = (mine + own_turn()[0]) / 2
+    size = min(best, key=best.get)
+    whole, generate = best[size]
+    print(f"{name}: ours {len(rows) / mine:.2f} questions/s, {sum(map(len, said))} tokens; PEFT, "
+          f"batches of {size}: {len(rows) / whole:.2f}, of generate alone "
+          f"{len(rows) / generate:.2f}; faster by {whole / mine:.1f}, than generate alone by "
+          f"{generate / mine:.1f}", flush=True)
+
+
 def main() -> None:
     a = peers.arguments(__doc__.splitlines()[0], batches=(3, "different batches"),
                         stop=(0.2, "share of the vocabulary that ends an answer"),
-                        max_new=(32, "most tokens of an answer"))
+                        max_new=(32, "most tokens of an answer"),
+                        model=("", "a model folder, instead of random weights"),
+                        questions=(32, "with --model"), text_tokens=(500, "with --model"),
+                        peft_batches=("1,4,16", "with --model: batch sizes that PEFT tries"))
+    if a.model:
+        return real(a)
     batches = peers.questions(a, a.batches)
     g = torch.Generator().manual_seed(a.seed)
     shape = peers.SHAPES[a.shape][1]

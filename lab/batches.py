@@ -27,11 +27,12 @@ TOGETHER = 8  # prompts of one batch at most: each needs the memory of a batch
 @torch.no_grad()
 def by_question(model: llama.Llama, entries: list[list[llama.Prompt | llama.Past | Text]],
                 place: str, settings: DataSettings, everywhere: bool, questions: Questions,
-                name: str, score: Callable[[list[int], list[llama.Past], data.Batch], Iterable]
-                ) -> list[list]:
+                name: str, score: Callable[[list[int], list[llama.Past], data.Batch], Iterable],
+                finish: Callable[[], None] = lambda: None) -> list[list]:
     """What score(members, pasts, batch) returns of every question: a list for each of several
     entries, of as many prompts each. members: the questions of a batch, which goes on from the
-    pasts. everywhere: all processes score all batches, because they share the model's weights.
+    pasts. finish: called after the last batch, to complete in place what score returned.
+    everywhere: all processes score all batches, because they share the model's weights.
     Raises ModelError for prompts that one batch cannot hold, see llama.stack."""
     # What a prompt before the text leaves in the cache is the same for every batch.
     if place == "before":
@@ -52,6 +53,7 @@ def by_question(model: llama.Llama, entries: list[list[llama.Prompt | llama.Past
             results = score(members, [past for past, _ in begun], begun[0][1])
             scored.update(zip(product(range(len(entries)), members), results))
             bar.update(len(members))
+        finish()
     if size > 1:
         for part in all_gather(scored):
             scored.update(part)

@@ -188,9 +188,10 @@ def evaluate_each(loaded: LoadedModel, entries: list[list[llama.Prompt | llama.P
         if teacher:  # every entry has all questions, one entry after the other
             states = teacher.states(members, batch.labels[:len(members)]).repeat(len(entries), 1)
         return zip(*answers(loaded.model, pasts, batch, settings.max_new, loaded.vocabulary.stop,
-                            states))
+                            states, decoding))
 
-    answered_each = scored(questions, name, answered)
+    decoding = llama.Decoding(loaded.model, settings.max_new, loaded.vocabulary.stop)
+    answered_each = scored(questions, name, answered, decoding.run)
     losses_of_choices = [[]] * len(entries)
     if choices := questions.each_choice():
         losses_of_choices = scored(

@@ -157,10 +157,12 @@ class Answers(NamedTuple):
 
 @torch.no_grad()
 def answers(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch, max_new: int,
-            stop: set[int], states: Tensor | None = None) -> Answers:
+            stop: set[int], states: Tensor | None = None,
+            decoding: llama.Decoding | None = None) -> Answers:
     """The loss of the right answers and the greedy answers, of one forward. Of several pasts (see
     begin), which must have the batch's parents in common, token probabilities are averaged. states:
-    of a teacher, see taught_loss.
+    of a teacher, see taught_loss. decoding: of the same max_new and stop, where up to as many
+    answers as the batch has may wait for those of the next; they grow in place until its run().
 
     Where a right answer's tokens are also the likeliest ones, greedy decoding would have taken
     them. So decoding goes on only from the token at which the two part."""
@@ -188,9 +190,9 @@ def answers(model: llama.Llama, pasts: list[llama.Past], batch: data.Batch, max_
         read = torch.tensor([len(batch.asked[i]) + len(ids[i]) - 1 for i in unfinished],
                             device=labels.device)
         caches = [_cut_back(past.take(rows), batch.tails.shape[1], read) for _, past in runs]
-        last = [ids[i][-1:] for i in unfinished]
-        for i, rest in zip(unfinished, llama.generate(model, last, caches, max_new - 1, stop)):
-            ids[i] = (ids[i] + rest)[:max_new]
+        together = decoding or llama.Decoding(model, max_new, stop)
+        together.add([(i, ids[i]) for i in unfinished], caches)
+        together.run(left=len(batch.tails) if decoding else 0)
 
     # The answer changed the question's last token, so the question is asked as it is without it.
     if merged:

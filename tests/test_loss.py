@@ -75,6 +75,37 @@ def test_an_ensemble_averages_probabilities(model):
     assert sum(result.loss) == pytest.approx(total, rel=1e-5) and differ
 
 
+@pytest.mark.parametrize("prompt", [prompt_of(0, 3), prompt_of(0, cut=False), None])
+def test_answers_of_several_batches_are_decoded_together(model, monkeypatch, prompt):
+    """Those that are long wait for the next batch's, and are what each batch alone is answered.
+    Fewer forwards are made, and the cache does not grow with the number of batches."""
+    past = prompt.past(model) if prompt else model.empty()
+    rows = random_rows(random.Random(4), SHAPES["ragged"] + SHAPES["no context"] * 4)
+    batches = [data.collate(rows[i:i + 3]) for i in range(0, len(rows), 3)]
+    calls, columns, forward = [], [], llama.Llama.forward
+
+    def counted(self, ids, past, *args, **kwargs):
+        calls.append(ids.shape)
+        columns.append(past.real.shape[1])
+        return forward(self, ids, past, *args, **kwargs)
+
+    monkeypatch.setattr(llama.Llama, "forward", counted)
+    results = {}
+    for decoding in (None, llama.Decoding(model, 12, set(range(90, 97)))):
+        calls.clear()
+        columns.clear()
+        found = [loss.answers(model, [model.extend(batch.shared, past)], batch, 12,
+                              set(range(90, 97)), decoding=decoding) for batch in batches]
+        assert not decoding or len(decoding.rows) > 0  # some wait for a batch that does not come
+        if decoding:
+            decoding.run()
+        results[bool(decoding)] = len(calls), [r.ids for r in found], max(columns)
+    assert results[True][1] == results[False][1]
+    assert results[True][0] < 0.8 * results[False][0]
+    longest = max(len(row.ids) for row in rows)
+    assert results[True][2] <= longest + 2 * 12
+
+
 def test_a_question_that_merges_with_its_answer_is_asked_without_it(model):
     past = prompt_of(0).past(model)
     row = data.Row([0, 11, 12, 50, 21, 22], 3, [0, 11, 12, 13, 14], "c", 0)  # 13 14 21 -> 50 21
