@@ -162,9 +162,10 @@ def search(browser: Browser, text: str) -> tuple[float, str]:
 
 def measure(browser: Browser, path: Path, a: argparse.Namespace) -> None:
     """Print all of one page."""
-    seconds = [first_picture(browser, path) for _ in range(a.repeats)]
+    seconds, busy = zip(*((first_picture(browser, path), browser.seconds())
+                          for _ in range(a.repeats)))
     print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB; first picture after "
-          f"{min(seconds):.2f} to {max(seconds):.2f} s")
+          f"{min(seconds):.2f} to {max(seconds):.2f} s, processor {statistics.median(busy):.2f} s")
     print(f"  {'':<44}{'':>9}  frame ms, median   95th   frames/s  processor ms")
     layers = {0, browser.js("return maps.length - 1")}
     for layer, plane in product(sorted(layers), ("pca", "tsne")):
@@ -177,8 +178,11 @@ def measure(browser: Browser, path: Path, a: argparse.Namespace) -> None:
                   f"{late:>7.1f}{1000 / middle:>11.1f}{statistics.median(busy):>13.1f}", flush=True)
     browser.js(SHOW, 0, "pca")
     for text in SEARCHES:
+        spent = browser.seconds()
         times, found = zip(*(search(browser, text) for _ in range(a.repeats)))
-        print(f"  search {text!r}: {min(times):.0f} to {max(times):.0f} ms; {found[0]}")
+        spent = 1000 * (browser.seconds() - spent) / a.repeats
+        print(f"  search {text!r}: {min(times):.0f} to {max(times):.0f} ms, processor "
+              f"{spent:.0f} ms; {found[0]}")
         search(browser, "")
 
 

@@ -100,7 +100,7 @@ class Browser:
             {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"}])
 
     def seconds(self):
-        """The processor time that the page's thread has spent."""
+        """The processor time that the page's thread has spent since the page was opened."""
         self.cdp("Performance.enable", timeDomain="threadTicks")
         metrics = self.cdp("Performance.getMetrics")["metrics"]
         return next(m["value"] for m in metrics if m["name"] == "ThreadTime")
