@@ -236,8 +236,8 @@ def _rows(x, name, least):
 def _neighbours(rows, population, k, itself=False, parts=None):
     """The k members of population (N, D) nearest to every one of rows (n, D), of all members in all
     dimensions: index (n, k), nearest first, and squared distances (n, k) float64. itself: the rows
-    are the population, and no row is its own neighbour. parts: pairs of places of rows and the
-    members, more than k, among which they are searched, as from _near_cells; None is all.
+    are the population, and no row is its own neighbour. parts: pairs of the places of rows and
+    lists of the members, more than k, among which these are searched, from _near_cells; None: all.
 
     Products of float32 matrices select candidates, and differences in float64 measure these. Where
     the products' rounding may have hidden a neighbour, as in tight clusters far apart, products of
@@ -256,8 +256,8 @@ def _neighbours(rows, population, k, itself=False, parts=None):
             return
         numbers, near = np.arange(len(population)), scores
         if members is not None:
-            numbers = members
-            near = scores._replace(columns=scores.columns.take(members, axis=1))
+            numbers = np.sort(np.concatenate(members))
+            near = scores._replace(columns=scores.columns.take(numbers, axis=1))
         count = min(k + SPARE, len(numbers) - itself)
         memory = np.empty((128, len(numbers)), scores.columns.dtype)
         for block in _blocks(places, len(memory)):
@@ -301,12 +301,9 @@ def _near_cells(x, k, recall):
     reach = max(np.quantile(needed, recall), 2 * k)
     if reach > N / 2:
         return None
-    parts = []
-    for c in np.flatnonzero(count):
-        near = nearest[c, :np.searchsorted(held[c], reach) + 1]
-        members = [order[before[a]:before[a] + count[a]] for a in near]
-        parts.append((members[0], np.sort(np.concatenate(members))))
-    return parts
+    members = np.split(order, before[1:])
+    return [(members[c], [members[a] for a in nearest[c, :np.searchsorted(held[c], reach) + 1]])
+            for c in np.flatnonzero(count)]
 
 
 def _cells(x):
