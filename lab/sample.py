@@ -62,26 +62,7 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     mmd: MMD^2, with its p. knn: median distance to the third nearest of the rows that were fitted
     on, of which 2000 are taken at most. gap: percent in the gap along the direction in which those
     rows are most bimodal. c2st: AUC of a classifier."""
-    # Hold a fifth of every part out, so that all populations are judged by.
-    texts = [torch.arange(len(x)) for x in parts] if texts is None else texts
-    fit_parts, held_parts, held_texts, first = [], [], [], 0
-    for x, text in zip(parts, texts):
-        to_fit, to_judge = held_out(text)
-        fit_parts.append(x[to_fit])
-        held_parts.append(x[to_judge])
-        held_texts.append(text[to_judge] + first)
-        first += int(text.max()) + 1
-    reference = Reference(fit_parts, "", keep=keep)
-    fit, held_rows = reference.rows, joined(held_parts)
-    held, held_text = sample(held_rows), torch.cat(held_texts)[sample_index(len(held_rows))].numpy()
-    neighbours, count = sample(fit), len(held)
-
-    # The measures depend on the number of rows, so every set has as many as are held out.
-    fitted = reference.fit(prior, options)
-    sets = {"prior's draws": _draws(fitted, len(fit), n, count, seed)}
-    if prior is not priors.Fitted:
-        sets["fitted Gaussian's"] = _draws(reference.gaussian, len(fit), n, count, seed)
-    sets["reference rows"] = sample(fit, count)
+    sets, held, held_text, neighbours = _to_judge(prior, parts, options, n, seed, texts, keep)
 
     # Compare every set with the held-out rows.
     split = gaps.most_bimodal(neighbours)
@@ -106,6 +87,35 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
 
     with ThreadPoolExecutor(geometry.THREADS) as pool:  # numpy decomposes on one core alone
         return [*rows, *pool.map(measured, sets)]
+
+
+def _to_judge(prior: type, parts: list[Tensor], options: dict, n: int, seed: int,
+              texts: list[Tensor] | None, keep: bool
+              ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """Of judge_prior's arguments the sets to compare, the held-out rows (m, D) and their texts
+    (m,), and a sample of the rows that were fitted on. These themselves may be gigabytes, and are
+    freed when it returns."""
+    # Hold a fifth of every part out, so that all populations are judged by.
+    texts = [torch.arange(len(x)) for x in parts] if texts is None else texts
+    fit_parts, held_parts, held_texts, first = [], [], [], 0
+    for x, text in zip(parts, texts):
+        to_fit, to_judge = held_out(text)
+        fit_parts.append(x[to_fit])
+        held_parts.append(x[to_judge])
+        held_texts.append(text[to_judge] + first)
+        first += int(text.max()) + 1
+    reference = Reference(fit_parts, "", keep=keep)
+    fit, held_rows = reference.rows, joined(held_parts)
+    held, held_text = sample(held_rows), torch.cat(held_texts)[sample_index(len(held_rows))].numpy()
+    neighbours, count = sample(fit), len(held)
+
+    # The measures depend on the number of rows, so every set has as many as are held out.
+    fitted = reference.fit(prior, options)
+    sets = {"prior's draws": _draws(fitted, len(fit), n, count, seed)}
+    if prior is not priors.Fitted:
+        sets["fitted Gaussian's"] = _draws(reference.gaussian, len(fit), n, count, seed)
+    sets["reference rows"] = sample(fit, count)
+    return sets, held, held_text, neighbours
 
 
 def _draws(prior: priors.Prior, N: int, n: int, count: int, seed: int) -> np.ndarray:
