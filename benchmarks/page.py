@@ -108,8 +108,9 @@ def random_content(points: int, deep: tuple[int, ...] = (15, 30), runs: int = 3,
         centres = 2 * r.normal(size=(12, width)) * np.linspace(1, .1, width)
         count = points if i == 0 else page.DEEP
         x = centres[r.integers(0, 12, count)] + r.normal(size=(count, width))
-        kinds = [page.kind_of(text) for text in texts[:count]]
-        labels = Labels(torch.arange(count), kinds, ["random"] * count, torch.arange(count))
+        tokens = torch.arange(count) % points
+        kinds = [page.kind_of(texts[token]) for token in tokens]
+        labels = Labels(tokens, kinds, ["random"] * count, torch.arange(count))
         x = torch.from_numpy(x).float()
         maps[i] = page.layer_map(i, Part(x, "random", labels), Reference([x], "random"), len(deep))
     data = {"title": f"{points} random tokens", "tokens": texts,

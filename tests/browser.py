@@ -54,6 +54,7 @@ class Browser:
             self.process.terminate()
             self.process.wait()
             raise NoBrowser(f"{CHROMIUM} does not start: {e}") from None
+        self.cdp("Performance.enable", timeDomain="threadTicks")  # counts from now on
 
     def __enter__(self):
         return self
@@ -101,7 +102,6 @@ class Browser:
 
     def seconds(self):
         """The processor time that the page's thread has spent since the page was opened."""
-        self.cdp("Performance.enable", timeDomain="threadTicks")
         metrics = self.cdp("Performance.getMetrics")["metrics"]
         return next(m["value"] for m in metrics if m["name"] == "ThreadTime")
 
