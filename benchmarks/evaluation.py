@@ -11,15 +11,13 @@ own).
 
 Before anything is timed our loss and our answers, token by token, are compared in fp32 with PEFT's,
 asked one question at a time. PEFT is timed as its users run it, a forward for the loss and generate
-for a batch padded on the left.
+for a batch padded on the left. The latter does not shift positions by the padding (peft 0.21.2 with
+transformers 5), so many of its answers are then others, which is counted and not held against its
+time.
 
 With --model DIR a real model answers --questions of the data under 20 rows of its vocabulary, after
 a text of --text-tokens tokens, and with neither, whatever share of answers is right. Ours takes
 batches of 16, as `eval` does, PEFT those of --peft-batches of which it is fastest.
-
-PEFT's generate does not shift positions by the padding (peft 0.21.2 with
-transformers 5), so many of its answers are then others, which is counted and not held against its
-time.
 """
 
 from __future__ import annotations
