@@ -28,6 +28,7 @@ from lab.files import digest_of, read_tensors, write_file
 
 OFF = "off"  # the value of PROMPTPRIOR_CACHE without a folder
 WORTH = 5e9  # multiplications (rows width^2) that take longer than a checksum of the rows
+MOST = 40  # results that are kept, some 1 GB of the largest; each version makes its own
 
 
 def cache_folder() -> Path | None:
@@ -57,7 +58,15 @@ def kept(function: Callable, rows: Tensor | np.ndarray, *arguments, keep: bool =
     tensors = {f"{i:02d}": t for i, t in enumerate(results)}
     with contextlib.suppress(UserError, OSError):
         write_file(path, save(tensors, about | {"sha256": digest_of(tensors, about)}))
+        _remove_oldest(folder)
     return results
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Leave the MOST results that were written last."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+    for file in files[:-MOST]:
+        file.unlink(missing_ok=True)
 
 
 def _results(function: Callable, rows: Tensor | np.ndarray, arguments: tuple) -> list[Tensor]:

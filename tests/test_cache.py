@@ -66,6 +66,18 @@ def test_what_a_result_depends_on_tells_it_apart(folder, monkeypatch):
     assert len(list(folder.iterdir())) == 6
 
 
+def test_the_folder_does_not_grow_for_ever(folder, monkeypatch):
+    monkeypatch.setattr(cache, "MOST", 3)
+    folder.mkdir()
+    (folder / "tokenizer-mark").touch()
+    for k in range(2, 7):
+        cache.kept(viz.pca, ROWS.numpy(), k)
+        newest = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        os.utime(newest, (k, k))
+    left = sorted(file.stat().st_mtime for file in folder.glob("*.safetensors"))
+    assert left == [4, 5, 6] and (folder / "tokenizer-mark").exists()
+
+
 def test_what_no_other_command_asks_for_or_takes_no_time_is_not_kept(folder, monkeypatch):
     cache.kept(viz.pca, ROWS.numpy(), keep=False)
     assert Reference([ROWS], "squad").plane and not folder.exists()
