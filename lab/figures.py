@@ -497,9 +497,9 @@ def collection_flags(options: FigureOptions, L: int) -> dict[str, dict]:
         modules.append(f"{name}=math:{file}")
     text = f"text={options.text_data}"
     return {
-        "tokens": {"pool": "token", "layers": "all", "specs": (
+        "tokens": {"pool": "token", "layers": ("all",), "specs": (
             text, f"squad={options.squad_data}", f"math={options.math_data}")},
-        "means": {"pool": "mean", "layers": str(L), "specs": (text, *modules)},
+        "means": {"pool": "mean", "layers": (str(L),), "specs": (text, *modules)},
     }
 
 
