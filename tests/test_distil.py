@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_data import SHAPES, random_rows
-from test_distributed import torchrun
-
 import data
 import llama
 import promptprior
+from forked import Pair
 from lab import distil, inputs, loss, train
 from lab.console import UserError
 from lab.evaluation import examined
@@ -344,9 +343,8 @@ def test_two_processes_have_one_teacher(tmp_path, arguments):
     """The same answers, drawn or not, the same losses and rows, to rounding."""
     common = [*FEW, "--steps", 2, "--teacher", "short answer", "--teacher-answers", 0.7,
               "--teacher-mix", 0.2]
-    two = torchrun("train", "--out", tmp_path / "two", *common, *arguments)
-    _, err = two.communicate(timeout=300)
-    assert two.returncode == 0, err
+    two = Pair("train", "--out", tmp_path / "two", *common, *arguments)
+    assert two.wait() == 0, two.err
     alone = [flag for flag in arguments if flag != "--shard"]
     assert run("train", "--out", tmp_path / "one", *common, *alone) == 0
     ours, theirs = tmp_path / "one", tmp_path / "two"

@@ -834,7 +834,7 @@ def test_what_the_fuzzer_takes_for_right(status, out, err, right):
 
 def test_fuzz():
     signal.alarm(0)
-    seconds = os.environ.get("PROMPTPRIOR_FUZZ_SECONDS", "8")
+    seconds = os.environ.get("PROMPTPRIOR_FUZZ_SECONDS", "4")
     done = subprocess.run([sys.executable, HERE / "tests/fuzz.py", "--seconds", seconds],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
