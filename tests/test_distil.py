@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_data import SHAPES, random_rows
+
 import data
 import llama
 import promptprior
