@@ -126,7 +126,7 @@ SPACING = 0.35  # of the mesh
 # From LARGE points on, maps are as good as openTSNE's by less work: a shorter schedule, a mesh of
 # twice the spacing, and attraction to the nearer half of the neighbours, which carries 9/10 of it
 LARGE = 5000
-SHORT_SCHEDULE = ((40, 12, 1 / 12, 0.9), (80, 1, 3, 0.95), (20, 1, 1.5, 0.8))
+SHORT_SCHEDULE = ((80, 12, 1 / 12, 0.9), (60, 1, 1, 0.8), (80, 1, 2, 0.95), (20, 1, 1, 0.8))
 APPROXIMATE = 20_000  # up to this many points, all pairs are compared
 RECALL = 0.98  # the share of the neighbours that is found among more
 SPARE = 16  # candidates beyond the neighbours: with fewer, more rows are searched twice
