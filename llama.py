@@ -997,7 +997,8 @@ class Decoding:
 
     @torch.no_grad()
     def add(self, rows: list[tuple[int, list[int]]], pasts: list[Past]) -> None:
-        """Let the answers of rows (number, answer) grow in place, those that are not finished."""
+        """Let the answers of rows (number, answer) grow in place, those that are not finished.
+        pasts: one for each of the prompts whose probabilities are averaged, with as many rows."""
         unfinished = [i for i, (_, answer) in enumerate(rows)
                       if answer[-1] not in self.stop and len(answer) < self.max_new]
         if not unfinished:
@@ -1010,7 +1011,7 @@ class Decoding:
         self.rows, self.pasts = self.rows + [rows[i] for i in unfinished], pasts
 
     def append(self, rows: list[tuple[int, list[int]]], logits: Tensor, pasts: list[Past]) -> None:
-        """Append the next token to every answer, given its logits (R, V), and add the rows."""
+        """Append the next token to every answer, given its logits (R, V), and add the R rows."""
         numbers = [number for number, _ in rows]
         tokens = self.choose(numbers, logits) if self.choose else logits.argmax(dim=-1)
         for (_, answer), token in zip(rows, tokens.tolist()):

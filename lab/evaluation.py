@@ -69,10 +69,11 @@ REPLACED = ("eval_limit", "max_length", "max_new", "keep_unanswerable", "text", 
 def open_run(path: str | Path | Run, given: dict,
              models: dict[ModelSettings, LoadedModel] | None = None,
              any_weights: bool = True) -> OpenRun:
-    """A run with its model and prompt, the last or that of given["step"]. Flags of the model and of
-    evaluation in `given` replace the run's settings. models: those that are loaded already; runs of
-    one model share it. any_weights: --model may name other weights than the run's. Raises UserError
-    or ModelError if the prompt does not fit the model."""
+    """A run with its model and prompt, the last or that of given["step"]. path: its folder, or the
+    Run itself, whose log may be read already. Flags of the model and of evaluation in `given`
+    replace the run's settings. models: those that are loaded already; runs of one model share it.
+    any_weights: --model may name other weights than the run's. Raises UserError or ModelError if
+    the prompt does not fit the model."""
     run = path if isinstance(path, Run) else Run(Path(path))
     models = {} if models is None else models
     settings = settings_now(run, given)

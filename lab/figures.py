@@ -42,7 +42,7 @@ from lab.files import SMALL, write_file
 from lab.folder import Run
 from lab.inputs import LoadedModel, check_same_model, load_model, parse_spec
 from lab.locality import paths_of, walks
-from lab.populations import VOCABULARY, Reference, vocabulary_part
+from lab.populations import Reference, vocabulary_part
 from lab.sample import LEAST, LEAST_TEXTS, judge_prior
 from lab.settings import ModelSettings, absolute, from_flags, prior_name, spec_name
 from lab.train import command_train, differences
@@ -72,7 +72,8 @@ class World(NamedTuple):
     @property
     def vocabulary(self) -> Reference:
         """Every token that a text can have, once."""
-        return Reference([vocabulary_part(self.loaded).rows], VOCABULARY, keep=True)
+        part = vocabulary_part(self.loaded)
+        return Reference([part.rows], part.name, keep=part.keep)
 
     @property
     def embeddings(self) -> np.ndarray:

@@ -471,7 +471,9 @@ def versions() -> dict[str, str]:
 def read_config(path: Path) -> dict:
     """A run's config.json. Raises UserError for what no run writes."""
     if not os.path.lexists(path):
-        what = f"no {path.name}, so no run is here" if path.parent.exists() else "no such file or folder"
+        what = "no such file or folder"
+        if path.parent.exists():
+            what = f"no {path.name}, so no run is here"
         raise UserError(f"{path.parent}: {what}: give the folder that train made")
     config = data.read_json(not_foreign(path), dict, SMALL)
     settings = config.get("settings")

@@ -58,7 +58,6 @@ PREDICTIONS = 2000  # most of a run's
 CURVE = 500  # most points of a training curve
 LONGEST = 200  # characters of a token
 SEED = 0  # of samples and maps
-VOCABULARY_MAP = "token embeddings of the vocabulary"  # the name of the first map
 UNUSED = "in no reference"  # the domain of tokens that no reference uses
 
 
@@ -143,9 +142,9 @@ def backgrounds(opened: OpenRun, by_layer: dict[int, Reference], layers: list[in
         if i not in parts:
             parts[i] = Part(reference.rows, reference.name, join_labels(reference.labels))
         elif reference.is_prefix:
-            rows, name, labels = parts[i]
-            vectors = prefix_vectors(opened.model, i, rows)
-            parts[i] = Part(vectors, f"keys and values of {name}", labels)
+            part = parts[i]
+            vectors = prefix_vectors(opened.model, i, part.rows)
+            parts[i] = Part(vectors, f"keys and values of {part.name}", part.labels)
     return parts
 
 
@@ -166,9 +165,9 @@ def vocabulary_with_domains(loaded: LoadedModel, reference: Reference, texts: li
         kinds.append(kind_of(texts[token]))
         used_by = " and ".join(sorted(domains_of[token])) or UNUSED
         domains.append(used_by if reference.labels else "vocabulary")
-    return Part(rows, VOCABULARY_MAP,
-                Labels(torch.tensor(loaded.vocabulary.ordinary), kinds, domains,
-                       torch.arange(len(kinds))))
+    labels = Labels(torch.tensor(loaded.vocabulary.ordinary), kinds, domains,
+                    torch.arange(len(kinds)))
+    return Part(rows, "token embeddings of the vocabulary", labels, keep=True)
 
 
 def join_labels(parts: list[Labels]) -> Labels:
@@ -184,8 +183,7 @@ def layer_map(i: int, part: Part, reference: Reference, layers: int) -> LayerMap
     rows, labels = part.rows, part.labels
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))
     # What is the model's alone takes seconds and is kept; the run's picture may have its plane.
-    keep = part.name == VOCABULARY_MAP
-    plane = reference.plane if rows is reference.rows else plane_of(rows, keep)
+    plane = reference.plane if rows is reference.rows else plane_of(rows, part.keep)
     mean_norm = rows.norm(dim=1).mean().item()
     if i > 0:  # a sample is enough of activations; of the vocabulary every token is shown
         index = order[:min(DEEP, ALL_DEEP // layers)].sort().values
@@ -197,7 +195,7 @@ def layer_map(i: int, part: Part, reference: Reference, layers: int) -> LayerMap
 
     # Neighbours of as many rows as time allows.
     asked = sample[:max(int(WORK / x.size), 1)]
-    near, cosine = (t.numpy() for t in kept(neighbours, x, asked, keep=keep))
+    near, cosine = (t.numpy() for t in kept(neighbours, x, asked, keep=part.keep))
     roles, role = categories(labels.role)
     domains, domain = categories(labels.domain)
     content = {
@@ -207,7 +205,7 @@ def layer_map(i: int, part: Part, reference: Reference, layers: int) -> LayerMap
         "explained": plane.explained.tolist(), "norm": np.linalg.norm(x, axis=1) / mean_norm,
         "asked": asked, "near": near, "cosine": cosine}
     if len(sample) >= 12 and np.ptp(x[sample], axis=0).max() > 0:
-        content["tsne"] = tsne_content(x, sample, keep)
+        content["tsne"] = tsne_content(x, sample, part.keep)
     return LayerMap(content, x, plane, mean_norm, sample, reference.is_prefix)
 
 

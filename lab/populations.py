@@ -37,8 +37,6 @@ from lab.inputs import (LoadedModel, check_same_model, collection_of, parse_spec
 from lab.settings import (REFERENCE_ROWS, DataSettings, PriorSettings, PromptSettings, Settings,
                           prior_name, spec_name)
 
-VOCABULARY = "vocabulary"  # the name of the population of all tokens
-
 
 class Labels(NamedTuple):
     """What the rows of a population (N, D) are."""
@@ -62,7 +60,7 @@ class Reference:
     name: str
     labels: list[Labels] | None = None  # one for each part; None: the rows of runs are no tokens
     is_prefix: bool = False  # keys (before rotation) and values, W = 2 G hd; else W = D
-    keep: bool = False  # what is worked out of the rows, because they are the model's alone
+    keep: bool = False  # as of its parts
 
     @property
     def rows(self) -> Tensor:
@@ -107,6 +105,7 @@ class Part(NamedTuple):
     rows: Tensor  # (N, W) fp32 on the CPU
     name: str
     labels: Labels | None
+    keep: bool = False  # what is worked out of the rows, because they are the model's alone
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ def references(prior: PriorSettings, settings: DataSettings, loaded: LoadedModel
         names = dict.fromkeys(part.name for part in layer_parts)
         labels = None if runs else [part.labels for part in layer_parts]
         by_layer[i] = Reference([part.rows for part in layer_parts], " and ".join(names), labels,
-                                is_prefix, keep=[*names] == [VOCABULARY])
+                                is_prefix, all(part.keep for part in layer_parts))
     return by_layer
 
 
@@ -231,8 +230,8 @@ def population(spec: str, prior: PriorSettings, settings: DataSettings, loaded: 
 def vocabulary_part(loaded: LoadedModel) -> Part:
     """Every token that a text can have, once."""
     ids = torch.tensor(loaded.vocabulary.ordinary)
-    labels = Labels(ids, ["token"] * len(ids), [VOCABULARY] * len(ids), torch.arange(len(ids)))
-    return Part(loaded.model.embeddings[ids].float().cpu(), VOCABULARY, labels)
+    labels = Labels(ids, ["token"] * len(ids), ["vocabulary"] * len(ids), torch.arange(len(ids)))
+    return Part(loaded.model.embeddings[ids].float().cpu(), "vocabulary", labels, keep=True)
 
 
 def collection_population(spec: str, prior: PriorSettings, loaded: LoadedModel, layers: list[int]

@@ -555,6 +555,7 @@ def spec_name(spec: str) -> str:
 
 
 def in_a_name(text: str) -> str:
+    """The text with a dash for each character that is no letter or digit, as in a file's name."""
     return "".join(c if c.isalnum() else "-" for c in text)
 
 
@@ -574,5 +575,5 @@ def free_name(settings: Settings) -> str:
     if settings.teacher.teaches:
         parts.append("taught")
     name = "runs/" + "-".join([*parts, f"seed{settings.seed}"])
-    numbered = (f"{name}-{i}" for i in range(2, 10**6))
-    return next(path for path in (name, *numbered) if not Path(path).exists())
+    others = (f"{name}-{i}" for i in range(2, 10**6))
+    return next(path for path in (name, *others) if not Path(path).exists())
