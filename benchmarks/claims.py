@@ -77,16 +77,21 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, required=True, help="a folder, new or of an earlier start")
     p.add_argument("--only", nargs="+", choices=CLAIMS, default=[*CLAIMS])
+    p.add_argument("--priors", nargs="+", metavar="SPEC",
+                   help="in place of each claim's own, where it compares several")
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--factors", nargs="+", type=float, default=[1.0],
                    help="of each layer's own learning rate; several: the best is taken")
     a, flags = p.parse_known_args()
     for name in a.only:
         claim = CLAIMS[name]
-        grids, first = [claim.grid], 0
+        grid = dict(claim.grid)
+        if a.priors and len(grid["prior"]) > 1:
+            grid["prior"] = a.priors
+        grids, first = [grid], 0
         if len(a.factors) > 1:
             rates = a.out / f"{name}-rates"
-            run_sweep(rates, [{**claim.grid, "lr_factor": a.factors, "seed": [0]}], flags)
+            run_sweep(rates, [{**grid, "lr_factor": a.factors, "seed": [0]}], flags)
             grids, first = best_rates(rates), 1
         seeds = list(range(first, first + a.seeds))
         table = run_sweep(a.out / name, [{**grid, "seed": seeds} for grid in grids], flags)
