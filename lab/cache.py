@@ -1,9 +1,10 @@
-"""What was worked out of large sets of vectors, kept for later commands in a folder of the user's.
+"""What takes long to work out, kept for later commands in a folder of the user's.
 
-    spectrum = priors.Spectrum(*kept(priors.Spectrum.of, rows))
+    spectrum = priors.Spectrum(*kept(priors.Spectrum.of, rows))             # of a large set of vectors
+    [h] = kept_under("inputs", [weights_sha256, token_ids], work, lambda: run(model, token_ids))
 
-A result is kept under a checksum of all that it depends on: the vectors' bytes, the program's
-source and versions, and the threads, on which its last bits depend. So it is the same bit for bit
+A result is kept under a checksum of all that it depends on: what was given, the program's source
+and versions, and the threads, on which its last bits depend. So it is the same bit for bit
 with the folder and without. A file that is damaged, or another's, is as good as none; a folder that
 cannot be written costs time alone. Files are written whole or not at all, so that processes share
 them, and any may be removed at any time.
@@ -16,7 +17,7 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 import numpy as np
 import torch
@@ -27,8 +28,9 @@ from lab.console import UserError
 from lab.files import digest_of, read_tensors, write_file
 
 OFF = "off"  # the value of PROMPTPRIOR_CACHE without a folder
-WORTH = 5e9  # multiplications (rows width^2) that take longer than a checksum of the rows
-MOST = 40  # results that are kept, some 1 GB of the largest; each version makes its own
+WORTH = 5e9  # multiplications that take longer than to read their results and to check the sums
+MOST = 100  # results that are kept; each version of the program makes its own
+BYTES = 2e9  # of all of them; a result of more than a quarter is not kept
 
 
 def cache_folder() -> Path | None:
@@ -38,41 +40,60 @@ def cache_folder() -> Path | None:
     return None if named == OFF else Path(named or f"{caches}/promptprior")
 
 
-def kept(function: Callable, rows: Tensor | np.ndarray, *arguments, keep: bool = True
-         ) -> list[Tensor]:
+def kept(function: Callable, rows: Tensor | np.ndarray, *arguments, keep: bool = True,
+         work: float | None = None) -> list[Tensor]:
     """What function(rows, *arguments) returns, an array, number or tuple of them, as tensors; from
     the cache folder if it was worked out before. rows: (N, D). arguments: arrays and numbers. keep:
-    whether other commands will ask for it."""
+    whether other commands will ask for it. work: what it takes, N D^2 multiplications if None."""
+    def make():
+        return function(rows, *arguments)
+
+    if not keep:
+        return _results(make)
+    work = len(rows) * rows.shape[1]**2 if work is None else work
+    return kept_under(function.__qualname__, (rows, *arguments), work, make)
+
+
+def kept_under(name: str, given: Iterable, work: float, make: Callable) -> list[Tensor]:
+    """What make() returns, an array, number or tuple of them, as tensors; from the cache folder if
+    it was made before. given: arrays, numbers and strings that tell all that the result depends on,
+    beside the program. work: the multiplications that make() takes."""
     folder = cache_folder()
-    if folder is None or not keep or len(rows) * rows.shape[1]**2 < WORTH:
-        return _results(function, rows, arguments)
-    about = {"of": _checksum(function, rows, arguments)}
-    path = folder / f"{function.__qualname__}-{about['of']}.safetensors"
+    if folder is None or work < WORTH:
+        return _results(make)
+    about = {"of": _checksum(name, given)}
+    path = folder / f"{name}-{about['of']}.safetensors"
     # Any failure to read it is one of the file's, which is then written anew.
     with contextlib.suppress(UserError, OSError):
         tensors, found = read_tensors(path, "kept results")
         results = [tensors[name] for name in sorted(tensors)]
         if found == about | {"sha256": digest_of(tensors, about)}:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # those that nobody asked for longest go first
             return results
-    results = _results(function, rows, arguments)
-    tensors = {f"{i:02d}": t for i, t in enumerate(results)}
-    with contextlib.suppress(UserError, OSError):
-        write_file(path, save(tensors, about | {"sha256": digest_of(tensors, about)}))
-        _remove_oldest(folder)
+    results = _results(make)
+    if sum(t.nbytes for t in results) <= BYTES / 4:
+        tensors = {f"{i:02d}": t for i, t in enumerate(results)}
+        with contextlib.suppress(UserError, OSError):
+            write_file(path, save(tensors, about | {"sha256": digest_of(tensors, about)}))
+            _remove_oldest(folder)
     return results
 
 
 def _remove_oldest(folder: Path) -> None:
-    """Leave the MOST results that were written last."""
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
-    for file in files[:-MOST]:
-        file.unlink(missing_ok=True)
+    """Leave the results that were asked for last, at most MOST and of BYTES."""
+    files = [(file.stat(), file) for file in folder.glob("*.safetensors")]
+    total = 0
+    for i, (state, file) in enumerate(sorted(files, key=lambda f: f[0].st_mtime_ns, reverse=True)):
+        total += state.st_size
+        if i >= MOST or total > BYTES:
+            file.unlink(missing_ok=True)
 
 
-def _results(function: Callable, rows: Tensor | np.ndarray, arguments: tuple) -> list[Tensor]:
+def _results(make: Callable) -> list[Tensor]:
     """The results in the layout that a file gives back, on which the last bits of what is computed
     with them depend."""
-    returned = function(rows, *arguments)
+    returned = make()
     values = returned if isinstance(returned, tuple) else (returned,)
     return [value.contiguous() if isinstance(value, Tensor)
             else torch.from_numpy(np.ascontiguousarray(value).reshape(np.shape(value)).copy())
@@ -89,14 +110,14 @@ def _program() -> bytes:
     return total.digest()
 
 
-def _checksum(function: Callable, rows: Tensor | np.ndarray, arguments: tuple) -> str:
+def _checksum(name: str, given: Iterable) -> str:
     """Of all that the results depend on, to the last bit."""
     circumstances = (torch.__version__, np.__version__, torch.get_num_threads(), os.cpu_count(),
                      os.environ.get("OPENBLAS_NUM_THREADS"),
                      torch.backends.cpu.get_cpu_capability())
-    total = hashlib.sha256(repr((function.__qualname__, circumstances)).encode())
+    total = hashlib.sha256(repr((name, circumstances)).encode())
     total.update(_program())
-    for value in (rows, *arguments):
+    for value in given:
         array = np.ascontiguousarray(value)
         total.update(f"{array.dtype} {array.shape} ".encode())
         total.update(array.data if array.size else b"")

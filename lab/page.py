@@ -54,6 +54,7 @@ STATES = 30_000  # most prompt rows of a run, over all layers and snapshots
 PARTICLES = 8  # most of a run's
 NEAR = 5  # neighbours that are named
 WORK = 3e11  # most multiplications for the neighbours of a map's rows
+POINT = 3e7  # multiplications that take as long as a point of a t-SNE
 PREDICTIONS = 2000  # most of a run's
 CURVE = 500  # most points of a training curve
 LONGEST = 200  # characters of a token
@@ -223,7 +224,8 @@ def map_of(x: np.ndarray, sample: np.ndarray) -> tuple:
 
 def tsne_content(x: np.ndarray, sample: np.ndarray, keep: bool) -> dict:
     """The t-SNE of a sample of the rows x (B, W), which are given by their indices."""
-    points, kl, perplexity, found = kept(map_of, x, sample, keep=keep)
+    points, kl, perplexity, found = kept(map_of, x, sample, keep=keep,
+                                         work=POINT * len(sample))
     content = {"points": points.numpy(), "perplexity": float(perplexity), "kl": float(kl),
                "seed": SEED, "recall": float(found)}
     if len(sample) < len(x):

@@ -26,14 +26,16 @@ import data
 import llama
 import priors
 import viz
-from lab import posteriors
+from lab import cache, posteriors
 from lab.activations import BATCH, ROLES, Collection, is_massive, roles_of, stream
-from lab.cache import kept
+from lab.cache import kept, kept_under
 from lab.console import UserError, progress, say
 from lab.evaluation import OpenRun
+from lab.files import checksum
 from lab.folder import Run
-from lab.inputs import (LoadedModel, check_same_model, collection_of, parse_spec, rows_per_layer,
-                        say_files, topic, training_and_evaluation)
+from lab.inputs import (LoadedModel, check_same_model, collection_of, model_files, parse_spec,
+                        rows_per_layer, say_files, topic, training_and_evaluation)
+from lab.processes import rank_and_size
 from lab.settings import (REFERENCE_ROWS, DataSettings, PriorSettings, PromptSettings, Settings,
                           prior_name, spec_name)
 
@@ -105,7 +107,7 @@ class Part(NamedTuple):
     rows: Tensor  # (N, W) fp32 on the CPU
     name: str
     labels: Labels | None
-    keep: bool = False  # what is worked out of the rows, because they are the model's alone
+    keep: bool = False  # what is worked out of the rows, because later commands have them again
 
 
 # --------------------------------------------------------------------------------------------------
@@ -275,14 +277,14 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
         texts += [number] * len(wanted)
     labels = Labels(torch.tensor(tokens[:limit]), roles[:limit], [name] * len(tokens[:limit]),
                     torch.tensor(texts[:limit]))
-    by_layer = inputs_of(loaded.model, [row.ids for row in rows], positions, layers)
+    by_layer = kept_inputs(loaded, [row.ids for row in rows], positions, layers)
 
     # Leave out rows of massive norm, which differ from layer to layer.
     parts = {}
     for i, x in by_layer.items():
         x = x[:limit]
         ordinary = (~is_massive(x)).nonzero()[:, 0]
-        parts[i] = Part(x[ordinary], population_name(i, spec), labels.take(ordinary))
+        parts[i] = Part(x[ordinary], population_name(i, spec), labels.take(ordinary), keep=True)
         if len(ordinary) < len(x):
             say(f"layer {i}: {len(x) - len(ordinary)} of {len(x)} rows of {name} have a massive "
                 "norm and are left out")
@@ -304,6 +306,25 @@ def inputs_of(model: llama.Llama, rows: list[list[int]], positions: list[list[in
         for i, x in batch.items():
             parts[i].append(x.float().cpu())
     return {i: torch.cat(x) for i, x in parts.items()}
+
+
+def kept_inputs(loaded: LoadedModel, rows: list[list[int]], positions: list[list[int]],
+                layers: list[int]) -> dict[int, Tensor]:
+    """inputs_of a model; see cache.kept_under."""
+    model = loaded.model
+    work = sum(map(len, rows)) * sum(p.numel() for layer in model.model.layers[:max(layers)]
+                                     for p in layer.parameters())
+    # Processes that share a model run it together, though one may have the file and one not.
+    if model.embeddings.device.type != "cpu" or rank_and_size()[1] > 1 or work < cache.WORTH:
+        return inputs_of(model, rows, positions, layers)
+
+    def inputs() -> tuple[Tensor, ...]:  # in the model's type, which may take half the room
+        by_layer = inputs_of(model, rows, positions, layers)
+        return tuple(by_layer[i].to(model.embeddings.dtype) for i in layers)
+
+    given = (checksum(model_files(loaded.settings)), loaded.settings.dtype, layers, *rows,
+             *positions)
+    return dict(zip(layers, (x.float() for x in kept_under("inputs", given, work, inputs))))
 
 
 def reference_rows(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int,
@@ -363,7 +384,7 @@ def prefix_references(model: llama.Llama, by_layer: dict[int, Reference]) -> dic
             continue
         parts = [prefix_vectors(model, i, rows) for rows in reference.parts]
         prefixes[i] = Reference(parts, f"keys and values of {reference.name}", reference.labels,
-                                is_prefix=True)
+                                is_prefix=True, keep=reference.keep)
     return prefixes
 
 

@@ -1,4 +1,4 @@
-"""What is kept of a large vocabulary: the same bit for bit with the folder and without."""
+"""What is kept for later commands: the same bit for bit with the folder and without."""
 
 import json
 import os
@@ -66,16 +66,30 @@ def test_what_a_result_depends_on_tells_it_apart(folder, monkeypatch):
     assert len(list(folder.iterdir())) == 6
 
 
-def test_the_folder_does_not_grow_for_ever(folder, monkeypatch):
-    monkeypatch.setattr(cache, "MOST", 3)
+@pytest.mark.parametrize("limit", ["MOST", "BYTES"])
+def test_the_folder_does_not_grow_for_ever(folder, monkeypatch, limit):
+    """What nobody asked for longest goes first."""
+    times = iter(range(1, 100))
+
+    def ask(k):
+        cache.kept(geometry.spacing, ROWS.numpy()[:100 + k])
+        newest = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        os.utime(newest, (next(times),) * 2)
+        return newest
+
     folder.mkdir()
     (folder / "tokenizer-mark").touch()
-    for k in range(2, 7):
-        cache.kept(viz.pca, ROWS.numpy(), k)
-        newest = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
-        os.utime(newest, (k, k))
-    left = sorted(file.stat().st_mtime for file in folder.glob("*.safetensors"))
-    assert left == [4, 5, 6] and (folder / "tokenizer-mark").exists()
+    first, second, third = map(ask, range(3))
+    size = first.stat().st_size
+    monkeypatch.setattr(cache, limit, {"MOST": 3, "BYTES": 3.5 * size}[limit])
+    assert ask(0) == first
+    fourth = ask(3)
+    left = {*folder.glob("*.safetensors")}
+    assert left == {first, third, fourth} and (folder / "tokenizer-mark").exists()
+
+    monkeypatch.setattr(cache, "BYTES", 2.0)  # too large to be kept at all
+    cache.kept(geometry.spacing, ROWS.numpy()[:200])
+    assert {*folder.glob("*.safetensors")} == left
 
 
 def test_what_no_other_command_asks_for_or_takes_no_time_is_not_kept(folder, monkeypatch):
@@ -188,3 +202,43 @@ def test_commands_say_the_same_with_the_folder_and_without(folder, tmp_path, mon
         assert kept == ["Spectrum.of", "Spectrum.of", "map_of", "neighbours", "pca", "spacing"]
     assert pictures[0] == pictures[1] == pictures[2]
     assert outputs[:2] == outputs[2:4] == outputs[4:]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_inputs_of_deep_layers_are_kept(folder, tmp_path, monkeypatch, capsys, dtype):
+    import promptprior
+    from lab import populations
+
+    run = tmp_path / "run"
+    train = ["train", "--dtype", dtype, "--steps", "0", "--eval-limit", "1", "--max-new", "1",
+             "--deep-layers", "2", "--reference-rows", "300", "--overwrite", "--out", str(run)]
+    monkeypatch.setenv("PROMPTPRIOR_CACHE", "off")
+    assert promptprior.main([*train, "--prior", "fitted"]) == 0
+    prompt = (run / "prompt.safetensors").read_bytes()
+    monkeypatch.setenv("PROMPTPRIOR_CACHE", str(folder))
+    assert promptprior.main([*train, "--prior", "fitted"]) == 0
+    assert (run / "prompt.safetensors").read_bytes() == prompt
+
+    # Later commands have them; other seeds draw other questions.
+    monkeypatch.delattr(populations, "inputs_of")
+    assert promptprior.main([*train, "--prior", "fitted"]) == 0
+    assert (run / "prompt.safetensors").read_bytes() == prompt
+    assert promptprior.main(["plot", str(run)]) == 0
+    with pytest.raises(NameError, match="inputs_of"):
+        promptprior.main([*train, "--prior", "fitted", "--seed", "1"])
+
+
+def test_processes_that_share_a_model_run_it_together(folder, monkeypatch):
+    """One may have the file and another not, who would wait for it for ever."""
+    from lab import populations
+    from lab.inputs import load_model
+    from lab.settings import ModelSettings
+
+    loaded = load_model(ModelSettings().complete())
+    rows = [[5, 6, 7], [8, 9]], [[1, 2], [1]], [0, 2]
+    alone = populations.kept_inputs(loaded, *rows)
+    assert len([*folder.glob("inputs-*")]) == 1
+    monkeypatch.setattr(populations, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(populations, "kept_under", None)
+    together = populations.kept_inputs(loaded, *rows)
+    assert [*alone] == [*together] and all(torch.equal(alone[i], together[i]) for i in alone)
