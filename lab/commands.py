@@ -99,6 +99,9 @@ class EvalOptions:
     words: bool = setting(False, "score each prompt too with its rows at the token embeddings "
                           "replaced by the nearest tokens: what no token says is the difference")
     ablate: bool = setting(False, "score each prompt too without each of its rows in turn")
+    controls: bool = setting(False, "score prompts too that share with each prompt all but one "
+                             "property: its draw, steps in random directions, rows in another "
+                             "order, ...")
     json: bool = setting(False, JSON)
 
 

@@ -229,7 +229,8 @@ def _cell(key: str, numbers: dict[str, float]) -> str:
 
 
 def _number(value: float, form: str) -> str:
-    return format(value, form).rstrip(".")
+    text = format(value, form).rstrip(".")
+    return text if float(text) else text.lstrip("-")  # no -0.0
 
 
 def out_of_memory(e: BaseException) -> bool:

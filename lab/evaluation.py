@@ -26,7 +26,7 @@ from lab.console import (CALIBRATION, FORGETTING, SCORES, SPREADS, Stopped, User
                          table)
 from lab.distil import Teacher, longest_steps, teacher_text, with_steps, without_steps
 from lab.files import checksum
-from lab.folder import Run, best_evaluation
+from lab.folder import FIRST_PROMPT, Run, best_evaluation
 from lab.foreign_data import not_foreign
 from lab.forgetting import SPLIT, forgetting, read_prose
 from lab.inputs import (FEW_CONTEXTS, LoadedModel, Questions, Shared, check_place, encode,
@@ -36,7 +36,7 @@ from lab.inputs import (FEW_CONTEXTS, LoadedModel, Questions, Shared, check_plac
 from lab.loss import Text, answer_losses, answers, begin
 from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
                           text_names, with_flags)
-from lab.words import EFFECTS, discrete, effects, without_each
+from lab.words import EFFECTS, controls, discrete, effects, paired, without_each
 
 MAJORITY = "always the commonest answer"  # what multiple choice is compared with
 
@@ -357,16 +357,12 @@ def command_eval(given: dict) -> None:
         prose = read_prose(settings.data, loaded, questions.max_length)
 
     # All prompts are made before the first is scored, as some may be refused.
-    asked = []
+    asked, compared = [], {}
     for opened in runs:
         run = f"{opened.run.path}: " if len(runs) > 1 else ""
-        asked += [(f"{run}{label}", prompts, opened.run)
-                  for label, prompts in trained_prompts(opened)]
-        if options.words:
-            asked += [(f"{run}its nearest tokens, {metric}", [prompt], opened.run)
-                      for metric, prompt in discrete(opened.prompt, loaded).items()]
-        if options.ablate:
-            without_each(opened.prompt)
+        own, others = trained_prompts(opened), other_prompts(opened, options)
+        asked += [(f"{run}{label}", prompts, opened.run) for label, prompts in (*own, *others)]
+        compared |= {f"{run}{label}": f"{run}{own[0][0]}" for label, _ in others}
 
     # Score what the prompts are compared with, and then the prompts.
     teacher = teacher_of(runs, questions)
@@ -375,27 +371,51 @@ def command_eval(given: dict) -> None:
     scored = evaluate_all(loaded, entries, questions, settings.prompt.place, settings.data, teacher)
     for label, prompts, run in asked:
         spread = logged_spread(run) if len(prompts) > 1 else {}
-        rows.append((label, scored[label] | spread))
+        rows.append((label, scored[label][0] | spread))
     if prose:
         numbers = forgetting(loaded, settings, entries, prose)
         rows = [(label, scores | numbers.get(label, {})) for label, scores in rows]
     ablated = {}
     for opened in runs if options.ablate else ():
         ablated[str(opened.run.path)] = effects(loaded, settings, opened.prompt, questions)
+    predictions = {label: of_questions for label, (_, of_questions) in scored.items()}
+    differences = paired(questions, predictions, compared)
     questions.say_cut()
 
     paths = [str(opened.run.path) for opened in runs]
     if options.json:
         record = {"run": paths[0]} if len(paths) == 1 else {"runs": paths}
         record |= {"data": questions.name, "questions": len(questions), "scores": dict(rows)}
+        if differences:
+            record["differences"] = dict(differences)
         if ablated:
             record["without"] = {path: dict(of_run) for path, of_run in ablated.items()}
         show(json.dumps(record))
         return
     show(f"{', '.join(paths)} on {len(questions)} questions of {questions.name}; scores in "
          f"percent, loss in nats a token\n\n{table(rows)}")
+    if differences:
+        show("\npoints of difference from the trained prompt, paired by question\n"
+             f"{table(differences)}")
     for path, of_run in ablated.items():
         show(f"\n{path} without each of its rows in turn\n{table(of_run, EFFECTS)}")
+
+
+def other_prompts(opened: OpenRun, options: EvalOptions) -> list[tuple[str, list[llama.Prompt]]]:
+    """What a run's prompt is compared with. Raises UserError for what it has not."""
+    others = {}
+    if options.words:
+        nearest = discrete(opened.prompt, opened.loaded)
+        others |= {f"its nearest tokens, {metric}": prompt for metric, prompt in nearest.items()}
+    if options.controls:
+        if opened.settings.imported:
+            raise UserError(f"{opened.run.path}: --controls compares a prompt with the draw that "
+                            "it was trained from, and this one is imported: leave it out")
+        drawn = opened.run.prompt(FIRST_PROMPT)
+        others |= controls(drawn, opened.prompt, opened.settings.seed)
+    if options.ablate:
+        without_each(opened.prompt)
+    return [(label, [prompt]) for label, prompt in others.items()]
 
 
 def questions_of(runs: list[OpenRun], options: EvalOptions) -> Questions:
@@ -438,13 +458,13 @@ def teacher_of(runs: list[OpenRun], questions: Questions) -> Teacher | None:
 
 def evaluate_all(loaded: LoadedModel, entries: dict[str, list[llama.Prompt]], questions: Questions,
                  place: str, settings: DataSettings, teacher: Teacher | None
-                 ) -> dict[str, dict[str, float]]:
-    """The scores of entries {label: prompts}, as evaluate gives them."""
+                 ) -> dict[str, tuple[dict[str, float], list[dict]]]:
+    """The scores and predictions of entries {label: prompts}, as evaluate gives them."""
     scores = {}
     for name, labels in grouped(entries):
         results = evaluate_each(loaded, [entries[label] for label in labels], questions, place,
                                 settings, name, teacher=teacher)
-        scores |= {label: metrics for label, (metrics, _) in zip(labels, results)}
+        scores |= zip(labels, results)
     return scores
 
 

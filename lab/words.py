@@ -1,8 +1,9 @@
-"""A prompt read in words: rows as mixtures of tokens, the discrete prompt that says the same, and
-what each row does.
+"""A prompt read in words: rows as mixtures of tokens, the discrete prompt that says the same, what
+each row does, and which property of the rows does the work.
 
     found = mixtures_of({"trained": rows}, tokens, vocabulary)["trained"]    # found.shares (n, 8)
     prompts = discrete(prompt, loaded)                                       # {metric: Prompt}
+    prompts = controls(drawn, prompt, seed)                                  # {property: Prompt}
     print(table(effects(loaded, settings, prompt, questions), EFFECTS))
 
 n prompt rows, D width, V vocabulary.
@@ -96,6 +97,48 @@ def without_each(prompt: llama.Prompt) -> list[llama.Prompt]:
     return [prompt._replace(layers={layer: torch.cat((t[:i], t[i + 1:]))
                                     for layer, t in prompt.layers.items()})
             for i in range(prompt.n)]
+
+
+def controls(drawn: llama.Prompt, trained: llama.Prompt, seed: int) -> dict[str, llama.Prompt]:
+    """{name: prompt} that share all but one property with a trained prompt, which is the prior's
+    draw and a step of each row (or column of a prefix, keys and values together). seed: of what is
+    random, the same in the rows' order at all layers."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(trained.n, generator=generator)
+    made: dict[str, dict[int, Tensor]] = {}
+    for i, end in trained.layers.items():
+        start = drawn.layers[i].to(end)
+        steps = end - start
+        noise = torch.randn(end.shape, generator=generator).to(end)
+        length = (steps.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)).view(
+            -1, *[1] * (end.dim() - 1))
+        for name, rows in {
+                "its draw": start,
+                "half of the way from its draw": start + steps / 2,
+                "as far in random directions": start + noise * length,
+                "steps of other rows": start + steps[order],
+                "rows in another order": end[order],
+                "the mean row in every place": end.mean(dim=0).expand_as(end),
+                "steps without the draw": steps}.items():
+            made.setdefault(name, {})[i] = rows.contiguous()
+    return {name: trained._replace(layers=layers) for name, layers in made.items()}
+
+
+def paired(questions: Questions, predictions: dict[str, list[dict]], of: dict[str, str]
+           ) -> list[tuple[str, dict[str, float]]]:
+    """(name, difference in points) of the scores of entries from those of others, with its standard
+    error, paired by question, with contexts as clusters. predictions: as evaluate gives them, by
+    the entry's name. of: {name: that of the other}."""
+    _, context = np.unique([topic(e) for e in questions.examples], return_inverse=True)
+    ones, rows = np.ones(len(context)), []
+    for name, other in of.items():
+        key = "f1" if "f1" in predictions[name][0] else "accuracy"
+        change = np.array([a[key] - b[key] for a, b in zip(predictions[name], predictions[other])])
+        numbers = {key: float(change.mean())}
+        if context.max() + 1 >= FEW_CONTEXTS:
+            numbers[f"{key}_se"] = statistics.ratio_error(change, ones, context)
+        rows.append((name, numbers))
+    return rows
 
 
 def effects(loaded: LoadedModel, settings: Settings, prompt: llama.Prompt,

@@ -1,4 +1,4 @@
-"""A prompt read in words: mixtures, the discrete prompt, and what each row does."""
+"""A prompt read in words: mixtures, the discrete prompt, what each row does, and controls."""
 
 import json
 
@@ -12,7 +12,7 @@ import llama
 import promptprior
 from lab.inputs import load_model
 from lab.settings import TINY, ModelSettings
-from lab.words import discrete, mixtures_of, without_each
+from lab.words import controls, discrete, mixtures_of, paired, without_each
 
 
 def run(*arguments):
@@ -161,3 +161,70 @@ def test_what_has_no_words_is_refused_before_anything_is_scored(trained, capsys)
         assert message in error and "leave it out" in error and error.count("\n") == 1, error
         other = "--ablate" if flag == "--words" else "--words"
         assert run("eval", folder, other, "--limit", 3) == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 2, 3, 5)])
+def test_controls_share_all_but_one_property(shape):
+    g = torch.Generator().manual_seed(1)
+    drawn, trained = (llama.Prompt({i: torch.randn(shape, generator=g) for i in (0, 3)})
+                      for _ in range(2))
+    made = controls(drawn, trained, 5)
+    assert made["its draw"].layers[3].equal(drawn.layers[3])
+    for i, end in trained.layers.items():
+        start, steps = drawn.layers[i], end - drawn.layers[i]
+        of = {name: prompt.layers[i] for name, prompt in made.items()}
+        torch.testing.assert_close(of["half of the way from its draw"], (start + end) / 2)
+        torch.testing.assert_close(of["steps without the draw"], steps)
+        assert all(row.equal(end.mean(dim=0)) for row in of["the mean row in every place"])
+        moved = of["as far in random directions"] - start
+        torch.testing.assert_close(moved.flatten(1).norm(dim=1), steps.flatten(1).norm(dim=1))
+        assert torch.cosine_similarity(moved.flatten(), steps.flatten(), dim=0).abs() < 0.6
+        # The same order at every layer, or rows that belong together were parted.
+        order = [next(k for k in range(4) if row.equal(end[k]))
+                 for row in of["rows in another order"]]
+        assert sorted(order) == [0, 1, 2, 3] != order
+        torch.testing.assert_close(of["steps of other rows"], start + steps[order])
+        assert torch.equal(made["rows in another order"].layers[0], trained.layers[0][order])
+
+
+def test_differences_are_paired_by_question(loaded):
+    """The standard error is that of the mean over contexts, as a jackknife finds it."""
+    from lab.inputs import encode
+
+    contexts = np.repeat(np.arange(12), 3)
+    examples = [data.Example(str(i), "squad", f"text {c}", f"question {i}", ("yes",))
+                for i, c in enumerate(contexts)]
+    questions = encode(examples, loaded.vocabulary, 100, "")
+    g = np.random.default_rng(0)
+    scores = {name: [{"f1": float(x)} for x in g.random(36) * 100] for name in ("one", "other")}
+    [(name, numbers)] = paired(questions, scores, {"one": "other"})
+    change = np.array([a["f1"] - b["f1"] for a, b in zip(scores["one"], scores["other"])])
+    without = np.array([change[contexts != c].mean() for c in range(12)])
+    jackknife = np.sqrt(11 / 12 * ((without - without.mean())**2).sum())
+    assert name == "one" and numbers["f1"] == pytest.approx(change.mean())
+    assert numbers["f1_se"] == pytest.approx(jackknife, rel=1e-6)
+
+
+def test_eval_scores_controls_as_runs_of_them_would_be(trained, capsys):
+    folder = trained("--tokens", 10)
+    capsys.readouterr()
+    assert run("eval", folder, "--controls", "--json", "--limit", 30) == 0
+    told = json.loads(capsys.readouterr().out)
+    stored, drawn = (load_file(folder / name)["layers.0"] for name in
+                     ("prompt.safetensors", "prompts/000000.safetensors"))
+    whole = told["scores"]["vocab prior, trained"]
+    for name, rows in (("its draw", drawn), ("steps without the draw", stored - drawn)):
+        assert told["scores"][name]["loss"] == pytest.approx(loss_of(folder, {"layers.0": rows}),
+                                                             rel=1e-3)
+        assert told["differences"][name]["f1"] == pytest.approx(
+            told["scores"][name]["f1"] - whole["f1"], abs=0.01)
+    assert run("eval", folder, "--controls", "--words", "--limit", 30) == 0
+    lines = capsys.readouterr().out.split("paired by question\n")[1].splitlines()
+    assert lines[0].split() == ["F1"] and len(lines) == 1 + 2 + 7
+
+    assert run("export", folder, "--to", folder.parent / "adapter") == 0
+    assert run("import", folder.parent / "adapter", "--model", "tiny", "--out",
+               folder.parent / "imported") == 0
+    capsys.readouterr()
+    assert run("eval", folder.parent / "imported", "--controls") == 2
+    assert "this one is imported: leave it out" in capsys.readouterr().err

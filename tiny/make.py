@@ -387,28 +387,34 @@ def train_tokenizer() -> Tokenizer:
     return t
 
 
-def rows(tokenizer: Tokenizer, seed: int, B: int, T: int):
-    """Endless (B, T) batches of documents, BOS text EOS. Every row starts with a document."""
+def rows(tokenizer: Tokenizer, seed: int, B: int, T: int, write=document):
+    """Endless (B, T) batches of documents, BOS text EOS. Every row starts with a document. write:
+    see document."""
     r = random.Random(seed)
     while True:
         batch = []
         for _ in range(B):
             row, style = [], None
             while len(row) < T:
-                text, style = document(r, style if r.random() < KIN else None)
+                text, style = write(r, style if r.random() < KIN else None)
                 row += [*tokenizer.encode(text).ids, *CONFIG.eos_token_id]
             batch.append(row[:T])
         yield torch.tensor(batch)
 
 
-def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float,
-             device: str = "cpu", log_every: int = 50) -> llama.Llama:
+def new_model() -> llama.Llama:
     torch.manual_seed(0)
     torch.nn.Embedding(CONFIG.vocab_size, CONFIG.hidden_size)  # draws, as when tiny was made
     model = llama.Llama(CONFIG)
     for name, p in model.named_parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
+    return model
+
+
+def train(model: llama.Llama, batches, steps: int, lr: float, device: str = "cpu",
+          log_every: int = 50) -> None:
+    """Train all weights on batches of token ids (B, T)."""
     model.to(device)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
@@ -416,7 +422,7 @@ def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float,
                                    adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
     start, total = time.time(), 0.0
-    for step, ids in zip(range(steps), rows(tokenizer, 7, B, T)):
+    for step, ids in zip(range(steps), batches):
         share = min(1, (step + 1) / 100) * (
             0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for o in optimisers:
@@ -437,7 +443,6 @@ def pretrain(tokenizer: Tokenizer, steps: int, B: int, T: int, lr: float,
             print(f"step {step + 1}/{steps}  loss {total / log_every:.3f}  "
                   f"{time.time() - start:.0f} s", flush=True)
             total = 0.0
-    return model
 
 
 def save_model(model: llama.Llama, out: Path) -> None:
@@ -470,7 +475,9 @@ def main() -> None:
     write_data(a.out)
     tokenizer = train_tokenizer()
     write(a.out / "tokenizer.json", (tokenizer.to_str(pretty=True) + "\n").encode())
-    save_model(pretrain(tokenizer, a.steps, a.batch, a.length, a.lr, a.device), a.out)
+    model = new_model()
+    train(model, rows(tokenizer, 7, a.batch, a.length), a.steps, a.lr, a.device)
+    save_model(model, a.out)
     print(f"{a.out}: {a.steps} steps of {a.batch} x {a.length} tokens, "
           f"{(time.time() - start) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
