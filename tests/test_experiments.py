@@ -1,5 +1,8 @@
 """What the studies in benchmarks/ make of trained prompts, before they score it."""
 
+import random
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +15,9 @@ sys.path.insert(0, str(Path(promptprior.__file__).parent / "benchmarks"))
 
 import displacements  # noqa: E402
 import keys_values  # noqa: E402
+import many  # noqa: E402
 import subspace  # noqa: E402
+import worked  # noqa: E402
 
 
 def trained(prior, task, seed, displacement):
@@ -64,3 +69,54 @@ def test_the_picture_of_subspaces():
     svg = subspace.picture(scores, "f1", "caption")
     assert all(f"{kind} directions" in svg.replace("</tspan><tspan", "")
                for kind in ("random", "all")) and "F1, percent" in svg
+
+
+def test_worked_sums_are_right_and_those_of_the_data_are_new():
+    r = random.Random(0)
+    for held_out in (False, True):
+        for _ in range(50):
+            question, steps, answer = worked.long_sum(r, 5, held_out)
+            expression = question.removeprefix("What is ").removesuffix("?")
+            assert worked.make.reserved(expression) == held_out
+            assert str(eval(expression)) == answer == steps.split(" = ")[-1]
+            before = expression[0]
+            for step, sign_and_number in zip(steps.split(", "),
+                                             re.findall("[+-] [0-9]", expression), strict=True):
+                left, right = step.split(" = ")
+                assert left == f"{before} {sign_and_number}" and str(eval(left)) == right
+                before = right
+
+    # Long sums are worked or answered at once; a header tells which, or the document before.
+    seen = set()
+    for _ in range(200):
+        text, style = worked.document(r, None, 5)
+        if style in (worked.WORKED, worked.AT_ONCE) and re.search(r"What is (\d [+-] ){4}", text):
+            assert ("Steps: " in text) == (style == worked.WORKED), text
+            seen.add((style, text.startswith(style)))
+    assert len(seen) == 4
+
+
+def test_pages_that_processes_share_are_counted_once(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(2**26))
+    code = ("import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, "
+            "prot=mmap.PROT_READ); sum(m[::4096]); print(flush=True); sys.stdin.read()")
+    both = [subprocess.Popen([sys.executable, "-c", code, file], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE) for _ in range(2)]
+    for process in both:
+        process.stdout.readline()
+    held, really = many.memory([process.pid for process in both])
+    for process in both:
+        process.communicate()
+    assert held > 2 * 0.067 and held - really > 0.067
+
+
+def test_a_process_has_those_that_it_started():
+    code = ("import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'input()'], "
+            "stdin=subprocess.PIPE); print(p.pid, flush=True); input(); p.communicate()")
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
+    child = int(process.stdout.readline())
+    found = many.processes_of(process.pid)
+    process.communicate(b"\n")
+    assert found == [process.pid, child]
