@@ -102,7 +102,8 @@ def main() -> None:
         world.mkdir(parents=True, exist_ok=True)
         make_world(world, a.terms, a.pretrain, a.pretrain_lr)
 
-    common = {"model": str(world), "data": f"math:{world / 'sums'}", "text": [[AT_ONCE]],
+    common = {"model": str(world), "data": f"math:{world / 'sums/train-easy'}",
+              "eval_data": f"math:{world / 'sums/interpolate'}", "text": [[AT_ONCE]],
               "steps": a.steps, "eval_every": a.steps, "eval_limit": 200,
               "train_examples": 600, "method": ["prompt", "prefix"], "seed": list(range(a.seeds))}
     taught = {"teacher": WORKED, "teacher_reasons": "written"}
