@@ -33,7 +33,7 @@ from small import MODEL
 
 HERE = Path(promptprior.__file__).parent
 FEW = ["--steps", "4", "--eval-every", "2", "--eval-limit", "6", "--batch-size", "4",
-       "--max-new", "6", "--train-examples", "60"]
+       "--max-new", "6", "--train-examples", "60", "--reference-rows", "400"]
 SMALL = [*FEW, "--model", str(MODEL)]  # where nothing needs to be known
 
 
