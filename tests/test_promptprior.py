@@ -383,6 +383,16 @@ def test_help_without_torch():
     assert all(name in out for name in priors.PRIORS)
 
 
+def test_nothing_imports_torchs_compiler(tmp_path):
+    """torch._dynamo, which torch.optim.Optimizer imports when it is made, takes over a second."""
+    (tmp_path / "script.py").write_text(
+        "import os, sys\nsys.path.insert(0, os.getcwd())\nimport promptprior\n"
+        "assert promptprior.main(sys.argv[1:]) == 0 and 'torch._dynamo' not in sys.modules")
+    for out, more in (("point", []), ("sgld", ["--prior", "fitted", "--posterior", "sgld"])):
+        process = Forked(tmp_path / "script.py", "train", "--out", tmp_path / out, *SMALL, *more)
+        assert process.wait() == 0, process.err
+
+
 # --------------------------------------------------------------------------------------------------
 # the house
 
