@@ -84,8 +84,8 @@ def test_tokens_are_auto_tokenizers(folder, vocabulary):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = varied_texts(200)
-    assert len(set(texts)) > 150 and max(map(len, texts)) > 20000
+    texts = varied_texts(100)
+    assert len(set(texts)) > 75 and max(map(len, texts)) > 20000
     expected = [tokenizer(text).input_ids for text in texts]
     assert vocabulary.bos is None
     assert [vocabulary.encode(text) for text in texts] == vocabulary.encode_batch(texts) == expected
@@ -129,9 +129,9 @@ def test_greedy_text(vocabulary, ours, theirs):
     beginnings = ["The capital of France is", "def fibonacci(n):\n",
                   "Question: What is 2 + 2?\nAnswer:"]
     rows = [vocabulary.encode(text) for text in beginnings]
-    answers = llama.generate(ours, rows, None, max_new=12)
+    answers = llama.generate(ours, rows, None, max_new=8)
     for row, answer in zip(rows, answers):
-        expected = theirs.generate(torch.tensor([row]), max_new_tokens=12, do_sample=False,
+        expected = theirs.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False,
                                    eos_token_id=None, pad_token_id=2)
         assert answer == expected[0, len(row):].tolist()
 
