@@ -19,9 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")  # no threads of torch's to inherit
-# Nothing of ours: it reads the environment when imported.
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.nn.functional", "safetensors.torch",
-                                "tokenizers"])
+# To divide a model imports torch._dynamo. Nothing of ours: it reads the environment when imported.
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.nn.functional",
+                                "safetensors.torch", "tokenizers"])
 
 
 class Forked:

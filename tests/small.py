@@ -1,5 +1,5 @@
-"""A model that runs a hundred times as fast as the bundled one, for what a trained one is not needed
-for: random weights, and the bundled tokenizer."""
+"""A model that is much faster than the bundled one, for what a trained one is not needed for: random
+weights, and the bundled tokenizer."""
 
 import json
 import shutil

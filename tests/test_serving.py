@@ -35,8 +35,8 @@ def trained(tmp_path_factory):
             folder = tmp_path_factory.mktemp("runs") / "a run"
             assert run("train", "--steps", 1, "--batch-size", 4, "--eval-limit", 2, "--text", "",
                        "--max-length", 150, "--train-examples", 40, "--reference-rows", 300,
-                       "--prior", "fitted", *(("--tokens", 6) if "--tokens" not in flags else ()), *flags,
-                       "--out", folder) == 0
+                       "--prior", "fitted", *flags,
+                       *(("--tokens", 6) if "--tokens" not in flags else ()), "--out", folder) == 0
             made[flags] = folder
         return made[flags]
 
