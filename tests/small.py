@@ -1,4 +1,4 @@
-"""A model that is much faster than the bundled one, for what a trained one is not needed for: random
+"""A model that is faster than the bundled one, for what a trained one is not needed for: random
 weights, and the bundled tokenizer."""
 
 import json
