@@ -539,8 +539,8 @@ def test_a_refused_resume_changes_nothing(whole, tmp_path, capsys, refused):
 def test_other_flags_over_a_config(tmp_path, first, then):
     """What nobody gave follows from the new flags, as it would without the config; what was given
     stays."""
-    few = {"model": MODEL, "steps": 1, "eval-limit": 2, "batch-size": 2, "max-new": 2, "reference-rows": 100,
-           "train-examples": 40}
+    few = {"model": MODEL, "steps": 1, "eval-limit": 2, "batch-size": 2, "max-new": 2,
+           "reference-rows": 100, "train-examples": 40}
     flags = lambda given: [x for flag, value in given.items() for x in (f"--{flag}", value)]
     source, direct, over = (tmp_path / name for name in ("source", "direct", "over"))
     assert main("train", "--out", source, *flags(few | first)) == 0
