@@ -1354,7 +1354,7 @@ def density_png(x: np.ndarray, y: np.ndarray, width: int, height: int,
 
     It is transparent where there are no points, so it suits a light and a dark page."""
     # How many points are in every pixel
-    count = np.zeros((height * scale, width * scale))
+    count = np.zeros((height * scale, width * scale), np.int32)
     inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
     column = np.clip((x[inside] * scale).astype(np.int64), 0, width * scale - 1)
     row = np.clip((y[inside] * scale).astype(np.int64), 0, height * scale - 1)
@@ -1404,7 +1404,7 @@ def png(index: np.ndarray, palette: bytes, alpha: bytes) -> bytes:
     bit_depth, palette_colours = 4, 3
     header = struct.pack(">IIBBBBB", width, height, bit_depth, palette_colours, 0, 0, 0)
     return (b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"PLTE", palette)
-            + _chunk(b"tRNS", alpha) + _chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
+            + _chunk(b"tRNS", alpha) + _chunk(b"IDAT", zlib.compress(rows.tobytes()))
             + _chunk(b"IEND", b""))
 
 

@@ -265,6 +265,7 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
     it; both grow by what this run needs."""
     opened = open_run(path, given, models)
     run, settings = opened.run, opened.settings
+    metrics = run.metrics()  # first, because it may be refused
     start, end = run.start_and_end()
     drawn, trained = prompt_to_read(opened, FIRST_PROMPT), prompt_to_read(opened, run.shown)
     tokens, at_tokens = None, {}
@@ -292,7 +293,6 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
                        "trained": {way: texts[n:] for way, texts in read.items()}}
 
     # The numbers for --json, and the same as text beneath the scores of training.
-    metrics = run.metrics()
     evaluations = [line for line in metrics if line["split"] == "eval"]
     record = {"run": str(run.path), "settings": flat(settings),
               "scores": evaluations[-1] if evaluations else None,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 
@@ -248,9 +248,16 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
     if bins < 1 or not all(in_range):
         raise StatisticsError("confidences or answers outside 0 to 1, or no bins: give "
                               "probabilities, 0 or 1, and at least 1 bin")
+    [error] = _calibration_errors(confidence, [correct], bins)
+    return error
+
+
+def _calibration_errors(confidence: np.ndarray, answers: Iterable[np.ndarray], bins: int
+                        ) -> list[float]:
+    """The calibration error of each of several answers to the same questions."""
     bin_of = np.ceil(confidence * bins).astype(np.int64).clip(1) - 1
-    gaps = np.abs(np.bincount(bin_of, confidence - correct))
-    return float(100 * gaps.sum() / len(confidence))
+    gaps = (np.abs(np.bincount(bin_of, confidence - correct)) for correct in answers)
+    return [float(100 * gap.sum() / len(confidence)) for gap in gaps]
 
 
 def calibrated_error(confidence: np.ndarray, bins: int = 15, draws: int = 400, seed: int = 0
@@ -259,9 +266,10 @@ def calibrated_error(confidence: np.ndarray, bins: int = 15, draws: int = 400, s
     has: its mean, and the bounds of the central 95 %. It is not 0, because each answer is right or
     wrong. From draws in which an answer is right with the probability of its confidence."""
     confidence = np.asarray(confidence, np.float64)
+    calibration_error(confidence, confidence, bins)  # refuses what is no probability
     rng = np.random.default_rng(seed)
-    errors = [calibration_error(confidence, rng.random(len(confidence)) < confidence, bins)
-              for _ in range(draws)]
+    answers = (rng.random(len(confidence)) < confidence for _ in range(draws))
+    errors = _calibration_errors(confidence, answers, bins)
     low, high = np.quantile(errors, (0.025, 0.975))
     return float(np.mean(errors)), float(low), float(high)
 

@@ -268,12 +268,16 @@ def everything(folder: Path) -> dict[str, object]:
 class Bench:
     """The world of inputs, and a place for one command at a time."""
 
-    def __init__(self, base: Path):
+    def __init__(self, base: Path, world: Path | None = None):
+        """world: inputs that are there already, which are copied."""
         self.world, self.case, self.said = base / "world", base / "case", base / "said"
         for path in (self.world, self.said):
             path.mkdir()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            fuzz.world(self.world)
+            if world:
+                shutil.copytree(world, self.world, dirs_exist_ok=True)
+            else:
+                fuzz.world(self.world)
         self.inputs = self._marks()
         self.after: dict[str, dict] = {}  # by work, what it leaves undisturbed
         self.before: dict[str, dict] = {}
@@ -392,10 +396,9 @@ def cases(bench: Bench, names: list[str]) -> list[tuple[str, int, int | None]]:
     return found
 
 
-def attack(seconds: float, seed: int, base: Path, names: list[str], number: int | None = None
+def attack(seconds: float, seed: int, bench: Bench, names: list[str], number: int | None = None
            ) -> tuple[int, list[tuple[int, Outcome]]]:
     """How many cases there are, and the outcomes of those tried, with their numbers."""
-    bench = Bench(base)
     found, outcomes = cases(bench, names), []
     end = time.monotonic() + seconds
     order = random.Random(seed).sample(range(len(found)), len(found))
@@ -414,13 +417,15 @@ def main() -> int:
     p.add_argument("--seed", type=int, default=0, help="of the order of the cases")
     p.add_argument("--case", type=int, help="one case again, of the same works")
     p.add_argument("--only", default="", help="works with this in their name")
+    p.add_argument("--world", type=Path, help="a folder of inputs as fuzz.py makes them")
     a = p.parse_args()
     names = [name for name in WORKS if a.only in name]
     base = Path(tempfile.mkdtemp(prefix="calls-"))
     os.environ["PROMPTPRIOR_CACHE"] = str(base / "cache")
     fuzz.prepare()
     try:
-        count, outcomes = attack(a.seconds, a.seed, base, names, a.case)
+        count, outcomes = attack(a.seconds, a.seed, Bench(base, a.world), names,
+                                  a.case)
     finally:
         shutil.rmtree(base, ignore_errors=True)
     acts = Counter((o.name, o.act) for _, o in outcomes)

@@ -4,10 +4,10 @@ three seconds that an import takes on a busy core.
     process = Forked(HERE / "promptprior.py", "train", "--out", folder)
     assert process.wait() == 0, process.err
 
-It is killed, signalled and waited for as subprocess.Popen's. Functions that were registered with
-atexit are not called at its end.
+It is killed, signalled and waited for as subprocess.Popen's.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")  # no threads of torch's to inherit
-# The optimiser imports torch._dynamo. Nothing of ours: it reads the environment when imported.
+# To divide a model imports torch._dynamo. Nothing of ours: it reads the environment when imported.
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.nn.functional",
                                 "safetensors.torch", "tokenizers"])
 
@@ -66,7 +66,11 @@ def _run(script, arguments, environment, folder):
     os.chdir(HERE)
     sys.argv = [script, *arguments]
     sys.path.insert(0, os.path.dirname(script))
-    runpy.run_path(script, run_name="__main__")
+    atexit._clear()  # what the process before it registered; multiprocessing calls no function
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
 
 
 class Pair:

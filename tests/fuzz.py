@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import functools
 import gzip
 import importlib
 import json
@@ -41,14 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
-import llama  # noqa: E402
 import promptprior  # noqa: E402
+import small  # noqa: E402
 from damage import damage  # noqa: E402
 from lab import commands, trial  # noqa: E402
 
-commands.parser = functools.cache(commands.parser)  # a twentieth of a second each
 SLOW, DEAD = 20, 60  # seconds a case may take; seconds after which its process is killed
 trial.SECONDS = 2  # by the clock six times as many, so that it ends before a case does
 ROOM = 2 << 30  # bytes that the system gives a case
@@ -63,24 +61,12 @@ FEW = ["--steps", "1", "--eval-limit", "1", "--max-new", "2", "--batch-size", "2
 
 def world(folder: Path) -> None:
     """Small real inputs of every kind, always the same bytes but for times and places."""
-    tiny = Path(promptprior.__file__).parent / "tiny"
-    c = {**json.loads((tiny / "config.json").read_text()), "hidden_size": 16,
-         "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 256,
-         "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}
-    model = folder / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(c))
-    for name in ("tokenizer.json", "generation_config.json"):
-        shutil.copy(tiny / name, model)
-    with torch.device("meta"):
-        wanted = llama.Llama(llama.read_config(model / "config.json")).state_dict()
-    g = torch.Generator().manual_seed(0)
-    weights = {k: torch.randn(t.shape, generator=g).bfloat16() * 0.3 for k, t in wanted.items()}
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    model = small.make(folder / "model", max_position_embeddings=256, rope_scaling={
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64})
+    weights = load_file(model / "model.safetensors")
     shutil.copytree(model, folder / "named")  # with tokens that stand beside tokenizer.json
-    shutil.copy(tiny / "tokenizer.json", folder / "named/tokenizer.4.0.json")
+    shutil.copy(model / "tokenizer.json", folder / "named/tokenizer.4.0.json")
     for name, content in {
             "tokenizer_config.json": {
                 "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "legacy": True,
@@ -501,15 +487,19 @@ def main() -> int:
     p.add_argument("--case", type=int, help="one case again")
     p.add_argument("--only", default="", help="kinds with this in their name")
     p.add_argument("--most", type=int, default=20, help="failures to stop at")
+    p.add_argument("--world", help="a folder of inputs as they are made here, which are copied")
     a = p.parse_args()
     kinds = {name: kind for name, kind in KINDS.items() if a.only in name}
     base, counter = Path(tempfile.mkdtemp(prefix="fuzz-")), iter(range(10**9))
     os.environ["PROMPTPRIOR_CACHE"] = str(base / "cache")  # damaged tokenizers are no user's
     prepare()
     try:
-        clock, time.perf_counter = time.perf_counter, lambda: next(counter)  # the same bytes always
-        world(base)
-        time.perf_counter = clock
+        if a.world:
+            shutil.copytree(a.world, base, dirs_exist_ok=True)
+        else:
+            clock, time.perf_counter = time.perf_counter, lambda: next(counter)  # always the same
+            world(base)
+            time.perf_counter = clock
         if a.case is not None:
             outcome = run_case(a.seed, a.case, base, kinds)
             print(f"{outcome.kind}: {outcome.command}\nstatus {outcome.status}\n{outcome.output!r}"

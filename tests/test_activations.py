@@ -25,7 +25,7 @@ def run(*arguments):
 def collected(tmp_path_factory):
     """The user's own command on two domains, all of each."""
     path = tmp_path_factory.mktemp("c") / "a.safetensors"
-    assert run("collect", "--data", "squad", "sums=math", "--layers", "all", "--examples", 40,
+    assert run("collect", "--data", "squad", "sums=math", "--layers", "all", "--examples", 20,
                "--limit", 0, "--out", path) == 0
     return path
 
@@ -48,7 +48,7 @@ def test_rows_are_transformers_hidden_states(collected):
     seen = 0
     for d, examples in enumerate(sources):
         mine = t["domain"] == d
-        assert len(t["example"][mine].unique()) == 40
+        assert len(t["example"][mine].unique()) == 20
         for i in t["example"][mine].unique().tolist():
             row = data.encode(examples[i], vocabulary, 1024)
             with torch.no_grad():
@@ -108,10 +108,10 @@ def test_pooling_is_the_mean_and_the_last(tmp_path, collected):
     token = load_file(collected)
     for pool in ("mean", "last"):
         path = tmp_path / f"{pool}.safetensors"
-        assert run("collect", "--data", "sums=math", "--layers", "0,6", "--examples", 40, "--limit",
+        assert run("collect", "--data", "sums=math", "--layers", "0,6", "--examples", 20, "--limit",
                    0, "--pool", pool, "--out", path) == 0
         pooled = load_file(path)
-        assert len(pooled["role"]) == 40 and not (pooled["role"] == 1).any()
+        assert len(pooled["role"]) == 20 and not (pooled["role"] == 1).any()
         for i, row in zip(pooled["example"], pooled["layers.6"]):
             here = (token["domain"] == 1) & (token["example"] == i) & (token["role"] != 1)
             x = token["layers.6"][here]
@@ -150,7 +150,7 @@ def test_under_a_prompt(tmp_path, vocabulary):
     run_dir, path = tmp_path / "r", tmp_path / "a.safetensors"
     for keep in ("--keep", "--cut"):
         assert run("train", "--steps", 0, "--eval-limit", 2, "--max-new", 2, "--deep-layers", 1,
-                   keep, "--out", run_dir, "--overwrite") == 0
+                   "--reference-rows", 100, keep, "--out", run_dir, "--overwrite") == 0
         assert run("collect", "--data", "math", "--under", run_dir, "--layers", "all",
                    "--examples", 3, "--out", path, "--overwrite") == 0
         file, rows = activations.Collection(path), load_file(run_dir / "prompt.safetensors")

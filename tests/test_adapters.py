@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import data
 import llama
 import promptprior
+from lab import page
 from lab.adapters import from_peft, to_csv, to_peft
 from lab.console import UserError
 from lab.files import Folder
@@ -376,7 +377,8 @@ def test_to_peft_and_back_by_the_command_line(made, tmp_path, capsys):
 @pytest.mark.parametrize("layers, changes", [
     ((0, 4, 5), {"deep_layers": 2}), (tuple(range(6)), {"cut": True, "deep_layers": 6}),
     ((0,), {"place": "after-bos"})])
-def test_other_prompts_travel_as_keys_and_values(made, tmp_path, capsys, layers, changes):
+def test_other_prompts_travel_as_keys_and_values(made, tmp_path, monkeypatch, capsys, layers,
+                                                 changes):
     from transformers import AutoModelForCausalLM
 
     first, vocabulary = made("first", layers, **changes), data.Vocabulary(TINY, (1,))
@@ -404,6 +406,7 @@ def test_other_prompts_travel_as_keys_and_values(made, tmp_path, capsys, layers,
 
     # and the instruments are open to it: at layer 0 these are keys and values of real tokens
     change(tmp_path / "back", reference_rows=500)
+    monkeypatch.setattr(page, "DEEP", 60)
     capsys.readouterr()
     assert run("compare", tmp_path / "back", "--json") == 0
     numbers = json.loads(capsys.readouterr().out)[0]["measures"]

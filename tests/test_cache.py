@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 
 import priors
 import viz
+from forked import Forked
 from lab import cache, geometry
 from lab.populations import Reference
 
@@ -161,8 +160,10 @@ def test_where_the_folder_is(monkeypatch):
     assert cache.cache_folder() is None
 
 
-RACE = """
-import sys, torch, viz
+RACE = """  # of several processes
+import os, sys
+sys.path.insert(0, os.getcwd())
+import torch, viz
 from lab import cache
 cache.WORTH = 0
 rows = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)).numpy()
@@ -171,12 +172,12 @@ for i in range(20):
 """
 
 
-def test_processes_share_the_folder(folder):
-    root = Path(__file__).resolve().parent.parent
-    processes = [subprocess.Popen([sys.executable, "-c", RACE], cwd=root, text=True,
-                                  stdout=subprocess.PIPE) for _ in range(3)]
-    said = {process.communicate()[0] for process in processes}
-    assert [process.returncode for process in processes] == [0, 0, 0] and len(said) == 1
+def test_processes_share_the_folder(folder, tmp_path):
+    (tmp_path / "race.py").write_text(RACE)
+    processes = [Forked(tmp_path / "race.py") for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    said = {process.out for process in processes}
+    assert len(said) == 1 and said.pop().count("\n") == 20
     assert len(list(folder.iterdir())) == 20  # and nothing unfinished
 
 

@@ -1,6 +1,7 @@
 """Runs of every posterior, and the commands that measure: eval, compare, interpolate, sample,
 attention."""
 
+import functools
 import json
 import shutil
 
@@ -14,12 +15,11 @@ import data
 import llama
 import priors
 import promptprior
-from lab import console
+from lab import console, locality
 from lab.activations import Collection
 from lab.attention import measure_attention
 from lab.folder import Run
 from lab.inputs import load_model
-from lab.locality import paths_of, walks
 from lab.sample import held_out, judge_prior
 from lab.settings import TINY, ModelSettings
 
@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
             "squad": ["--data", "squad"], "math": ["--data", "math", "--seed", 1],
             "sgld": ["--data", "math", "--posterior", "sgld", "--particles", 3],
             "gaussian": ["--data", "math", "--posterior", "gaussian", "--particles", 2,
-                         "--deep-layers", 1]}.items():
+                         "--deep-layers", 1, "--reference-rows", 300]}.items():
         assert run("train", "--prior", "fitted", "--out", folder / name, *FEW, *arguments) == 0
     return folder
 
@@ -204,16 +204,18 @@ def test_compare_runs(runs, capsys):
     assert "the token of each row of particle 1:" in capsys.readouterr().out
 
 
-def test_compare_collections(tmp_path, capsys):
+def test_compare_collections(tmp_path, monkeypatch, capsys):
     """The cluster claim holds of arithmetic, and fails of one half of SQuAD's articles against the
     other; the steps of texts are those of the collected rows."""
+    monkeypatch.setattr(locality, "locality", functools.partial(
+        locality.locality, permutations=100, walks=50))
     path = tmp_path / "c.safetensors"
     articles = json.loads((TINY / "squad/train.json").read_text())
     for k, name in enumerate(("squad", "again")):
         half = {**articles, "data": articles["data"][k::2]}
         (tmp_path / f"{name}.json").write_text(json.dumps(half))
     assert run("collect", "--data", f"squad=squad:{tmp_path / 'squad.json'}",
-               f"again=squad:{tmp_path / 'again.json'}", "math", "--examples", 60, "--layers",
+               f"again=squad:{tmp_path / 'again.json'}", "math", "--examples", 30, "--layers",
                "0,3", "--out", path) == 0
     capsys.readouterr()
     assert run("compare", path, "--json") == 0
@@ -224,13 +226,13 @@ def test_compare_collections(tmp_path, capsys):
         assert same["auc_low"] <= 0.5 <= same["auc_high"]
         assert apart[f"layer {layer}: squad - math"]["mmd_p"] < 0.05 < same["mmd_p"]
     file = Collection(path)
-    paths, index = paths_of(file, "squad")
+    paths, index = locality.paths_of(file, "squad")
     for p in paths:
         assert (file.field["position"][p].diff() == 1).all()
         assert len(file.field["example"][p].unique()) == 1
         assert torch.isin(p, index).all()
     assert sum(map(len, paths)) <= 2000 and len(file.field["source"][torch.cat(paths)].unique()) > 6
-    local = walks(file, 0, "squad")
+    local = locality.walks(file, 0, "squad")
     steps = torch.cat([file.rows(0, p).float().diff(dim=0).norm(dim=1) for p in paths])
     assert local["repeats"] == (steps == 0).sum()
     steps = steps[steps > 0]

@@ -13,6 +13,7 @@ from test_data import SHAPES, random_rows
 import data
 import llama
 import promptprior
+import small
 from forked import Pair
 from lab import distil, inputs, loss, train
 from lab.console import UserError
@@ -21,6 +22,7 @@ from lab.settings import Settings
 
 FEW = ["--steps", "4", "--eval-every", "2", "--eval-limit", "12", "--batch-size", "4",
        "--max-new", "6", "--tokens", "4", "--train-examples", "24"]
+SMALL = [*FEW, "--model", small.MODEL, "--max-length", "150"]  # where nothing needs to be known
 TEACHER = [31, 17, 5, 90, 44]  # tokens that stand after BOS
 
 
@@ -32,9 +34,13 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-@pytest.fixture
-def model(hf):
-    return llama.load(hf()[1], torch.float64)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Of fp64. Nobody changes it."""
+    folder = small.make(tmp_path_factory.mktemp("models") / "model", vocab_size=97, hidden_size=48,
+                        num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+                        head_dim=10)
+    return llama.load(folder, torch.float64)
 
 
 def prompt_of(method):
@@ -71,9 +77,11 @@ def plain_divergences(model, prompt, rows):
     return found
 
 
-@pytest.mark.parametrize("name", ["many", "ragged", "no context"])
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
-@pytest.mark.parametrize("end", [[], [7, 8], TEACHER[:2]], ids=["whole", "merging", "longer"])
+@pytest.mark.parametrize("name, method, end", [  # any two of them together
+    ("many", "prompt", []), ("many", "prefix", [7, 8]), ("many", "prompt", TEACHER[:2]),
+    ("ragged", "prefix", []), ("ragged", "prompt", [7, 8]), ("ragged", "prefix", TEACHER[:2]),
+    ("no context", "prompt", [7, 8]), ("no context", "prefix", []),
+    ("no context", "prefix", TEACHER[:2])])
 def test_the_divergence_is_that_of_plain_batches(model, monkeypatch, name, method, end):
     """In value and gradient, whatever is made at a time. The text may have tokens at its end that
     the rows do not have, because they merge there with what follows."""
@@ -155,7 +163,7 @@ def test_a_taught_prompt_answers_as_its_teacher(tmp_path, capsys):
 def test_the_labels_alone_are_the_other_end_of_the_mix(tmp_path):
     """With --teacher-mix 1 a run is that of the labels: tokens weigh the same in both losses."""
     for name, flags in (("labels", []), ("mix", ["--teacher", "short answer", "--teacher-mix", 1])):
-        assert run("train", "--out", tmp_path / name, *FEW, *flags) == 0
+        assert run("train", "--out", tmp_path / name, *SMALL, *flags) == 0
     logs = [[line for line in lines(tmp_path / name / "metrics.jsonl") if line["split"] == "train"]
             for name in ("labels", "mix")]
     for labels, mix in zip(*logs, strict=True):
@@ -183,7 +191,7 @@ def flags_of(kind, tmp_path):
     path = tmp_path / "gsm8k.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in GSM8K))
     flags = [f"gsm8k:{path}" if flag == "GSM8K" else flag for flag in KINDS[kind]]
-    return [*FEW, "--teacher", "short answer", "--text", "a b c", *flags]
+    return [*SMALL, "--teacher", "short answer", "--text", "a b c", *flags]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,8 +232,7 @@ def test_runs_resume_to_the_same_bytes(tmp_path, monkeypatch, kind):
 
 
 def test_a_taught_run_is_scored_on_data_without_steps(tmp_path, capsys):
-    few = flags_of("worked steps", tmp_path)
-    assert run("train", "--out", tmp_path / "run", *few) == 0
+    assert run("train", "--out", tmp_path / "run", *flags_of("worked steps", tmp_path)) == 0
     capsys.readouterr()
     assert run("eval", tmp_path / "run") == 0
     assert "teacher 'short answer', with worked steps" in capsys.readouterr().out
@@ -239,7 +246,8 @@ def test_a_taught_run_is_scored_on_data_without_steps(tmp_path, capsys):
 def written(tmp_path_factory):
     """A run with answers of its teacher. It is not changed by the tests."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert run("train", "--out", out, *FEW, "--teacher", "short answer", "--teacher-answers") == 0
+    assert run("train", "--out", out, *SMALL, "--teacher", "short answer",
+               "--teacher-answers") == 0
     return out
 
 
@@ -254,7 +262,7 @@ def test_what_the_teacher_wrote_is_kept(written, tmp_path, capsys):
     (out / "teacher.jsonl").unlink()  # one that is lost is written again
     assert run(*resume) == 0 and (out / "teacher.jsonl").read_bytes() == content
     # an overwritten run loses it
-    assert run("train", "--out", out, "--overwrite", *FEW) == 0
+    assert run("train", "--out", out, "--overwrite", *SMALL) == 0
     assert not (out / "teacher.jsonl").exists()
     assert not any("teacher_kl" in line for line in lines(out / "metrics.jsonl"))
 
@@ -325,7 +333,7 @@ def test_a_sweep_varies_teachers(tmp_path, capsys):
     """A grid's run has the bytes that train gives, and the table says how near it came."""
     (tmp_path / "long.txt").write_text("short answer\nA: b\nand more of this kind of text: " * 3)
     grid = ["--teacher-mix", 0, 0.5, "--teacher-answers", 0, "--teacher-file",
-            tmp_path / "long.txt", "--out", tmp_path / "sweep", *FEW]
+            tmp_path / "long.txt", "--out", tmp_path / "sweep", *SMALL]
     assert run("sweep", *grid) == 0
     shown = capsys.readouterr().out
     assert "teacher KL" in shown and "as teacher" in shown and "and more of this" not in shown
@@ -338,11 +346,11 @@ def test_a_sweep_varies_teachers(tmp_path, capsys):
         assert ours[0].read_bytes() == ours[1].read_bytes()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--shard", "--teacher-reasons"]],
+@pytest.mark.parametrize("arguments", [[], ["--shard", "--teacher-reasons", "--teacher-steps", 5]],
                          ids=["whole", "sharded"])
 def test_two_processes_have_one_teacher(tmp_path, arguments):
     """The same answers, drawn or not, the same losses and rows, to rounding."""
-    common = [*FEW, "--steps", 2, "--teacher", "short answer", "--teacher-answers", 0.7,
+    common = [*SMALL, "--steps", 2, "--teacher", "short answer", "--teacher-answers", 0.7,
               "--teacher-mix", 0.2]
     two = Pair("train", "--out", tmp_path / "two", *common, *arguments)
     assert two.wait() == 0, two.err
@@ -478,5 +486,5 @@ def test_the_teachers_text_is_run_once(tmp_path, monkeypatch):
         return run_blocks(self, tokens, *arguments, **named)
 
     monkeypatch.setattr(llama.Llama, "_run", spy)
-    assert run("train", "--out", tmp_path / "run", *FEW, "--teacher", text, "--text", "") == 0
+    assert run("train", "--out", tmp_path / "run", *SMALL, "--teacher", text, "--text", "") == 0
     assert len(seen) == 1

@@ -12,11 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 import promptprior
-from forked import Pair
+from forked import Forked, Pair
+from small import MODEL
 
 HERE = Path(promptprior.__file__).parent
 FEW = ["--steps", "5", "--eval-every", "3", "--eval-limit", "20", "--batch-size", "7",
-       "--max-new", "6", "--train-examples", "60"]
+       "--max-new", "3", "--train-examples", "60", "--model", str(MODEL), "--max-length", "150"]
 
 
 SPY = """  # promptprior.py, writing down the places in the data that every batch is made of
@@ -121,10 +122,9 @@ sys.exit(promptprior.main(sys.argv[1:-1]))
 def test_the_first_process_draws_for_all(tmp_path, arguments):
     """Whatever the others would have drawn: with unlike threads it may differ."""
     (tmp_path / "apart.py").write_text(APART)
-    process = torchrun("train", "--out", tmp_path / "run", *FEW, "--steps", "1", "--data", "math",
-                       "--prior", "fitted", *arguments, tmp_path, program=tmp_path / "apart.py")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    two = Pair("train", "--out", tmp_path / "run", *FEW, "--steps", "1", "--data", "math",
+               "--prior", "fitted", *arguments, tmp_path, script=tmp_path / "apart.py")
+    assert two.wait() == 0, two.err
     starts = [load_file(tmp_path / f"start{rank}") for rank in (0, 1)]
     first = load_file(tmp_path / "run" / "prompts" / "000000.safetensors")
     for i, rows in starts[0].items():
@@ -170,7 +170,9 @@ sys.exit(promptprior.main(sys.argv[1:]))
 
 def test_a_process_that_is_killed_leaves_the_others_a_line(tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
-    process = torchrun("train", "--out", tmp_path / "run", *FEW, program=tmp_path / "dies.py")
+    # of the bundled model, in whose long steps torchrun's signal finds the other
+    process = torchrun("train", "--out", tmp_path / "run", *FEW, "--model", "tiny", "--max-length",
+                       400, program=tmp_path / "dies.py")
     _, err = process.communicate(timeout=300)
     ours = err.partition("torch/distributed/elastic")[0]
     assert process.returncode != 0 and "Traceback" not in ours and "gloo" not in err, err
@@ -185,15 +187,13 @@ def test_a_process_that_is_killed_leaves_the_others_a_line(tmp_path):
     ({"MASTER_ADDR": "x", "WORLD_SIZE": "1", "RANK": "0"}, None)])
 def test_an_environment_that_is_not_torchruns(tmp_path, environment, message):
     """Either one line, or a process alone, which speaks."""
-    process = subprocess.run(
-        [sys.executable, "promptprior.py", "sample", "--tokens", "1", "--out",
-         tmp_path / "x.safetensors"], cwd=HERE, text=True, capture_output=True, timeout=120,
-        env={**os.environ, **environment})
+    process = Forked(HERE / "promptprior.py", "sample", "--tokens", "1", "--out",
+                     tmp_path / "x.safetensors", **environment)
+    status = process.wait()
     if message:
-        assert process.returncode == 2 and process.stderr.count("\n") == 1
-        assert message in process.stderr
+        assert status == 2 and process.err.count("\n") == 1 and message in process.err
     else:
-        assert process.returncode == 0 and "layer 0: " in process.stderr + process.stdout
+        assert status == 0 and "layer 0: " in process.err + process.out
 
 
 def test_mistakes_are_said_once(tmp_path):

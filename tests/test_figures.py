@@ -14,7 +14,7 @@ from scipy import stats
 
 import promptprior
 import viz
-from lab import figures, pictures
+from lab import figures, pictures, populations
 from lab.activations import Collection
 from lab.folder import Run
 from lab.settings import Settings
@@ -31,7 +31,9 @@ def run(*arguments):
 def folder(tmp_path_factory):
     """All thirteen, of runs of two steps."""
     folder = tmp_path_factory.mktemp("figures") / "F"
-    assert run("figures", "--out", folder, *FEW) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(populations, "REFERENCE_ROWS", 1000)
+        assert run("figures", "--out", folder, *FEW) == 0
     return folder
 
 

@@ -21,10 +21,11 @@ from lab.console import UserError
 from lab.figures import is_finished
 from lab.folder import CONFIG, LAST_PROMPT, LOG, Run
 from lab.settings import Settings, flat
+from small import MODEL
 
 FEW = ["--data", "math", "--prior", "isotropic", "--tokens", "3", "--batch-size", "2",
        "--eval-limit", "2", "--max-new", "2", "--steps", "4", "--eval-every", "2",
-       "--train-examples", "20"]
+       "--train-examples", "20", "--model", str(MODEL)]
 
 
 def main(*arguments):

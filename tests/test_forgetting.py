@@ -38,7 +38,8 @@ def trained(tmp_path_factory):
         if flags not in made:
             made[flags] = tmp_path_factory.mktemp("runs") / "run"
             assert run("train", "--steps", 1, "--batch-size", 4, "--eval-limit", 6, "--tokens", 5,
-                       *flags, "--out", made[flags]) == 0
+                       "--max-length", 150, "--train-examples", 40, *flags,
+                       "--out", made[flags]) == 0
         return made[flags]
 
     return make

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import promptprior
+from forked import Forked
 from lab import inputs, settings
 from lab.hub import model_folder
 from lab.settings import ModelSettings
 
-ROOT = Path(promptprior.__file__).parent
 COMMIT, OLDER = "a" * 40, "b" * 40
 TOKENS = {"tokenizer_config.json": b"{}", "special_tokens_map.json": b"{ }",
           "added_tokens.json": b"{}\n"}
@@ -201,8 +199,9 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-CALL = """
-import sys
+CALL = """  # with the hub that the environment names
+import os, sys
+sys.path.insert(0, os.getcwd())
 from lab import hub
 for arguments in sys.argv[1:]:
     name, _, revision = arguments.removeprefix("encoder:").partition("@")
@@ -215,13 +214,13 @@ for arguments in sys.argv[1:]:
 
 def fetched(server, home, *names):
     """What hub.from_hub gives for each name, in a process of its own, whose hub is the server."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, "-c", CALL, *names], env=environment, cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), done.stderr
+    home.mkdir(exist_ok=True)
+    (home / "call.py").write_text(CALL)
+    done = Forked(home / "call.py", *names, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+                  HF_HOME=str(home), HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1",
+                  HF_HUB_DISABLE_TELEMETRY="1")
+    assert done.wait(120) == 0, done.err
+    return done.out.splitlines(), done.err
 
 
 @pytest.fixture

@@ -623,27 +623,36 @@ def test_a_vocabulary_of_128256_keeps_up_with_the_hand(browser, tmp_path, monkey
     assert path.stat().st_size < 5_000_000
     browser.look()
 
-    def least(action, turns=3):
-        """The fewest seconds of the clock, where action tells them, and of the processor."""
-        of = []
-        for _ in range(turns):
-            before = browser.seconds()
-            of.append((action() or 0, browser.seconds() - before))
-        return [min(each) for each in zip(*of)]
+    def picture():
+        return benchmark.first_picture(browser, path), browser.seconds()
+
+    def frame(kind):
+        milliseconds, busy = benchmark.frames(browser, kind, 40)
+        return np.median(milliseconds) / 1000, busy / 1000
+
+    def search(text):
+        before = browser.seconds()
+        return benchmark.search(browser, text)[0] / 1000, browser.seconds() - before
+
+    def is_within(seconds, action, *arguments):
+        """Whether one of three turns takes no longer by the clock, and one by the processor."""
+        clock = busy = np.inf
+        for _ in range(3):
+            clock, busy = map(min, (clock, busy), action(*arguments))
+            if 0 < busy < seconds and (clock < seconds or not idle):
+                return True
+        return False
 
     idle = os.getloadavg()[0] < os.cpu_count() / 2
-    clock, _ = least(lambda: benchmark.first_picture(browser, path))
-    assert 0 < browser.seconds() < 1 and (clock < 1 or not idle)
+    assert is_within(1, picture)
     for layer in (0, 1):
         assert browser.js(benchmark.SHOW, layer, "pca")[1] == (2000 if layer else 128_256)
         for kind in ("pan", "zoom", "slider"):
             before = browser.js("fit(); setTime(0); return [view.x, view.k, time]")
-            clock, busy = least(lambda: np.median(benchmark.frames(browser, kind, 40)[0]) / 1000)
+            assert is_within(.02, frame, kind), (layer, kind)
             assert browser.js("return [view.x, view.k, time]") != before
-            assert 0 < busy / 41 < .02 and (clock < .02 or not idle), (layer, kind)
     for text in benchmark.SEARCHES:
-        clock, busy = least(lambda: benchmark.search(browser, text)[0] / 1000)
-        assert 0 < busy < .05 and (clock < .05 or not idle), text
+        assert is_within(.05, search, text), text
 
 
 @pytest.mark.parametrize("width, height, scheme", [(390, 844, "dark"), (390, 844, "light"),

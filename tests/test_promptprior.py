@@ -1,6 +1,7 @@
 """The command line, on the bundled world and on small random models."""
 
 import ast
+import functools
 import importlib
 import json
 import os
@@ -20,17 +21,20 @@ from safetensors.torch import load_file, save_file
 import data
 import priors
 import promptprior
-from lab import commands, inputs, populations
+from forked import Forked
+from lab import commands, evaluation, inputs, page, populations
 from lab.console import Stopped
 from lab.evaluation import evaluate, open_run
 from lab.folder import Run
 from lab.page import about_run, shown_steps
 from lab.settings import TINY, DataSettings, ModelSettings, PriorSettings
 from lab.train import command_train
+from small import MODEL
 
 HERE = Path(promptprior.__file__).parent
 FEW = ["--steps", "4", "--eval-every", "2", "--eval-limit", "6", "--batch-size", "4",
-       "--max-new", "6", "--train-examples", "60"]
+       "--max-new", "6", "--train-examples", "60", "--reference-rows", "400"]
+SMALL = [*FEW, "--model", str(MODEL)]  # where nothing needs to be known
 
 
 def run(*arguments):
@@ -64,7 +68,7 @@ def test_a_flag_that_changes_nothing_is_refused(capsys):
 
 
 def test_a_score_is_said_before_the_next_is_made(tmp_path, capsys):
-    assert run("train", "--out", tmp_path / "run", *FEW) == 0
+    assert run("train", "--out", tmp_path / "run", *SMALL, "--text", "short answer") == 0
     stages = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()
               if line.startswith(("no prompt", "text prompt", "step "))]
     assert stages == [name for name in ("no prompt", "text prompt 'short answer'", "step 0",
@@ -111,13 +115,14 @@ def test_eval_gives_the_scores_of_training(trained, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
-def test_generate_and_plot(trained, capsys):
+def test_generate_and_plot(trained, monkeypatch, capsys):
     assert run("generate", trained, "Question: What is 1 + 1?\nAnswer:") == 0
     assert capsys.readouterr().out.count("\n") == 1
     assert run("generate", trained, "word " * 500) == 2 and "shorten it" in capsys.readouterr().err
     assert run("eval", trained, "--limit", -1) == 2
     before = (trained / "figures/layer-03.svg").read_bytes()
     (trained / "figures/layer-03.svg").unlink()
+    monkeypatch.setattr(page, "DEEP", 100)
     assert run("plot", trained) == 0
     assert (trained / "figures/layer-03.svg").read_bytes() == before
 
@@ -136,7 +141,7 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
     """Stopped by signals and killed between checkpoints, with lines in the log that no checkpoint
     knows of."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    few = [*FEW, "--steps", "7", "--eval-every", "3"]
+    few = [*SMALL, "--steps", "7", "--eval-every", "3"]
     assert run("train", "--out", whole, *few, *arguments) == 0
     original, stops = data.Order.__getitem__, []
 
@@ -175,7 +180,7 @@ def test_resume_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
 def test_resume_where_the_files_moved(tmp_path, capsys):
     """Files with the same checksums are the same, wherever they are; others are refused."""
     model, out = tmp_path / "model", tmp_path / "o"
-    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("squad", "math", "text"))
+    shutil.copytree(MODEL, model)
     (tmp_path / "sums.txt").write_text("1 + 1\n2\n2 + 2\n4\n3 + 3\n6\n")
     assert run("train", "--model", model, "--data", f"math:{tmp_path / 'sums.txt'}", "--out", out,
                *FEW) == 0
@@ -231,7 +236,7 @@ def test_resume_refuses_changed_data(tmp_path, capsys):
     path = tmp_path / "sums.txt"
     path.write_text("1 + 1\n2\n2 + 2\n4\n3 + 3\n6\n")
     out = tmp_path / "o"
-    assert run("train", "--data", f"math:{path}", "--out", out, *FEW) == 0
+    assert run("train", "--data", f"math:{path}", "--out", out, *SMALL) == 0
     path.write_text(path.read_text().replace("6", "7"))
     assert run("train", "--out", out, "--resume") == 2
     assert "the data changed" in capsys.readouterr().err
@@ -271,18 +276,18 @@ def test_an_existing_run_is_not_overwritten(trained, tmp_path, capsys):
 
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
     out = tmp_path / "o"
-    assert run("train", "--out", out, *FEW, "--deep-layers", 1) == 0
+    assert run("train", "--out", out, *SMALL, "--deep-layers", 1) == 0
     (out / "notes.txt").write_text("mine")
-    assert run("train", "--out", out, *FEW, "--steps", 2, "--overwrite") == 0
+    assert run("train", "--out", out, *SMALL, "--steps", 2, "--overwrite") == 0
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert "notes.txt" in names and "prompts/000004.safetensors" not in names \
-        and "figures/layer-05.svg" not in names
+        and "figures/layer-02.svg" not in names
     other = tmp_path / "model"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
     (other / "model.safetensors").write_bytes(b"precious")
     for path in (other, other / "model.safetensors"):
-        assert run("train", "--out", path, *FEW, "--overwrite") == 2
+        assert run("train", "--out", path, *SMALL, "--overwrite") == 2
         assert "promptprior: error" in capsys.readouterr().err
     assert (other / "model.safetensors").read_bytes() == b"precious" \
         and len(list(other.iterdir())) == 2
@@ -293,7 +298,7 @@ def test_sharing_and_keeping(tmp_path):
     losses = {}
     for flags in (("--cut",), ("--keep",), ("--keep", "--no-share")):
         out = tmp_path / "".join(flags)
-        assert run("train", "--out", out, *FEW, *flags, "--deep-layers", 1) == 0
+        assert run("train", "--out", out, *SMALL, *flags, "--deep-layers", 1) == 0
         m = metrics(out)
         losses[flags] = [x["loss"] for x in m if x["split"] in ("baseline", "eval")][:2]
     assert losses[("--keep",)] == pytest.approx(losses[("--keep", "--no-share")], rel=1e-5)
@@ -378,10 +383,29 @@ def test_help_without_torch():
     assert all(name in out for name in priors.PRIORS)
 
 
+COMPILER = """  # promptprior.py, in a process that has no torch._dynamo
+import os, sys
+sys.path.insert(0, os.getcwd())
+import promptprior
+for name in [name for name in sys.modules if name.startswith("torch._dynamo")]:
+    del sys.modules[name]
+assert promptprior.main(sys.argv[1:]) == 0 and "torch._dynamo" not in sys.modules
+"""
+
+
+def test_nothing_imports_torchs_compiler(tmp_path):
+    """torch._dynamo, which torch.optim.Optimizer imports when it is made, takes over a second."""
+    (tmp_path / "script.py").write_text(COMPILER)
+    for out, more in (("point", []), ("sgld", ["--prior", "fitted", "--posterior", "sgld"])):
+        process = Forked(tmp_path / "script.py", "train", "--out", tmp_path / out, *SMALL, *more)
+        assert process.wait() == 0, process.err
+
+
 # --------------------------------------------------------------------------------------------------
 # the house
 
 
+@functools.cache
 def ours() -> dict[str, Path]:
     """Our modules by the names that they are imported by."""
     root = {path.stem: path for path in HERE.glob("*.py")}
@@ -476,9 +500,9 @@ def test_every_command_is_where_the_table_says():
 
 
 def test_the_docs_list_the_registry():
-    page = (HERE / "docs/priors.md").read_text()
+    text = (HERE / "docs/priors.md").read_text()
     for name, prior in priors.PRIORS.items():
-        rows = [line for line in page.split("\n") if re.match(rf"\| `{name}[`:]", line)]
+        rows = [line for line in text.split("\n") if re.match(rf"\| `{name}[`:]", line)]
         assert rows, f"docs/priors.md has no row for {name}"
         row = rows[0]
         assert all(f"{k}={v:g}" in row for k, v in priors.options(name).items())
@@ -490,31 +514,38 @@ def test_the_docs_list_the_registry():
 def test_modules_stand_alone(tmp_path, path):
     """Each is copied into an empty folder, imported there, and what docs/copying.md says of it
     runs."""
-    import shutil
-
     shutil.copy(HERE / path, tmp_path)
     (tmp_path / "tiny").symlink_to(HERE / "tiny")
     name = Path(path).stem
-    page = (HERE / "docs/copying.md").read_text()
-    snippet = re.search(rf"<!-- copied: {name} -->\n```python\n(.*?)```", page, re.DOTALL)
+    text = (HERE / "docs/copying.md").read_text()
+    snippet = re.search(rf"<!-- copied: {name} -->\n```python\n(.*?)```", text, re.DOTALL)
     assert snippet
-    subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.')\n"
-                    + snippet[1]], cwd=tmp_path, check=True)
+    (tmp_path / "script.py").write_text(
+        ALONE + f"sys.modules.pop({name!r}, None)  # Python's own\n" + snippet[1])
+    process = Forked(tmp_path / "script.py")
+    assert process.wait() == 0, process.err
+
+
+ALONE = """  # with no folder of ours to import from
+import os, sys
+os.chdir(os.path.dirname(sys.argv[0]))
+sys.path[:] = [".", *(path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix)))]
+"""
 
 
 @pytest.mark.parametrize("name", ["a prior of your own", "training from Python"])
-def test_the_pages_python_runs(name):
-    page = (HERE / "docs/copying.md").read_text()
-    snippet = re.search(rf"<!-- python: {name} -->\n```python\n(.*?)```", page, re.DOTALL)[1]
+def test_the_pages_python_runs(tmp_path, name):
+    text = (HERE / "docs/copying.md").read_text()
+    snippet = re.search(rf"<!-- python: {name} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
     snippet = snippet.replace("range(25)", "range(5)")  # steps
-    out = subprocess.run([sys.executable, "-c", snippet], cwd=HERE, check=True,
-                         capture_output=True, text=True).stdout
-    assert out.strip()
+    (tmp_path / "script.py").write_text("import sys; sys.path.insert(0, '.')\n" + snippet)
+    process = Forked(tmp_path / "script.py")
+    assert process.wait() == 0 and process.out.strip(), process.err
 
 
 def test_other_weights_than_the_runs_are_refused_unless_asked_for(tmp_path, capsys):
     model, run_folder = tmp_path / "model", tmp_path / "run"
-    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("squad", "math", "text"))
+    shutil.copytree(MODEL, model)
     flags = ["--data", f"math:{TINY / 'math/interpolate'}", *FEW]
     assert run("train", "--model", model, "--out", run_folder, *flags) == 0
     weights = load_file(model / "model.safetensors")
@@ -532,7 +563,7 @@ def test_other_weights_than_the_runs_are_refused_unless_asked_for(tmp_path, caps
 def test_what_changes_the_tokenizer_is_noticed(tmp_path, capsys):
     """By eval, and when a run is resumed; early runs did not keep its checksum."""
     model, run_folder = tmp_path / "model", tmp_path / "run"
-    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("squad", "math", "text"))
+    shutil.copytree(MODEL, model)
     flags = ["--data", f"math:{TINY / 'math/interpolate'}", *FEW]
     assert run("train", "--model", model, "--out", run_folder, *flags) == 0
     resume = ["train", "--out", run_folder, "--resume", "--steps", 9]
@@ -588,10 +619,12 @@ def test_eval_scores_several_texts(trained, capsys):
     assert "text prompt 'a a a" in capsys.readouterr().err
 
 
-def test_a_text_prompt_is_scored_as_the_beginning_of_the_text(trained, tmp_path, capsys):
+def test_a_text_prompt_is_scored_as_the_beginning_of_the_text(trained, tmp_path, monkeypatch,
+                                                              capsys):
     """As if each context began with it; from files, and with another separator, too."""
+    monkeypatch.setattr(evaluation, "FEW_CONTEXTS", 5)
     (tmp_path / "shots.txt").write_text("short answer\nA cat sat.\nQuestion: Who?\nAnswer: cat\n")
-    flags = ["--json", "--limit", 60, "--max-length", 400, "--data",
+    flags = ["--json", "--limit", 30, "--max-length", 400, "--data",
              f"squad:{TINY / 'squad/dev.json'}"]
     assert run("eval", trained, *flags, "--text", "short answer", "--text-file",
                tmp_path / "shots.txt", "--separator", " \\n") == 0
@@ -647,7 +680,7 @@ def test_text_prompts_of_files_are_settings_as_others(tmp_path, capsys):
     (tmp_path / "t.txt").write_text("story\n\n")
     (tmp_path / "o.txt").write_text("other")
     flags = ["--text", "a b", "--text-file", tmp_path / "t.txt", "--separator", "\\n\\t"]
-    assert run("train", "--out", tmp_path / "r", *FEW, *flags) == 0
+    assert run("train", "--out", tmp_path / "r", *SMALL, *flags) == 0
     assert run("train", "--config", tmp_path / "r/config.json", "--out", tmp_path / "s") == 0
     (tmp_path / "t.txt").unlink()
     for folder in ("r", "s"):
@@ -685,10 +718,12 @@ def test_a_text_prompt_leaves_a_longer_max_length_alone(hf, tmp_path, capsys):
     assert opened.max_length == 2000 and "contexts are cut" not in capsys.readouterr().err
 
 
-def test_the_step_that_is_wanted(tmp_path, capsys):
+def test_the_step_that_is_wanted(tmp_path, monkeypatch, capsys):
     """best is the lowest evaluation loss among the snapshots; every command that reads a run's
     prompt takes it."""
-    assert run("train", "--out", tmp_path / "r", *FEW, "--eval-limit", 60) == 0
+    monkeypatch.setattr(evaluation, "FEW_CONTEXTS", 5)
+    assert run("train", "--out", tmp_path / "r", *FEW, "--eval-limit", 30, "--text", "",
+               "--max-length", 200) == 0
     run_of, log = Run(tmp_path / "r"), metrics(tmp_path / "r")
     evals = {m["step"]: m for m in log if m["split"] == "eval"}
     worst = 2
@@ -806,7 +841,7 @@ def test_a_log_that_was_cut_in_a_line(trained, tmp_path):
 
 
 def test_a_text_prior_of_one_token(tmp_path):
-    assert run("train", "--prior", "text", "--text", "a", "--out", tmp_path / "o", *FEW) == 0
+    assert run("train", "--prior", "text", "--text", "a", "--out", tmp_path / "o", *SMALL) == 0
     ET.fromstring((tmp_path / "o/figures/layer-00.svg").read_text())
 
 

@@ -33,9 +33,10 @@ def trained(tmp_path_factory):
     def make(*flags):
         if flags not in made:
             folder = tmp_path_factory.mktemp("runs") / "a run"
-            assert run("train", "--steps", 1, "--batch-size", 4, "--eval-limit", 2, "--prior",
-                       "fitted", *(("--tokens", 6) if "--tokens" not in flags else ()), *flags,
-                       "--out", folder) == 0
+            assert run("train", "--steps", 1, "--batch-size", 4, "--eval-limit", 2, "--text", "",
+                       "--max-length", 150, "--train-examples", 40, "--reference-rows", 300,
+                       "--prior", "fitted", *flags,
+                       *(("--tokens", 6) if "--tokens" not in flags else ()), "--out", folder) == 0
             made[flags] = folder
         return made[flags]
 
@@ -163,19 +164,26 @@ def shown_code(name):
     return re.search(rf"<!-- python: {name} -->\n```python\n(.*?)```", page, re.DOTALL)[1]
 
 
-@pytest.fixture
-def exported(tmp_path, monkeypatch, capsys):
-    """Answer of a run of twenty fitted rows, whose files are in the working directory."""
-    folder = tmp_path / "run"
-    (tmp_path / "tiny").symlink_to(TINY)
-    assert run("train", "--steps", 25, "--eval-limit", 2, "--out", folder) == 0
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The folder of a run of twenty fitted rows, beside the files that it is exported to."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "tiny").symlink_to(TINY)
+    assert run("train", "--steps", 25, "--batch-size", 8, "--eval-limit", 2, "--text", "", "--out",
+               folder / "run") == 0
     for name, form in (("rows.npy", "numpy"), ("rows.pt", "vllm"), ("rows.f32", "llama.cpp")):
-        assert run("export", folder, "--to", tmp_path / name, "--for", form) == 0
-    monkeypatch.chdir(tmp_path)
+        assert run("export", folder / "run", "--to", folder / name, "--for", form) == 0
+    return folder
+
+
+@pytest.fixture
+def exported(files, monkeypatch, capsys):
+    """Answer of the run, whose files are in the working directory."""
+    monkeypatch.chdir(files)
     capsys.readouterr()
-    assert run("generate", folder, TEXT) == 0
+    assert run("generate", "run", TEXT) == 0
     answer = capsys.readouterr().out.rstrip("\n")
-    assert run("generate", folder, "x") == 0 and capsys.readouterr().out.rstrip("\n") != answer
+    assert run("generate", "run", "x") == 0 and capsys.readouterr().out.rstrip("\n") != answer
     return answer
 
 

@@ -84,8 +84,8 @@ def test_tokens_are_auto_tokenizers(folder, vocabulary):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = varied_texts(200)
-    assert len(set(texts)) > 150 and max(map(len, texts)) > 20000
+    texts = varied_texts(100)
+    assert len(set(texts)) > 75 and max(map(len, texts)) > 20000
     expected = [tokenizer(text).input_ids for text in texts]
     assert vocabulary.bos is None
     assert [vocabulary.encode(text) for text in texts] == vocabulary.encode_batch(texts) == expected
@@ -114,8 +114,8 @@ def token_ids(vocabulary, count: int) -> list[int]:
 
 @torch.no_grad()
 def test_logits_of_a_long_text(vocabulary, ours, theirs):
-    ids = torch.tensor([token_ids(vocabulary, 1500)])
-    assert ids.shape == (1, 1500)
+    ids = torch.tensor([token_ids(vocabulary, 600)])
+    assert ids.shape == (1, 600)
     expected = theirs(ids).logits[0]
     actual = ours.logits(ours(ids)[0][0])
     assert (actual - expected).norm() / expected.norm() < 1e-4
@@ -129,9 +129,9 @@ def test_greedy_text(vocabulary, ours, theirs):
     beginnings = ["The capital of France is", "def fibonacci(n):\n",
                   "Question: What is 2 + 2?\nAnswer:"]
     rows = [vocabulary.encode(text) for text in beginnings]
-    answers = llama.generate(ours, rows, None, max_new=12)
+    answers = llama.generate(ours, rows, None, max_new=8)
     for row, answer in zip(rows, answers):
-        expected = theirs.generate(torch.tensor([row]), max_new_tokens=12, do_sample=False,
+        expected = theirs.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False,
                                    eos_token_id=None, pad_token_id=2)
         assert answer == expected[0, len(row):].tolist()
 
@@ -140,7 +140,7 @@ def test_loss_and_gradient_are_pefts(vocabulary, ours, theirs):
     """Of a batch of unequal questions, two of them on one paragraph."""
     from peft import PromptTuningConfig, get_peft_model
 
-    paragraph = " ".join((ROOT / "README.md").read_text().split()[:120])
+    paragraph = " ".join((ROOT / "README.md").read_text().split()[:40])
     questions = [(paragraph, "Which package is it?", "promptprior"),
                  (paragraph, "What is tuned, and of which model?", "the prompt of a frozen LLaMA"),
                  ("A short text.", "Is it?", "yes"), ("", "What is 17 - 4?", "13")]

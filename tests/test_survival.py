@@ -6,10 +6,8 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +22,12 @@ from forked import CONTEXT, Forked
 from lab import commands, evaluation, files, train
 from lab import folder as run_module
 from priors import PRIORS
+from small import MODEL
 
 HERE = Path(__file__).resolve().parent.parent
 FEW = ["--data", "math", "--prior", "isotropic", "--tokens", "3", "--batch-size", "2",
        "--eval-limit", "3", "--max-new", "2", "--steps", "6", "--eval-every", "2",
-       "--train-examples", "40"]
+       "--train-examples", "40", "--model", str(MODEL)]
 
 
 def main(*arguments):
@@ -214,20 +213,30 @@ def test_a_disk_that_fails(whole, tmp_path, monkeypatch, capsys, point, n, numbe
     same(whole, out)
 
 
+LIMITED = """  # promptprior.py, whose files have a largest size
+import os, resource, sys
+sys.path.insert(0, os.getcwd())
+import promptprior
+limit = int(sys.argv.pop())
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(promptprior.main(sys.argv[1:]))
+"""
+
+
 def test_a_full_disk(tmp_path):
     """A real limit on file sizes, met by the log in the middle of a run."""
-    command = [HERE / "promptprior.py", "train", "--out"]
+    (tmp_path / "limited.py").write_text(LIMITED)
+    program = HERE / "promptprior.py"
     few = [*FEW, "--tokens", "1", "--steps", "45", "--eval-every", "15"]
-    assert Forked(*command, tmp_path / "a", *few).wait() == 0
+    assert Forked(program, "train", "--out", tmp_path / "a", *few).wait() == 0
     limit = (tmp_path / "a/metrics.jsonl").stat().st_size * 2 // 3
     assert limit > 1.2 * max(p.stat().st_size for p in (tmp_path / "a").rglob("*.safetensors"))
-    found = subprocess.run([sys.executable, *command, tmp_path / "b", *few], capture_output=True,
-                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda:
-                           resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    error = found.stderr.strip().split("\n")[-1]
-    assert found.returncode == 1 and "metrics.jsonl: cannot be written" in error \
-        and "--resume" in error and "Traceback" not in found.stderr
-    assert Forked(*command, tmp_path / "b", "--resume").wait() == 0
+    found = Forked(tmp_path / "limited.py", "train", "--out", tmp_path / "b", *few, limit)
+    assert found.wait() == 1
+    error = found.err.strip().split("\n")[-1]
+    assert "metrics.jsonl: cannot be written" in error and "--resume" in error \
+        and "Traceback" not in found.err
+    assert Forked(program, "train", "--out", tmp_path / "b", "--resume").wait() == 0
     same(tmp_path / "a", tmp_path / "b")
 
 
@@ -256,7 +265,7 @@ def test_killed_at_random(tmp_path, kills):
             child = start(parts, *kinds[i], *["--resume"] * parts.exists())
             while not (parts / "run.lock").exists() and child.poll() is None:
                 time.sleep(0.01)
-            time.sleep(rng.uniform(0, 1.2))
+            time.sleep(rng.uniform(0, 0.6))
             child.send_signal(signal.SIGKILL)
             if child.wait() == 0:  # it was done: from the start again
                 same(whole, parts)
@@ -408,7 +417,7 @@ assert {prior for prior, _ in RESUMED} == set(PRIORS)
 @pytest.mark.parametrize("prior, dtype", RESUMED)
 def test_every_prior_resumes_to_the_same_bytes(whole, tmp_path, monkeypatch, prior, dtype):
     few = [*FEW, "--prior", f"posterior:{whole}" if prior == "posterior" else prior, "--dtype",
-           dtype, "--tokens", 3, "--reference-rows", 200]
+           dtype, "--tokens", 3, "--reference-rows", 200, "--text", "a b c"]
     few += ["--prior-weight", 1] if PRIORS[prior].has_density else []
     assert main("train", "--out", tmp_path / "a", *few) == 0
     calls, original = [], train.answer_loss
@@ -461,8 +470,8 @@ def test_what_may_change_on_the_way(whole, tmp_path, capsys):
 
 def test_the_golden_master(tmp_path):
     """Numbers of this machine's kind, with room for another's."""
-    assert main("train", "--prior", "xavier", "--steps", 20, "--eval-limit", 20, "--out",
-                tmp_path / "run") == 0
+    assert main("train", "--prior", "xavier", "--steps", 20, "--eval-limit", 20, "--text", "",
+                "--out", tmp_path / "run") == 0
     log = run_module.Run(tmp_path / "run").metrics()
     first, last = ([m for m in log if m["split"] == "eval"][i]["loss"] for i in (0, -1))
     assert first == pytest.approx(GOLDEN["first"], rel=1e-3)
@@ -530,7 +539,8 @@ def test_a_refused_resume_changes_nothing(whole, tmp_path, capsys, refused):
 def test_other_flags_over_a_config(tmp_path, first, then):
     """What nobody gave follows from the new flags, as it would without the config; what was given
     stays."""
-    few = {"steps": 1, "eval-limit": 2, "batch-size": 2, "max-new": 2, "reference-rows": 100}
+    few = {"model": MODEL, "steps": 1, "eval-limit": 2, "batch-size": 2, "max-new": 2,
+           "reference-rows": 100, "train-examples": 40}
     flags = lambda given: [x for flag, value in given.items() for x in (f"--{flag}", value)]
     source, direct, over = (tmp_path / name for name in ("source", "direct", "over"))
     assert main("train", "--out", source, *flags(few | first)) == 0

@@ -22,10 +22,11 @@ from lab import (beginning, commands, evaluation, plan, populations, sweep, swee
 from lab.folder import Run
 from lab.inputs import divided, topic
 from lab.settings import DataSettings
+from small import MODEL
 
 ROOT = Path(promptprior.__file__).parent
 FEW = ["--data", "math", "--tokens", "3", "--batch-size", "2", "--eval-limit", "12", "--max-new",
-       "2", "--steps", "4", "--eval-every", "2", "--train-examples", "40"]
+       "2", "--steps", "4", "--eval-every", "2", "--train-examples", "40", "--model", str(MODEL)]
 GRID = ["--prior", "vocab", "fitted", "--lr", "3e-3", "1e-2", "--seed", "0", "1", *FEW]
 
 
@@ -74,7 +75,7 @@ def test_the_plan_says_all(whole):
     flags = written["runs"]["fitted-seed1-lr0.01"]
     assert flags == {"data": "math", "tokens": 3, "batch_size": 2, "eval_limit": 12, "max_new": 2,
                      "steps": 4, "eval_every": 2, "train_examples": 40, "prior": "fitted",
-                     "seed": 1, "lr": 0.01, "hold_out": True}
+                     "seed": 1, "lr": 0.01, "hold_out": True, "model": str(MODEL)}
     assert {path.name for path in whole.iterdir()} == {"plan.json", "runs", "table.csv",
                                                        "table.html"}
 
@@ -113,7 +114,7 @@ def test_a_file_of_grids(tmp_path, capsys):
     (["--method", "prompt", "prefix", "--deep-layers", "2"], "--method prefix has keys"),
     (["--data", "math", "squad:nowhere.json"], "nowhere.json"),
     (["--model", "tiny", "nowhere"], "no such folder"),
-    (["--deep-layers", "0", "9"], "the model has 6 layers"),
+    (["--deep-layers", "0", "9"], "the model has 3 layers"),
     (["--reference", "vocab", "--reference", "collection:no"], "no such file"),
     (["--seed", *map(str, range(200)), "--tokens", *map(str, range(1, 200))], "more than 10000"),
     ([], "no plan.json")])

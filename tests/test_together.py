@@ -100,7 +100,8 @@ def trained(tmp_path_factory):
     def make(*flags):
         if flags not in made:
             made[flags] = tmp_path_factory.mktemp("runs") / f"run{len(made)}"
-            assert run("train", "--steps", 1, "--batch-size", 4, "--eval-limit", 12,
+            assert run("train", "--steps", 1, "--batch-size", 4, "--eval-limit", 12, "--text", "",
+                       "--max-length", 150, "--train-examples", 40, "--reference-rows", 300,
                        "--seed", len(made), *flags, "--out", made[flags]) == 0
         return made[flags]
 

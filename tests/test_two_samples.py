@@ -105,7 +105,7 @@ def test_mmd_sees_what_its_median_width_does_not(monkeypatch):
         return mmd(x, y, permutations=39, seed=k)[1] <= 0.05
 
     assert sum(map(rejected, range(20))) >= 14
-    monkeypatch.setattr(two_samples, "WIDTHS", (1,))
+    monkeypatch.setattr(two_samples, "HALVINGS", 0)
     assert sum(map(rejected, range(20))) <= 6
 
 

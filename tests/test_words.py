@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import data
 import llama
 import promptprior
+from lab import words
 from lab.inputs import load_model
 from lab.settings import TINY, ModelSettings
 from lab.words import controls, discrete, mixtures_of, paired, without_each
@@ -31,9 +32,9 @@ def trained(tmp_path_factory):
     def make(*flags):
         if flags not in made:
             made[flags] = tmp_path_factory.mktemp("runs") / "run"
-            assert run("train", "--steps", 2, "--batch-size", 4, "--eval-limit", 30,
-                       "--train-examples", 60, "--reference-rows", 500, *flags, "--out",
-                       made[flags]) == 0
+            assert run("train", "--steps", 1, "--batch-size", 4, "--eval-limit", 8, "--max-length",
+                       120, "--max-new", 8, "--text", "", "--train-examples", 40,
+                       "--reference-rows", 300, *flags, "--out", made[flags]) == 0
         return made[flags]
 
     return make
@@ -137,10 +138,11 @@ def loss_of(folder, tensors):
     return metrics["loss"]
 
 
-def test_several_runs_and_standard_errors(trained, capsys):
+def test_several_runs_and_standard_errors(trained, monkeypatch, capsys):
+    monkeypatch.setattr(words, "FEW_CONTEXTS", 5)
     runs = [trained("--tokens", 5), trained("--method", "prefix", "--tokens", 3)]
     capsys.readouterr()
-    assert run("eval", *runs, "--ablate", "--limit", 60) == 0
+    assert run("eval", *runs, "--ablate", "--limit", 25) == 0
     shown = capsys.readouterr().out
     assert f"{runs[1]} without each of its rows in turn" in shown
     table = shown.split("in turn\n")[2].splitlines()
