@@ -21,47 +21,12 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections import defaultdict
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 Layers = dict[int, Tensor]
-
-
-class Steps:
-    """What a torch.optim.Optimizer is here: parameter groups, and the state of each parameter. Its
-    own constructor imports torch._dynamo, which takes over a second."""
-
-    def __init__(self, groups: list[dict]):
-        """groups: each with its "params" and "lr"."""
-        self.param_groups = groups
-        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-
-    def zero_grad(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
-
-class AdamSteps(Steps):
-    """torch.optim.AdamW without weight decay, to the last bit."""
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
-                adam([p], [p.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-                     lr=group["lr"], beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0,
-                     amsgrad=False, maximize=False)
 
 
 class Point(nn.Module):
@@ -92,10 +57,10 @@ class Point(nn.Module):
         return [{"params": [numbers], "lr": factor * (lr or self.scales[i] / 20),
                  "name": f"layer {i}"} for i, numbers in self.numbers().items()]
 
-    def optimiser(self, lr: float | None = None, factor: float = 1.0) -> Steps:
-        """What moves the parameters. Adam has no weight decay here, which would be a pull towards
+    def optimiser(self, lr: float | None = None, factor: float = 1.0) -> torch.optim.Optimizer:
+        """What moves the parameters. AdamW has no weight decay here, which would be a pull towards
         zero, a prior that nobody chose."""
-        return AdamSteps(self.groups(lr, factor))
+        return torch.optim.AdamW(self.groups(lr, factor), weight_decay=0.0)
 
     def members(self, step: int) -> list[Layers]:
         """The prompts whose gradients are wanted; a pure function of parameters, seed and step."""
@@ -275,7 +240,7 @@ class Langevin(Whitened):
     def initial(self, draws: Tensor) -> Tensor:
         return draws
 
-    def optimiser(self, lr: float | None = None, factor: float = 1.0) -> Steps:
+    def optimiser(self, lr: float | None = None, factor: float = 1.0) -> torch.optim.Optimizer:
         layers = sorted(self.numbers())
         noises = [functools.partial(self.noise, layer=i) for i in layers]
         return LangevinSteps(self.groups(lr, factor), noises, self.weight)
@@ -305,7 +270,7 @@ class Langevin(Whitened):
         return {"spread": float(z.var(dim=0).mean())} if len(z) > 1 else {}
 
 
-class LangevinSteps(Steps):
+class LangevinSteps(torch.optim.Optimizer):
     """Preconditioned stochastic gradient Langevin dynamics (Welling and Teh 2011; Li et al. 2016)
     in whitened coordinates z, with the noise of Leimkuhler and Matthews (2013):
 
@@ -326,7 +291,7 @@ class LangevinSteps(Steps):
     def __init__(self, groups: list[dict], noises: list[Callable], weight: float):
         """groups: of one parameter (K, n, D) each. noises: noise(shape, seed=...) of each group.
         weight: what -log p was multiplied by before its gradient was taken."""
-        super().__init__(groups)
+        super().__init__(groups, {"lr": 0.05})
         self.noises, self.weight = noises, weight
 
     @torch.no_grad()

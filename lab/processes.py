@@ -102,8 +102,8 @@ def _init_group(device: str) -> None:
             raise UserError(f"process {local} of this machine has no device: there are "
                             f"{torch.cuda.device_count()}: lower --nproc-per-node")
         torch.cuda.set_device(local)
-    # torch.distributed.fsdp imports this module, whose functions keep the group of that moment as
-    # their default argument. Imported before there is a group, they keep none.
+    # torch.optim imports this module, whose functions keep the group of that moment as their
+    # default argument. Imported before there is a group, they keep none.
     import torch.distributed.nn.functional  # noqa: F401
 
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")  # no threads of torch's to inherit
-# To divide a model imports torch._dynamo. Nothing of ours: it reads the environment when imported.
+# The optimiser imports torch._dynamo. Nothing of ours: it reads the environment when imported.
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.nn.functional",
                                 "safetensors.torch", "tokenizers"])
 

@@ -50,31 +50,6 @@ def fit(posterior, log_density, weight, steps, rate):
         optimiser.zero_grad()
 
 
-def test_adam_is_torchs_to_the_last_bit():
-    """Of groups with rates of their own, which a schedule changes, and a parameter without a
-    gradient."""
-    def made():
-        return [torch.nn.Parameter(torch.randn(4, 7, generator=generator(k))) for k in range(3)]
-
-    ours, theirs = made(), made()
-    groups = [[{"params": of[:1], "lr": 0.1}, {"params": of[1:], "lr": 0.03}]
-              for of in (ours, theirs)]
-    optimisers = (posteriors.AdamSteps(groups[0]),
-                  torch.optim.AdamW(groups[1], weight_decay=0.0))
-    for step in range(5):
-        for optimiser, parameters in zip(optimisers, (ours, theirs)):
-            optimiser.zero_grad()
-            assert all(p.grad is None for p in parameters)
-            optimiser.param_groups[1]["lr"] = 0.03 / (step + 1)
-            sum((p**3 * (k + 1)).sum() for k, p in enumerate(parameters[:2])).backward()
-            optimiser.step()
-    for x, y in zip(ours, theirs):
-        assert torch.equal(x, y)
-        state, expected = (o.state.get(p, {}) for o, p in zip(optimisers, (x, y)))
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[key], expected[key]) for key in state)
-
-
 # --------------------------------------------------------------------------------------------------
 # rows in a subspace
 

@@ -383,24 +383,6 @@ def test_help_without_torch():
     assert all(name in out for name in priors.PRIORS)
 
 
-COMPILER = """  # promptprior.py, in a process that has no torch._dynamo
-import os, sys
-sys.path.insert(0, os.getcwd())
-import promptprior
-for name in [name for name in sys.modules if name.startswith("torch._dynamo")]:
-    del sys.modules[name]
-assert promptprior.main(sys.argv[1:]) == 0 and "torch._dynamo" not in sys.modules
-"""
-
-
-def test_nothing_imports_torchs_compiler(tmp_path):
-    """torch._dynamo, which torch.optim.Optimizer imports when it is made, takes over a second."""
-    (tmp_path / "script.py").write_text(COMPILER)
-    for out, more in (("point", []), ("sgld", ["--prior", "fitted", "--posterior", "sgld"])):
-        process = Forked(tmp_path / "script.py", "train", "--out", tmp_path / out, *SMALL, *more)
-        assert process.wait() == 0, process.err
-
-
 # --------------------------------------------------------------------------------------------------
 # the house
 
