@@ -210,7 +210,7 @@ def test_differences_are_paired_by_question(loaded):
 def test_eval_scores_controls_as_runs_of_them_would_be(trained, capsys):
     folder = trained("--tokens", 10)
     capsys.readouterr()
-    assert run("eval", folder, "--controls", "--json", "--limit", 30) == 0
+    assert run("eval", folder, "--controls", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     stored, drawn = (load_file(folder / name)["layers.0"] for name in
                      ("prompt.safetensors", "prompts/000000.safetensors"))
@@ -220,7 +220,7 @@ def test_eval_scores_controls_as_runs_of_them_would_be(trained, capsys):
                                                              rel=1e-3)
         assert told["differences"][name]["f1"] == pytest.approx(
             told["scores"][name]["f1"] - whole["f1"], abs=0.01)
-    assert run("eval", folder, "--controls", "--words", "--limit", 30) == 0
+    assert run("eval", folder, "--controls", "--words") == 0
     lines = capsys.readouterr().out.split("paired by question\n")[1].splitlines()
     assert lines[0].split() == ["F1"] and len(lines) == 1 + 2 + 7
 
