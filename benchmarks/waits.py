@@ -7,8 +7,9 @@ Each command is a process of its own, on runs of one step that are trained first
 its start to its end, imports and all, by the clock and of processors, which count the same beside
 other work; of training, to its beginning, when all is read and the prior is drawn, and to each line
 of its log. Memory is the most that the process held: all of it, and what is above the model's
-weights, which are mapped from their file. The cache folder is empty before each command; with
---again each is run once more with what the first left there.
+weights, which are mapped from their file. The cache folder is empty before each command, but
+for plot of a run of deep layers, which has what its training left there; with --again each is run
+once more.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Command(NamedTuple):
     name: str
     arguments: list
     log: Path | None = None  # of the run that it trains, whose lines are waits of their own
+    goes_on: bool = False  # with what the command before it left in the cache folder
 
 
 def commands(model: list, questions: list, limit: int, layers: int, out: Path) -> list[Command]:
@@ -53,7 +55,7 @@ def commands(model: list, questions: list, limit: int, layers: int, out: Path) -
         Command("train", [*train, run], run / "metrics.jsonl"),
         Command("of deep layers: train", [*train, deep, "--deep-layers", 1],
                 deep / "metrics.jsonl"),
-        Command("of deep layers: plot", ["plot", deep]),
+        Command("of deep layers: plot", ["plot", deep], goes_on=True),
         *(Command(f"sample --prior {name}", ["sample", *model, *questions[:2], "--prior", name])
           for name in ("fitted", "exclusion", "sparse", "vae")),
         Command("plot", ["plot", run]),
@@ -188,7 +190,8 @@ def main() -> None:
         for command in commands(*asked, a.limit, layers, out):
             if a.only and command.name not in ["train", *a.only]:  # a run is always needed
                 continue
-            shutil.rmtree(cache, ignore_errors=True)
+            if not command.goes_on:
+                shutil.rmtree(cache, ignore_errors=True)
             for turn in range(1 + (a.again and not command.log)):  # a run is not trained again
                 for name, clock, processors, held in waits(command, cache):
                     print(f"{clock:>8.1f} {processors:>9.1f} {held / 1e9:>5.1f} "

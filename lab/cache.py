@@ -29,6 +29,7 @@ from lab.files import digest_of, read_tensors, write_file
 
 OFF = "off"  # the value of PROMPTPRIOR_CACHE without a folder
 WORTH = 5e9  # multiplications that take longer than to read their results and to check the sums
+POINT = 3e7  # multiplications that take as long as a point of a t-SNE
 MOST = 100  # results that are kept; each version of the program makes its own
 BYTES = 2e9  # of all of them; a result of more than a quarter is not kept
 

@@ -36,6 +36,7 @@ import priors
 import viz
 from lab import compare, geometry, statistics, two_samples
 from lab.activations import Collection, command_collect
+from lab.cache import POINT, kept_under
 from lab.commands import FigureOptions
 from lab.console import UserError, progress, show
 from lab.files import SMALL, write_file
@@ -113,13 +114,18 @@ def provenance(world: World, domains: tuple[str, ...] = (), runs: tuple[str, ...
 
 
 def tsne_map(x: np.ndarray, seed: int) -> viz.Embedding:
-    with progress(desc="t-SNE", leave=False, unit=" steps") as bar:
+    """viz.tsne with a bar; see cache.kept_under."""
+    def embed() -> viz.Embedding:
+        with progress(desc="t-SNE", leave=False, unit=" steps") as bar:
 
-        def update(step: int, steps: int, kl: float | None) -> None:
-            bar.total = steps
-            bar.update(step - bar.n)
+            def update(step: int, steps: int, kl: float | None) -> None:
+                bar.total = steps
+                bar.update(step - bar.n)
 
-        return viz.tsne(x, seed=seed, progress=update)
+            return viz.tsne(x, seed=seed, progress=update)
+
+    points, kl, perplexity = kept_under("tsne", (x, seed), POINT * len(x), embed)
+    return viz.Embedding(points.numpy(), float(kl), float(perplexity))
 
 
 def map_frame(points: np.ndarray) -> np.ndarray:

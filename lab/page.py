@@ -32,7 +32,7 @@ import llama
 import viz
 from lab import geometry
 from lab.activations import ROLES
-from lab.cache import kept
+from lab.cache import POINT, kept
 from lab.commands import PlotOptions
 from lab.console import UserError, progress, say, show
 from lab.evaluation import OpenRun, open_run
@@ -54,7 +54,6 @@ STATES = 30_000  # most prompt rows of a run, over all layers and snapshots
 PARTICLES = 8  # most of a run's
 NEAR = 5  # neighbours that are named
 WORK = 3e11  # most multiplications for the neighbours of a map's rows
-POINT = 3e7  # multiplications that take as long as a point of a t-SNE
 PREDICTIONS = 2000  # most of a run's
 CURVE = 500  # most points of a training curve
 LONGEST = 200  # characters of a token

@@ -243,3 +243,20 @@ def test_processes_that_share_a_model_run_it_together(folder, monkeypatch):
     monkeypatch.setattr(populations, "kept_under", None)
     together = populations.kept_inputs(loaded, *rows)
     assert [*alone] == [*together] and all(torch.equal(alone[i], together[i]) for i in alone)
+
+
+def test_the_maps_of_figures_are_kept(folder, monkeypatch):
+    from lab import figures
+
+    x = ROWS.numpy()
+    monkeypatch.setenv("PROMPTPRIOR_CACHE", "off")
+    alone = figures.tsne_map(x, 0)
+    monkeypatch.setenv("PROMPTPRIOR_CACHE", str(folder))
+    first = figures.tsne_map(x, 0)
+    monkeypatch.delattr(viz, "tsne")
+    again = figures.tsne_map(x, 0)
+    for embedding in (first, again):
+        assert np.array_equal(embedding.points, alone.points)
+        assert embedding[1:] == alone[1:] and embedding.points.dtype == np.float64
+    with pytest.raises(AttributeError, match="tsne"):
+        figures.tsne_map(x, 1)
