@@ -719,13 +719,13 @@ class Llama(nn.Module):
         return self._run(ids, past, tap=tap, output=False)[1]
 
     def inputs(self, ids: Tensor, past: Past | None, tap: Callable[[int, Tensor], None],
-               last: int) -> None:
+               last: int, parent: Tensor | None = None) -> None:
         """Run ids (B, T) as forward does, but only to call tap(i, x) with the inputs x (N, D) of
         layers 0 to `last` at the N real tokens; `last` L is after the final norm."""
         if last == self.config.num_hidden_layers:
-            self(ids, past, tap)
+            self(ids, past, tap, parent)
         else:
-            self._run(ids, past, tap=tap, cache=False, last=last)
+            self._run(ids, past, parent, tap, cache=False, last=last)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., D) -> (..., V). Pick positions first: (B, T, V) of 128k tokens is gigabytes."""

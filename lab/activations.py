@@ -22,6 +22,7 @@ import heapq
 import json
 import os
 import random
+from itertools import accumulate
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
@@ -60,28 +61,61 @@ def stream(model: llama.Llama | t5.Encoder, rows: list[list[int]], positions: li
     each row, in order, or with `mean` their mean, one a row. past: of a prompt."""
     for start in range(0, len(rows), BATCH):
         batch = rows[start:start + BATCH]
-        index, owner = _flat_index(batch, positions[start:start + BATCH])
+        beginnings, parent = [], []
+        if isinstance(model, llama.Llama):  # of an encoder a token depends on all that follow
+            beginnings, parent = shared_beginnings(batch)
+        index, owner = _flat_index(batch, positions[start:start + BATCH], beginnings, parent)
         index, owner = index.to(model.embeddings.device), owner.to(model.embeddings.device)
-        activations: dict[int, Tensor] = {}
+        taken: dict[int, list[Tensor]] = {i: [] for i in layers}
 
         def keep(i: int, x: Tensor) -> None:
             if i in layers:
-                x = x.index_select(0, index)
-                activations[i] = _means(x, owner, len(batch)) if mean else x
+                taken[i].append(x)
 
-        ids = llama.pad(batch).to(model.embeddings.device)
-        model.inputs(ids, past, keep, last=max(layers))
-        yield activations
+        def padded(lists: list[list[int]]) -> Tensor:
+            return llama.pad(lists).to(model.embeddings.device)
+
+        if beginnings:
+            tails = [row[len(beginnings[k]):] for row, k in zip(batch, parent)]
+            _, begun = model(padded(beginnings), past, keep)
+            model.inputs(padded(tails), begun, keep, max(layers),
+                         torch.tensor(parent, device=model.embeddings.device))
+        else:
+            model.inputs(padded(batch), past, keep, max(layers))
+        activations = {i: torch.cat(parts).index_select(0, index) for i, parts in taken.items()}
+        yield {i: _means(x, owner, len(batch)) if mean else x for i, x in activations.items()}
 
 
-def _flat_index(rows: list[list[int]], positions: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Positions in each row -> their places (m,) among the tokens of all rows, one row after the
-    other as a tap shows them, and the row (m,) that each is of."""
-    index, owner, tokens = [], [], 0
-    for i, (row, row_positions) in enumerate(zip(rows, positions)):
-        index += [tokens + position for position in row_positions]
+def shared_beginnings(rows: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """The beginnings that rows one after the other have in common, as questions of a paragraph do,
+    and which of these each row continues by a token or more; nothing if no two rows share half of
+    one. A row that shares none has its first token as its beginning."""
+    groups: list[list[list[int]]] = []
+    for row in rows:
+        if groups:
+            common = len(data.common_beginning([*groups[-1], row]))
+            if common >= len(row) / 2 and common >= len(groups[-1][0]) / 2:
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    if len(groups) == len(rows) or min(map(len, rows)) < 2:
+        return [], []
+    beginnings = [data.common_beginning([row[:-1] for row in group])[:None if group[1:] else 1]
+                  for group in groups]
+    return beginnings, [k for k, group in enumerate(groups) for _ in group]
+
+
+def _flat_index(batch: list[list[int]], positions: list[list[int]], beginnings: list[list[int]],
+                parent: list[int]) -> tuple[Tensor, Tensor]:
+    """Positions in each row -> their places (m,) among the tokens as taps show them, those of all
+    beginnings and then what follows these in each row, and the row (m,) that each is of."""
+    starts = [0, *accumulate(map(len, beginnings))]
+    index, owner, tokens = [], [], starts[-1]
+    for i, (row, row_positions) in enumerate(zip(batch, positions)):
+        first, begun = (starts[parent[i]], len(beginnings[parent[i]])) if beginnings else (0, 0)
+        index += [first + p if p < begun else tokens + p - begun for p in row_positions]
         owner += [i] * len(row_positions)
-        tokens += len(row)
+        tokens += len(row) - begun
     return torch.tensor(index, dtype=torch.int64), torch.tensor(owner, dtype=torch.int64)
 
 

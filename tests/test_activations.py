@@ -63,6 +63,38 @@ def test_rows_are_transformers_hidden_states(collected):
     assert seen == len(t["role"])
 
 
+@pytest.mark.parametrize("last", [3, 6])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_rows_that_begin_alike_share_their_beginnings(last, prompt):
+    """As each row alone; every shared token goes through the model once."""
+    model = llama.load(TINY, "float32")
+    generator = torch.Generator().manual_seed(3)
+
+    def tokens(n):
+        return torch.randint(5, 500, (n,), generator=generator).tolist()
+
+    paragraph, other = tokens(30), tokens(25)
+    rows = [tokens(9), [*paragraph, *tokens(4)], [*paragraph, *tokens(7)], paragraph, tokens(2),
+            [*other, *tokens(3)], [*other, *tokens(3)], [*paragraph[:3], *tokens(30)]]
+    positions = [[0, 8], [0, 29, 30, 33], [31, 2], [29], [], [*range(28)], [27], [0, 1, 32]]
+    past = None
+    if prompt:
+        drawn = torch.randn(5, model.config.hidden_size, generator=generator)
+        past = llama.Prompt({0: drawn}, cut=False).past(model)
+    layers, seen = [0, 2, last], []
+    embed = model.model.embed_tokens
+    embed.register_forward_hook(lambda module, ids, x: seen.append(len(x)))
+    for mean in (False, True):
+        kept = [(row, p) for row, p in zip(rows, positions) if p or not mean]
+        seen.clear()
+        [together] = activations.stream(model, *zip(*kept), layers, past, mean)
+        assert sum(seen) == sum(map(len, rows)) - (2 if mean else 0) - 2 * 29 - 25
+        alone = [next(activations.stream(model, [row], [p], layers, past, mean)) for row, p in kept]
+        for i in layers:
+            torch.testing.assert_close(together[i], torch.cat([x[i] for x in alone]), atol=2e-5,
+                                       rtol=2e-4)
+
+
 def test_roles_spell_the_examples(vocabulary):
     """What the questions of one context have in common is taken once."""
     examples = data.read("squad", str(TINY / "squad/train.json"))[:9]
