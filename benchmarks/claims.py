@@ -78,7 +78,8 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True, help="a folder, new or of an earlier start")
     p.add_argument("--only", nargs="+", choices=CLAIMS, default=[*CLAIMS])
     p.add_argument("--priors", nargs="+", metavar="SPEC",
-                   help="in place of each claim's own, where it compares several")
+                   help="in place of each claim's own, where it compares several (claims prior, "
+                        "deep and last)")
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--factors", nargs="+", type=float, default=[1.0],
                    help="of each layer's own learning rate; several: the best is taken")

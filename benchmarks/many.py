@@ -1,15 +1,14 @@
-"""Many runs on one machine: how many an hour, by processes and threads, and their memory.
+"""Many runs on one machine: steps an hour by processes and threads, and their memory.
 
     python benchmarks/many.py [--jobs 1 2] [--turns 2] [--runs 4] -- --model DIR [FLAG of train ...]
 
 A sweep of --runs short runs (seeds) is made with each number of --jobs, that is processes, which
-share the machine's processors as threads. Turns are taken. *runs an hour*: from the first run's
-beginning to the last one's end, so without the start of the processes. *seconds a step*: median
-over all runs. *held*: the sum of what the processes hold in memory, each with all of its mapped
-pages. *really*: the same with pages that several processes map divided among them (Linux:
-proportional set size), so that what they share is counted once. *shared*: the difference, such as
-weights that are mapped from their file; with a --dtype that the file does not have they are
-converted, and each process has its own.
+share the machine's processors as threads. Turns are taken. *seconds a step*: median over all runs.
+*steps an hour*: of all processes. *held*: the sum of what the processes hold in memory, each with
+all of its mapped pages, at its most. *really*: at that moment, with pages that several processes
+map divided among them (Linux: proportional set size), so that what they share is counted once.
+*shared*: the difference, such as weights that are mapped from their file; with a --dtype that the
+file does not have they are converted, and each process has its own.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Measured(NamedTuple):
-    runs_an_hour: float
     step: float  # seconds
     held: float  # GB, the most at a time, as all that follow
     really: float
@@ -67,24 +65,21 @@ def memory(processes: list[int]) -> tuple[float, float]:
 def measure(jobs: int, runs: int, flags: list[str]) -> Measured:
     """A sweep in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        out, held, really = Path(folder) / "sweep", 0.0, 0.0
+        out, most = Path(folder) / "sweep", (0.0, 0.0)
         process = subprocess.Popen(
             [sys.executable, ROOT / "promptprior.py", "sweep", "--out", out, "--jobs", str(jobs),
              "--seed", *map(str, range(runs)), *flags],
             stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
             time.sleep(0.5)
-            now = memory(processes_of(process.pid))
-            held, really = max(held, now[0]), max(really, now[1])
+            most = max(most, memory(processes_of(process.pid)))
         if process.returncode:
             errors.seek(0)
             raise SystemExit(errors.read())
         folders = [*(out / "runs").iterdir()]
-        begins = min((run / "config.json").stat().st_mtime for run in folders)
-        ends = max((run / "prompt.safetensors").stat().st_mtime for run in folders)
         lines = [json.loads(line) for run in folders for line in (run / "metrics.jsonl").open()]
         step = statistics.median(line["seconds"] for line in lines if line["split"] == "train")
-        return Measured(3600 * runs / (ends - begins), step, held, really)
+        return Measured(step, *most)
 
 
 def main() -> None:
@@ -98,13 +93,13 @@ def main() -> None:
     for turn in range(a.turns):
         for jobs in a.jobs[::1 if turn % 2 else -1]:  # none is always the first
             measured[jobs].append(measure(jobs, a.runs, a.flags))
-    print(f"{os.cpu_count()} processors, {a.runs} runs, medians of {a.turns} turns\n"
-          "processes  runs an hour (range)  seconds a step  GB held  really  shared")
+    print(f"{os.cpu_count()} processors, {a.runs} runs, medians of {a.turns} turns (range)\n"
+          "processes  seconds a step           steps an hour  GB held  really  shared")
     for jobs, turns in measured.items():
-        rates = [turn.runs_an_hour for turn in turns]
-        step, held, really = (statistics.median(values) for values in [*zip(*turns)][1:])
-        print(f"{jobs:>9}{statistics.median(rates):>9.1f} ({min(rates):.1f} to {max(rates):.1f})"
-              f"{step:>14.2f}{held:>12.2f}{really:>8.2f}{held - really:>8.2f}")
+        step, held, really = map(statistics.median, zip(*turns))
+        steps = [turn.step for turn in turns]
+        print(f"{jobs:>9}{step:>8.2f} ({min(steps):.2f} to {max(steps):.2f})"
+              f"{3600 * jobs / step:>16.0f}{held:>17.2f}{really:>8.2f}{held - really:>8.2f}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -187,8 +188,12 @@ def main() -> None:
         print(f"{model.name}: {layers} layers, {dtype}, weights of {size / 1e9:.2f} GB\n"
               f"{'seconds':>8} {'processor':>9} {'GB':>5} {'above':>5}")
         asked = ["--model", model, "--dtype", dtype], ["--data", a.data]
-        for command in commands(*asked, a.limit, layers, out):
-            if a.only and command.name not in ["train", *a.only]:  # a run is always needed
+        every = commands(*asked, a.limit, layers, out)
+        for command in every:
+            # A run is always needed, and what plot goes on from.
+            needed = {"train", *(before.name for before, after in pairwise(every)
+                                 if after.goes_on and after.name in (a.only or ()))}
+            if a.only and command.name not in {*needed, *a.only}:
                 continue
             if not command.goes_on:
                 shutil.rmtree(cache, ignore_errors=True)

@@ -10,9 +10,10 @@ them, on sums of --terms numbers below ten. Four of five of these are worked:
     Steps: 3 + 8 = 11, 11 - 5 = 6, 6 + 2 = 8
     Answer: 8
 
-and the others are answered at once, under the header "short answer". A tenth of the sums, by
-checksum, is kept for the data. Then prompts are trained on that model: by the labels, and with the
-worked answers as the teacher (train --teacher "worked sums" --teacher-reasons), rows and prefixes.
+and the others are answered at once, under the header "short answer". Three of ten documents have no
+header. A tenth of the sums, by checksum, is kept for the data. Then prompts are trained on that
+model: by the labels, and with the worked answers as the teacher (train --teacher "worked sums"
+--teacher-reasons), rows and prefixes.
 Accuracies on sums that neither the model nor a prompt has seen: of the header "short answer", which
 answers at once; of the teacher, which works them out; and of each prompt, which answers at once.
 gap: the share of the way from the first to the second. OUT keeps the model and the runs, and the
@@ -97,7 +98,10 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=200, help="of the prompts")
     p.add_argument("--seeds", type=int, default=1)
     a = p.parse_args()
-    world = a.out / "model"
+    if a.terms < 4:
+        p.error(f"--terms {a.terms}: there are too few such sums to keep some for the data: give 4 "
+                "or more")
+    world = a.out / f"model-{a.terms}-terms-{a.pretrain}-steps-rate-{a.pretrain_lr:g}"
     if not (world / "model.safetensors").exists():
         world.mkdir(parents=True, exist_ok=True)
         make_world(world, a.terms, a.pretrain, a.pretrain_lr)

@@ -24,7 +24,7 @@ import os
 import random
 from itertools import accumulate
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -59,31 +59,56 @@ def stream(model: llama.Llama | t5.Encoder, rows: list[list[int]], positions: li
            ) -> Iterator[dict[int, Tensor]]:
     """{layer: (m, D)} of token rows, a batch at a time: the inputs of layers at these positions of
     each row, in order, or with `mean` their mean, one a row. past: of a prompt."""
+    device, dtype = model.embeddings.device, model.embeddings.dtype
     for start in range(0, len(rows), BATCH):
-        batch = rows[start:start + BATCH]
+        batch, wanted = rows[start:start + BATCH], positions[start:start + BATCH]
         beginnings, parent = [], []
-        if isinstance(model, llama.Llama):  # of an encoder a token depends on all that follow
+        # Of an encoder a token depends on all that follow. Beginnings go through all layers.
+        if isinstance(model, llama.Llama) and max(layers) > model.config.num_hidden_layers / 2:
             beginnings, parent = shared_beginnings(batch)
-        index, owner = _flat_index(batch, positions[start:start + BATCH], beginnings, parent)
-        index, owner = index.to(model.embeddings.device), owner.to(model.embeddings.device)
-        taken: dict[int, list[Tensor]] = {i: [] for i in layers}
+        parts = [part.to(device) for part in _flat_index(batch, wanted, beginnings, parent)]
+        taken: dict[int, Tensor] = {}
 
-        def keep(i: int, x: Tensor) -> None:
-            if i in layers:
-                taken[i].append(x)
+        def tap(part: Part) -> Callable[[int, Tensor], None]:
+            """Takes what is wanted of a layer's inputs, because those of all tokens of all layers
+            would not fit."""
+            def keep(i: int, x: Tensor) -> None:
+                if i not in layers:
+                    return
+                x = x.index_select(0, part.index)
+                if mean:
+                    total = taken.setdefault(i, x.new_zeros(len(batch), x.shape[1]).float())
+                    total.index_add_(0, part.owner, x.float())
+                else:
+                    out = taken.setdefault(i, x.new_empty(sum(map(len, wanted)), x.shape[1]))
+                    out[part.place] = x
+            return keep
 
         def padded(lists: list[list[int]]) -> Tensor:
-            return llama.pad(lists).to(model.embeddings.device)
+            return llama.pad(lists).to(device)
 
         if beginnings:
             tails = [row[len(beginnings[k]):] for row, k in zip(batch, parent)]
-            _, begun = model(padded(beginnings), past, keep)
-            model.inputs(padded(tails), begun, keep, max(layers),
-                         torch.tensor(parent, device=model.embeddings.device))
+            _, begun = model(padded(beginnings), past, tap(parts[0]))
+            model.inputs(padded(tails), begun, tap(parts[1]), max(layers),
+                         torch.tensor(parent, device=device))
         else:
-            model.inputs(padded(batch), past, keep, max(layers))
-        activations = {i: torch.cat(parts).index_select(0, index) for i, parts in taken.items()}
-        yield {i: _means(x, owner, len(batch)) if mean else x for i, x in activations.items()}
+            model.inputs(padded(batch), past, tap(parts[0]), max(layers))
+        if mean:
+            count = torch.tensor([[len(of_row)] for of_row in wanted], device=device)
+            taken = {i: (total / count).to(dtype) for i, total in taken.items()}
+        yield taken
+
+
+class Part(NamedTuple):
+    """The wanted tokens (m,) among those of one pass through the model."""
+
+    index: Tensor  # among the tokens that a tap shows
+    owner: Tensor  # the row that each is of
+    place: Tensor  # among all that are wanted of the batch
+
+    def to(self, device: torch.device) -> Part:
+        return Part(*(t.to(device) for t in self))
 
 
 def shared_beginnings(rows: list[list[int]]) -> tuple[list[list[int]], list[int]]:
@@ -106,24 +131,24 @@ def shared_beginnings(rows: list[list[int]]) -> tuple[list[list[int]], list[int]
 
 
 def _flat_index(batch: list[list[int]], positions: list[list[int]], beginnings: list[list[int]],
-                parent: list[int]) -> tuple[Tensor, Tensor]:
-    """Positions in each row -> their places (m,) among the tokens as taps show them, those of all
-    beginnings and then what follows these in each row, and the row (m,) that each is of."""
+                parent: list[int]) -> list[Part]:
+    """Positions in each row -> those in the beginnings, if there are any, and those in what follows
+    in each row."""
     starts = [0, *accumulate(map(len, beginnings))]
-    index, owner, tokens = [], [], starts[-1]
+    begun: list[tuple[int, int, int]] = []  # (index, owner, place) of each token
+    follows: list[tuple[int, int, int]] = []
+    tokens = place = 0
     for i, (row, row_positions) in enumerate(zip(batch, positions)):
-        first, begun = (starts[parent[i]], len(beginnings[parent[i]])) if beginnings else (0, 0)
-        index += [first + p if p < begun else tokens + p - begun for p in row_positions]
-        owner += [i] * len(row_positions)
-        tokens += len(row) - begun
-    return torch.tensor(index, dtype=torch.int64), torch.tensor(owner, dtype=torch.int64)
-
-
-def _means(x: Tensor, owner: Tensor, count: int) -> Tensor:
-    """The mean (count, D) of the rows x (m, D) of each owner (m,)."""
-    total = torch.zeros(count, x.shape[1], device=x.device)
-    total.index_add_(0, owner, x.float())
-    return (total / owner.bincount(minlength=count)[:, None]).to(x.dtype)
+        first, length = (starts[parent[i]], len(beginnings[parent[i]])) if beginnings else (0, 0)
+        for p in row_positions:
+            if p < length:
+                begun.append((first + p, i, place))
+            else:
+                follows.append((tokens + p - length, i, place))
+            place += 1
+        tokens += len(row) - length
+    return [Part(*torch.tensor(part, dtype=torch.int64).view(-1, 3).T)
+            for part in ([begun, follows] if beginnings else [follows])]
 
 
 def is_massive(rows: Tensor) -> Tensor:

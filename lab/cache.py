@@ -1,6 +1,6 @@
 """What takes long to work out, kept for later commands in a folder of the user's.
 
-    spectrum = priors.Spectrum(*kept(priors.Spectrum.of, rows))             # of a large set of vectors
+    spectrum = priors.Spectrum(*kept(priors.Spectrum.of, rows))     # of a large set of vectors
     [h] = kept_under("inputs", [weights_sha256, token_ids], work, lambda: run(model, token_ids))
 
 A result is kept under a checksum of all that it depends on: what was given, the program's source
@@ -31,7 +31,7 @@ OFF = "off"  # the value of PROMPTPRIOR_CACHE without a folder
 WORTH = 5e9  # multiplications that take longer than to read their results and to check the sums
 POINT = 3e7  # multiplications that take as long as a point of a t-SNE
 MOST = 100  # results that are kept; each version of the program makes its own
-BYTES = 2e9  # of all of them; a result of more than a quarter is not kept
+BYTES = 2e9  # of all of them; a result of more than half is not kept
 
 
 def cache_folder() -> Path | None:
@@ -39,6 +39,12 @@ def cache_folder() -> Path | None:
     named = os.environ.get("PROMPTPRIOR_CACHE")
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return None if named == OFF else Path(named or f"{caches}/promptprior")
+
+
+def make_folder(folder: Path) -> None:
+    """The cache folder is its user's alone: activations are of texts that others may not read."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def kept(function: Callable, rows: Tensor | np.ndarray, *arguments, keep: bool = True,
@@ -73,9 +79,10 @@ def kept_under(name: str, given: Iterable, work: float, make: Callable) -> list[
                 os.utime(path)  # those that nobody asked for longest go first
             return results
     results = _results(make)
-    if sum(t.nbytes for t in results) <= BYTES / 4:
+    if sum(t.nbytes for t in results) <= BYTES / 2:
         tensors = {f"{i:02d}": t for i, t in enumerate(results)}
         with contextlib.suppress(UserError, OSError):
+            make_folder(folder)
             write_file(path, save(tensors, about | {"sha256": digest_of(tensors, about)}))
             _remove_oldest(folder)
     return results
@@ -83,7 +90,7 @@ def kept_under(name: str, given: Iterable, work: float, make: Callable) -> list[
 
 def _remove_oldest(folder: Path) -> None:
     """Leave the results that were asked for last, at most MOST and of BYTES."""
-    files = [(file.stat(), file) for file in folder.glob("*.safetensors")]
+    files = [(file.lstat(), file) for file in folder.glob(f"*-{'?' * 64}.safetensors")]
     total = 0
     for i, (state, file) in enumerate(sorted(files, key=lambda f: f[0].st_mtime_ns, reverse=True)):
         total += state.st_size

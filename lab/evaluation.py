@@ -402,7 +402,7 @@ def command_eval(given: dict) -> None:
 
 
 def other_prompts(opened: OpenRun, options: EvalOptions) -> list[tuple[str, list[llama.Prompt]]]:
-    """What a run's prompt is compared with. Raises UserError for what it has not."""
+    """What a run's prompt is compared with. Raises UserError where it has no such prompts."""
     others = {}
     if options.words:
         nearest = discrete(opened.prompt, opened.loaded)

@@ -90,7 +90,10 @@ def check_one_space(runs: list[Run]) -> None:
     first = None
     for run in runs:
         weights = run.config()["sha256"].get("model")  # first, because it refuses what is no run
-        run.snapshots(), run.metrics(), run.predictions()
+        # Each refuses what is damaged.
+        run.snapshots()
+        run.metrics()
+        run.predictions()
         method = run.settings().prompt.method
         width = next(iter(run.prompt().vectors().values())).shape[1]
         if first is None:

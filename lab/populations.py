@@ -315,7 +315,8 @@ def kept_inputs(loaded: LoadedModel, rows: list[list[int]], positions: list[list
     work = sum(map(len, rows)) * sum(p.numel() for layer in model.model.layers[:max(layers)]
                                      for p in layer.parameters())
     # Processes that share a model run it together, though one may have the file and one not.
-    if model.embeddings.device.type != "cpu" or rank_and_size()[1] > 1 or work < cache.WORTH:
+    if (model.embeddings.device.type != "cpu" or rank_and_size()[1] > 1 or work < cache.WORTH
+            or cache.cache_folder() is None):
         return inputs_of(model, rows, positions, layers)
 
     def inputs() -> tuple[Tensor, ...]:  # in the model's type, which may take half the room

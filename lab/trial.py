@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import data
-from lab.cache import cache_folder
+from lab.cache import cache_folder, make_folder
 from lab.console import UserError
 
 MEMORY = 4 * 2**30  # bytes of address space; a vocabulary of 128,000 tokens takes a tenth
@@ -73,7 +73,7 @@ def try_tokenizer(path: Path) -> None:
     else:
         if mark and status == 0:  # other ends tell nothing of the file
             with contextlib.suppress(OSError):  # a folder that is not written costs another trial
-                mark.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(mark.parent)
                 mark.touch()
         return
     raise UserError(f"{path}: {fault}: fetch it again, from where you trust")

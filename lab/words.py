@@ -27,6 +27,7 @@ from lab.inputs import FEW_CONTEXTS, LoadedModel, Questions, topic
 from lab.settings import Settings
 
 MOST = 8  # tokens of a mixture
+DRAWS = 3  # of what is random in a control
 SHARES = {f"share_{k}": f"{k} token{'s' * (k > 1)}" for k in (1, 2, 4, MOST)}  # of a table
 EFFECTS = {"loss": "loss", "change": "change"}  # of a table of what each row does
 
@@ -101,27 +102,36 @@ def without_each(prompt: llama.Prompt) -> list[llama.Prompt]:
 
 def controls(drawn: llama.Prompt, trained: llama.Prompt, seed: int) -> dict[str, llama.Prompt]:
     """{name: prompt} that share all but one property with a trained prompt, which is the prior's
-    draw and a step of each row (or column of a prefix, keys and values together). seed: of what is
-    random, the same in the rows' order at all layers."""
+    draw and a step of each row (or column of a prefix, keys and values together). What is random is
+    drawn DRAWS times from the seed; the rows' order is the same at all layers. Of one row there is
+    no other order."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(trained.n, generator=generator)
-    made: dict[str, dict[int, Tensor]] = {}
-    for i, end in trained.layers.items():
-        start = drawn.layers[i].to(end)
-        steps = end - start
-        noise = torch.randn(end.shape, generator=generator).to(end)
-        length = (steps.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)).view(
-            -1, *[1] * (end.dim() - 1))
-        for name, rows in {
-                "its draw": start,
-                "half of the way from its draw": start + steps / 2,
-                "as far in random directions": start + noise * length,
-                "steps of other rows": start + steps[order],
-                "rows in another order": end[order],
-                "the mean row in every place": end.mean(dim=0).expand_as(end),
-                "steps without the draw": steps}.items():
-            made.setdefault(name, {})[i] = rows.contiguous()
-    return {name: trained._replace(layers=layers) for name, layers in made.items()}
+    start = {i: drawn.layers[i].to(end) for i, end in trained.layers.items()}
+    steps = {i: end - start[i] for i, end in trained.layers.items()}
+    made = {"its draw": start,
+            "half of the way from its draw": {i: start[i] + steps[i] / 2 for i in steps},
+            "steps without the draw": steps}
+    if trained.n > 1:
+        made["the mean row in every place"] = {
+            i: end.mean(dim=0).expand_as(end).contiguous() for i, end in trained.layers.items()}
+    for k in range(1, DRAWS + 1):
+        noise = {i: _of_lengths(x, generator) for i, x in steps.items()}
+        made[f"as far in random directions, {k}"] = {i: start[i] + noise[i] for i in steps}
+        cycle = torch.randperm(trained.n, generator=generator)
+        order = torch.empty_like(cycle)
+        order[cycle] = cycle.roll(1)  # in which no row stays where it is
+        if trained.n > 1:
+            made[f"steps of other rows, {k}"] = {i: start[i] + steps[i][order] for i in steps}
+            made[f"rows in another order, {k}"] = {
+                i: end[order] for i, end in trained.layers.items()}
+    return {name: trained._replace(layers=made[name]) for name in sorted(made)}
+
+
+def _of_lengths(steps: Tensor, generator: torch.Generator) -> Tensor:
+    """Random directions of the same lengths as steps (n, ...)."""
+    noise = torch.randn(steps.shape, generator=generator).to(steps)
+    length = steps.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
+    return noise * length.view(-1, *[1] * (steps.dim() - 1))
 
 
 def paired(questions: Questions, predictions: dict[str, list[dict]], of: dict[str, str]

@@ -424,8 +424,7 @@ def main() -> int:
     os.environ["PROMPTPRIOR_CACHE"] = str(base / "cache")
     fuzz.prepare()
     try:
-        count, outcomes = attack(a.seconds, a.seed, Bench(base, a.world), names,
-                                  a.case)
+        count, outcomes = attack(a.seconds, a.seed, Bench(base, a.world), names, a.case)
     finally:
         shutil.rmtree(base, ignore_errors=True)
     acts = Counter((o.name, o.act) for _, o in outcomes)

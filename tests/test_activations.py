@@ -63,7 +63,7 @@ def test_rows_are_transformers_hidden_states(collected):
     assert seen == len(t["role"])
 
 
-@pytest.mark.parametrize("last", [3, 6])
+@pytest.mark.parametrize("last", [4, 6])
 @pytest.mark.parametrize("prompt", [False, True])
 def test_rows_that_begin_alike_share_their_beginnings(last, prompt):
     """As each row alone; every shared token goes through the model once."""

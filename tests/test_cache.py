@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import priors
 import viz
@@ -42,7 +43,8 @@ def test_kept_results_are_those_of_the_function_bit_for_bit(folder, monkeypatch,
     calls = []
     monkeypatch.setattr(cache, "_results", lambda *a: calls.append(a))
     again = cache.kept(function, given(function))
-    assert same(first, again) and not calls and oct(file.stat().st_mode)[-3:] != "777"
+    assert same(first, again) and not calls
+    assert oct(folder.stat().st_mode)[-3:] == "700"  # of texts that others may not read
 
     monkeypatch.undo()
     monkeypatch.setenv("PROMPTPRIOR_CACHE", "off")
@@ -72,23 +74,27 @@ def test_the_folder_does_not_grow_for_ever(folder, monkeypatch, limit):
 
     def ask(k):
         cache.kept(geometry.spacing, ROWS.numpy()[:100 + k])
-        newest = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        newest = max(folder.glob("spacing-*"), key=lambda file: file.stat().st_mtime_ns)
         os.utime(newest, (next(times),) * 2)
         return newest
 
     folder.mkdir()
     (folder / "tokenizer-mark").touch()
+    (folder / "model.safetensors").write_bytes(bytes(10**5))  # a file that is not ours
+    (folder / "gone.safetensors").symlink_to("nowhere")
     first, second, third = map(ask, range(3))
     size = first.stat().st_size
     monkeypatch.setattr(cache, limit, {"MOST": 3, "BYTES": 3.5 * size}[limit])
     assert ask(0) == first
     fourth = ask(3)
-    left = {*folder.glob("*.safetensors")}
+    ours = f"spacing-{'?' * 64}.safetensors"
+    left = {*folder.glob(ours)}
     assert left == {first, third, fourth} and (folder / "tokenizer-mark").exists()
+    assert (folder / "model.safetensors").exists() and (folder / "gone.safetensors").is_symlink()
 
     monkeypatch.setattr(cache, "BYTES", 2.0)  # too large to be kept at all
     cache.kept(geometry.spacing, ROWS.numpy()[:200])
-    assert {*folder.glob("*.safetensors")} == left
+    assert {*folder.glob(ours)} == left
 
 
 def test_what_no_other_command_asks_for_or_takes_no_time_is_not_kept(folder, monkeypatch):
@@ -227,6 +233,33 @@ def test_the_inputs_of_deep_layers_are_kept(folder, tmp_path, monkeypatch, capsy
     assert promptprior.main(["plot", str(run)]) == 0
     with pytest.raises(NameError, match="inputs_of"):
         promptprior.main([*train, "--prior", "fitted", "--seed", "1"])
+
+
+def test_what_inputs_depend_on_tells_them_apart(folder, tmp_path):
+    """Other weights, types, tokens, positions or layers are other inputs."""
+    import small
+    from lab import populations
+    from lab.inputs import load_model
+    from lab.settings import ModelSettings
+
+    other = small.make(tmp_path / "other", num_hidden_layers=3)
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "model.norm.weight": 2 * weights["model.norm.weight"]},
+              other / "model.safetensors", {"format": "pt"})
+    tokens, places, layers = [[5, 6, 7], [8, 9, 4]], [[1, 2], [1]], [0, 2]
+    cases = [(small.MODEL, "float32", tokens, places, layers),
+             (other, "float32", tokens, places, layers),
+             (small.MODEL, "bfloat16", tokens, places, layers),
+             (small.MODEL, "float32", [[5, 6, 7], [8, 3, 4]], places, layers),
+             (small.MODEL, "float32", tokens, [[1, 2], [2]], layers),
+             (small.MODEL, "float32", tokens, places, [0, 1])]
+    for count, (model, dtype, *given) in enumerate(cases, 1):
+        loaded = load_model(ModelSettings(model=str(model), dtype=dtype).complete())
+        for _ in range(2):
+            kept = populations.kept_inputs(loaded, *given)
+            made = populations.inputs_of(loaded.model, *given)
+            assert [*kept] == [*made] and all(torch.equal(kept[i], made[i]) for i in made)
+        assert len([*folder.glob("inputs-*")]) == count
 
 
 def test_processes_that_share_a_model_run_it_together(folder, monkeypatch):

@@ -86,7 +86,7 @@ def test_worked_sums_are_right_and_those_of_the_data_are_new():
                 assert left == f"{before} {sign_and_number}" and str(eval(left)) == right
                 before = right
 
-    # Long sums are worked or answered at once; a header tells which, or the document before.
+    # Long sums are worked or answered at once, as a header tells if there is one.
     seen = set()
     for _ in range(200):
         text, style = worked.document(r, None, 5)

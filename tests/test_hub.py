@@ -217,8 +217,8 @@ def fetched(server, home, *names):
     home.mkdir(exist_ok=True)
     (home / "call.py").write_text(CALL)
     done = Forked(home / "call.py", *names, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
-                  HF_HOME=str(home), HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1",
-                  HF_HUB_DISABLE_TELEMETRY="1")
+                  HF_HOME=str(home), HF_HUB_CACHE=str(home / "hub"), HF_TOKEN="",
+                  HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
     assert done.wait(120) == 0, done.err
     return done.out.splitlines(), done.err
 

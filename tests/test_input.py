@@ -833,21 +833,21 @@ def test_what_the_fuzzer_takes_for_right(status, out, err, right):
     assert (not fuzz.wrong(["eval"], status, out, err)) == right
 
 
-def searched(script, world, *arguments):
+def searched(script, *arguments):
     """What a search for failures prints, in a process that may be forked and finds none."""
     signal.alarm(0)
-    done = Forked(HERE / "tests" / script, "--world", world, *arguments, COLUMNS="80",
+    done = Forked(HERE / "tests" / script, *arguments, COLUMNS="80",
                   TOKENIZERS_PARALLELISM="false")
     assert done.wait(None) == 0, done.out[-5000:] + done.err[-3000:]
     return done.out
 
 
-def test_fuzz(world):
+def test_fuzz():
     seconds = os.environ.get("PROMPTPRIOR_FUZZ_SECONDS", "4")
-    assert re.search(r"^all [1-9]", searched("fuzz.py", world, "--seconds", seconds), re.MULTILINE)
+    assert re.search(r"^all [1-9]", searched("fuzz.py", "--seconds", seconds), re.MULTILINE)
 
 
 @pytest.mark.skipif(not calls.is_possible(), reason="no ptrace of x86_64 Linux here")
 def test_killed_or_failing_at_any_system_call(world):
-    said = searched("calls.py", world, "--seconds", "3", "--only", "import --overwrite")
+    said = searched("calls.py", "--world", world, "--seconds", "3", "--only", "import --overwrite")
     assert re.search(r"^[1-9][0-9]* of [0-9]+ cases, 0 failed", said, re.MULTILINE)

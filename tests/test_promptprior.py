@@ -508,6 +508,14 @@ def test_modules_stand_alone(tmp_path, path):
     assert process.wait() == 0, process.err
 
 
+@pytest.mark.parametrize("name", ["llama", "data", "priors", "viz"])
+def test_a_copy_imports_all_that_it_needs(tmp_path, name):
+    """In an interpreter that has imported nothing yet."""
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    code = f"import sys; sys.path.insert(0, '.'); import {name}"
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
+
+
 ALONE = """  # with no folder of ours to import from
 import os, sys
 os.chdir(os.path.dirname(sys.argv[0]))

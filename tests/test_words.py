@@ -178,15 +178,25 @@ def test_controls_share_all_but_one_property(shape):
         torch.testing.assert_close(of["half of the way from its draw"], (start + end) / 2)
         torch.testing.assert_close(of["steps without the draw"], steps)
         assert all(row.equal(end.mean(dim=0)) for row in of["the mean row in every place"])
-        moved = of["as far in random directions"] - start
+        moved = of["as far in random directions, 1"] - start
+        assert not torch.allclose(of["as far in random directions, 2"] - start, moved)
         torch.testing.assert_close(moved.flatten(1).norm(dim=1), steps.flatten(1).norm(dim=1))
         assert torch.cosine_similarity(moved.flatten(), steps.flatten(), dim=0).abs() < 0.6
         # The same order at every layer, or rows that belong together were parted.
         order = [next(k for k in range(4) if row.equal(end[k]))
-                 for row in of["rows in another order"]]
-        assert sorted(order) == [0, 1, 2, 3] != order
-        torch.testing.assert_close(of["steps of other rows"], start + steps[order])
-        assert torch.equal(made["rows in another order"].layers[0], trained.layers[0][order])
+                 for row in of["rows in another order, 3"]]
+        assert sorted(order) == [0, 1, 2, 3] and all(k != place for place, k in enumerate(order))
+        torch.testing.assert_close(of["steps of other rows, 3"], start + steps[order])
+        assert torch.equal(made["rows in another order, 3"].layers[0], trained.layers[0][order])
+
+
+def test_every_row_of_another_order_is_elsewhere():
+    for n, seed in ((2, 0), (2, 1), (3, 0), (5, 7)):
+        rows = llama.Prompt({0: torch.arange(n).float().view(n, 1)})
+        order = controls(rows, rows, seed)["rows in another order, 2"].layers[0][:, 0].tolist()
+        assert sorted(order) == [*range(n)] and all(k != i for i, k in enumerate(order))
+    one = llama.Prompt({0: torch.ones(1, 3)})
+    assert not [name for name in controls(one, one, 0) if "other" in name or "mean" in name]
 
 
 def test_differences_are_paired_by_question(loaded):
@@ -208,7 +218,7 @@ def test_differences_are_paired_by_question(loaded):
 
 
 def test_eval_scores_controls_as_runs_of_them_would_be(trained, capsys):
-    folder = trained("--tokens", 10)
+    folder = trained("--tokens", 10, "--steps", 20, "--lr", 0.03)
     capsys.readouterr()
     assert run("eval", folder, "--controls", "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -220,9 +230,10 @@ def test_eval_scores_controls_as_runs_of_them_would_be(trained, capsys):
                                                              rel=1e-3)
         assert told["differences"][name]["f1"] == pytest.approx(
             told["scores"][name]["f1"] - whole["f1"], abs=0.01)
+    assert any(difference["f1"] for difference in told["differences"].values())
     assert run("eval", folder, "--controls", "--words") == 0
     lines = capsys.readouterr().out.split("paired by question\n")[1].splitlines()
-    assert lines[0].split() == ["F1"] and len(lines) == 1 + 2 + 7
+    assert lines[0].split() == ["F1"] and len(lines) == 1 + 2 + 4 + 3 * 3
 
     assert run("export", folder, "--to", folder.parent / "adapter") == 0
     assert run("import", folder.parent / "adapter", "--model", "tiny", "--out",
