@@ -218,7 +218,7 @@ def test_differences_are_paired_by_question(loaded):
 
 
 def test_eval_scores_controls_as_runs_of_them_would_be(trained, capsys):
-    folder = trained("--tokens", 4, "--steps", 8, "--lr", 0.1)
+    folder = trained("--tokens", 10, "--steps", 20, "--lr", 0.03)
     capsys.readouterr()
     assert run("eval", folder, "--controls", "--json") == 0
     told = json.loads(capsys.readouterr().out)
