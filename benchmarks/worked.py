@@ -14,6 +14,7 @@ and the others are answered at once, under the header "short answer". Three of t
 header. A tenth of the sums, by checksum, is kept for the data. Then prompts are trained on that
 model: by the labels, and with the worked answers as the teacher (train --teacher "worked sums"
 --teacher-reasons), rows and prefixes.
+
 Accuracies on sums that neither the model nor a prompt has seen: of the header "short answer", which
 answers at once; of the teacher, which works them out; and of each prompt, which answers at once.
 gap: the share of the way from the first to the second. OUT keeps the model and the runs, and the
@@ -59,7 +60,8 @@ def document(r: random.Random, style: str | None, terms: int) -> tuple[str, str 
     if r.random() < 0.5:
         return make.document(r, style if style in make.STYLES else None)
     header = style is None and r.random() < 0.7
-    style = style if style in (WORKED, AT_ONCE) else WORKED if r.random() < 0.8 else AT_ONCE
+    if style not in (WORKED, AT_ONCE):
+        style = WORKED if r.random() < 0.8 else AT_ONCE
     lines = [style] if header else []
     for _ in range(r.randint(2, 5)):
         question, steps, answer = long_sum(r, terms, held_out=False)

@@ -66,49 +66,32 @@ def stream(model: llama.Llama | t5.Encoder, rows: list[list[int]], positions: li
         # Of an encoder a token depends on all that follow. Beginnings go through all layers.
         if isinstance(model, llama.Llama) and max(layers) > model.config.num_hidden_layers / 2:
             beginnings, parent = shared_beginnings(batch)
-        parts = [part.to(device) for part in _flat_index(batch, wanted, beginnings, parent)]
+        *of_beginnings, of_tails = _passes(batch, wanted, beginnings, parent, mean)
         taken: dict[int, Tensor] = {}
 
-        def tap(part: Part) -> Callable[[int, Tensor], None]:
-            """Takes what is wanted of a layer's inputs, because those of all tokens of all layers
-            would not fit."""
-            def keep(i: int, x: Tensor) -> None:
-                if i not in layers:
-                    return
-                x = x.index_select(0, part.index)
-                if mean:
-                    total = taken.setdefault(i, x.new_zeros(len(batch), x.shape[1]).float())
-                    total.index_add_(0, part.owner, x.float())
-                else:
-                    out = taken.setdefault(i, x.new_empty(sum(map(len, wanted)), x.shape[1]))
-                    out[part.place] = x
-            return keep
+        def tap(chosen: Tensor) -> Callable[[int, Tensor], None]:
+            """Takes the tokens chosen (2, m) of a pass, because those of all tokens of all layers
+            would not fit: chosen[0] of them, each added to the row chosen[1] of what is taken."""
+            index, into = chosen.to(device)
 
-        def padded(lists: list[list[int]]) -> Tensor:
-            return llama.pad(lists).to(device)
+            def take(i: int, x: Tensor) -> None:
+                if i in layers:
+                    count = len(batch) if mean else sum(map(len, wanted))
+                    zeros = x.new_zeros(count, x.shape[1], dtype=torch.float32 if mean else dtype)
+                    taken.setdefault(i, zeros).index_add_(0, into, x[index].to(zeros.dtype))
+            return take
 
+        begun, tails = past, batch
         if beginnings:
+            ids = llama.pad(beginnings).to(device)
+            _, begun = model(ids, past, tap(of_beginnings[0]))
             tails = [row[len(beginnings[k]):] for row, k in zip(batch, parent)]
-            _, begun = model(padded(beginnings), past, tap(parts[0]))
-            model.inputs(padded(tails), begun, tap(parts[1]), max(layers),
-                         torch.tensor(parent, device=device))
-        else:
-            model.inputs(padded(batch), past, tap(parts[0]), max(layers))
+        owners = torch.tensor(parent, device=device) if beginnings else None
+        model.inputs(llama.pad(tails).to(device), begun, tap(of_tails), max(layers), owners)
         if mean:
             count = torch.tensor([[len(of_row)] for of_row in wanted], device=device)
             taken = {i: (total / count).to(dtype) for i, total in taken.items()}
         yield taken
-
-
-class Part(NamedTuple):
-    """The wanted tokens (m,) among those of one pass through the model."""
-
-    index: Tensor  # among the tokens that a tap shows
-    owner: Tensor  # the row that each is of
-    place: Tensor  # among all that are wanted of the batch
-
-    def to(self, device: torch.device) -> Part:
-        return Part(*(t.to(device) for t in self))
 
 
 def shared_beginnings(rows: list[list[int]]) -> tuple[list[list[int]], list[int]]:
@@ -130,25 +113,27 @@ def shared_beginnings(rows: list[list[int]]) -> tuple[list[list[int]], list[int]
     return beginnings, [k for k, group in enumerate(groups) for _ in group]
 
 
-def _flat_index(batch: list[list[int]], positions: list[list[int]], beginnings: list[list[int]],
-                parent: list[int]) -> list[Part]:
-    """Positions in each row -> those in the beginnings, if there are any, and those in what follows
-    in each row."""
+def _passes(batch: list[list[int]], positions: list[list[int]], beginnings: list[list[int]],
+            parent: list[int], mean: bool) -> list[Tensor]:
+    """The tokens at positions in each row, as (2, m) of each pass through the model: that through
+    the beginnings, if there are any, and that through what follows in each row. [0]: their places
+    among the pass's tokens; [1]: their numbers among all of the batch, or with `mean` their
+    rows'."""
     starts = [0, *accumulate(map(len, beginnings))]
-    begun: list[tuple[int, int, int]] = []  # (index, owner, place) of each token
-    follows: list[tuple[int, int, int]] = []
-    tokens = place = 0
+    begun: list[tuple[int, int]] = []
+    follows: list[tuple[int, int]] = []
+    tokens = 0
     for i, (row, row_positions) in enumerate(zip(batch, positions)):
         first, length = (starts[parent[i]], len(beginnings[parent[i]])) if beginnings else (0, 0)
         for p in row_positions:
+            into = i if mean else len(begun) + len(follows)
             if p < length:
-                begun.append((first + p, i, place))
+                begun.append((first + p, into))
             else:
-                follows.append((tokens + p - length, i, place))
-            place += 1
+                follows.append((tokens + p - length, into))
         tokens += len(row) - length
-    return [Part(*torch.tensor(part, dtype=torch.int64).view(-1, 3).T)
-            for part in ([begun, follows] if beginnings else [follows])]
+    return [torch.tensor(chosen, dtype=torch.int64).view(-1, 2).T
+            for chosen in ([begun, follows] if beginnings else [follows])]
 
 
 def is_massive(rows: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def layer_map(i: int, part: Part, reference: Reference, layers: int) -> LayerMap
     how many maps share the room on the page."""
     rows, labels = part.rows, part.labels
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))
-    # What is the model's alone takes seconds and is kept; the run's picture may have its plane.
+    # The run's picture may have the plane already.
     plane = reference.plane if rows is reference.rows else plane_of(rows, part.keep)
     mean_norm = rows.norm(dim=1).mean().item()
     if i > 0:  # a sample is enough of activations; of the vocabulary every token is shown

@@ -163,10 +163,10 @@ class Encoder(nn.Module):
         return self.shared.weight
 
     def inputs(self, ids: Tensor, past: None, tap: Callable[[int, Tensor], None],
-               last: int) -> None:
+               last: int, parent: None = None) -> None:
         """Run ids (B, T), padded on the right with PAD, to call tap(i, x) with the inputs x (N, D)
         of layers 0 to `last` at the N real tokens, row after row; `last` L is after the final norm
-        (transformers' hidden_states). past: None; llama.Llama.inputs takes one."""
+        (transformers' hidden_states). past, parent: None; llama.Llama.inputs takes them."""
         real, blocks = ids != PAD, self.encoder.block
         x, bias = self.shared(ids.clamp(min=0)), self._bias(real)
         for i, block in enumerate(blocks):
