@@ -9,7 +9,8 @@ it came to.
 
 With several --factors the learning rates are tuned first, in CLAIM-rates/: each cell is trained
 with seed 0 at every factor, and the one with the lowest loss on held-out training questions is
-taken for the seeds that count, 1 and up.
+taken for the seeds that count, 1 and up. Runs that choose a rate hold out, and are evaluated on,
+160 questions; --eval-limit is of those that count, which train on all questions.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Claim(NamedTuple):
     grid: dict[str, list]
 
 
+HELD_OUT = 160  # questions to choose a rate by
 FEW = ["isotropic", "xavier", "vocab", "fitted", "exclusion"]
 CLAIMS = {
     "prior": Claim("The prior of token rows does not decide how well a prompt answers (4.1).",
@@ -69,7 +71,8 @@ def best_rates(folder: Path) -> list[dict[str, list]]:
     for cell in cells_of(plan, [name for name in plan.runs if plan.is_finished(name)]):
         flags = plan.runs[next(iter(cell.runs.values())).path.name]
         assert cell.rate == tuple(flags.get(name) for name in RATES)
-        grids.append({name: [value] for name, value in flags.items() if name != "seed"})
+        grids.append({name: [value] for name, value in flags.items()
+                      if name not in ("seed", "hold_out", "eval_limit")})
     return grids
 
 
@@ -83,6 +86,7 @@ def main() -> None:
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--factors", nargs="+", type=float, default=[1.0],
                    help="of each layer's own learning rate; several: the best is taken")
+    p.add_argument("--eval-limit", type=int, help="most questions evaluated, as for train")
     a, flags = p.parse_known_args()
     for name in a.only:
         claim = CLAIMS[name]
@@ -92,10 +96,14 @@ def main() -> None:
         grids, first = [grid], 0
         if len(a.factors) > 1:
             rates = a.out / f"{name}-rates"
-            run_sweep(rates, [{**grid, "lr_factor": a.factors, "seed": [0]}], flags)
+            run_sweep(rates, [{**grid, "lr_factor": a.factors, "seed": [0],
+                               "eval_limit": [HELD_OUT]}], flags)
             grids, first = best_rates(rates), 1
-        seeds = list(range(first, first + a.seeds))
-        table = run_sweep(a.out / name, [{**grid, "seed": seeds} for grid in grids], flags)
+        limit = {} if a.eval_limit is None else {"eval_limit": [a.eval_limit]}
+        # Seed by seed, so that while runs are missing there are as many of each cell.
+        table = run_sweep(a.out / name, [{**grid, **limit, "seed": [seed]}
+                                         for seed in range(first, first + a.seeds)
+                                         for grid in grids], flags)
         text = f"{name}: {claim.sentence}\n\n{table}\n"
         (a.out / name / "table.txt").write_text(text)
         print(text, flush=True)

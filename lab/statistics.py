@@ -190,6 +190,17 @@ class Paired(NamedTuple):
         is known; that there is none is a matter of equivalence_p."""
         return 2 * self._tail(abs(self.mean))
 
+    def detectable(self, level: float, power: float) -> float:
+        """The true difference that as many other seeds and questions tell from none, at this level
+        with this power: the distance that is significant, and the one by which a mean falls short
+        of the truth with the probability 1 - power. It is as uncertain as the spread is."""
+        return self.half_width(1 - level) + self.half_width(2 * power - 1)
+
+    def with_any_seeds(self) -> Paired:
+        """What is left of the spread with ever more seeds: that of the questions."""
+        return self._replace(by_seed=0.0, by_group=max(self.by_group - self.by_both, 0.0),
+                             by_both=0.0)
+
     def _tail(self, distance: float) -> float:
         """The probability, to 1e-6, that the mean lies this far above the truth: the level is found
         by bisection at which half_width is the distance."""

@@ -25,7 +25,7 @@ from lab.inputs import FEW_CONTEXTS, topic, training_and_evaluation, unit
 from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settings
 from lab.settings import DataSettings, Settings, numbered
 
-LEVEL = 0.05
+LEVEL, POWER = 0.05, 0.8
 SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds",
                 "held_out": "held-out loss", **SCORES, "steps": "steps"}
 DIFFERENCE_TITLES = {
@@ -150,7 +150,7 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
     asked = [[(p["id"], p["question"]) for p in next(iter(cell.runs.values())).predictions()]
              for cell in cells]
     units: dict[DataSettings, np.ndarray] = {}
-    rows = []
+    rows, effects = [], []
     for i, cell in enumerate(cells):
         j = asked.index(asked[i])
         seeds = [seed for seed in cell.runs if seed in cells[j].runs]
@@ -171,6 +171,12 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
             **numbers, "wide": effect.mean, "wide_low": effect.mean - half,
             "wide_high": effect.mean + half, "equivalence_p": effect.equivalence_p(margin),
             "difference_p": effect.difference_p()}))
+        effects.append(effect)
+    # Of the tests that Holm's correction orders, the first one has the strictest level.
+    for effect, (_, _, numbers) in zip(effects, rows):
+        level = LEVEL / len(rows)
+        numbers["detectable"] = effect.detectable(level, POWER)
+        numbers["detectable_any_seeds"] = effect.with_any_seeds().detectable(level, POWER)
     for holm, key in (("holm_equal", "equivalence_p"), ("holm_different", "difference_p")):
         adjusted = statistics.holm([numbers[key] for _, _, numbers in rows])
         for (_, _, numbers), p in zip(rows, adjusted):
@@ -200,7 +206,10 @@ def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> 
     elif numbers["holm_different"] <= LEVEL:
         words = "different"
     else:
-        words = f"cannot be told: neither different, nor equal within {margin:g} points"
+        words = (f"cannot be told: neither different, nor equal within {margin:g} points; a true "
+                 f"difference of {numbers['detectable']:.1f} points would be found in "
+                 f"{POWER:.0%} of such sweeps, with ever more seeds one of "
+                 f"{numbers['detectable_any_seeds']:.1f}")
     return f"{name} and {first}: {words}"
 
 

@@ -230,6 +230,29 @@ def test_power_of_sameness():
     assert equal > 0.9 and different > 0.9
 
 
+@pytest.mark.parametrize("spread", [dict(noise=30), dict(questions=15, noise=30),
+                                    dict(seeds=2, questions=8, noise=5)])
+def test_a_detectable_difference_is_found_with_its_power(spread):
+    """At a strict level too. Variances are averaged, because of three seeds each is a guess; what
+    ever more seeds would detect is what 200 do."""
+    group = np.repeat(np.arange(60), 3)
+    for S in (1, 3, 5):
+        tests = [s.paired(paired_scores(R(k), S, **spread), group) for k in range(200)]
+        for level in (0.05, 0.0125):
+            d = np.sqrt(np.mean([test.detectable(level, 0.8) ** 2 for test in tests]))
+            power = np.mean([test._replace(mean=test.mean + d).difference_p() <= level
+                             for test in tests])
+            print(f"{spread}, {S} seeds, level {level}: {d:.2f} points, power {power:.2f}")
+            assert 0.65 < power < 0.92
+    if "questions" in spread:
+        many = s.paired(paired_scores(R(0), 200, **spread), group)
+        any_seeds = np.median([test.with_any_seeds().detectable(0.05, 0.8) for test in tests])
+        assert any_seeds == pytest.approx(many.detectable(0.05, 0.8), rel=0.25)
+    one = s.paired(R().normal(size=(1, 40)))  # the textbook's formula, of a mean of 40 values
+    quantiles = stats.t.ppf([0.975, 0.8], 39).sum()
+    assert one.detectable(0.05, 0.8) == pytest.approx(quantiles * one.by_group ** 0.5, rel=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------
 # calibration
 

@@ -367,6 +367,11 @@ def test_numbers_of_the_table(copy, capsys):
     assert float(second["difference"]) == pytest.approx(difference.mean(), abs=1e-9)
     assert float(second["wide"]) == pytest.approx(difference.mean(), abs=0.02)  # rounded answers
     assert first["difference"] == "" and second["against"] == "vocab"
+    found, more_seeds = (float(second[key]) for key in ("detectable", "detectable_any_seeds"))
+    assert found > float(second["wide_high"]) - float(second["wide"]) > 0  # half the interval
+    assert 0 < more_seeds < found
+    assert f"difference of {found:.1f} points would be found in 80% of such sweeps, with ever " \
+           f"more seeds one of {more_seeds:.1f}" in out
 
 
 def test_damaged_runs_are_one_line(copy, capsys):
