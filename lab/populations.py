@@ -124,12 +124,11 @@ def references(prior: PriorSettings, settings: DataSettings, loaded: LoadedModel
     name, _, runs = priors.parse(prior.prior)
     is_prefix = False
     if name == "text":
-        parts = [text_population(prior.text[0] if prior.text else "", loaded, layers)]
+        parts = [text_population(prior.text[0], loaded, layers)]
     elif runs:
         is_prefix = check_methods(runs, method)
         parts = [part for run in runs for part in run_populations(run, loaded, layers)]
     else:
-        check_references(name, prior.reference)
         parts = [population(spec, prior, settings, loaded, layers, examples)
                  for spec in prior.reference]
 
@@ -159,14 +158,6 @@ def population_key(settings: Settings, layers: list[int]) -> tuple:
             tuple(layers), settings.prompt.method)
 
 
-def check_references(prior: str, specs: tuple[str, ...]) -> None:
-    if len(set(map(spec_name, specs))) < len(specs):
-        raise UserError(f"--reference {' '.join(specs)}: two of one name: give each once")
-    if priors.PRIORS[prior].several and len(specs) != 2:
-        raise UserError(f"--prior {prior} goes between two references: give two, as in --reference "
-                        "text math")
-
-
 def check_methods(runs: list[str], method: str) -> bool:
     """Whether the runs, whose prompts are a prior of a prompt of this method, trained prefixes.
     Raises UserError for runs that do not suit each other or the method."""
@@ -184,7 +175,7 @@ def text_population(text: str, loaded: LoadedModel, layers: list[int]) -> dict[i
     """The tokens of a text, for the prior text."""
     ids = loaded.vocabulary.encode_plain(text)
     if not ids:
-        raise UserError("--prior text needs --text, the text whose tokens the rows begin as")
+        raise UserError(f"--text {text!r} has no token that a row could begin as: give another")
     rows = inputs_of(loaded.model, [ids], [list(range(len(ids)))], layers)
     one_text = torch.zeros(len(ids), dtype=torch.int64)
     labels = Labels(torch.tensor(ids), ["text"] * len(ids), ["text"] * len(ids), one_text)

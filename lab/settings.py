@@ -399,7 +399,22 @@ def check_together(settings: Settings) -> None:
     if train.posterior != "point" and not train.prior_weight:
         raise UserError(f"--posterior {train.posterior} needs the prior, without which there is no "
                         "posterior: give --prior-weight above 0")
+    check_prior(prior)
     check_teacher(settings.teacher)
+
+
+def check_prior(prior: PriorSettings) -> None:
+    """Raises UserError for a prior without what it is fitted on."""
+    name, _, runs = priors.parse(prior.prior)
+    if name == "text" and not (prior.text and prior.text[0]):
+        raise UserError("--prior text needs --text, the text whose tokens the rows begin as")
+    if runs or name == "text":
+        return
+    if len(set(map(spec_name, prior.reference))) < len(prior.reference):
+        raise UserError(f"--reference {' '.join(prior.reference)}: two of one name: give each once")
+    if priors.PRIORS[name].several and len(prior.reference) != 2:
+        raise UserError(f"--prior {name} goes between two references: give two, as in --reference "
+                        "text math")
 
 
 def check_teacher(teacher: TeacherSettings) -> None:

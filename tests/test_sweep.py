@@ -115,6 +115,8 @@ def test_a_file_of_grids(tmp_path, capsys):
     (["--data", "math", "squad:nowhere.json"], "nowhere.json"),
     (["--model", "tiny", "nowhere"], "no such folder"),
     (["--deep-layers", "0", "9"], "the model has 3 layers"),
+    (["--prior", "vocab", "text"], "needs --text"),
+    (["--prior", "interpolation", "--reference", "math"], "two references"),
     (["--reference", "vocab", "--reference", "collection:no"], "no such file"),
     (["--seed", *map(str, range(200)), "--tokens", *map(str, range(1, 200))], "more than 10000"),
     ([], "no plan.json")])
