@@ -120,8 +120,9 @@ def make_runs(grids: list[dict[str, list]]) -> dict[str, dict]:
             flags = {name: settings[name] for name in flags}
             if flags not in runs:
                 runs.append(flags)
-    # The best of several rates is chosen by questions that are neither trained on nor evaluated.
-    if len(set(map(rate_of, runs))) > 1:
+    # The best of a cell's rates is chosen by questions that are neither trained on nor evaluated.
+    rates = {(cell_key(flags), rate_of(flags)) for flags in runs}
+    if len(rates) > len(set(map(cell_key, runs))):
         runs = [{**flags, "hold_out": True} for flags in runs]
     return dict(zip(run_names(runs), runs))
 

@@ -89,6 +89,11 @@ def test_grids():
         (False, "squad", "math"), (False, "vocab"), (True, "squad", "math"), (True, "vocab")]
     assert all("hold_out" not in flags for flags in runs.values())
     assert len({*runs}) == 4 and all(plan.NAME.fullmatch(name) for name in runs)
+    # Cells with a rate each have none to choose; one with two has, and then all hold out.
+    cells = [{"prior": ["vocab"], "lr_factor": [3.0]}, {"prior": ["fitted"], "lr_factor": [1.0]}]
+    for more, held_out in (([], 0), ([{"prior": ["vocab"], "lr": [0.1]}], 3)):
+        runs = plan.make_runs(cells + more)
+        assert sum(flags.get("hold_out", False) for flags in runs.values()) == held_out
 
 
 def test_a_file_of_grids(tmp_path, capsys):
