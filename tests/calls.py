@@ -299,6 +299,7 @@ class Bench:
                  for word in words]
 
         def work() -> int:
+            fuzz.own_threads()
             said = fuzz.captured(words, self.said)
             (self.said / "result.json").write_text(json.dumps([words, *said]))
             return 0

@@ -416,6 +416,7 @@ def work(seed: int, number: int, base: Path, kinds: dict[str, Kind], end: float,
     def tell(value) -> None:
         os.write(pipe, (json.dumps(value) + "\n").encode())
 
+    own_threads()
     for n in range(number, number + 2000):
         if time.monotonic() > end:
             break
@@ -478,6 +479,12 @@ def prepare() -> None:
     torch.set_num_threads(1)
     for command in commands.COMMANDS.values():
         importlib.import_module(f"lab.{command.module}")
+
+
+def own_threads() -> None:
+    """In a process that was forked: torch makes its pool of threads anew when it is first asked
+    for, and fails if two threads ask at once."""
+    torch.set_num_threads(1)
 
 
 def main() -> int:
