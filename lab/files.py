@@ -293,8 +293,14 @@ class Folder:
             clear_dead(folder.descriptor)
         clear_dead(self.descriptor)
         for name in os.listdir(self.descriptor):
-            if name.endswith(UNFINISHED):  # a folder, of one who had the lock before
-                shutil.rmtree(name, ignore_errors=True, dir_fd=self.descriptor)
+            if not name.endswith(UNFINISHED):
+                continue
+            # A folder, of one who had the lock before; or what would stand in the next one's way.
+            shutil.rmtree(name, ignore_errors=True, dir_fd=self.descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                kind = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False).st_mode
+                if not stat.S_ISREG(kind):
+                    _unlink(name, self.descriptor)
 
     @contextlib.contextmanager
     def making(self, is_ours: Callable[[str], bool]) -> Iterator[Folder]:

@@ -635,6 +635,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError("its state is not that of a run")
         if about.get("sha256") != digest_of(tensors, state):
             raise ValueError("its contents do not match their checksum, the file is damaged")
+        if not all(t.isfinite().all() for t in tensors.values()):
+            raise ValueError("it holds numbers that are not finite")
     return Checkpoint(tensors=tensors, **state)
 
 
@@ -646,7 +648,13 @@ def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) 
             raise UserError(f"{path}: a prefix of an early version, which trained its keys after "
                             "rotation, so it cannot come to the same end: start a run from it by "
                             f"--prior posterior:{path},resample=1")
-        if rows is None or rows.shape != p.shape:
-            raise UserError(f"{path}/checkpoints: rows {name!r} are missing or of another shape "
-                            f"than {tuple(p.shape)}: this checkpoint is of another run, or of an "
-                            "early version: start a run anew")
+        shapes = {key: t.shape for key in ("step", "exp_avg", "exp_avg_sq")
+                  if (t := checkpoint.tensors.get(f"{key}.{name}")) is not None}
+        wanted = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        if isinstance(posterior, posteriors.Langevin):
+            wanted = {"step": (), "exp_avg_sq": p.shape[1:]}
+        if rows is None or rows.shape != p.shape or shapes not in ({}, wanted):
+            raise UserError(f"{path}/checkpoints: rows {name!r}, or what the optimiser keeps of "
+                            f"them, are missing or of another shape than {tuple(p.shape)}: this "
+                            "checkpoint is of another run, or of an early version: start a run "
+                            "anew")
