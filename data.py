@@ -771,8 +771,8 @@ class Vocabulary:
         those that fill a matrix up to a multiple of 64, are none of them."""
         found = sorted(set(self.ids) - self.special - self.unembedded.keys())
         if not found:
-            raise DataError(f"{self.path}: has no tokens but special ones: fetch the tokenizer.json "
-                            "of this model")
+            raise DataError(f"{self.path}: has no tokens but special ones: fetch the "
+                            "tokenizer.json of this model")
         return found
 
     @functools.cached_property

@@ -708,7 +708,7 @@ COLLECTION = [
     {"domains": [[]]},
     {"domains": None}, {"domains": [*map(str, range(10**5))]}, {"pool": "x"},
     {"pool": ["token"]}, {"roles": ["bos"]}, {"sha256": 5},
-    {"model": None}, {"dtype": {}}, {"model": "\0"}]
+    {"model": None}, {"dtype": {}}, {"model": "\0"}, {"revision": {"a": 1}}]
 
 
 @pytest.mark.parametrize("change", COLLECTION)
