@@ -170,7 +170,8 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
         rows.append((cell.name, first.name, {
             **numbers, "wide": effect.mean, "wide_low": effect.mean - half,
             "wide_high": effect.mean + half, "equivalence_p": effect.equivalence_p(margin),
-            "difference_p": effect.difference_p()}))
+            "difference_p": effect.difference_p(),
+            **({"only_seed": seeds[0]} if len(seeds) == 1 else {})}))
         effects.append(effect)
     # Of the tests that Holm's correction orders, the first one has the strictest level.
     for effect, (_, _, numbers) in zip(effects, rows):
@@ -200,8 +201,11 @@ def question_units(settings: DataSettings, asked: list[tuple[str, str]]) -> np.n
 
 
 def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> str:
-    """What the tests tell of a cell, after Holm's correction, in words."""
-    if numbers["holm_equal"] <= LEVEL:
+    """What the tests tell of a cell, after Holm's correction, in words. Scores that differ in no
+    answer tell nothing of how far they may be apart in others."""
+    if numbers["wide_low"] == numbers["wide_high"] == 0:
+        words = "cannot be told: no answer differs, so nothing tells how much others may"
+    elif numbers["holm_equal"] <= LEVEL:
         words = f"equal within {margin:g} points"
     elif numbers["holm_different"] <= LEVEL:
         words = "different"
@@ -210,7 +214,8 @@ def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> 
                  f"difference of {numbers['detectable']:.1f} points would be found in "
                  f"{POWER:.0%} of such sweeps, with ever more seeds one of "
                  f"{numbers['detectable_any_seeds']:.1f}")
-    return f"{name} and {first}: {words}"
+    alone = f", for seed {numbers['only_seed']} alone" if "only_seed" in numbers else ""
+    return f"{name} and {first}{alone}: {words}"
 
 
 # --------------------------------------------------------------------------------------------------

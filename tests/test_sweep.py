@@ -342,15 +342,31 @@ def test_the_rate_is_chosen_by_held_out_questions_alone(copy, capsys):
     assert main("sweep", copy, "--table") == 0 and rows(copy)[0]["lr"] == "0.01"
 
 
-def test_numbers_of_the_table(copy, capsys):
-    """Against scipy's, by hand, of answers that are drawn: four steps get none right."""
+def draw_answers(folder):
+    """Rewrite the scores of every answer at random."""
     r = np.random.default_rng(0)
-    for run in sorted((copy / "runs").iterdir()):
+    for run in sorted((folder / "runs").iterdir()):
         lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
         for line in lines:
             line["accuracy"] = float(r.choice([0, 100]))
         (run / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        change(copy, run.name, "eval", accuracy=np.mean([line["accuracy"] for line in lines]))
+        change(folder, run.name, "eval", accuracy=np.mean([line["accuracy"] for line in lines]))
+
+
+def test_a_verdict_says_what_it_rests_on(copy, capsys):
+    assert main("sweep", copy, "--table") == 0  # four steps get no answer right
+    assert "fitted and vocab: cannot be told: no answer differs" in capsys.readouterr().out
+    draw_answers(copy)
+    for run in (copy / "runs").glob("*-seed1-*"):
+        shutil.rmtree(run)
+    assert main("sweep", copy, "--table") == 0
+    assert "fitted and vocab, for seed 0 alone: " in capsys.readouterr().out
+    assert rows(copy)[1]["only_seed"] == "0"
+
+
+def test_numbers_of_the_table(copy, capsys):
+    """Against scipy's, by hand, of answers that are drawn: four steps get none right."""
+    draw_answers(copy)
     assert main("sweep", copy, "--table", "--margin", 3) == 0
     out, error = capsys.readouterr()
     assert "the sweep began with 2" in error and "equal within 3 points" in out
