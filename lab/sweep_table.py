@@ -31,7 +31,7 @@ SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds",
 DIFFERENCE_TITLES = {
     "difference": "by seed", "wide": "other questions too", "equivalence_p": "p, equal",
     "holm_equal": "Holm's", "difference_p": "p, no difference", "holm_different": "Holm's"}
-END_TITLES = {"start_norm": "norm, drawn", "norm": "norm ratio", "moved": "moved", "own": "own",
+END_TITLES = {"start_norm": "norm ratio, drawn", "norm": "trained", "moved": "moved", "own": "own",
               "chance": "by chance"}
 ABOUT = """\
 In brackets: 95 % intervals, of Student's t over seeds. steps: until the loss was within a tenth of
@@ -44,9 +44,9 @@ by seed: the difference, paired by seed, on these questions; other questions too
 other seeds and other questions (whole articles or paragraphs). p, equal: of two one-sided tests
 that it is {margin:g} points or more; Holm's: corrected for the number of rows."""
 ABOUT_ENDS = """\
-norm: mean norm of rows over the reference's. moved: mean distance from the draw. own: percent of
-rows to which no other draw, of any run here, is nearer than their own; by chance: the same of rows
-that moved as far in random directions."""
+norm ratio: mean norm of rows over the reference's. moved: mean distance from the draw. own: percent
+of rows to which no other draw, of any run here, is nearer than their own; by chance: the same of
+rows that moved as far in random directions."""
 
 
 class Cell(NamedTuple):

@@ -569,5 +569,5 @@ def report(run: Run, settings: Settings, by_layer: dict[int, Reference], questio
     for i, reference in by_layer.items():
         moved = (end[i] - start[i]).norm(dim=1).mean()
         ratios = [norm_ratio(vectors[i], reference.rows) for vectors in (start, end)]
-        show(f"layer {i}: {kind} moved {moved:.3g} on average; their norm over the reference's "
+        show(f"layer {i}: {kind} moved {moved:.3g} on average; norm ratio to the reference "
              f"{ratios[0]:.3g} -> {ratios[1]:.3g}")
