@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
 import llama
 import viz
 from lab import geometry

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 import viz
-from lab.console import SCORES
+from lab.console import SCORES, counted
 from lab.folder import Run, layer_picture
 from lab.populations import Reference
 from lab.settings import Settings, spec_name
@@ -41,8 +41,9 @@ def draw_run(run: Run, settings: Settings, by_layer: dict[int, Reference]) -> li
     names = []
     for i, reference in by_layer.items():
         count = len(reference.rows)
-        caption = (f"{len(end[i])} rows of {run.path.name} in the principal plane of the reference "
-                   f"({reference.name}, {count} rows), which is fitted without them. Prior "
+        caption = (f"{counted(len(end[i]), 'row')} of {run.path.name} in the principal plane of "
+                   f"the reference ({reference.name}, {count} rows), which is fitted without them. "
+                   "Prior "
                    f"{settings.prior_name}, seed {settings.seed}, {steps} steps on "
                    f"{spec_name(settings.data.data)}, model {Path(settings.model.model).name}.")
         numbers = {"distance moved, mean": float((end[i] - start[i]).norm(dim=1).mean()),
