@@ -146,10 +146,11 @@ def curves(runs: list[Run]) -> str:
     kinds = list(dict.fromkeys(group.score for group in groups))
     if len(kinds) == 1:  # a level is of one score
         scores = _levels(groups) + scores
-    percent = f"{' or '.join(SCORES[kind] for kind in kinds)}, percent"
+    names = " or ".join(SCORES[kind] for kind in kinds)
     panels = [viz.Panel(losses, ("step", "loss, nats a token"), equal=False),
-              viz.Panel(scores, ("step", percent), equal=False)]
-    return viz.figure(panels, "Loss and score", _curves_caption(groups))
+              viz.Panel(scores, ("step", f"{names}, percent"), equal=False)]
+    title = f"Loss and {names} while a prompt is trained"
+    return viz.figure(panels, title, _curves_caption(groups))
 
 
 def _groups(runs: list[Run]) -> list[Group]:
