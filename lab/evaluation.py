@@ -29,10 +29,9 @@ from lab.files import checksum
 from lab.folder import FIRST_PROMPT, Run, best_evaluation
 from lab.foreign_data import not_foreign
 from lab.forgetting import SPLIT, forgetting, read_prose
-from lab.inputs import (FEW_CONTEXTS, LoadedModel, Questions, Shared, check_place, encode,
+from lab.inputs import (LoadedModel, Questions, Shared, check_place, encode,
                         load_model, longest_text, model_files, plain_prompts, read_questions,
-                        room_for_text, rows_per_layer, sample_topics, topic,
-                        training_and_evaluation)
+                        room_for_text, rows_per_layer, sample_topics, training_and_evaluation)
 from lab.loss import Text, answer_losses, answers, begin
 from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
                           text_names, with_flags)
@@ -258,18 +257,17 @@ def majority(questions: Questions) -> dict[str, float]:
 
 def standard_errors(questions: Questions, sums: dict[str, list[float]], tokens: list[int],
                     scores: list[dict[str, float]]) -> dict[str, float]:
-    """{"loss_se": ...} in the units of the means, with contexts as clusters, because questions of
-    one context are no independent sample; {} of fewer than FEW_CONTEXTS, which tell too little.
-    sums: over each answer's tokens."""
-    _, context = np.unique([topic(e) for e in questions.examples], return_inverse=True)
-    if context.max() + 1 < FEW_CONTEXTS:
+    """{"loss_se": ...} in the units of the means, with articles or contexts as clusters, because
+    questions of one are no independent sample; {} of too few. sums: over each answer's tokens."""
+    clusters = questions.clusters()
+    if clusters is None:
         return {}
-    errors = {f"{key}_se": statistics.ratio_error(np.array(values), np.array(tokens), context)
+    errors = {f"{key}_se": statistics.ratio_error(np.array(values), np.array(tokens), clusters)
               for key, values in sums.items()}
     ones = np.ones(len(scores))
     for key in scores[0]:
         values = np.array([score[key] for score in scores])
-        errors[f"{key}_se"] = 100 * statistics.ratio_error(values, ones, context)
+        errors[f"{key}_se"] = 100 * statistics.ratio_error(values, ones, clusters)
     return errors
 
 

@@ -14,6 +14,7 @@ import random
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 
 import data
@@ -227,7 +228,7 @@ def check_place(prompt: PromptSettings, loaded: LoadedModel, model: str) -> None
 # --------------------------------------------------------------------------------------------------
 # questions
 
-FEW_CONTEXTS = 10  # fewer clusters than these give no standard error worth printing
+FEW_UNITS = 10  # fewer independent units give no error or interval worth printing
 STEPS = "\nSteps:"  # what asks for worked steps, before the answer is asked for
 ROWS_KEPT = 10000  # token rows of a data set that are kept, at some 10 KB each
 SIZED = 1000  # questions whose answers' lengths are averaged, in a tenth of a second
@@ -301,6 +302,16 @@ def unit(example: data.Example) -> str:
     """The article or arithmetic module that an example is of; if its file names none, its topic.
     Statistics take examples of one unit as dependent, and those of others as independent."""
     return example.source or topic(example)
+
+
+def independent_units(examples: list[data.Example]) -> np.ndarray:
+    """The number (N,) of the unit that each example is of, or if they are of fewer than FEW_UNITS,
+    of its topic. What is found then holds of these articles or modules, and not of others."""
+    for kind in (unit, topic):
+        names, numbers = np.unique(list(map(kind, examples)), return_inverse=True)
+        if len(names) >= FEW_UNITS:
+            break
+    return numbers
 
 
 def sample_topics(examples: list[data.Example], count: int) -> list[data.Example]:
@@ -382,6 +393,12 @@ class Questions:
         """share: compute what questions of one context have in common once. place: the prompt's."""
         rows = [self.row(i) for i in indices]
         return data.collate(rows, share, place == "suffix").to(device)
+
+    def clusters(self) -> np.ndarray | None:
+        """The independent units (N,) of a standard error; None of fewer than FEW_UNITS, which tell
+        too little."""
+        numbers = independent_units(self.examples)
+        return numbers if numbers.max() + 1 >= FEW_UNITS else None
 
     def each_choice(self) -> Questions:
         """Every choice of every question of multiple choice, as if it were the right answer; none

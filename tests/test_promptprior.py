@@ -612,7 +612,7 @@ def test_eval_scores_several_texts(trained, capsys):
 def test_a_text_prompt_is_scored_as_the_beginning_of_the_text(trained, tmp_path, monkeypatch,
                                                               capsys):
     """As if each context began with it; from files, and with another separator, too."""
-    monkeypatch.setattr(evaluation, "FEW_CONTEXTS", 5)
+    monkeypatch.setattr(inputs, "FEW_UNITS", 5)
     (tmp_path / "shots.txt").write_text("short answer\nA cat sat.\nQuestion: Who?\nAnswer: cat\n")
     flags = ["--json", "--limit", 30, "--max-length", 400, "--data",
              f"squad:{TINY / 'squad/dev.json'}"]
@@ -711,7 +711,7 @@ def test_a_text_prompt_leaves_a_longer_max_length_alone(hf, tmp_path, capsys):
 def test_the_step_that_is_wanted(tmp_path, monkeypatch, capsys):
     """best is the lowest evaluation loss among the snapshots; every command that reads a run's
     prompt takes it."""
-    monkeypatch.setattr(evaluation, "FEW_CONTEXTS", 5)
+    monkeypatch.setattr(inputs, "FEW_UNITS", 5)
     assert run("train", "--out", tmp_path / "r", *FEW, "--eval-limit", 30, "--text", "",
                "--max-length", 200) == 0
     run_of, log = Run(tmp_path / "r"), metrics(tmp_path / "r")
