@@ -65,6 +65,9 @@ class Stopped(Exception):
         super().__init__(message)
         self.status = status
 
+    def __reduce__(self):  # by default it would be made again of its message alone
+        return Stopped, (str(self), self.status)
+
 
 # Escape sequences, control characters except line break and tab, and the marks that change the
 # direction of writing.
