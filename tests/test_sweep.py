@@ -312,6 +312,31 @@ def test_a_signal_stops_it_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert stopped.value.status == -signal.SIGTERM and not (tmp_path / "a/failed").exists()
 
 
+@pytest.mark.parametrize("during", ["work", "wait"])
+def test_helpers_are_stopped_with_the_process_that_began_them(tmp_path, during):
+    """Also by a signal that comes between steps, or while it waits for them."""
+    (tmp_path / "helper.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "main.py").write_text(f"""
+import os, signal, subprocess, sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+from lab import console, sweep
+begun = []
+sweep.PROGRAM = Path({str(tmp_path / "helper.py")!r})
+sweep.subprocess.Popen = lambda *a, start=subprocess.Popen, **k: begun.append(start(*a, **k)) or begun[-1]
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+try:
+    with sweep.helpers(SimpleNamespace(folder=Path({str(tmp_path)!r})), 2):
+        time.sleep(60 if {during!r} == "work" else 0)
+except console.Stopped as e:
+    print(e, [process.returncode for process in begun], e.status)
+""")
+    process = Forked(tmp_path / "main.py")
+    assert process.wait(50) == 0, process.err
+    assert process.out == f"stopped by SIGTERM; go on by: sweep {tmp_path} [-15, -15] -15\n"
+
+
 # --------------------------------------------------------------------------------------------------
 # the table
 
