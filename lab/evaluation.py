@@ -29,9 +29,9 @@ from lab.files import checksum
 from lab.folder import FIRST_PROMPT, Run, best_evaluation
 from lab.foreign_data import not_foreign
 from lab.forgetting import SPLIT, forgetting, read_prose
-from lab.inputs import (LoadedModel, Questions, Shared, check_place, encode,
+from lab.inputs import (LoadedModel, Questions, Shared, check_place, encode, evaluation_examples,
                         load_model, longest_text, model_files, plain_prompts, read_questions,
-                        room_for_text, rows_per_layer, sample_topics, training_and_evaluation)
+                        room_for_text, rows_per_layer, sample_topics)
 from lab.loss import Text, answer_losses, answers, begin
 from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
                           text_names, with_flags)
@@ -420,7 +420,7 @@ def questions_of(runs: list[OpenRun], options: EvalOptions) -> Questions:
     """What runs are scored on: --data, or their own evaluation data."""
     settings, loaded = runs[0].settings, runs[0].loaded
     if options.spec is None:
-        evals = training_and_evaluation(settings.data)[1]
+        evals = evaluation_examples(settings.data)
         name = settings.data.eval_data or f"{settings.data.data}, held out"
     else:
         examples = read_questions(options.spec, 1, settings.data.keep_unanswerable)

@@ -1,8 +1,8 @@
 """From settings to what a command works with: the model, its tokenizer, questions, checksums.
 
     loaded = load_model(settings.model)                       # a folder, or a model of the hub
-    examples, evals = training_and_evaluation(settings.data)
-    questions = encode(examples, loaded.vocabulary, max_length, "training")
+    evals = evaluation_examples(settings.data)
+    questions = encode(evals, loaded.vocabulary, max_length, "evaluation")
 
 What a user got wrong is refused here in one line, before anything is written.
 """
@@ -336,21 +336,24 @@ def divided(settings: DataSettings) -> Examples:
     held out for evaluation; with --hold-out another tenth is held out, to choose settings by."""
     examples, held_out = read_questions(settings.data, 0, settings.keep_unanswerable), []
     if settings.eval_data is not None:
-        evals = read_questions(settings.eval_data, 1, settings.keep_unanswerable)
+        evals = evaluation_examples(settings)
     else:
         examples, evals = _hold_out(examples, settings, "for evaluation (no --eval-data)",
                                     "give --eval-data")
-    evals = sample_topics(evals, settings.eval_limit)  # of one topic there may be any number
+        evals = sample_topics(evals, settings.eval_limit)  # a topic may have any number
     if settings.hold_out:
         examples, held_out = _hold_out(examples, settings, "to choose settings by (--hold-out)",
                                      "leave out --hold-out, or several --lr")
     return Examples(sample_topics(examples, settings.train_examples), evals, held_out)
 
 
-def training_and_evaluation(settings: DataSettings
-                            ) -> tuple[list[data.Example], list[data.Example]]:
-    """The examples to train and to evaluate on."""
-    return divided(settings)[:2]
+def evaluation_examples(settings: DataSettings) -> list[data.Example]:
+    """The examples to evaluate on. The training data are read only where these are a part of
+    them."""
+    if settings.eval_data is None:
+        return divided(settings).evaluation
+    evals = read_questions(settings.eval_data, 1, settings.keep_unanswerable)
+    return sample_topics(evals, settings.eval_limit)
 
 
 def _hold_out(examples: list[data.Example], settings: DataSettings, purpose: str, remedy: str

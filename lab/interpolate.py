@@ -15,8 +15,7 @@ from lab.commands import InterpolateOptions
 from lab.console import UserError, say, show, table
 from lab.evaluation import OpenRun, evaluate, open_run
 from lab.files import checksum, free_folder, new_folder
-from lab.inputs import (LoadedModel, Questions, encode, model_files,
-                        training_and_evaluation)
+from lab.inputs import LoadedModel, Questions, encode, evaluation_examples, model_files
 from lab.settings import DataSettings, ModelSettings, from_flags, spec_name
 
 Tasks = dict[str, tuple[DataSettings, Questions]]
@@ -95,7 +94,7 @@ def tasks_of(first: OpenRun, last: OpenRun) -> Tasks:
     for opened in (first, last):
         settings = opened.settings.data
         name = spec_name(settings.eval_data or settings.data)
-        examples = training_and_evaluation(settings)[1]
+        examples = evaluation_examples(settings)
         questions = encode(examples, opened.vocabulary, opened.max_length, name)
         same = tasks.get(name, (None, questions))[1]
         if (same.examples, same.max_length) != (questions.examples, questions.max_length):

@@ -355,7 +355,7 @@ def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
     out = tmp_path / "o"
     for spec in ("squad:tiny/squad/train.json", "math:tiny/math/train-easy/*_mul.txt"):
         settings = DataSettings(data=spec).complete()
-        train_side, eval_side = inputs.training_and_evaluation(settings)
+        train_side, eval_side, _ = inputs.divided(settings)
         total = len(data.read(*inputs.parse_spec(settings.data, 0)))
         assert len(train_side) + len(eval_side) == total \
             and total // 10 <= len(eval_side) < total // 10 + 6
@@ -654,7 +654,7 @@ def test_an_early_run_keeps_its_meaning(trained, tmp_path, capsys):
     loaded = inputs.load_model(settings.model)
     ids = loaded.vocabulary.encode_plain("short answer")
     total = tokens = 0
-    for example in inputs.training_and_evaluation(replace(settings.data, eval_limit=6))[1]:
+    for example in inputs.evaluation_examples(replace(settings.data, eval_limit=6)):
         row = data.encode(example, loaded.vocabulary, 400)
         with torch.no_grad():
             h, _ = loaded.model(torch.tensor([ids + row.ids]))

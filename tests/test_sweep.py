@@ -505,6 +505,20 @@ def test_flags_that_may_stand_alone_do_so_in_a_grid_and_alike_names_have_numbers
         assert line["teacher_kl"] > 0 and Run(run).settings().teacher.teacher_answers == 0
 
 
+def test_what_reads_evaluation_data_alone_needs_no_training_data(tmp_path, capsys):
+    for name in ("training", "evaluation"):
+        (tmp_path / f"{name}.txt").write_text("".join(
+            f"What is {i} + 1?\n{i + 1}\n" for i in range(30)))
+    out, data = tmp_path / "a", [f"math:{tmp_path}/{name}.txt" for name in ("training", "evaluation")]
+    few = [*FEW, "--steps", "1", "--eval-every", "1", "--data", data[0], "--eval-data", data[1]]
+    assert main("sweep", "--out", out, "--prior", "vocab", "fitted", *few) == 0
+    (tmp_path / "training.txt").unlink()
+    runs = [out / "runs" / name for name in ("vocab", "fitted")]
+    for command in (["sweep", out, "--table"], ["eval", runs[0]], ["attention", runs[0]],
+                    ["interpolate", *runs, "--points", 2, "--out", tmp_path / "line"]):
+        assert main(*command) == 0, capsys.readouterr().err
+
+
 def test_intervals_stay_where_values_can_be():
     interval = sweep_table.with_interval
     assert interval("f1", [90.0, 98.0]) == {"f1": 94.0, "f1_low": pytest.approx(43.2, abs=0.1),
