@@ -445,7 +445,7 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     checkpoint = checkpoint_of(run, settings) if explicit is None else None
     inputs = read_inputs(run, settings, config, explicit is None, shared)
     settings, loaded = inputs.settings, inputs.loaded
-    prose = read_prose(settings.data, loaded, settings.data.max_length)
+    prose = read_prose(settings, loaded, settings.data.max_length)
 
     # Fit the prior, and make the posterior from its draw.
     begun = begin_run(inputs)
