@@ -266,6 +266,9 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
         tokens += [row.ids[p] for p in wanted]
         roles += [token_roles[p] for p in wanted]
         texts += [number] * len(wanted)
+    if not tokens:
+        raise UserError(f"{spec}: no text of it fits --max-length {settings.max_length} with more "
+                        "than its first token: raise --max-length, or give other data")
     labels = Labels(torch.tensor(tokens[:limit]), roles[:limit], [name] * len(tokens[:limit]),
                     torch.tensor(texts[:limit]))
     by_layer = kept_inputs(loaded, [row.ids for row in rows], positions, layers)
