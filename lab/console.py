@@ -21,7 +21,7 @@ SCORES = {"loss": "loss", "teacher_kl": "teacher KL", "exact_match": "exact matc
           "precision": "precision", "recall": "recall", "f1": "F1", "accuracy": "accuracy",
           "accuracy_value": "same value", "choice_accuracy": "likeliest",
           "agreement": "as teacher", "calibration_error": "ECE", "calibrated": "if calibrated"}
-CALIBRATION = ("calibration_error", "calibrated")  # scores of `eval` alone
+CALIBRATION = ("calibration_error", "calibrated")  # which `train` logs, and `eval` alone prints
 
 # The loss on prose, and what of it is the prompt's: see forgetting.py.
 FORGETTING = {"prose": "prose loss", "forgotten": "forgotten"}
