@@ -35,7 +35,7 @@ from lab.inputs import (LoadedModel, Questions, Shared, check_place, encode, eva
 from lab.loss import Text, answer_losses, answers, begin
 from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
                           text_names, with_flags)
-from lab.words import EFFECTS, controls, discrete, effects, paired, without_each
+from lab.words import EFFECTS, controls, discrete, effects, paired_differences, without_each
 
 MAJORITY = "always the commonest answer"  # what multiple choice is compared with
 
@@ -377,7 +377,7 @@ def command_eval(given: dict) -> None:
     for opened in runs if options.ablate else ():
         ablated[str(opened.run.path)] = effects(loaded, settings, opened.prompt, questions)
     predictions = {label: of_questions for label, (_, of_questions) in scored.items()}
-    differences = paired(questions, predictions, compared)
+    differences = paired_differences(questions, predictions, compared)
     questions.say_cut()
 
     paths = [str(opened.run.path) for opened in runs]

@@ -30,7 +30,7 @@ def command_interpolate(given: dict) -> None:
     models: dict[ModelSettings, LoadedModel] = {}
     first = open_run(options.run_a, given, models)
     last = open_run(options.run_b, given, models)
-    check_same_model(first, last)
+    check_one_model(first, last)
     check_same_shape(first, last)
     tasks = tasks_of(first, last)
     with new_folder(out, "--out") as folder:
@@ -66,7 +66,7 @@ def scored_line(first: OpenRun, last: OpenRun, tasks: Tasks, points: int) -> lis
     return curve
 
 
-def check_same_model(first: OpenRun, last: OpenRun) -> None:
+def check_one_model(first: OpenRun, last: OpenRun) -> None:
     """Raises UserError for runs of different models. Two names may lead to the same weights."""
     sums = {checksum(model_files(opened.settings.model)) for opened in (first, last)}
     if len(sums) > 1:

@@ -134,8 +134,8 @@ def _of_lengths(steps: Tensor, generator: torch.Generator) -> Tensor:
     return noise * length.view(-1, *[1] * (steps.dim() - 1))
 
 
-def paired(questions: Questions, predictions: dict[str, list[dict]], of: dict[str, str]
-           ) -> list[tuple[str, dict[str, float]]]:
+def paired_differences(questions: Questions, predictions: dict[str, list[dict]],
+                       of: dict[str, str]) -> list[tuple[str, dict[str, float]]]:
     """(name, difference in points) of the scores of entries from those of others, with its standard
     error, paired by question. predictions: as evaluate gives them, by the entry's name. of: {name:
     that of the other}."""

@@ -14,7 +14,7 @@ from lab import inputs
 from lab.evaluation import standard_errors
 from lab.inputs import load_model
 from lab.settings import TINY, ModelSettings
-from lab.words import controls, discrete, mixtures_of, paired, without_each
+from lab.words import controls, discrete, mixtures_of, paired_differences, without_each
 
 
 def run(*arguments):
@@ -218,7 +218,7 @@ def test_standard_errors_are_of_articles_or_contexts(loaded, of_articles, of_con
     questions = inputs.encode(examples, loaded.vocabulary, 100, "")
     f1 = np.random.default_rng(0).random((2, 72)) + np.outer([1, 3], groups["article"] / 9)
     scores = {name: [{"f1": 100 * x} for x in values] for name, values in zip(("one", "two"), f1)}
-    (name, numbers), = paired(questions, scores, {"one": "two"})
+    (name, numbers), = paired_differences(questions, scores, {"one": "two"})
     assert name == "one" and numbers["f1"] == pytest.approx(100 * (f1[0] - f1[1]).mean())
     errors = standard_errors(questions, {"loss": f1[1]}, np.ones(72), [{"f1": x} for x in f1[0]])
     if kind is None:
