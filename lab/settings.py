@@ -179,8 +179,8 @@ class PromptSettings:
         "random, drawn uniformly", choices=("principal", "random"))
     place: str = setting(
         "before", "where the prompt stands: before, in front of BOS and the text; after-bos, "
-        "between BOS and the text; suffix, in front of the text's last token, the colon of \"Answer:\"",
-        choices=("before", "after-bos", "suffix"))
+        "between BOS and the text; suffix, in front of the text's last token, the colon of "
+        "\"Answer:\"", choices=("before", "after-bos", "suffix"))
 
     def complete(self, deep_layers: int) -> PromptSettings:
         return replace(self, cut=deep_layers > 0 if self.cut is None else self.cut)
