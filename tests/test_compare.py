@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from scipy.spatial.distance import pdist
 
 import data
 import llama
@@ -18,6 +19,7 @@ import promptprior
 from lab import console, locality
 from lab.activations import Collection
 from lab.attention import measure_attention
+from lab.compare import measure_rows
 from lab.folder import Run
 from lab.inputs import load_model
 from lab.sample import held_out, judge_prior
@@ -383,6 +385,16 @@ def test_sample_judges_a_prior(capsys):
     report = json.loads(out.out)[0]["judged"]
     assert set(report) == {"held-out rows", "prior's draws", "reference rows"}
     assert "judged by it" in out.err
+
+
+def test_an_ordinary_rows_distance_is_to_others():
+    """By all pairs of a small reference, in which rows come sorted by length."""
+    x = torch.randn(19, 3, generator=torch.Generator().manual_seed(0))
+    numbers = dict(measure_rows(x[:4], x[:4], x, priors.Fitted.fit(x)))
+    assert numbers["reference"]["distance"] == pytest.approx(pdist(x.numpy()).mean(), rel=1e-5)
+    x = torch.arange(1500.0)[:, None].sqrt() * torch.eye(3)[torch.arange(1500) % 3]
+    distance = dict(measure_rows(x[:4], x[:4], x, priors.Fitted.fit(x)))["reference"]["distance"]
+    assert distance == pytest.approx(pdist(x.numpy()).mean(), rel=0.15)
 
 
 def test_held_out_rows_are_held_out_texts():
