@@ -827,7 +827,7 @@ def _powers_of_two(limit: int) -> list[int]:
     return [2**k for k in range(limit.bit_length()) if 2**k < limit]
 
 
-class Posterior(Fitted):
+class Posterior(Prior):
     """What earlier runs learned, as the prior of the next task (posterior:RUN,RUN,...): the
     Gaussian of all their final rows. resample=1 takes the rows themselves, row j from row j of a
     run picked at random, so that one run alone is a warm start.
@@ -835,31 +835,48 @@ class Posterior(Fitted):
     The use that the paper names for trained prompts (paper 5). log_prob is the Gaussian's also with
     resample=1: MAP holds rows near where earlier prompts ended."""
 
+    has_density = True
     several, sources = True, True
 
-    runs: list[Tensor]  # (n, D) each, to resample; [] to draw from the Gaussian
+    def __init__(self, runs: list[Tensor], resample: bool, shrinkage: float):
+        """runs: rows (n, D) each."""
+        self.runs = runs
+        self.resample = resample
+        self.shrinkage = shrinkage
 
     @classmethod
     def fit(cls, *runs: Tensor, resample: int = 0, shrinkage: float = -1.0) -> Posterior:
-        import torch
-
         if resample not in (0, 1):
             raise PriorError(f"posterior: resample is {resample}, expected 0, or 1 for rows")
-        prior = super().fit(torch.cat(runs), shrinkage)
-        prior.runs = [rows.float() for rows in runs] if resample else []
+        prior = cls([rows.float() for rows in runs], bool(resample), shrinkage)
+        if not resample:
+            prior.gaussian  # refuses what cannot be fitted
         return prior
+
+    @functools.cached_property
+    def gaussian(self) -> Fitted:
+        """Fitted when it is first asked for: a warm start needs none, and one row has none."""
+        import torch
+
+        return Fitted.fit(torch.cat(self.runs), self.shrinkage)
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         import torch
 
-        if not self.runs:
-            return super().sample(n, generator)
+        if not self.resample:
+            return self.gaussian.sample(n, generator)
         chosen = torch.randint(len(self.runs), (n,), generator=generator).tolist()
         drawn = []
         for j, run in enumerate(chosen):
             rows = self.runs[run]
             drawn.append(rows[j % len(rows)])
         return torch.stack(drawn)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.gaussian.log_prob(x)
+
+    def report(self) -> dict[str, float]:
+        return {} if self.resample else self.gaussian.report()
 
 
 def _normal(n: int, width: int, generator: Generator) -> Tensor:

@@ -152,6 +152,8 @@ def begin_run(inputs: Inputs) -> Beginning:
         kept.update(by_layer)
         scales = {i: float(r.rows.square().mean().sqrt()) for i, r in by_layer.items()}
         fitted = drawn.fitted if settings.train.prior_weight else {}
+        for i, prior in fitted.items():
+            prior.log_prob(drawn.rows[i][0])  # of too few rows there is none: refused before a step
         return Beginning({}, start, scales, fitted, gaussians, drawn.reports,
                          directions(settings.prompt, by_layer, settings.seed))
 

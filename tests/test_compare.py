@@ -144,6 +144,13 @@ def test_the_posterior_of_runs_is_a_prior(runs, tmp_path, capsys):
     torch.testing.assert_close(load_file(tmp_path / "warm/prompts/000000.safetensors"),
                                load_file(runs / "squad/prompt.safetensors"))
     assert run("plot", tmp_path / "warm") == 0
+    # one row alone has no density, which is found before training
+    assert run("train", *FEW, "--tokens", 1, "--out", tmp_path / "one") == 0
+    again = "train", *FEW, "--tokens", 1, "--prior", f"posterior:{tmp_path / 'one'},resample=1"
+    assert run(*again, "--out", tmp_path / "more") == 0
+    capsys.readouterr()
+    assert run(*again, "--prior-weight", 1, "--out", tmp_path / "map") == 2
+    assert "cannot be fitted on 1" in capsys.readouterr().err and not (tmp_path / "map").exists()
     assert run("sample", "--json", "--prior", f"posterior:{runs / 'squad'},{runs / 'sgld'}") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["rows"] == 20 + 3 * 20
     assert run("sample", "--prior", f"posterior:{runs / 'squad'}", "--deep-layers", 1) == 2

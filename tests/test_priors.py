@@ -538,13 +538,25 @@ def test_posterior_is_the_gaussian_of_all_runs_or_their_own_rows():
     runs = [reference(6, 5, seed) for seed in (0, 2)] + [reference(4, 5, 8)]
     prior, resampled = priors.Posterior.fit(*runs), priors.Posterior.fit(*runs, resample=1)
     theirs = LedoitWolf().fit(torch.cat(runs).double().numpy()).covariance_
-    np.testing.assert_allclose(covariance(prior), theirs, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(covariance(prior.gaussian), theirs, rtol=1e-6, atol=1e-8)
     assert torch.equal(prior.log_prob(runs[0]), resampled.log_prob(runs[0]))
     # row j of some run, from its first again when it is shorter
     assert {[torch.equal(row, r[j % len(r)]) for r in runs].index(True)
             for j, row in enumerate(resampled.sample(40, seeded()))} == {0, 1, 2}
     warm = priors.Posterior.fit(runs[0], resample=1).sample(8, seeded())
     assert torch.equal(warm, torch.cat((runs[0], runs[0][:2])))
+
+
+def test_one_row_is_a_warm_start():
+    """Nothing is fitted until the density is asked for."""
+    row = torch.randn(1, 5, generator=seeded())
+    prior = priors.Posterior.fit(row, resample=1)
+    torch.testing.assert_close(prior.sample(3, seeded()), row.expand(3, 5))
+    assert prior.report() == {}
+    with pytest.raises(priors.PriorError, match="cannot be fitted on 1"):
+        prior.log_prob(row)
+    with pytest.raises(priors.PriorError, match="cannot be fitted on 1"):
+        priors.Posterior.fit(row)
 
 
 def test_map_pushes_strays_out_of_the_excluded_ball():
