@@ -280,11 +280,12 @@ class Exclusion(Fitted):
             shrinkage: float = -1.0, *,
             spectrum: Callable[[], Spectrum] | None = None) -> Exclusion:
         N, D = reference.shape
-        if radius and (c != 5.0 or not radius > 1):
+        least = 1.000001  # nearer to 1 the two densities are equal but for rounding
+        if radius and (c != 5.0 or not radius >= least):
             raise PriorError(f"exclusion: radius is {radius} and c is {c}, expected a radius of "
-                             "more than 1 and no c, or no radius")
-        if not c > 1:
-            raise PriorError(f"exclusion: c is {c}, expected more than 1")
+                             f"{least} or more and no c, or no radius")
+        if not c >= least:
+            raise PriorError(f"exclusion: c is {c}, expected {least} or more")
         if not 0 <= k <= D:
             raise PriorError(f"exclusion: k is {k}, expected 1 to {D} principal directions, "
                              "or 0 for all")
@@ -320,7 +321,7 @@ class Exclusion(Fitted):
         # The kept share is 1 - e^u with u = log(pdf / pdf_wide), negative outside the excluded
         # radius. From just below 0 on, log(1 - e^u) is replaced by its tangent at `edge`.
         u = law.log_c - square / 2 * (1 - 1 / law.c_dim)
-        edge = -1e-4
+        edge = -1e-4 * min(1.0, law.log_c)
         outside = u.clamp(max=edge)
         slope = math.exp(edge) / math.expm1(edge)
         log_kept = torch.log(-torch.expm1(outside)) + (u - outside) * slope
