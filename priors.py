@@ -546,6 +546,9 @@ class Sparse(Fitted):
     exactly the wide density cut to the sparse set. A draw that is dense even then is moved away
     from the mean, a tenth of its distance at a time, until it is sparse."""
 
+    k: int  # which of the nearest neighbours is measured to
+    widening: float  # of the wide draws' deviations, over the Gaussian's
+    dim: int  # principal directions in which distances are measured; 0: all
     reference: Tensor  # (N, D), as it was given
     points: Tensor  # (N, D) rows, or (N, dim) coordinates fp64, that distances are measured to
     squares: Tensor  # (N,): squared norms of the centred rows; inf for those held out
@@ -570,7 +573,7 @@ class Sparse(Fitted):
 
         # What distances are measured to. In its full width the reference is not copied: 128k rows
         # of 2048 are a gigabyte.
-        prior.reference, prior.k, prior.wide, prior.dim = reference, k, scale, dim
+        prior.reference, prior.k, prior.widening, prior.dim = reference, k, scale, dim
         blocks = reference.split(BLOCK)
         prior.points = torch.cat([prior.centred(x) for x in blocks]) if dim else reference
         prior.squares = torch.cat([prior.centred(x).square().sum(1) for x in blocks])
@@ -626,7 +629,7 @@ class Sparse(Fitted):
         return (q - kth_neighbour).norm(dim=1)
 
     def _wide_draws(self, n: int, generator: Generator) -> Tensor:
-        return self.unwhiten(self.wide * self._noise(n, generator))
+        return self.unwhiten(self.widening * self._noise(n, generator))
 
     def draw(self, n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """-> rows (n, D) fp64, which of them (n,) were moved, and the distances (n,)."""
@@ -657,7 +660,7 @@ class Sparse(Fitted):
         the distance to the k-th neighbour there, so steep that MAP keeps rows outside. A row deep
         inside may come to rest in a gap between neighbours."""
         D = x.shape[1]
-        log_wide = self._log_normal(self.whiten(x) / self.wide) - D * math.log(self.wide)
+        log_wide = self._log_normal(self.whiten(x) / self.widening) - D * math.log(self.widening)
         depth = (self.distance(x) / self.threshold - 1).clamp(max=0)
         return (log_wide - math.log(max(self.acceptance, 1e-3)) + 1e4 * depth).to(x.dtype)
 
