@@ -40,8 +40,8 @@ class Prior:
     """What every prior has, beside report() and the three flags:
 
     fit(reference (N, D), **options) -> prior, a class method. An option has the type of its
-        default: int, float or str. Errors are PriorError. A prior that begins with a Gaussian takes
-        spectrum too, which gives the reference's Spectrum if that is known already.
+        default: int, float or str. Errors are PriorError. A prior that is made from the Gaussian of
+        one reference takes spectrum too, a function that returns its Spectrum.
     sample(n, generator) -> (n, D) fp32
     log_prob(x (n, D)) -> (n,) nats, in x's dtype"""
 
@@ -691,7 +691,8 @@ class VAE(Fitted):
     kernel is width^2 times the mean square that nearest rows differ by, each difference over its
     row's relative distance. The c_i are scaled such that draws have the fitted Gaussian's variance
     in every latent. The number of latents and the width are those of WIDTHS and of powers of two
-    that make rows held out of the fit most likely. At most 8192 rows are encoded."""
+    that make rows most likely which are not encoded, though the Gaussian is fitted on them, too. At
+    most 8192 rows are encoded."""
 
     WIDTHS = (0.25, 0.35, 0.5, 0.7, 1.0)  # of a kernel, in distances to the nearest row
     SMALLEST = 0.1  # width of a row, in mean widths: a row with copies would have none
@@ -899,7 +900,6 @@ def _evenly_spaced(N: int, most: int) -> Tensor:
 
 # To add a prior, write its class above and name it here: --prior, --help and most tests take it
 # from this table. The arguments of fit are its options, the docstring's first paragraph its help.
-# torch is imported inside the functions that need it, so that this table is read without it.
 PRIORS = {
     "isotropic": Isotropic,
     "xavier": Xavier,

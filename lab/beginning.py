@@ -122,7 +122,7 @@ class Beginning(NamedTuple):
     start: dict[int, Tensor]  # {layer: (K, n, ...)}: the prior's draws
     scales: dict[int, float]  # the root mean square of each layer's reference
     fitted: dict[int, priors.Prior]  # {} if their density is not asked for
-    gaussians: dict[int, posteriors.Gaussian]  # like the priors; {} if one prompt is trained
+    gaussians: dict[int, posteriors.Gaussian]  # of gaussian_like; {} if one prompt is trained
     reports: list[dict]  # what the prior of each layer says of itself
     bases: dict[int, Tensor]  # the directions of --subspace
 
