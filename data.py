@@ -126,9 +126,11 @@ def files_below(folder: Path) -> list[Path]:
 # texts and records
 
 
-def read_text(path: str | Path, most: int = LARGEST) -> str:
+def read_text(path: str | Path, most: int = LARGEST, whole_lines: bool = False) -> str:
     """The text of a UTF-8 file of at most `most` bytes, without its byte order mark, with \\n as
-    line end. Raises DataError if it cannot be read or is not text."""
+    line end. whole_lines: without what follows the last line end, of a file that grows by lines; a
+    writer that was killed leaves the beginning of one there, a power cut zeros. Raises DataError if
+    it cannot be read or is not text."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
@@ -138,7 +140,10 @@ def read_text(path: str | Path, most: int = LARGEST) -> str:
         if size > most:
             raise DataError(f"{path}: {size} bytes, and no more than {most} are read at once: "
                             "check the file, or divide it")
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        if whole_lines:
+            content = content[:content.rfind(b"\n") + 1]
+        text = content.decode("utf-8-sig")
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror}): check the path") from None
     except UnicodeDecodeError as e:
@@ -764,7 +769,11 @@ class Vocabulary:
     def ordinary(self) -> list[int]:
         """The ids of all tokens that are embedded and not special. Ids that no token has, such as
         those that fill a matrix up to a multiple of 64, are none of them."""
-        return sorted(set(self.ids) - self.special - self.unembedded.keys())
+        found = sorted(set(self.ids) - self.special - self.unembedded.keys())
+        if not found:
+            raise DataError(f"{self.path}: has no tokens but special ones: fetch the "
+                            "tokenizer.json of this model")
+        return found
 
     @functools.cached_property
     def stop(self) -> set[int]:

@@ -9,6 +9,7 @@ turns what goes wrong into one line. A command's module is imported when it is c
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -20,6 +21,7 @@ from lab.console import FIRST, Stopped, one_line, out_of_memory, rank_and_count,
 
 # A ValueError of these modules, or of lab, is the user's mistake; any other is a fault of ours.
 ROOT_MODULES = ("data", "llama", "priors", "viz")
+NO_THREAD = "can't start new thread"  # what Python says of a system's limit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         status = exit_status(e)
         if status is None:
             raise
-        report(e, status)
+        with contextlib.suppress(OSError):  # nobody reads stderr, or its disk is full
+            report(e, status)
     if status < 0:
         # The process ends by the signal itself, so that a shell or a scheduler sees which it was.
         signal.signal(-status, signal.SIG_DFL)
@@ -65,7 +68,8 @@ def exit_status(e: Exception) -> int | None:
         return 2
     if isinstance(e, Stopped):
         return e.status
-    return 1 if isinstance(e, OSError) or out_of_memory(e) or has_lost_others(e) else None
+    is_of_system = isinstance(e, OSError) or out_of_memory(e) or NO_THREAD in str(e)
+    return 1 if is_of_system or has_lost_others(e) else None
 
 
 def report(e: Exception, status: int) -> None:
@@ -105,6 +109,9 @@ def message(e: Exception) -> str:
     if out_of_memory(e):
         return (f"memory does not suffice ({e or 'no more of it'}): lower --batch-size, "
                 "--max-length or --limit, or use a smaller model")
+    if NO_THREAD in str(e):
+        return ("the system lets this process start no more threads: raise its limit (ulimit -u), "
+                "or end other programs")
     if has_lost_others(e):
         return ("another of the processes has ended, and this one cannot go on alone: start all of "
                 "them again with train --out RUN --resume, which goes on from the last checkpoint")

@@ -2,7 +2,7 @@
 columns, keep of a text of several hundred tokens.
 
     python benchmarks/distil.py --out runs/distil --model smollm2 \\
-        --data squad:train-v1.1-4330.jsonl --eval-data squad:xquad-en-a.json
+        --data squad:train-v1.1-4330.jsonl --eval-data squad:xquad-en-a.json [FLAG of sweep ...]
 
 The teacher is the model with --examples questions of --data in front, with their contexts and
 answers, drawn with seed 0 among the quarter with the shortest contexts. The prompts learn its
@@ -57,12 +57,10 @@ def grids(a: argparse.Namespace, teacher: str) -> list[dict]:
     """Of every prior; the prior text begins as the text prompt, which is scored beside."""
     common = {"model": a.model, "data": a.data, "teacher": teacher, "teacher_mix": a.mix,
               "steps": a.steps, "eval_limit": a.eval_limit, "tokens": COLUMNS,
-              "method": list(METHODS), "seed": a.seeds}
-    for name in ("eval_data", "dtype"):
-        if getattr(a, name):
-            common[name] = getattr(a, name)
-    return [{**common, "prior": prior, "text": [[teacher] if prior == "text" else []]}
-            for prior in a.priors]
+              "method": list(METHODS)}
+    # Seed by seed, so that while runs are missing there are as many of each.
+    return [{**common, "seed": [seed], "prior": prior, "text": [[teacher] * (prior == "text")]}
+            for seed in a.seeds for prior in a.priors]
 
 
 def rows_of(out: Path, tokens: int) -> list[tuple[str, dict]]:
@@ -91,15 +89,13 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--model", default="smollm2", help="a folder; benchmarks/smollm2.py makes one")
     p.add_argument("--data", required=True, help="a SPEC, such as squad:train-v1.1.json")
-    p.add_argument("--eval-data", help="a SPEC (the bundled one's, or a tenth of --data)")
     p.add_argument("--examples", type=int, default=4, help="worked examples of the teacher")
     p.add_argument("--priors", nargs="+", default=["fitted", "text", "isotropic"])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--steps", type=int, default=200)
     p.add_argument("--mix", type=float, default=0.0, help="--teacher-mix")
     p.add_argument("--eval-limit", type=int, default=200)
-    p.add_argument("--dtype", help="of the frozen weights, as for train")
-    a = p.parse_args()
+    a, flags = p.parse_known_args()
 
     teacher = worked_examples(a.data, a.examples)
     grid = json.dumps(grids(a, teacher), indent=1)
@@ -107,7 +103,7 @@ def main() -> None:
     path = a.out.parent / f"{a.out.name}.grid.json"
     write_file(path, grid.encode())
     done = subprocess.run([sys.executable, ROOT / "promptprior.py", "sweep", "--grid", path,
-                           "--out", a.out])
+                           "--out", a.out, *flags])
     if done.returncode:
         raise SystemExit(done.returncode)
     folder = TINY if a.model == "tiny" else a.model

@@ -408,9 +408,11 @@ class Collection:
 
 def check_about(about: dict) -> None:
     """Raises ValueError, KeyError or TypeError for metadata that no collection has."""
-    for key in ("model", "dtype", "sha256"):
-        if not isinstance(about[key], str) or "\0" in about[key]:
-            raise ValueError(f"{key} is {about[key]!r:.80}")
+    named = {key: about[key] for key in ("model", "dtype", "sha256")}
+    named["revision"] = about.get("revision") or ""  # of a model on the hub alone
+    for key, text in named.items():
+        if not isinstance(text, str) or "\0" in text:
+            raise ValueError(f"{key} is {text!r:.80}")
     layers, domains = about["layers"], about["domains"]
     are_numbers = all(type(i) is int and 0 <= i < 2**20 for i in layers)
     are_names = all(isinstance(name, str) and "\0" not in name for name in domains)

@@ -147,6 +147,10 @@ def _line_progress() -> type:
         updates = 0
         seconds_left = None  # a function that knows better than the mean of all updates
 
+        def __del__(self):
+            with contextlib.suppress(AttributeError):  # a signal came while it was made
+                super().__del__()
+
         def update(self, n: float = 1) -> bool | None:
             shown = super().update(n)
             self.updates += 1

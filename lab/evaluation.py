@@ -505,6 +505,8 @@ def command_generate(given: dict) -> None:
     if options.batch is not None:
         text = data.read_text(not_foreign(options.batch))
         lines = list(data.json_lines(text, options.batch))
+        if not lines:
+            raise UserError(f"{options.batch}: no line in it: give JSON lines with a text each")
     else:  # one text is a batch of one line
         lines = [("the text", {"text": paths.pop()})]
     if not paths:

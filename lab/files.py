@@ -263,15 +263,23 @@ class Folder:
             with inner, named(inner.path):
                 yield inner
 
-    def names(self) -> list[str]:
-        """The regular files in it and in its folders, but for links and unfinished ones."""
-        names = []
+    def _entries(self) -> Iterator[tuple[str, os.DirEntry]]:
+        """What is in it and in its folders, by its name from here, but for what is unfinished."""
         for folder in chain([self], self.folders()):
             prefix = "" if folder is self else f"{folder.path.name}/"
-            names += [prefix + entry.name for entry in os.scandir(folder.descriptor)
-                      if entry.is_file(follow_symlinks=False)
-                      and not entry.name.endswith(UNFINISHED)]
-        return sorted(names)
+            for entry in os.scandir(folder.descriptor):
+                if not entry.name.endswith(UNFINISHED):
+                    yield prefix + entry.name, entry
+
+    def names(self) -> list[str]:
+        """The regular files in it and in its folders, but for links and unfinished ones."""
+        return sorted(name for name, entry in self._entries()
+                      if entry.is_file(follow_symlinks=False))
+
+    def check_ours(self, is_ours: Callable[[str], bool]) -> None:
+        """Raises NotWritten or UserError if what has a name of ours is no regular file, so that it
+        could not be replaced later."""
+        self._check_places([name for name, _ in self._entries() if is_ours(name)])
 
     def synchronise(self) -> None:
         """Make durable what was renamed and removed."""
@@ -285,8 +293,14 @@ class Folder:
             clear_dead(folder.descriptor)
         clear_dead(self.descriptor)
         for name in os.listdir(self.descriptor):
-            if name.endswith(UNFINISHED):  # a folder, of one who had the lock before
-                shutil.rmtree(name, ignore_errors=True, dir_fd=self.descriptor)
+            if not name.endswith(UNFINISHED):
+                continue
+            # A folder, of one who had the lock before; or what would stand in the next one's way.
+            shutil.rmtree(name, ignore_errors=True, dir_fd=self.descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                kind = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False).st_mode
+                if not stat.S_ISREG(kind):
+                    _unlink(name, self.descriptor)
 
     @contextlib.contextmanager
     def making(self, is_ours: Callable[[str], bool]) -> Iterator[Folder]:
@@ -323,13 +337,19 @@ class Folder:
         """Put what `making` made in its place. It may be cut short anywhere and called again."""
         there = [entry.name for entry in os.scandir(self.descriptor)
                  if entry.is_dir(follow_symlinks=False)]
+        is_made = False
         if MADE in there:
-            for name in filter(is_ours, self.names()):
+            old = [*filter(is_ours, self.names())]
+            with Folder(self.path / MADE, inside=self) as inner:
+                # Nothing goes for a folder that holds nothing of the kind, which is another's.
+                is_made = not old or any(map(is_ours, inner.names()))
+        if is_made:
+            for name in old:
                 self.remove(name)
             self.synchronise()
             os.rename(MADE, MOVING, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
             os.fsync(self.descriptor)
-        if MADE in there or MOVING in there:
+        if is_made or MOVING in there:
             with Folder(self.path / MOVING, inside=self) as inner:
                 # The configuration comes last, because readers take its folder for whole.
                 for name in sorted(inner.names(), key=lambda name: name.endswith("config.json")):
@@ -344,7 +364,7 @@ def _check_replaceable(name: str, at: int) -> None:
     """Raises OSError for what is neither missing nor a regular file. A link is none."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
-            raise OSError(None, "not a regular file, which alone is replaced")
+            raise OSError(None, "not a regular file, which alone is replaced: move it away")
 
 
 def _created(name: str, at: int) -> BinaryIO:
@@ -488,8 +508,11 @@ def free_place(path: str | Path, flag: str, overwrite: bool = False,
     path = Path(path)
     if path.is_symlink():
         raise UserError(f"{path}: a link, through which nothing is written: choose another {flag}, "
-                        f"as {path.resolve()}")
+                        "as what it leads to")
     if path.exists() and not (overwrite and ours and ours(path)):
+        # A command that was killed at its end leaves its file and the temporary one.
+        with contextlib.suppress(OSError), Folder(path.parent) as folder:
+            clear_dead(folder.descriptor)
         raise UserError(_exists(path, flag, overwrite, kind))
     return path
 

@@ -34,7 +34,7 @@ import llama
 from lab import posteriors
 from lab.console import UserError
 from lab.files import (LONG, SMALL, Folder, NotWritten, digest_of, is_unfinished, locked,
-                       only_begun, read_tensors, reading, refuse_link, settled_state)
+                       named, only_begun, read_tensors, reading, refuse_link, settled_state)
 from lab.foreign_data import not_foreign
 from lab.hub import model_folder
 from lab.processes import rank_and_size
@@ -105,12 +105,16 @@ class Run:
     def lock(self) -> Iterator[str]:
         """Keep other processes from training this run, and finish or remove what one that died
         left. Yields a remark on whose lock was taken over, or "". Raises Locked if another process
-        has it, and UserError for a folder of the run that is a link: what it leads to is another's.
-        """
+        has it, and NotWritten or UserError for what stands in the place of a file or a folder of
+        the run, as a link: what it leads to is another's."""
         with locked(self.path, OURS.fullmatch) as (self.folder, owner):
             try:
-                for name in FOLDERS:
-                    refuse_link(self.path / name)
+                for path in (self.path / name for name in FOLDERS):
+                    refuse_link(path)
+                    if path.exists() and not path.is_dir():
+                        raise UserError(f"{path}: no folder, as a run has here: move it away")
+                with named(self.path):
+                    self.folder.check_ours(OURS.fullmatch)
                 yield f"{self.path}: taken over from {owner}, which is gone" if owner else ""
             finally:
                 self.folder = None
@@ -235,8 +239,8 @@ class Run:
         tensors, about = read_prompt(path)
         if about:
             self._check_whose(path, about, config)
-        elif name != LAST_PROMPT and (self.path / LAST_PROMPT).exists():
-            # Of an early version: a snapshot of another run would be silently wrong.
+        if name != LAST_PROMPT and (self.path / LAST_PROMPT).exists():
+            # They are compared layer by layer; and of an early version nothing else tells.
             if shapes_of(tensors) != shapes_of(read_prompt(self.path / LAST_PROMPT)[0]):
                 raise UserError(f"{path}: rows of other layers or shapes than {LAST_PROMPT} has, "
                                 "so the two are not of one run: restore the file")
@@ -260,8 +264,8 @@ class Run:
     def last_scored(self) -> int:
         """The last step that the log has an evaluation of; -1 if it has none."""
         path = self.path / LOG
-        lines = (data.read_text(path, LONG) if path.exists() else "").split("\n")[:-1]
-        for line in reversed(lines):
+        text = data.read_text(path, LONG, whole_lines=True) if path.exists() else ""
+        for line in reversed(text.split("\n")):
             if '"eval"' in line:
                 # What else is wrong with the log is told by those who read all of it.
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
@@ -326,7 +330,7 @@ class Run:
             raise NotWritten(self.path / LOG, e) if e.strerror else e
 
     def metrics(self) -> list[dict]:
-        """The log, without a last line that a killed run left unfinished."""
+        """The log, without a last line that is not whole."""
         path = self.path / LOG
         state = settled_state(path) if path.exists() else None
         if state is None or state != self._log[0]:
@@ -334,9 +338,9 @@ class Run:
         return [*self._log[1]]
 
     def _read_log(self, path: Path) -> list[dict]:
-        text = data.read_text(path, LONG) if path.exists() else ""
+        text = data.read_text(path, LONG, whole_lines=True) if path.exists() else ""
         lines = []
-        for where, line in data.json_lines(text[:text.rfind("\n") + 1], path):
+        for where, line in data.json_lines(text, path):
             with reading(where, "a line that training logs", RESTORE):
                 _check_metric(line)
             lines.append(line)
@@ -631,6 +635,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError("its state is not that of a run")
         if about.get("sha256") != digest_of(tensors, state):
             raise ValueError("its contents do not match their checksum, the file is damaged")
+        if not all(t.isfinite().all() for t in tensors.values()):
+            raise ValueError("it holds numbers that are not finite")
     return Checkpoint(tensors=tensors, **state)
 
 
@@ -642,7 +648,13 @@ def check_fits(posterior: posteriors.Point, checkpoint: Checkpoint, path: Path) 
             raise UserError(f"{path}: a prefix of an early version, which trained its keys after "
                             "rotation, so it cannot come to the same end: start a run from it by "
                             f"--prior posterior:{path},resample=1")
-        if rows is None or rows.shape != p.shape:
-            raise UserError(f"{path}/checkpoints: rows {name!r} are missing or of another shape "
-                            f"than {tuple(p.shape)}: this checkpoint is of another run, or of an "
-                            "early version: start a run anew")
+        shapes = {key: t.shape for key in ("step", "exp_avg", "exp_avg_sq")
+                  if (t := checkpoint.tensors.get(f"{key}.{name}")) is not None}
+        wanted = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        if isinstance(posterior, posteriors.Langevin):
+            wanted = {"step": (), "exp_avg_sq": p.shape[1:]}
+        if rows is None or rows.shape != p.shape or shapes not in ({}, wanted):
+            raise UserError(f"{path}/checkpoints: rows {name!r}, or what the optimiser keeps of "
+                            f"them, are missing or of another shape than {tuple(p.shape)}: this "
+                            "checkpoint is of another run, or of an early version: start a run "
+                            "anew")

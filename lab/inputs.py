@@ -446,10 +446,15 @@ def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length
 
 def mean_answer_tokens(questions: Questions) -> float:
     """The mean number of an answer's tokens, of at most SIZED questions, drawn at random but always
-    the same ones. An answer is tokenised without its context, from which a line break parts it."""
+    the same ones. An answer is tokenised without its context, from which a line break parts it.
+    Raises UserError if they have none."""
     count = min(len(questions), SIZED)
     drawn = random.Random(0).sample(questions.examples, count)
-    return sum(tokens for _, tokens in data.sizes(drawn, questions.vocabulary)) / count
+    mean = sum(tokens for _, tokens in data.sizes(drawn, questions.vocabulary)) / count
+    if not mean:
+        raise UserError(f"{questions.vocabulary.path}: it makes no tokens of the answers, so there "
+                        "is nothing to train on: fetch the tokenizer.json of this model")
+    return mean
 
 
 class Plain(NamedTuple):

@@ -68,8 +68,8 @@ def read_plan(path: Path) -> Plan:
             raise ValueError(f"threads {plan.threads!r:.80}")
         if type(plan.margin) not in (int, float) or not 0 < plan.margin < math.inf:
             raise ValueError(f"margin {plan.margin!r:.80}")
-        if len(plan.runs) > MOST:
-            raise ValueError(f"{len(plan.runs)} runs, more than {MOST}")
+        if not 0 < len(plan.runs) <= MOST:
+            raise ValueError(f"{len(plan.runs)} runs, not 1 to {MOST}")
         for name, flags in plan.runs.items():
             if not NAME.fullmatch(name):
                 raise ValueError(f"a run {name!r:.80}")

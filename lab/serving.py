@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch import Tensor
 import data
 from lab.console import UserError, say, show
 from lab.evaluation import OpenRun
-from lab.files import SMALL, free_place, replacing
+from lab.files import SMALL, free_place, replacing, write_file
 from lab.folder import CONFIG
 
 
@@ -64,15 +65,16 @@ def is_ours(path: Path) -> bool:
     """Whether export made the rows at path, by the sidecar."""
     with contextlib.suppress(data.DataError):
         about = data.read_json(sidecar(path), dict, SMALL)
-        return about.get("file") == path.name and about.get("for") in FORMS
+        return about.get("file") == path.name and about.get("for") in [*FORMS]
     return False
 
 
 def free_file(path: str, overwrite: bool) -> Path:
     """A path to which rows and their sidecar may be written."""
     path = Path(path)
-    for place in (path, sidecar(path)):
-        free_place(place, "--to", overwrite, lambda _: is_ours(path), KIND)
+    # A sidecar without rows is of an export that was cut short.
+    for place, may_go in ((path, overwrite), (sidecar(path), overwrite or not path.exists())):
+        free_place(place, "--to", may_go, lambda _: is_ours(path), KIND)
     return path
 
 
@@ -119,13 +121,16 @@ def export_rows(opened: OpenRun, origin: dict, path: Path, form: str, overwrite:
              "run": origin}
 
     # The sidecar comes first: there are never rows of which nothing tells how they stand.
-    is_new = not overwrite
-    with replacing(path, is_new) as file, replacing(sidecar(path), is_new) as beside:
+    beside, is_new = sidecar(path), not overwrite
+    with replacing(path, is_new) as file:
         file.write(content)
-        beside.write((json.dumps(about, indent=2) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())  # nothing old goes before
+        write_file(beside, (json.dumps(about, indent=2) + "\n").encode(),
+                   is_new and not beside.exists())
 
     names = {"rows": "the rows", "bos": f"BOS (token {bos})",
              "text": "the text's tokens, without special ones"}
     say(f"in front of every answer stand {', then '.join(names[part] for part in order)}")
     n, width = rows.shape
-    show(f"{path}: {n} rows of {width} numbers, {dtype}; {sidecar(path)} says how they stand")
+    show(f"{path}: {n} rows of {width} numbers, {dtype}; {beside} says how they stand")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ import data
 from lab.beginning import read_inputs
 from lab.commands import SweepOptions
 from lab.console import Stopped, UserError, one_line, say
-from lab.files import SMALL, Locked, write_file
+from lab.files import SMALL, Folder, Locked, refuse_link, write_file
 from lab.folder import CONFIG, Run
 from lab.inputs import Shared
 from lab.plan import Plan, cell_key, make_runs, read_grids, read_plan
@@ -142,9 +143,11 @@ def helpers(plan: Plan, count: int) -> Iterator[None]:
     processes = []
     try:
         for i in range(count):
-            path = plan.folder / "jobs" / f"{i + 2}.txt"
-            path.parent.mkdir(exist_ok=True)
-            with open(path, "wb") as log:
+            name = f"jobs/{i + 2}.txt"
+            with Folder(plan.folder) as folder:
+                folder.write(name, b"")
+                log = folder.open(name, os.O_WRONLY)
+            with log:
                 processes.append(subprocess.Popen(
                     [sys.executable, str(PROGRAM), "sweep", str(plan.folder)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log))
@@ -173,6 +176,9 @@ def command_sweep(given: dict) -> None:
     if margin != plan.margin:
         say(f"--margin {margin:g}: the sweep began with {plan.margin:g}, and a margin that is "
             "chosen after its scores may be seen tests nothing")
+    if not options.table:
+        for name in ("runs", "failed"):
+            refuse_link(plan.folder / name)
     if options.retry:
         for name in plan.runs:
             plan.failure(name).unlink(missing_ok=True)

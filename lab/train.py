@@ -152,7 +152,7 @@ class Training:
         rate = self.optimiser.param_groups[0]["lr"]
         if math.isfinite(loss + kl + penalty + norm):
             self.optimiser.step()
-            seconds = time.perf_counter() - start
+            seconds = max(time.perf_counter() - start, 1e-9)  # some clocks stand still
             line = {"step": self.step + 1, "split": "train", "loss": loss, "lr": rate,
                     "grad_norm": norm, "examples_per_second": round(examples / seconds, 2),
                     "seconds": round(seconds, 4)}

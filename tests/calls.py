@@ -217,6 +217,10 @@ WORKS = {
     "export": Work(["export", "WORLD/runs/prefix", "--to", "CASE/out"]),
     "export --overwrite": Work(["export", "WORLD/runs/rows", "--to", "CASE/out", "--overwrite"],
                                {"out": "adapters/prefix"}, swaps=True),
+    "export --for": Work(["export", "WORLD/runs/rows", "--for", "numpy", "--to", "CASE/out"]),
+    "export --for --overwrite": Work(
+        ["export", "WORLD/runs/rows", "--for", "numpy", "--to", "CASE/out", "--overwrite"],
+        {"out": "rows.npy", "out.json": "rows.json"}),
     "export --csv": Work(["export", "WORLD/runs/point", "--csv", "CASE/out.csv"]),
     "collect": Work(["collect", "--model", "WORLD/model", "--data", "squad:WORLD/squad.json",
                      "--limit", "5", "--out", "CASE/out.safetensors"]),
@@ -299,6 +303,7 @@ class Bench:
                  for word in words]
 
         def work() -> int:
+            fuzz.own_threads()
             said = fuzz.captured(words, self.said)
             (self.said / "result.json").write_text(json.dumps([words, *said]))
             return 0

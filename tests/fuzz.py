@@ -162,6 +162,7 @@ def world(folder: Path) -> None:
     (folder / "sweep/failed").mkdir()
     (folder / "sweep/failed/fitted-seed1.txt").write_text("x: it failed: mend it\n")
     np.save(folder / "rows.npy", np.linspace(-1, 1, 48, dtype=np.float32).reshape(3, 16))
+    (folder / "rows.json").write_text('{"file": "out", "for": "numpy"}')
     assert promptprior.main(["plot", str(folder / "runs/prefix")]) == 0
     shutil.copy(folder / "runs/prefix/report.html", folder / "page.html")
     assert promptprior.main(["export", str(folder / "runs/prefix"), "--csv",
@@ -416,6 +417,7 @@ def work(seed: int, number: int, base: Path, kinds: dict[str, Kind], end: float,
     def tell(value) -> None:
         os.write(pipe, (json.dumps(value) + "\n").encode())
 
+    own_threads()
     for n in range(number, number + 2000):
         if time.monotonic() > end:
             break
@@ -474,10 +476,18 @@ def fuzz(seed: int, seconds: float, base: Path, kinds: dict[str, Kind], most: in
 
 
 def prepare() -> None:
-    """What a process needs that is forked many times: one thread, and all modules."""
+    """What a process needs that is forked many times: one thread, and all modules. An optimiser
+    imports torch._dynamo, which takes longer than any case."""
     torch.set_num_threads(1)
+    importlib.import_module("torch._dynamo")
     for command in commands.COMMANDS.values():
         importlib.import_module(f"lab.{command.module}")
+
+
+def own_threads() -> None:
+    """In a process that was forked: torch makes its pool of threads anew when it is first asked
+    for, and fails if two threads ask at once."""
+    torch.set_num_threads(1)
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """What the program says while it works."""
 
+import gc
 import io
 import os
 import subprocess
@@ -47,6 +48,18 @@ def test_a_remark_beside_a_bar_has_a_line_of_its_own(monkeypatch):
     # After a carriage return a terminal writes over the line.
     shown = [line.split("\r")[-1] for line in terminal.getvalue().splitlines()]
     assert "step 2: loss 1.5" in shown and "2/5" in shown[-1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_stage_that_a_signal_cuts_short_at_its_beginning(monkeypatch):
+    """Before tqdm has set what its end asks for, which Python would print."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console._line_progress(), "_get_free_pos", stop)
+    with pytest.raises(KeyboardInterrupt):
+        console.progress(total=5, desc="train", unit=" steps")
+    gc.collect()
 
 
 def test_only_the_first_process_speaks(capsys, monkeypatch):

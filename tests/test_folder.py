@@ -266,9 +266,15 @@ def test_nothing_is_written_through_a_link(run, tmp_path, capsys, link):
 
 @pytest.mark.parametrize("name", [files.MADE, files.MOVING])
 def test_a_link_is_no_run_to_be_finished(runs, run, name):
-    before = everything(run)
+    """Nor does it stand in the way of the next one to be made."""
+    before, other = everything(run), everything(runs / "1")
     (run / name).symlink_to(runs / "1")
     assert main("compare", run) == 0 and main("train", "--out", run, "--resume") == 0
+    (run / name).symlink_to(runs / "1")
+    shutil.copytree(run, run.parent / "copy", symlinks=True)
+    an_import(Run(run.parent / "copy"), torch.ones(5, 8), True)
+    assert Run(run.parent / "copy").settings().imported
+    assert everything(runs / "1") == other
     (run / name).unlink()
     assert everything(run).keys() == before.keys()
     assert (run / LAST_PROMPT).read_bytes() == before[LAST_PROMPT]
@@ -291,6 +297,48 @@ def test_what_stands_in_the_way_is_found_before_the_old_goes(tmp_path, name):
             for file in (CONFIG, LAST_PROMPT, "prompts/000000.safetensors"):
                 run.write(file, b"new")
     assert everything(run.path) == before
+
+
+@pytest.mark.parametrize("command", [["--resume", "--steps", "5"], ["--overwrite", *FEW]])
+@pytest.mark.parametrize("name, kind", [
+    (LAST_PROMPT, "link"), ("predictions.jsonl", "pipe"), ("figures/layer-00.svg", "folder"),
+    ("checkpoints/000004.safetensors", "folder"), ("figures", "pipe"), ("prompts", "file")])
+def test_what_cannot_be_replaced_is_found_before_training(run, capsys, command, name, kind):
+    """Also what is written last, long after the first step."""
+    path = run / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    {"link": lambda: path.symlink_to("/dev/null"), "pipe": lambda: os.mkfifo(path),
+     "folder": path.mkdir, "file": path.touch}[kind]()
+    before = everything(run)
+    assert main("train", "--out", run, *command) in (1, 2)
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert str(path) in error and ("move it away" in error or "a link" in error), error
+    assert everything(run) == before
+
+
+@pytest.mark.parametrize("inside", [None, "notes.txt"])
+def test_a_folder_that_holds_no_run_replaces_none(run, inside):
+    """Of the name of new files that wait for the old ones to go."""
+    (run / files.MADE).mkdir()
+    before = everything(run)
+    if inside:
+        (run / files.MADE / inside).write_text("mine")
+    assert main("generate", run, "Who?") == 0
+    assert everything(run) == before and not (run / files.MADE).exists()
+
+
+def test_a_refused_command_clears_what_a_killed_one_left(run, tmp_path, capsys):
+    """Killed after its file had its name, and before it lost the temporary one."""
+    half = tmp_path / f".log.csv.77{files.UNFINISHED}"
+    assert main("export", run, "--csv", tmp_path / "log.csv") == 0
+    os.link(tmp_path / "log.csv", half)
+    assert "exists" in refused(capsys, "export", run, "--csv", tmp_path / "log.csv")
+    assert not half.exists() and (tmp_path / "log.csv").exists()
+    with files.replacing(tmp_path / "log.csv"):  # of one that lives
+        assert "exists" in refused(capsys, "export", run, "--csv", tmp_path / "log.csv")
+        assert len(list(tmp_path.glob(f".log.csv.*{files.UNFINISHED}"))) == 1
+    (tmp_path / "loop").symlink_to("loop")
+    assert "a link" in refused(capsys, "export", run, "--csv", tmp_path / "loop")
 
 
 def test_a_page_elsewhere_replaces_only_a_page(run, tmp_path, monkeypatch, capsys):
@@ -358,6 +406,27 @@ def test_checkpoints_of_another_run_change_nothing(runs, run, capsys):
     before = everything(run)
     assert "not the log" in refused(capsys, "train", "--out", run, "--resume", "--steps", 9)
     assert everything(run) == before
+
+
+def test_files_whose_checksums_are_right_and_whose_numbers_do_not_fit(run, capsys):
+    """As who means harm would write them: layers of one snapshot, the optimiser's numbers."""
+    about = Run(run)
+    first, settings = about.tensors("prompts/000000.safetensors"), about.settings()
+    about.write_prompt("prompts/000000.safetensors", {"layers.1": first["layers.0"]}, settings, 0)
+    for command in ("compare", "plot"):
+        assert "not of one run" in refused(capsys, command, run)
+    about.write_prompt("prompts/000000.safetensors", first, settings, 0)
+    checkpoint, _ = about.load_checkpoint()
+    more = ["train", "--out", run, "--resume", "--steps", 5]
+    kinds = {key.split(".")[0]: key for key in checkpoint.tensors}
+    assert kinds.keys() == {"rows", "step", "exp_avg", "exp_avg_sq"}
+    for kind in ("step", "exp_avg", "exp_avg_sq"):
+        tensors = {key: t for key, t in checkpoint.tensors.items() if key != kinds[kind]}
+        about.save_checkpoint(4, tensors, False, settings)
+        assert "what the optimiser keeps" in refused(capsys, *more)
+    tensors = {**checkpoint.tensors, kinds["step"]: torch.tensor(float("nan"))}
+    about.save_checkpoint(4, tensors, False, settings)
+    assert main(*more) == 0 and "not finite" in capsys.readouterr().err
 
 
 def test_flipped_bits_are_noticed(run):

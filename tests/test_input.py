@@ -650,9 +650,9 @@ def test_a_runs_log(own, refused, line):
     path.write_text(path.read_text() + line + "\n")
     error = refused("compare", folder)
     assert f"metrics.jsonl line {len(path.read_text().splitlines())}" in error
-    path.write_bytes(path.read_bytes()[:-1])  # a last line that a killed run left unfinished
-    if line != "\0":
-        assert len(runs.Run(folder).metrics()) > 3
+    # A last line that a killed run left unfinished, or zeros that a power cut did.
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(runs.Run(folder).metrics()) > 3 and runs.Run(folder).last_scored() > 0
 
 
 @pytest.mark.parametrize("change, message", [
@@ -708,7 +708,7 @@ COLLECTION = [
     {"domains": [[]]},
     {"domains": None}, {"domains": [*map(str, range(10**5))]}, {"pool": "x"},
     {"pool": ["token"]}, {"roles": ["bos"]}, {"sha256": 5},
-    {"model": None}, {"dtype": {}}, {"model": "\0"}]
+    {"model": None}, {"dtype": {}}, {"model": "\0"}, {"revision": {"a": 1}}]
 
 
 @pytest.mark.parametrize("change", COLLECTION)
@@ -797,7 +797,8 @@ def test_a_closed_pipe_ends_quietly(world):
 
 @pytest.mark.parametrize("e", [MemoryError(), RuntimeError(
     "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"),
-    torch.OutOfMemoryError("CUDA out of memory"), PermissionError(13, "Permission denied", "x\ny")])
+    torch.OutOfMemoryError("CUDA out of memory"), PermissionError(13, "Permission denied", "x\ny"),
+    RuntimeError("can't start new thread")])
 def test_failures_under_way_are_one_line(monkeypatch, capsys, e):
     def fail(given):
         raise e
@@ -806,6 +807,30 @@ def test_failures_under_way_are_one_line(monkeypatch, capsys, e):
     assert promptprior.main(["plot", "x"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("promptprior: error: ") and err.count("\n") == 1
+
+
+def test_an_error_that_cannot_be_said_is_none_of_ours(world, monkeypatch):
+    """Where stderr is on a full disk."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert promptprior.main(["eval", str(world / "nowhere")]) == 2
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_no_line_and_no_tokens(own, refused, world, tmp_path):
+    (tmp_path / "batch.jsonl").write_text("\n")
+    assert "no line in it" in refused("generate", world / "runs/point", "--batch",
+                                      tmp_path / "batch.jsonl")
+    model = own("model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    few = ["--data", f"squad:{world}/squad.json", *fuzz.FEW, "--out", tmp_path / "out"]
+    for prior in ("vocab", "isotropic"):
+        error = refused("train", "--model", model, "--prior", prior, *few)
+        assert "tokens" in error and "tokenizer.json" in error
 
 
 def test_a_fault_of_ours_is_not_hidden(monkeypatch):

@@ -148,6 +148,10 @@ def test_mistakes_are_one_line_and_nothing_is_half_written(trained, tmp_path, ca
         assert message in error and error.count("\n") == 1, error
     assert path.read_bytes() == before and foreign.read_text() == "mine" and not alone.exists()
     assert run(*command, "--overwrite", "--step", 0) == 0 and path.read_bytes() != before
+    path.unlink()  # as if it was killed before it had written them
+    assert run(*command) == 0 and path.read_bytes() == before
+    (tmp_path / "rows.pt.json").write_text('{"file": "rows.pt", "for": ["vllm"]}')
+    assert run(*command, "--overwrite") == 2 and path.read_bytes() == before
 
     monkeypatch.setattr("lab.serving.json", SimpleNamespace(dumps=lambda *a, **k: 1 / 0))
     with pytest.raises(ZeroDivisionError):

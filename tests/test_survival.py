@@ -551,6 +551,12 @@ def test_other_flags_over_a_config(tmp_path, first, then):
     assert one["given"] == two["given"]
 
 
+def test_a_clock_that_stands_still(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 5.0)
+    assert main("train", "--out", tmp_path / "b", *FEW) == 0
+    same(whole, tmp_path / "b")
+
+
 def test_an_evaluation_that_is_not_finite(tmp_path, monkeypatch, capsys):
     original = evaluation.answers
 

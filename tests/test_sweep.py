@@ -400,6 +400,30 @@ def test_damaged_runs_are_one_line(copy, capsys):
     assert main("sweep", copy, "--table") == 0
 
 
+@pytest.mark.parametrize("name", ["runs", "failed", "jobs", "jobs/2.txt"])
+def test_nothing_is_written_through_a_link(copy, tmp_path, capsys, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for file in ("2.txt", "vocab-seed0-lr0.01.txt"):
+        (outside / file).write_text("mine")
+    if name == "runs":
+        shutil.rmtree(copy / name)
+    (copy / "jobs").mkdir(exist_ok=name == "jobs/2.txt")
+    if name == "jobs":
+        (copy / "jobs").rmdir()
+    (copy / name).symlink_to(outside / "2.txt" if "/" in name else outside)
+    assert main("sweep", copy, "--jobs", 2, "--retry") == 2
+    assert "a link" in capsys.readouterr().err
+    assert {p.name: p.read_text() for p in outside.iterdir()} == {
+        "2.txt": "mine", "vocab-seed0-lr0.01.txt": "mine"}
+
+
+def test_a_plan_without_runs(copy, capsys):
+    plan = json.loads((copy / "plan.json").read_text())
+    (copy / "plan.json").write_text(json.dumps({**plan, "runs": {}}))
+    assert main("sweep", copy) == 2 and "0 runs" in capsys.readouterr().err
+
+
 def test_of_one_question_nothing_is_tested(tmp_path, capsys):
     few = ["--prior", "vocab", "fitted", *FEW, "--steps", "0", "--eval-limit", "1"]
     assert main("sweep", "--out", tmp_path / "a", *few) == 0
