@@ -404,6 +404,24 @@ def test_an_ordinary_rows_distance_is_to_others():
     assert distance == pytest.approx(pdist(x.numpy()).mean(), rel=0.15)
 
 
+def test_rows_of_one_law_are_not_told_apart_where_long_texts_differ_from_short_ones():
+    """Six populations of 20 long texts and 200 short ones of another mean: the reference's rows and
+    the draws of a prior that knows it all. Were each text to weigh the same, the rows of the long
+    ones would count for little among those held out."""
+    text = torch.cat([torch.arange(20).repeat_interleave(100),
+                      20 + torch.arange(200).repeat_interleave(10)])
+    levels, areas = [], []
+    for seed in range(6):
+        x = torch.randn(4000, 4, generator=torch.Generator().manual_seed(seed))
+        x = x + 3 * (text >= 20)[:, None]
+        judged = dict(judge_prior(priors.Vocab, [x], {}, 20, seed, [text]))
+        for name in ("reference rows", "prior's draws"):
+            levels.append(judged[name]["mmd_p"])
+            areas.append(judged[name]["c2st"])
+    assert np.mean(np.array(levels) <= 0.05) <= 0.25
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.04)
+
+
 def test_held_out_rows_are_held_out_texts():
     """About a fifth of the rows, of texts that nothing was fitted on: real rows of other texts are
     no nearer than a Gaussian's draws, where rows of the same texts would be."""
