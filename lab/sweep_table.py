@@ -21,7 +21,7 @@ from lab.adapters import to_csv
 from lab.console import SCORES, say, show, table
 from lab.files import reading, write_file
 from lab.folder import Run, objective
-from lab.inputs import FEW_CONTEXTS, topic, training_and_evaluation, unit
+from lab.inputs import evaluation_examples, independent_units
 from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settings
 from lab.settings import DataSettings, Settings, numbered
 
@@ -185,14 +185,9 @@ def scores_by_question(run: Run, key: str) -> list[float]:
 
 
 def question_units(settings: DataSettings, asked: list[tuple[str, str]]) -> np.ndarray:
-    """The article or module of every question asked, (id, question) each; of fewer than ten of
-    these, the paragraph or the question itself."""
-    examples = {(e.id, e.question): e for e in training_and_evaluation(settings)[1]}
-    for kind in (unit, topic):
-        names = [kind(examples[question]) for question in asked]
-        if len(set(names)) >= FEW_CONTEXTS:
-            break
-    return np.unique(names, return_inverse=True)[1]
+    """The independent unit of every question asked, (id, question) each."""
+    examples = {(e.id, e.question): e for e in evaluation_examples(settings)}
+    return independent_units([examples[question] for question in asked])
 
 
 def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> str:

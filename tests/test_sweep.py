@@ -314,6 +314,31 @@ def test_a_signal_stops_it_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert stopped.value.status == -signal.SIGTERM and not (tmp_path / "a/failed").exists()
 
 
+@pytest.mark.parametrize("during", ["work", "wait"])
+def test_helpers_are_stopped_with_the_process_that_began_them(tmp_path, during):
+    """Also by a signal that comes between steps, or while it waits for them."""
+    (tmp_path / "helper.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "main.py").write_text(f"""
+import os, signal, subprocess, sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+from lab import console, sweep
+begun = []
+sweep.PROGRAM = Path({str(tmp_path / "helper.py")!r})
+sweep.subprocess.Popen = lambda *a, start=subprocess.Popen, **k: begun.append(start(*a, **k)) or begun[-1]
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+try:
+    with sweep.helpers(SimpleNamespace(folder=Path({str(tmp_path)!r})), 2):
+        time.sleep(60 if {during!r} == "work" else 0)
+except console.Stopped as e:
+    print(e, [process.returncode for process in begun], e.status)
+""")
+    process = Forked(tmp_path / "main.py")
+    assert process.wait(50) == 0, process.err
+    assert process.out == f"stopped by SIGTERM; go on by: sweep {tmp_path} [-15, -15] -15\n"
+
+
 # --------------------------------------------------------------------------------------------------
 # the table
 
@@ -528,6 +553,20 @@ def test_a_small_difference_is_told_in_plain_words():
     assert sweep_table.verdict("a", "b", numbers | {"holm_different": 0.5}, 2.5).endswith(
         ": equal within 2.5 points")
     assert sweep_table.verdict("a", "b", numbers | {"holm_equal": 0.5}, 2).endswith(": different")
+
+
+def test_what_reads_evaluation_data_alone_needs_no_training_data(tmp_path, capsys):
+    for name in ("training", "evaluation"):
+        (tmp_path / f"{name}.txt").write_text("".join(
+            f"What is {i} + 1?\n{i + 1}\n" for i in range(30)))
+    out, data = tmp_path / "a", [f"math:{tmp_path}/{name}.txt" for name in ("training", "evaluation")]
+    few = [*FEW, "--steps", "1", "--eval-every", "1", "--data", data[0], "--eval-data", data[1]]
+    assert main("sweep", "--out", out, "--prior", "vocab", "fitted", *few) == 0
+    (tmp_path / "training.txt").unlink()
+    runs = [out / "runs" / name for name in ("vocab", "fitted")]
+    for command in (["sweep", out, "--table"], ["eval", runs[0]], ["attention", runs[0]],
+                    ["interpolate", *runs, "--points", 2, "--out", tmp_path / "line"]):
+        assert main(*command) == 0, capsys.readouterr().err
 
 
 def test_intervals_stay_where_values_can_be():
