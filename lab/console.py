@@ -26,7 +26,8 @@ CALIBRATION = ("calibration_error", "calibrated")  # which `train` logs, and `ev
 # The loss on prose, and what of it is the prompt's: see forgetting.py.
 FORGETTING = {"prose": "prose loss", "forgotten": "forgotten"}
 
-# How a posterior lies in its prior, in whitened coordinates: see posteriors.report.
+# How a posterior lies in the prior, or if that is no Gaussian in the reference's, in whitened
+# coordinates: see report() of posteriors.py.
 SPREADS = {"spread": "spread", "kl": "KL", "narrowed": "narrowed", "narrowest": "narrowest"}
 
 

@@ -327,9 +327,11 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     together = ""
     if settings.train.has_particles:
         together = f", {settings.train.particles} particles together"
-    best = best_evaluation(evals, [line["step"] for line in evals])
+    steps = [line["step"] for line in evals]
+    best = best_evaluation(evals, steps, settings.teacher.teacher_mix)
+    lowest = "objective" if "teacher_kl" in last else "loss"
     for line in [last] if best in (evals[0], last) else [best, last]:
-        mark = " (lowest loss)" if line is best and line is not last else ""
+        mark = f" (lowest {lowest})" if line is best and line is not last else ""
         if line["step"]:
             rows.append((f"{prior}, {line['step']} steps{together}{mark}", line))
     titles = {key: title for key, title in (SCORES | FORGETTING | SPREADS).items()

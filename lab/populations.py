@@ -433,7 +433,9 @@ def gaussian_like(prior: priors.Prior, reference: Reference) -> posteriors.Gauss
     if isinstance(prior, priors.Isotropic):
         scale = torch.full((prior.width,), prior.std)
         return posteriors.Gaussian(torch.zeros(prior.width), torch.eye(prior.width), scale)
-    if not isinstance(prior, priors.Fitted):
+    if isinstance(prior, priors.Posterior):
+        prior = prior.gaussian
+    elif not isinstance(prior, priors.Fitted):
         prior = reference.gaussian
     return posteriors.Gaussian(prior.mean, prior.basis, prior.scale)
 

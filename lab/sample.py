@@ -22,7 +22,7 @@ import llama
 import priors
 from lab import gaps, geometry, pictures, two_samples
 from lab.commands import SampleOptions
-from lab.compare import TITLES, sample, sample_index
+from lab.compare import TITLES, measure, sample, sample_index
 from lab.console import file_list, say, show, table
 from lab.files import free_folder, new_folder
 from lab.inputs import layers_with_rows, load_model, longest_text, rows_per_layer
@@ -62,7 +62,8 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     mmd: MMD^2, with its p. knn: median distance to the third nearest of the rows that were fitted
     on, of which 2000 are taken at most. gap: percent in the gap along the direction in which those
     rows are most bimodal. c2st: AUC of a classifier."""
-    sets, held, held_text, neighbours = _to_judge(prior, parts, options, n, seed, texts, keep)
+    sets, reference_text, held, held_text, neighbours = _to_judge(prior, parts, options, n, seed,
+                                                                  texts, keep)
 
     # Compare every set with the held-out rows.
     split = gaps.most_bimodal(neighbours)
@@ -74,13 +75,15 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
         x = sets[name]
         precision, recall = geometry.precision_recall(x, held)
         # Rows are dealt into groups as large as the held-out texts, so that a permutation exchanges
-        # like with like
-        mmd, p = two_samples.mmd(x, held, held_text[:len(x)], held_text)
+        # like with like. Every row weighs the same, as in the law that the prior was fitted on
+        mmd, p = two_samples.mmd(x, held, np.sort(held_text)[:len(x)], held_text, by_row=True)
+        text = reference_text if name == "reference rows" else None  # a draw is a text of its own
         numbers = {"variance_ratio": geometry.total_variance_ratio(x, held),
                    "effective_rank": geometry.effective_rank(x),
                    "frechet": geometry.frechet(x, held), "precision": 100 * precision,
                    "recall": 100 * recall, "mmd": mmd, "mmd_p": p,
-                   "gap": 100 * split.share_in_gap(x), "c2st": gaps.c2st(x, held)}
+                   "gap": 100 * split.share_in_gap(x),
+                   **measure("c2st", gaps.c2st, x, held, text, held_text)}
         if name != "reference rows":  # these are among the neighbours
             numbers["knn"] = _third_neighbour(x, neighbours)
         return name, numbers
@@ -91,16 +94,17 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
 
 def _to_judge(prior: type, parts: list[Tensor], options: dict, n: int, seed: int,
               texts: list[Tensor] | None, keep: bool
-              ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-    """Of judge_prior's arguments the sets to compare, the held-out rows (m, D) and their texts
-    (m,), and a sample of the rows that were fitted on. These themselves may be gigabytes, and are
-    freed when it returns."""
+              ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of judge_prior's arguments the sets to compare, the texts of the reference rows among them,
+    the held-out rows (m, D) and their texts (m,), and a sample of the rows that were fitted on.
+    These themselves may be gigabytes, and are freed when it returns."""
     # Hold a fifth of every part out, so that all populations are judged by.
     texts = [torch.arange(len(x)) for x in parts] if texts is None else texts
-    fit_parts, held_parts, held_texts, first = [], [], [], 0
+    fit_parts, fit_texts, held_parts, held_texts, first = [], [], [], [], 0
     for x, text in zip(parts, texts):
         to_fit, to_judge = held_out(text)
         fit_parts.append(x[to_fit])
+        fit_texts.append(text[to_fit] + first)
         held_parts.append(x[to_judge])
         held_texts.append(text[to_judge] + first)
         first += int(text.max()) + 1
@@ -114,8 +118,11 @@ def _to_judge(prior: type, parts: list[Tensor], options: dict, n: int, seed: int
     sets = {"prior's draws": _draws(fitted, len(fit), n, count, seed)}
     if prior is not priors.Fitted:
         sets["fitted Gaussian's"] = _draws(reference.gaussian, len(fit), n, count, seed)
-    sets["reference rows"] = sample(fit, count)
-    return sets, held, held_text, neighbours
+    # Reference rows of one text stand together, so that they are dealt into one group or two.
+    index = sample_index(len(fit), count)
+    reference_text, order = torch.cat(fit_texts)[index].sort(stable=True)
+    sets["reference rows"] = sample(fit[index[order]])
+    return sets, reference_text.numpy(), held, held_text, neighbours
 
 
 def _draws(prior: priors.Prior, N: int, n: int, count: int, seed: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from scipy.spatial.distance import pdist
 
 import data
 import llama
@@ -18,6 +19,7 @@ import promptprior
 from lab import console, locality
 from lab.activations import Collection
 from lab.attention import measure_attention
+from lab.compare import measure_rows
 from lab.folder import Run
 from lab.inputs import load_model
 from lab.sample import held_out, judge_prior
@@ -142,6 +144,13 @@ def test_the_posterior_of_runs_is_a_prior(runs, tmp_path, capsys):
     torch.testing.assert_close(load_file(tmp_path / "warm/prompts/000000.safetensors"),
                                load_file(runs / "squad/prompt.safetensors"))
     assert run("plot", tmp_path / "warm") == 0
+    # one row alone has no density, which is found before training
+    assert run("train", *FEW, "--tokens", 1, "--out", tmp_path / "one") == 0
+    again = "train", *FEW, "--tokens", 1, "--prior", f"posterior:{tmp_path / 'one'},resample=1"
+    assert run(*again, "--out", tmp_path / "more") == 0
+    capsys.readouterr()
+    assert run(*again, "--prior-weight", 1, "--out", tmp_path / "map") == 2
+    assert "cannot be fitted on 1" in capsys.readouterr().err and not (tmp_path / "map").exists()
     assert run("sample", "--json", "--prior", f"posterior:{runs / 'squad'},{runs / 'sgld'}") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["rows"] == 20 + 3 * 20
     assert run("sample", "--prior", f"posterior:{runs / 'squad'}", "--deep-layers", 1) == 2
@@ -383,6 +392,34 @@ def test_sample_judges_a_prior(capsys):
     report = json.loads(out.out)[0]["judged"]
     assert set(report) == {"held-out rows", "prior's draws", "reference rows"}
     assert "judged by it" in out.err
+
+
+def test_an_ordinary_rows_distance_is_to_others():
+    """By all pairs of a small reference, in which rows come sorted by length."""
+    x = torch.randn(19, 3, generator=torch.Generator().manual_seed(0))
+    numbers = dict(measure_rows(x[:4], x[:4], x, priors.Fitted.fit(x)))
+    assert numbers["reference"]["distance"] == pytest.approx(pdist(x.numpy()).mean(), rel=1e-5)
+    x = torch.arange(1500.0)[:, None].sqrt() * torch.eye(3)[torch.arange(1500) % 3]
+    distance = dict(measure_rows(x[:4], x[:4], x, priors.Fitted.fit(x)))["reference"]["distance"]
+    assert distance == pytest.approx(pdist(x.numpy()).mean(), rel=0.15)
+
+
+def test_rows_of_one_law_are_not_told_apart_where_long_texts_differ_from_short_ones():
+    """Six populations of 20 long texts and 200 short ones of another mean: the reference's rows and
+    the draws of a prior that knows it all. Were each text to weigh the same, the rows of the long
+    ones would count for little among those held out."""
+    text = torch.cat([torch.arange(20).repeat_interleave(100),
+                      20 + torch.arange(200).repeat_interleave(10)])
+    levels, areas = [], []
+    for seed in range(6):
+        x = torch.randn(4000, 4, generator=torch.Generator().manual_seed(seed))
+        x = x + 3 * (text >= 20)[:, None]
+        judged = dict(judge_prior(priors.Vocab, [x], {}, 20, seed, [text]))
+        for name in ("reference rows", "prior's draws"):
+            levels.append(judged[name]["mmd_p"])
+            areas.append(judged[name]["c2st"])
+    assert np.mean(np.array(levels) <= 0.05) <= 0.25
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.04)
 
 
 def test_held_out_rows_are_held_out_texts():
