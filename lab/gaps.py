@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lab.geometry import GeometryError
+from lab.geometry import GeometryError, squared_distances
 
 LEAST = 20  # rows of a set
 
@@ -114,13 +114,12 @@ def c2st(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
     if x.shape[1] != y.shape[1]:
         raise GeometryError(f"rows of width {x.shape[1]} and {y.shape[1]}: give rows of one space")
     z = np.concatenate((x, y))
-    z -= z.mean(0)
     label = np.repeat([1.0, -1.0], [len(x), len(y)])
 
     # The kernel of all pairs of rows.
-    squares = np.square(z).sum(1)
-    squares = squares[:, None] + squares - 2 * z @ z.T
-    kernel = np.exp(-4 * np.maximum(squares, 0) / np.median(squares[squares > 0]))
+    squares = squared_distances(z, z)
+    squares *= -4 / np.median(squares[squares > 0])
+    kernel = np.exp(squares, out=squares)
 
     order = np.random.default_rng(seed).permutation(len(z))
     halves = order[::2], order[1::2]
