@@ -1,6 +1,6 @@
 """A prior drawn from and judged by data that it was not fitted on, and the command sample.
 
-    rows = judge_prior(priors.VAE, [activations], {}, n=20, seed=0)
+    rows = judge_prior(priors.VAE, Reference([activations], "squad"), {}, n=20, seed=0)
     print(table(rows, TITLES))
 
 n prompt rows, N rows of a population, D width.
@@ -33,26 +33,23 @@ LEAST = 100  # rows that a reference must have for a fifth of it to judge a prio
 LEAST_TEXTS = 10  # and texts
 
 
-def held_out(texts: Tensor) -> tuple[Tensor, Tensor]:
-    """The texts (N,) of rows -> indices of the rows to fit on, and of about a fifth to judge by:
-    whole texts, drawn at random but always the same. A row of a text that was fitted on would
-    judge too kindly."""
+def held_out(texts: Tensor) -> Tensor:
+    """The texts (N,) of rows -> indices of about a fifth of them to judge by, not to fit on: whole
+    texts, drawn at random but always the same. A row of a text that was fitted on would judge too
+    kindly."""
     _, text, sizes = texts.unique(return_inverse=True, return_counts=True)
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(1))
     # The texts that begin within the first fifth of the rows, in the random order, and two at least
     begin = sizes[order].cumsum(0) - sizes[order]
     count = max(int((begin < len(texts) // 5).sum()), 2)
-    is_held = torch.isin(text, order[:count])
-    return (~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0]
+    return torch.isin(text, order[:count]).nonzero()[:, 0]
 
 
-def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: int,
-                texts: list[Tensor] | None = None, keep: bool = False
-                ) -> list[tuple[str, dict[str, float]]]:
-    """Fit a prior on four fifths of its reference, one part (N, D) for each population, draw
-    prompts of n rows, and compare the draws with the remaining fifth. texts: of each part the
-    numbers (N,) of the texts that its rows are of, which are held out whole; None: every row is a
-    text. keep: what is worked out of the rows to fit on, see cache.kept.
+def judge_prior(prior: type, reference: Reference, options: dict, n: int, seed: int,
+                texts: list[Tensor] | None = None) -> list[tuple[str, dict[str, float]]]:
+    """Fit a prior on four fifths of its reference, draw prompts of n rows, and compare the draws
+    with the remaining fifth of each part. texts: of each part the numbers (N,) of the texts that
+    its rows are of, which are held out whole; None: every row is a text.
 
     Draws of a Gaussian fitted on the same rows, and these rows themselves, are compared too. The
     rows come from the reference's own distribution, so no prior can be expected to do better.
@@ -62,7 +59,7 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     mmd: MMD^2, with its p. knn: median distance to the third nearest of the rows that were fitted
     on, of which 2000 are taken at most. gap: percent in the gap along the direction in which those
     rows are most bimodal. c2st: AUC of a classifier."""
-    sets, held, held_text, neighbours = _to_judge(prior, parts, options, n, seed, texts, keep)
+    sets, held, held_text, neighbours = _to_judge(prior, reference, options, n, seed, texts)
 
     # Compare every set with the held-out rows.
     split = gaps.most_bimodal(neighbours)
@@ -89,31 +86,29 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
         return [*rows, *pool.map(measured, sets)]
 
 
-def _to_judge(prior: type, parts: list[Tensor], options: dict, n: int, seed: int,
-              texts: list[Tensor] | None, keep: bool
+def _to_judge(prior: type, reference: Reference, options: dict, n: int, seed: int,
+              texts: list[Tensor] | None
               ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
     """Of judge_prior's arguments the sets to compare, the held-out rows (m, D) and their texts
     (m,), and a sample of the rows that were fitted on. These themselves may be gigabytes, and are
     freed when it returns."""
     # Hold a fifth of every part out, so that all populations are judged by.
-    texts = [torch.arange(len(x)) for x in parts] if texts is None else texts
-    fit_parts, held_parts, held_texts, first = [], [], [], 0
-    for x, text in zip(parts, texts):
-        to_fit, to_judge = held_out(text)
-        fit_parts.append(x[to_fit])
-        held_parts.append(x[to_judge])
-        held_texts.append(text[to_judge] + first)
+    texts = [torch.arange(len(x)) for x in reference.parts] if texts is None else texts
+    chosen = [held_out(text) for text in texts]
+    rest = reference.without(chosen)
+    held_texts, first = [], 0
+    for text, index in zip(texts, chosen):
+        held_texts.append(text[index] + first)
         first += int(text.max()) + 1
-    reference = Reference(fit_parts, "", keep=keep)
-    fit, held_rows = reference.rows, joined(held_parts)
+    fit, held_rows = rest.rows, joined(rest.whole.held)
     held, held_text = sample(held_rows), torch.cat(held_texts)[sample_index(len(held_rows))].numpy()
     neighbours, count = sample(fit), len(held)
 
     # The measures depend on the number of rows, so every set has as many as are held out.
-    fitted = reference.fit(prior, options)
+    fitted = rest.fit(prior, options)
     sets = {"prior's draws": _draws(fitted, len(fit), n, count, seed)}
     if prior is not priors.Fitted:
-        sets["fitted Gaussian's"] = _draws(reference.gaussian, len(fit), n, count, seed)
+        sets["fitted Gaussian's"] = _draws(rest.gaussian, len(fit), n, count, seed)
     sets["reference rows"] = sample(fit, count)
     return sets, held, held_text, neighbours
 
@@ -181,8 +176,8 @@ def judge_reference(settings: Settings, reference: Reference
     texts = [labels.text for labels in reference.labels]
     if min(len(text.unique()) for text in texts) < LEAST_TEXTS:
         return []
-    return judge_prior(priors.PRIORS[name], reference.parts, options,
-                       rows_per_layer(settings.prior), settings.seed, texts, reference.keep)
+    return judge_prior(priors.PRIORS[name], reference, options, rows_per_layer(settings.prior),
+                       settings.seed, texts)
 
 
 def write_draw(folder: Path, settings: Settings, rows: dict[int, Tensor],

@@ -20,6 +20,7 @@ from lab.activations import Collection
 from lab.attention import measure_attention
 from lab.folder import Run
 from lab.inputs import load_model
+from lab.populations import Reference
 from lab.sample import held_out, judge_prior
 from lab.settings import TINY, ModelSettings
 
@@ -367,12 +368,12 @@ def test_sample_judges_a_prior(capsys):
     """The reference's own rows are as good as it gets; isotropic draws are told apart; a Gaussian
     fitted on a Gaussian is not."""
     x = torch.randn(2000, 12, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 13)
-    judged = dict(judge_prior(priors.Isotropic, [x], {"std": 0.02}, 20, 0))
+    judged = dict(judge_prior(priors.Isotropic, Reference([x], ""), {"std": 0.02}, 20, 0))
     assert judged["prior's draws"]["variance_ratio"] < 1e-3
     assert judged["prior's draws"]["mmd_p"] < 0.01 < judged["fitted Gaussian's"]["mmd_p"]
-    uniform = dict(judge_prior(priors.Xavier, [x], {}, 20, 0))["prior's draws"]
-    fit, held = held_out(torch.arange(2000))
-    assert len(held) == 400 and sorted([*fit.tolist(), *held.tolist()]) == [*range(2000)]
+    uniform = dict(judge_prior(priors.Xavier, Reference([x], ""), {}, 20, 0))["prior's draws"]
+    held = held_out(torch.arange(2000))
+    assert len(held.unique()) == len(held) == 400
     held = x[held]  # its bound is that of 20 rows, not of all that are judged
     assert uniform["variance_ratio"] == pytest.approx(
         12 * 2 / (20 + 12) / float(held.var(dim=0).sum()), rel=0.05)
@@ -390,17 +391,29 @@ def test_held_out_rows_are_held_out_texts():
     no nearer than a Gaussian's draws, where rows of the same texts would be."""
     g = torch.Generator().manual_seed(0)
     texts = torch.randint(0, 40, (2000,), generator=g)
-    fit, held = held_out(texts)
-    assert not set(texts[fit].tolist()) & set(texts[held].tolist())
+    held = held_out(texts)
+    rest = Reference([texts], "").without([held]).rows
+    assert not set(rest.tolist()) & set(texts[held].tolist())
     assert 400 <= len(held) < 400 + texts.bincount().max()
-    assert sorted([*fit.tolist(), *held.tolist()]) == [*range(2000)]
+    assert sorted([*rest.tolist(), *texts[held].tolist()]) == sorted(texts.tolist())
     two = torch.tensor([0] * 50 + [1] * 50 + [2] * 50)
-    assert len(two[held_out(two)[1]].unique()) == 2
+    assert len(two[held_out(two)].unique()) == 2
     # rows of a text differ by little
     x = torch.randn(40, 12, generator=g)[texts] + 0.1 * torch.randn(2000, 12, generator=g)
-    judged = dict(judge_prior(priors.Fitted, [x], {}, 20, 0, [texts]))
+    judged = dict(judge_prior(priors.Fitted, Reference([x], ""), {}, 20, 0, [texts]))
     assert judged["held-out rows"]["knn"] > 1
-    assert dict(judge_prior(priors.Fitted, [x], {}, 20, 0))["held-out rows"]["knn"] < 0.5
+    judged = dict(judge_prior(priors.Fitted, Reference([x], ""), {}, 20, 0))
+    assert judged["held-out rows"]["knn"] < 0.5
+
+
+@pytest.mark.parametrize("kind", [priors.Fitted, priors.Sparse, priors.VAE])
+def test_a_prior_is_judged_alike_where_the_gaussian_of_the_whole_is_known(kind):
+    parts = [torch.randn(N, 12, generator=torch.Generator().manual_seed(N)) + 3 for N in (700, 400)]
+    first, second = Reference(parts, ""), Reference(parts, "")
+    assert second.gaussian  # works out the spectrum of all rows
+    pairs = zip(judge_prior(kind, first, {}, 20, 0), judge_prior(kind, second, {}, 20, 0))
+    for (name, numbers), (_, others) in pairs:
+        assert others == pytest.approx(numbers, rel=1e-6, abs=1e-9), name
 
 
 def share(x):
