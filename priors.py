@@ -616,9 +616,11 @@ class Sparse(Fitted):
         # What distances are measured to. In its full width the reference is not copied: 128k rows
         # of 2048 are a gigabyte.
         prior.reference, prior.k, prior.wide, prior.dim = reference, k, scale, dim
-        blocks = reference.split(BLOCK)
-        prior.points = torch.cat([prior.centred(x) for x in blocks]) if dim else reference
-        prior.squares = torch.cat([prior.centred(x).square().sum(1) for x in blocks])
+        prior.points = reference
+        if dim:
+            prior.points = torch.cat([prior.centred(x) for x in reference.split(BLOCK)])
+        centred = prior.points.split(BLOCK) if dim else _in_double(reference, prior.mean)
+        prior.squares = torch.cat([_squares(x) for x in centred])
         prior.squares[held] = math.inf
 
         prior.held_distances = prior.distance(reference[held])
@@ -651,18 +653,17 @@ class Sparse(Fitted):
         # be so near that the squares cancel, so those products are in fp64.
         q = self.centred(x)
         dtype = torch.float64 if q.shape[1] <= 256 else torch.float32
-        nearest = q.new_empty(len(q), 0, dtype=dtype)
-        neighbours = torch.zeros(len(q), 0).long()
+        twice = 2 * q.detach().to(dtype)
+        nearest, neighbours = twice.new_empty(len(q), 0), torch.zeros(len(q), 0).long()
         for start in range(0, len(self.points), BLOCK):
             block = self.points[start : start + BLOCK].to(dtype)
-            squares = self.squares[start : start + BLOCK].to(dtype)
             # |p - q|^2, up to a term that all p share
-            scores = squares - 2 * q.detach().to(dtype) @ block.T
-            indices = torch.arange(start, start + len(block)).expand_as(scores)
+            scores = self.squares[start : start + BLOCK].to(dtype) - twice @ block.T
 
-            # Keep the k nearest of the earlier blocks and this one.
-            candidates = torch.cat((neighbours, indices), 1)
-            nearest, columns = torch.cat((nearest, scores), 1).topk(
+            # Keep the k nearest of this block and the earlier ones.
+            values, columns = scores.topk(min(self.k, len(block)), largest=False)
+            candidates = torch.cat((neighbours, start + columns), 1)
+            nearest, columns = torch.cat((nearest, values), 1).topk(
                 min(self.k, candidates.shape[1]), largest=False)
             neighbours = candidates.gather(1, columns)
 
