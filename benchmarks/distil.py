@@ -11,8 +11,9 @@ teacher KL, as teacher: the divergence from the teacher's next-token distributio
 answers equal to the teacher's, on questions of --eval-data. tokens saved: of every question's
 keys and values. Means over seeds, with 95 % intervals of Student's t.
 
-It is a sweep: the same command goes on where it was stopped, and other processes may share OUT by
-`promptprior.py sweep OUT`. `--model tiny --data squad --examples 1 --steps 20` tries it.
+It is a sweep: the same command goes on where it was stopped, with --table it only shows what is
+finished, and other processes may share OUT by `promptprior.py sweep OUT`. `--model tiny --data
+squad --examples 1 --steps 20` tries it.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def grids(a: argparse.Namespace, teacher: str) -> list[dict]:
 def rows_of(out: Path, tokens: int) -> list[tuple[str, dict]]:
     """The teacher, no prompt, and every prior and method untrained and trained."""
     plan, cells, beside = read_plan(out / "plan.json"), {}, {}
-    for name, flags in plan.runs.items():
-        run = out / "runs" / name
+    for name in filter(plan.is_finished, plan.runs):
+        run, flags = out / "runs" / name, plan.runs[name]
         first, *_, last = evaluations(run)
         cell = f"{METHODS[flags['method']]}, {flags['prior']}"
         cells.setdefault(f"{cell}, untrained", []).append(first)
