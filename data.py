@@ -392,14 +392,19 @@ def _delimiter(text: str, path: Path) -> str:
 
 
 def _literal(text: str, where: str):
-    """A text of a table, or the list or dict that it is the Python or JSON spelling of."""
+    """A text of a table, or the list or dict that it is the Python or JSON spelling of. Raises
+    DataError for what begins as a list or a dict of texts and cannot be read as one."""
     if not text.startswith(("[", "{")):
         return text
     with contextlib.suppress(ValueError, RecursionError):
         return _as_written(text)
     if len(text) <= 2**16:  # Python's parser is not made for hostile texts
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return ast.literal_eval(text)
+            value = ast.literal_eval(text)
+            if isinstance(value, (list, dict)):
+                return value
+    if not re.match(r"[\[{]\s*[\[{\"']", text):  # such as [Applause] and [0, 1)
+        return text
     raise DataError(f"{where}: the answers {text!r:.80} are no Python or JSON value: export the "
                     "table as JSON lines")
 

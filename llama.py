@@ -48,7 +48,10 @@ class FileError(ModelError):
 
     def __init__(self, path: Path, fault: str):
         super().__init__(f"{path}: {fault}")
-        self.path = path
+        self.path, self.fault = path, fault
+
+    def __reduce__(self):  # by default it would be made again of its message alone
+        return FileError, (self.path, self.fault)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ class Prior:
     """What every prior has, beside report() and the three flags:
 
     fit(reference (N, D), **options) -> prior, a class method. An option has the type of its
-        default: int, float or str. Errors are PriorError. A prior that begins with a Gaussian takes
-        spectrum too, which gives the reference's Spectrum if that is known already.
+        default: int, float or str. Errors are PriorError. A prior that is made from the Gaussian of
+        one reference takes spectrum too, a function that returns its Spectrum.
     sample(n, generator) -> (n, D) fp32
     log_prob(x (n, D)) -> (n,) nats, in x's dtype"""
 
@@ -326,11 +326,12 @@ class Exclusion(Fitted):
             shrinkage: float = -1.0, *,
             spectrum: Callable[[], Spectrum] | None = None) -> Exclusion:
         N, D = reference.shape
-        if radius and (c != 5.0 or not radius > 1):
+        least = 1.000001  # nearer to 1 the two densities are equal but for rounding
+        if radius and (c != 5.0 or not radius >= least):
             raise PriorError(f"exclusion: radius is {radius} and c is {c}, expected a radius of "
-                             "more than 1 and no c, or no radius")
-        if not c > 1:
-            raise PriorError(f"exclusion: c is {c}, expected more than 1")
+                             f"{least} or more and no c, or no radius")
+        if not c >= least:
+            raise PriorError(f"exclusion: c is {c}, expected {least} or more")
         if not 0 <= k <= D:
             raise PriorError(f"exclusion: k is {k}, expected 1 to {D} principal directions, "
                              "or 0 for all")
@@ -366,7 +367,7 @@ class Exclusion(Fitted):
         # The kept share is 1 - e^u with u = log(pdf / pdf_wide), negative outside the excluded
         # radius. From just below 0 on, log(1 - e^u) is replaced by its tangent at `edge`.
         u = law.log_c - square / 2 * (1 - 1 / law.c_dim)
-        edge = -1e-4
+        edge = -1e-4 * min(1.0, law.log_c)
         outside = u.clamp(max=edge)
         slope = math.exp(edge) / math.expm1(edge)
         log_kept = torch.log(-torch.expm1(outside)) + (u - outside) * slope
@@ -591,6 +592,9 @@ class Sparse(Fitted):
     exactly the wide density cut to the sparse set. A draw that is dense even then is moved away
     from the mean, a tenth of its distance at a time, until it is sparse."""
 
+    k: int  # which of the nearest neighbours is measured to
+    widening: float  # of the wide draws' deviations, over the Gaussian's
+    dim: int  # principal directions in which distances are measured; 0: all
     reference: Tensor  # (N, D), as it was given
     points: Tensor  # (N, D) rows, or (N, dim) coordinates fp64, that distances are measured to
     squares: Tensor  # (N,): squared norms of the centred rows; inf for those held out
@@ -615,7 +619,7 @@ class Sparse(Fitted):
 
         # What distances are measured to. In its full width the reference is not copied: 128k rows
         # of 2048 are a gigabyte.
-        prior.reference, prior.k, prior.wide, prior.dim = reference, k, scale, dim
+        prior.reference, prior.k, prior.widening, prior.dim = reference, k, scale, dim
         prior.points = reference
         if dim:
             prior.points = torch.cat([prior.centred(x) for x in reference.split(BLOCK)])
@@ -672,7 +676,7 @@ class Sparse(Fitted):
         return (q - kth_neighbour).norm(dim=1)
 
     def _wide_draws(self, n: int, generator: Generator) -> Tensor:
-        return self.unwhiten(self.wide * self._noise(n, generator))
+        return self.unwhiten(self.widening * self._noise(n, generator))
 
     def draw(self, n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """-> rows (n, D) fp64, which of them (n,) were moved, and the distances (n,)."""
@@ -703,7 +707,7 @@ class Sparse(Fitted):
         the distance to the k-th neighbour there, so steep that MAP keeps rows outside. A row deep
         inside may come to rest in a gap between neighbours."""
         D = x.shape[1]
-        log_wide = self._log_normal(self.whiten(x) / self.wide) - D * math.log(self.wide)
+        log_wide = self._log_normal(self.whiten(x) / self.widening) - D * math.log(self.widening)
         depth = (self.distance(x) / self.threshold - 1).clamp(max=0)
         return (log_wide - math.log(max(self.acceptance, 1e-3)) + 1e4 * depth).to(x.dtype)
 
@@ -734,7 +738,8 @@ class VAE(Fitted):
     kernel is width^2 times the mean square that nearest rows differ by, each difference over its
     row's relative distance. The c_i are scaled such that draws have the fitted Gaussian's variance
     in every latent. The number of latents and the width are those of WIDTHS and of powers of two
-    that make rows held out of the fit most likely. At most 8192 rows are encoded."""
+    that make rows most likely which are not encoded, though the Gaussian is fitted on them, too. At
+    most 8192 rows are encoded."""
 
     WIDTHS = (0.25, 0.35, 0.5, 0.7, 1.0)  # of a kernel, in distances to the nearest row
     SMALLEST = 0.1  # width of a row, in mean widths: a row with copies would have none
@@ -874,7 +879,7 @@ def _powers_of_two(limit: int) -> list[int]:
     return [2**k for k in range(limit.bit_length()) if 2**k < limit]
 
 
-class Posterior(Fitted):
+class Posterior(Prior):
     """What earlier runs learned, as the prior of the next task (posterior:RUN,RUN,...): the
     Gaussian of all their final rows. resample=1 takes the rows themselves, row j from row j of a
     run picked at random, so that one run alone is a warm start.
@@ -882,31 +887,48 @@ class Posterior(Fitted):
     The use that the paper names for trained prompts (paper 5). log_prob is the Gaussian's also with
     resample=1: MAP holds rows near where earlier prompts ended."""
 
+    has_density = True
     several, sources = True, True
 
-    runs: list[Tensor]  # (n, D) each, to resample; [] to draw from the Gaussian
+    def __init__(self, runs: list[Tensor], resample: bool, shrinkage: float):
+        """runs: rows (n, D) each."""
+        self.runs = runs
+        self.resample = resample
+        self.shrinkage = shrinkage
 
     @classmethod
     def fit(cls, *runs: Tensor, resample: int = 0, shrinkage: float = -1.0) -> Posterior:
-        import torch
-
         if resample not in (0, 1):
             raise PriorError(f"posterior: resample is {resample}, expected 0, or 1 for rows")
-        prior = super().fit(torch.cat(runs), shrinkage)
-        prior.runs = [rows.float() for rows in runs] if resample else []
+        prior = cls([rows.float() for rows in runs], bool(resample), shrinkage)
+        if not resample:
+            prior.gaussian  # refuses what cannot be fitted
         return prior
+
+    @functools.cached_property
+    def gaussian(self) -> Fitted:
+        """Fitted when it is first asked for: a warm start needs none, and one row has none."""
+        import torch
+
+        return Fitted.fit(torch.cat(self.runs), self.shrinkage)
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         import torch
 
-        if not self.runs:
-            return super().sample(n, generator)
+        if not self.resample:
+            return self.gaussian.sample(n, generator)
         chosen = torch.randint(len(self.runs), (n,), generator=generator).tolist()
         drawn = []
         for j, run in enumerate(chosen):
             rows = self.runs[run]
             drawn.append(rows[j % len(rows)])
         return torch.stack(drawn)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.gaussian.log_prob(x)
+
+    def report(self) -> dict[str, float]:
+        return {} if self.resample else self.gaussian.report()
 
 
 def _normal(n: int, width: int, generator: Generator) -> Tensor:
@@ -925,7 +947,6 @@ def _evenly_spaced(N: int, most: int) -> Tensor:
 
 # To add a prior, write its class above and name it here: --prior, --help and most tests take it
 # from this table. The arguments of fit are its options, the docstring's first paragraph its help.
-# torch is imported inside the functions that need it, so that this table is read without it.
 PRIORS = {
     "isotropic": Isotropic,
     "xavier": Xavier,

@@ -1032,7 +1032,7 @@ def figure(panels: list[Panel], title: str = "", caption: str = "", columns: int
 
     top = 44 if title else 16
     width = WIDTH - 34 - (LEGEND if entries else 0)
-    drawing, grid_height = _draw_grid(panels, columns or min(len(panels), 4), width, top)
+    drawing, grid_height = _draw_grid(panels, min(columns or 4, len(panels)), width, top)
 
     # The legend stands to the right of the panels, where it covers nothing
     legend, legend_bottom = _draw_legend(entries, WIDTH - LEGEND + 6, top + 12)
@@ -1134,7 +1134,7 @@ def _number(value):
     without decimals, and any other number to three significant digits."""
     if isinstance(value, str):
         return _clean(value)
-    if isinstance(value, (int, np.integer)) or 1000 <= abs(value) < 1e6:
+    if isinstance(value, (int, np.integer)) or 999.5 <= abs(value) < 1e6:
         digits = f"{value:.0f}"
     else:
         digits = f"{value:#.3g}".removesuffix(".")  # "#" writes 5.50 and 0.900, but also 123.

@@ -114,7 +114,7 @@ def random_content(points: int, deep: tuple[int, ...] = (15, 30), runs: int = 3,
         x = torch.from_numpy(x).float()
         maps[i] = page.layer_map(i, Part(x, "random", labels), Reference([x], "random"), len(deep))
     data = {"title": f"{points} random tokens", "tokens": texts,
-            "maps": [made.content for made in maps.values()], "runs": []}
+            "maps": [made.content for made in maps.values()], "runs": [], "scores": {}}
     for k in range(runs):
         layers = {}
         for i, made in maps.items():

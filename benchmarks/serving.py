@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import llama  # noqa: E402
 import promptprior  # noqa: E402
 from lab.evaluation import open_run  # noqa: E402
-from lab.inputs import encode, training_and_evaluation  # noqa: E402
+from lab.inputs import encode, evaluation_examples  # noqa: E402
 
 
 class LlamaCpp:
@@ -86,7 +86,7 @@ def main() -> int:
     if about["order"][0] != "rows":
         raise SystemExit("serving: the rows of this run do not stand first: give another RUN")
 
-    evals = training_and_evaluation(settings.data)[1][:a.questions]
+    evals = evaluation_examples(settings.data)[:a.questions]
     questions = encode(evals, vocabulary, opened.max_length, "questions")
     equal = same_line = 0
     past, stop, most = opened.prompt.past(model), vocabulary.stop, settings.data.max_new

@@ -26,7 +26,7 @@ from lab.commands import AttentionOptions
 from lab.compare import TITLES
 from lab.console import UserError, say, show, table
 from lab.evaluation import OpenRun, open_run
-from lab.inputs import encode, sample_topics, training_and_evaluation
+from lab.inputs import encode, evaluation_examples, sample_topics
 from lab.settings import from_flags, spec_name
 
 
@@ -146,7 +146,7 @@ def command_attention(given: dict) -> None:
     if settings.prompt.place != "before":
         raise UserError(f"{run.path}: its prompt stands inside the texts (--place "
                         f"{settings.prompt.place}), and what is measured is one before them")
-    examples = sample_topics(training_and_evaluation(settings.data)[1], options.limit)
+    examples = sample_topics(evaluation_examples(settings.data), options.limit)
     questions = encode(examples, opened.vocabulary, opened.max_length, "evaluation")
 
     # Questions are run without their answers.

@@ -122,7 +122,7 @@ class Beginning(NamedTuple):
     start: dict[int, Tensor]  # {layer: (K, n, ...)}: the prior's draws
     scales: dict[int, float]  # the root mean square of each layer's reference
     fitted: dict[int, priors.Prior]  # {} if their density is not asked for
-    gaussians: dict[int, posteriors.Gaussian]  # like the priors; {} if one prompt is trained
+    gaussians: dict[int, posteriors.Gaussian]  # of gaussian_like; {} if one prompt is trained
     reports: list[dict]  # what the prior of each layer says of itself
     bases: dict[int, Tensor]  # the directions of --subspace
 
@@ -152,6 +152,8 @@ def begin_run(inputs: Inputs) -> Beginning:
         kept.update(by_layer)
         scales = {i: float(r.rows.square().mean().sqrt()) for i, r in by_layer.items()}
         fitted = drawn.fitted if settings.train.prior_weight else {}
+        for i, prior in fitted.items():
+            prior.log_prob(drawn.rows[i][0])  # of too few rows there is none: refused before a step
         return Beginning({}, start, scales, fitted, gaussians, drawn.reports,
                          directions(settings.prompt, by_layer, settings.seed))
 

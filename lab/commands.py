@@ -33,7 +33,8 @@ def argument(metavar: str, help: str, **about):
 @dataclass(frozen=True)
 class StepOptions:
     step: str | None = setting(None, "the number of a step, whose prompt is taken, or best: the "
-                               "step with the lowest evaluation loss; without it the last")
+                               "step with the lowest evaluation loss, of taught prompts the one "
+                               "that training minimises; without it the last")
 
 
 TEXT_FILE = setting((), "text prompts from files, one each, such as worked examples",

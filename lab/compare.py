@@ -113,8 +113,9 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
     vocabulary = np.unique(reference.numpy(), axis=0) if tokens is None else tokens.numpy()
     radii = fitted.whiten(torch.from_numpy(population)).norm(dim=1).numpy()
 
-    # Rows of the reference itself show what an ordinary row has.
-    ordinary = {"distance": _mean_distance(population[-20:], nearby), "radius": radii.mean(),
+    # Rows of the reference itself show what an ordinary row has, to others than themselves.
+    drawn = population[np.random.default_rng(0).permutation(len(population))[:20]]
+    ordinary = {"distance": _mean_distance(drawn, nearby), "radius": radii.mean(),
                 **measure("effective_rank", geometry.effective_rank, population)}
     rows = [("reference", ordinary)]
 
@@ -152,8 +153,10 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
 
 
 def _mean_distance(x: np.ndarray, others: np.ndarray) -> float:
-    """The mean distance between rows (n, D) and others (M, D)."""
-    return float(np.mean([np.linalg.norm(others - row, axis=1).mean() for row in x]))
+    """The mean distance between rows (n, D) and others (M, D); a row that is among the others is
+    not compared with itself."""
+    distances = [np.linalg.norm(others - row, axis=1) for row in x]
+    return float(np.mean([d.sum() / max((d > 0).sum(), 1) for d in distances]))
 
 
 def _median_collapses(start: Tensor, end: Tensor, tokens: np.ndarray, spacing: float | None

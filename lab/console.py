@@ -21,12 +21,13 @@ SCORES = {"loss": "loss", "teacher_kl": "teacher KL", "exact_match": "exact matc
           "precision": "precision", "recall": "recall", "f1": "F1", "accuracy": "accuracy",
           "accuracy_value": "same value", "choice_accuracy": "likeliest",
           "agreement": "as teacher", "calibration_error": "ECE", "calibrated": "if calibrated"}
-CALIBRATION = ("calibration_error", "calibrated")  # scores of `eval` alone
+CALIBRATION = ("calibration_error", "calibrated")  # which `train` logs, and `eval` alone prints
 
 # The loss on prose, and what of it is the prompt's: see forgetting.py.
 FORGETTING = {"prose": "prose loss", "forgotten": "forgotten"}
 
-# How a posterior lies in its prior, in whitened coordinates: see posteriors.report.
+# How a posterior lies in the prior, or if that is no Gaussian in the reference's, in whitened
+# coordinates: see report() of posteriors.py.
 SPREADS = {"spread": "spread", "kl": "KL", "narrowed": "narrowed", "narrowest": "narrowest"}
 
 
@@ -64,6 +65,9 @@ class Stopped(Exception):
         """status: the exit status, or minus the number of the signal that stopped it."""
         super().__init__(message)
         self.status = status
+
+    def __reduce__(self):  # by default it would be made again of its message alone
+        return Stopped, (str(self), self.status)
 
 
 # Escape sequences, control characters except line break and tab, and the marks that change the

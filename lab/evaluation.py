@@ -29,14 +29,13 @@ from lab.files import checksum
 from lab.folder import FIRST_PROMPT, Run, best_evaluation
 from lab.foreign_data import not_foreign
 from lab.forgetting import SPLIT, forgetting, read_prose
-from lab.inputs import (FEW_CONTEXTS, LoadedModel, Questions, Shared, check_place, encode,
+from lab.inputs import (LoadedModel, Questions, Shared, check_place, encode, evaluation_examples,
                         load_model, longest_text, model_files, plain_prompts, read_questions,
-                        room_for_text, rows_per_layer, sample_topics, topic,
-                        training_and_evaluation)
+                        room_for_text, rows_per_layer, sample_topics)
 from lab.loss import Text, answer_losses, answers, begin
 from lab.settings import (DataSettings, ModelSettings, Settings, flag_name, flat, from_flags,
                           text_names, with_flags)
-from lab.words import EFFECTS, controls, discrete, effects, paired, without_each
+from lab.words import EFFECTS, controls, discrete, effects, paired_differences, without_each
 
 MAJORITY = "always the commonest answer"  # what multiple choice is compared with
 
@@ -258,18 +257,17 @@ def majority(questions: Questions) -> dict[str, float]:
 
 def standard_errors(questions: Questions, sums: dict[str, list[float]], tokens: list[int],
                     scores: list[dict[str, float]]) -> dict[str, float]:
-    """{"loss_se": ...} in the units of the means, with contexts as clusters, because questions of
-    one context are no independent sample; {} of fewer than FEW_CONTEXTS, which tell too little.
-    sums: over each answer's tokens."""
-    _, context = np.unique([topic(e) for e in questions.examples], return_inverse=True)
-    if context.max() + 1 < FEW_CONTEXTS:
+    """{"loss_se": ...} in the units of the means, with articles or contexts as clusters, because
+    questions of one are no independent sample; {} of too few. sums: over each answer's tokens."""
+    clusters = questions.clusters()
+    if clusters is None:
         return {}
-    errors = {f"{key}_se": statistics.ratio_error(np.array(values), np.array(tokens), context)
+    errors = {f"{key}_se": statistics.ratio_error(np.array(values), np.array(tokens), clusters)
               for key, values in sums.items()}
     ones = np.ones(len(scores))
     for key in scores[0]:
         values = np.array([score[key] for score in scores])
-        errors[f"{key}_se"] = 100 * statistics.ratio_error(values, ones, context)
+        errors[f"{key}_se"] = 100 * statistics.ratio_error(values, ones, clusters)
     return errors
 
 
@@ -329,9 +327,11 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     together = ""
     if settings.train.has_particles:
         together = f", {settings.train.particles} particles together"
-    best = best_evaluation(evals, [line["step"] for line in evals])
+    steps = [line["step"] for line in evals]
+    best = best_evaluation(evals, steps, settings.teacher.teacher_mix)
+    lowest = "objective" if "teacher_kl" in last else "loss"
     for line in [last] if best in (evals[0], last) else [best, last]:
-        mark = " (lowest loss)" if line is best and line is not last else ""
+        mark = f" (lowest {lowest})" if line is best and line is not last else ""
         if line["step"]:
             rows.append((f"{prior}, {line['step']} steps{together}{mark}", line))
     titles = {key: title for key, title in (SCORES | FORGETTING | SPREADS).items()
@@ -354,7 +354,7 @@ def command_eval(given: dict) -> None:
     if len({opened.settings.data.forget for opened in runs}) > 1:
         say("the runs have different --forget, so prose is not scored: give --forget for all")
     else:
-        prose = read_prose(settings.data, loaded, questions.max_length)
+        prose = read_prose(settings, loaded, questions.max_length)
 
     # All prompts are made before the first is scored, as some may be refused.
     asked, compared = [], {}
@@ -379,7 +379,7 @@ def command_eval(given: dict) -> None:
     for opened in runs if options.ablate else ():
         ablated[str(opened.run.path)] = effects(loaded, settings, opened.prompt, questions)
     predictions = {label: of_questions for label, (_, of_questions) in scored.items()}
-    differences = paired(questions, predictions, compared)
+    differences = paired_differences(questions, predictions, compared)
     questions.say_cut()
 
     paths = [str(opened.run.path) for opened in runs]
@@ -422,7 +422,7 @@ def questions_of(runs: list[OpenRun], options: EvalOptions) -> Questions:
     """What runs are scored on: --data, or their own evaluation data."""
     settings, loaded = runs[0].settings, runs[0].loaded
     if options.spec is None:
-        evals = training_and_evaluation(settings.data)[1]
+        evals = evaluation_examples(settings.data)
         name = settings.data.eval_data or f"{settings.data.data}, held out"
     else:
         examples = read_questions(options.spec, 1, settings.data.keep_unanswerable)

@@ -128,7 +128,10 @@ class NotWritten(OSError):
 
     def __init__(self, path: Path, e: OSError):
         super().__init__(f"{path}: cannot be written: {e.strerror}")
-        self.errno = e.errno
+        self.path, self.reason, self.errno = path, e, e.errno
+
+    def __reduce__(self):  # by default it would be made again of its message alone
+        return NotWritten, (self.path, self.reason)
 
 
 @contextlib.contextmanager

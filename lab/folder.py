@@ -211,11 +211,12 @@ class Run:
         return LAST_PROMPT if self.step is None else snapshot(self.step)
 
     def show_step(self, step: str) -> None:
-        """Make commands be about the prompt of this step. best: that of the lowest evaluation
-        loss."""
+        """Make commands be about the prompt of this step. best: that of the lowest objective at an
+        evaluation."""
         steps = {str(number): number for number in self.snapshots()}
         if step == "best":
-            best = best_evaluation(self.metrics(), [*steps.values()])
+            mix = self.settings().teacher.teacher_mix
+            best = best_evaluation(self.metrics(), [*steps.values()], mix)
             if best is None:
                 raise UserError(f"{self.path}: --step best: none of its prompts was evaluated: "
                                 "give a number, or leave it out")
@@ -450,10 +451,18 @@ def numbered(names: list[str], folder: str) -> list[str]:
     return sorted(files, key=lambda name: int(Path(name).stem))
 
 
-def best_evaluation(metrics: list[dict], steps: list[int]) -> dict | None:
-    """The logged evaluation with the lowest loss among these steps; None if there is none."""
+def objective(line: dict, mix: float) -> float:
+    """The loss of a line of the log as the run's training takes it: cross-entropy, or with a
+    teacher its mixture with the divergence; mix: --teacher-mix."""
+    if "teacher_kl" not in line:
+        return line["loss"]
+    return (1 - mix) * line["teacher_kl"] + mix * line["loss"]
+
+
+def best_evaluation(metrics: list[dict], steps: list[int], mix: float) -> dict | None:
+    """The logged evaluation with the lowest objective among these steps; None if there is none."""
     scored = [line for line in metrics if line["split"] == "eval" and line["step"] in steps]
-    return min(scored, key=lambda line: line["loss"], default=None)
+    return min(scored, key=lambda line: objective(line, mix), default=None)
 
 
 def _vectors(prompts: list[llama.Prompt]) -> dict[int, Tensor]:

@@ -1,5 +1,5 @@
 """Are draws of the same law as real rows? Measures that see holes which the moments hide. Needs
-numpy and lab/geometry.py.
+numpy, lab/geometry.py and lab/statistics.py.
 
     split = most_bimodal(reference)          # the direction along which the rows fall into two
     split.share_in_gap(draws)                # 0.38 of a Gaussian's draws lie between the two ...
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lab.geometry import GeometryError, squared_distances
+from lab.statistics import StatisticsError, group_numbers
 
 LEAST = 20  # rows of a set
 
@@ -102,17 +103,33 @@ def _otsu(t: np.ndarray) -> tuple[float, float]:
     return float((t[i] + t[i + 1]) / 2), float(between[i] / np.square(t).mean())
 
 
-def c2st(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
+def c2st(x: np.ndarray, y: np.ndarray, x_groups: np.ndarray | None = None,
+         y_groups: np.ndarray | None = None, seed: int = 0) -> float:
     """Classifier two-sample test (Lopez-Paz and Oquab 2017): the area under the ROC curve of a
     classifier that tells rows (n, D) from rows (m, D). 0.5 says that it cannot; the standard error
-    of that is sqrt((n + m + 1) / (12 n m)). Sets of one size are compared best.
+    of that is at most sqrt((n + m + 2) / (6 n m)), for independent rows: that of one half's area,
+    as the areas of the two halves are not independent. Sets of one size are compared best.
 
     The classifier is kernel ridge regression on the label, with the Gaussian kernel
-    exp(-4 distance^2 / median distance^2). It is fitted on either half of the rows and judged by
-    the other one."""
+    exp(-4 distance^2 / median distance^2). It is fitted on either half of the groups of rows,
+    (n,) and (m,), and judged by the other half: it would know a text that stood in both. Without
+    groups every row is one. Groups whose labels are neighbours stand in different halves."""
     x, y = _checked(x), _checked(y)
     if x.shape[1] != y.shape[1]:
         raise GeometryError(f"rows of width {x.shape[1]} and {y.shape[1]}: give rows of one space")
+    rng = np.random.default_rng(seed)
+    halves = []
+    for groups, rows in ((x_groups, x), (y_groups, y)):
+        group = group_numbers(groups, len(rows))
+        if not group.any():
+            raise StatisticsError("all rows of a set are of one group, and either half needs one: "
+                                  "give more texts")
+        # Of two neighbouring groups one is in each half, so that the halves have as much of every
+        # part of a file: a classifier that saw more of one part would err where there is less
+        coin = rng.integers(2, size=group.max() // 2 + 1)
+        halves.append((group + coin[group // 2]) % 2)
+    half = np.concatenate(halves)
+
     z = np.concatenate((x, y))
     label = np.repeat([1.0, -1.0], [len(x), len(y)])
 
@@ -121,10 +138,9 @@ def c2st(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
     squares *= -4 / np.median(squares[squares > 0])
     kernel = np.exp(squares, out=squares)
 
-    order = np.random.default_rng(seed).permutation(len(z))
-    halves = order[::2], order[1::2]
     areas = []
-    for train, test in (halves, halves[::-1]):
+    for k in (0, 1):
+        train, test = np.flatnonzero(half == k), np.flatnonzero(half != k)
         ridge = 0.1 * np.eye(len(train))
         weight = np.linalg.solve(kernel[np.ix_(train, train)] + ridge, label[train])
         areas.append(_auc(kernel[np.ix_(test, train)] @ weight, label[test] > 0))

@@ -271,8 +271,8 @@ def mixtures(rows: np.ndarray, population: np.ndarray, most: int = 8
     weight, share = np.zeros((len(rows), most)), np.zeros((len(rows), most))
     left, active = rows.copy(), np.ones(len(rows), bool)
     for k in range(most):
-        j, cosine = _most_similar(left, population, norm, index[:, :k])
-        active &= cosine > 1e-6 * np.sqrt(square)
+        j, projection = _most_similar(left, population, norm, index[:, :k])
+        active &= projection > 1e-6 * np.sqrt(square)
         for i in np.flatnonzero(active):
             index[i, k] = j[i]
             chosen = index[i, :k + 1]

@@ -1,8 +1,8 @@
 """From settings to what a command works with: the model, its tokenizer, questions, checksums.
 
     loaded = load_model(settings.model)                       # a folder, or a model of the hub
-    examples, evals = training_and_evaluation(settings.data)
-    questions = encode(examples, loaded.vocabulary, max_length, "training")
+    evals = evaluation_examples(settings.data)
+    questions = encode(evals, loaded.vocabulary, max_length, "evaluation")
 
 What a user got wrong is refused here in one line, before anything is written.
 """
@@ -14,6 +14,7 @@ import random
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 
 import data
@@ -227,7 +228,7 @@ def check_place(prompt: PromptSettings, loaded: LoadedModel, model: str) -> None
 # --------------------------------------------------------------------------------------------------
 # questions
 
-FEW_CONTEXTS = 10  # fewer clusters than these give no standard error worth printing
+FEW_UNITS = 10  # fewer independent units give no error or interval worth printing
 STEPS = "\nSteps:"  # what asks for worked steps, before the answer is asked for
 ROWS_KEPT = 10000  # token rows of a data set that are kept, at some 10 KB each
 SIZED = 1000  # questions whose answers' lengths are averaged, in a tenth of a second
@@ -303,6 +304,16 @@ def unit(example: data.Example) -> str:
     return example.source or topic(example)
 
 
+def independent_units(examples: list[data.Example]) -> np.ndarray:
+    """The number (N,) of the unit that each example is of, or if they are of fewer than FEW_UNITS,
+    of its topic. What is found then holds of these articles or modules, and not of others."""
+    for kind in (unit, topic):
+        names, numbers = np.unique(list(map(kind, examples)), return_inverse=True)
+        if len(names) >= FEW_UNITS:
+            break
+    return numbers
+
+
 def sample_topics(examples: list[data.Example], count: int) -> list[data.Example]:
     """`count` examples (0: all) in the order of the data, always the same ones. Whole topics are
     drawn as far as they fit."""
@@ -325,21 +336,24 @@ def divided(settings: DataSettings) -> Examples:
     held out for evaluation; with --hold-out another tenth is held out, to choose settings by."""
     examples, held_out = read_questions(settings.data, 0, settings.keep_unanswerable), []
     if settings.eval_data is not None:
-        evals = read_questions(settings.eval_data, 1, settings.keep_unanswerable)
+        evals = evaluation_examples(settings)
     else:
         examples, evals = _hold_out(examples, settings, "for evaluation (no --eval-data)",
                                     "give --eval-data")
-    evals = sample_topics(evals, settings.eval_limit)  # of one topic there may be any number
+        evals = sample_topics(evals, settings.eval_limit)  # a topic may have any number
     if settings.hold_out:
         examples, held_out = _hold_out(examples, settings, "to choose settings by (--hold-out)",
                                      "leave out --hold-out, or several --lr")
     return Examples(sample_topics(examples, settings.train_examples), evals, held_out)
 
 
-def training_and_evaluation(settings: DataSettings
-                            ) -> tuple[list[data.Example], list[data.Example]]:
-    """The examples to train and to evaluate on."""
-    return divided(settings)[:2]
+def evaluation_examples(settings: DataSettings) -> list[data.Example]:
+    """The examples to evaluate on. The training data are read only where these are a part of
+    them."""
+    if settings.eval_data is None:
+        return divided(settings).evaluation
+    evals = read_questions(settings.eval_data, 1, settings.keep_unanswerable)
+    return sample_topics(evals, settings.eval_limit)
 
 
 def _hold_out(examples: list[data.Example], settings: DataSettings, purpose: str, remedy: str
@@ -382,6 +396,12 @@ class Questions:
         """share: compute what questions of one context have in common once. place: the prompt's."""
         rows = [self.row(i) for i in indices]
         return data.collate(rows, share, place == "suffix").to(device)
+
+    def clusters(self) -> np.ndarray | None:
+        """The independent units (N,) of a standard error; None of fewer than FEW_UNITS, which tell
+        too little."""
+        numbers = independent_units(self.examples)
+        return numbers if numbers.max() + 1 >= FEW_UNITS else None
 
     def each_choice(self) -> Questions:
         """Every choice of every question of multiple choice, as if it were the right answer; none

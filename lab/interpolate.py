@@ -15,8 +15,7 @@ from lab.commands import InterpolateOptions
 from lab.console import UserError, say, show, table
 from lab.evaluation import OpenRun, evaluate, open_run
 from lab.files import checksum, free_folder, new_folder
-from lab.inputs import (LoadedModel, Questions, encode, model_files,
-                        training_and_evaluation)
+from lab.inputs import LoadedModel, Questions, encode, evaluation_examples, model_files
 from lab.settings import DataSettings, ModelSettings, from_flags, spec_name
 
 Tasks = dict[str, tuple[DataSettings, Questions]]
@@ -31,7 +30,7 @@ def command_interpolate(given: dict) -> None:
     models: dict[ModelSettings, LoadedModel] = {}
     first = open_run(options.run_a, given, models)
     last = open_run(options.run_b, given, models)
-    check_same_model(first, last)
+    check_one_model(first, last)
     check_same_shape(first, last)
     tasks = tasks_of(first, last)
     with new_folder(out, "--out") as folder:
@@ -67,7 +66,7 @@ def scored_line(first: OpenRun, last: OpenRun, tasks: Tasks, points: int) -> lis
     return curve
 
 
-def check_same_model(first: OpenRun, last: OpenRun) -> None:
+def check_one_model(first: OpenRun, last: OpenRun) -> None:
     """Raises UserError for runs of different models. Two names may lead to the same weights."""
     sums = {checksum(model_files(opened.settings.model)) for opened in (first, last)}
     if len(sums) > 1:
@@ -95,7 +94,7 @@ def tasks_of(first: OpenRun, last: OpenRun) -> Tasks:
     for opened in (first, last):
         settings = opened.settings.data
         name = spec_name(settings.eval_data or settings.data)
-        examples = training_and_evaluation(settings)[1]
+        examples = evaluation_examples(settings)
         questions = encode(examples, opened.vocabulary, opened.max_length, name)
         same = tasks.get(name, (None, questions))[1]
         if (same.examples, same.max_length) != (questions.examples, questions.max_length):

@@ -21,9 +21,9 @@ from torch import Tensor
 from lab import statistics
 from lab.activations import Collection
 from lab.geometry import GeometryError, checked, squared_distances
+from lab.inputs import FEW_UNITS
 
 MOST = 2000  # points of a domain's paths, of which all distances are held
-FEW_UNITS = 10  # fewer articles or modules give no interval worth printing
 REPEAT = 1e-6  # a step this short, in units of the longest distance, is of a token to itself
 
 

@@ -34,7 +34,7 @@ from lab import geometry
 from lab.activations import ROLES
 from lab.cache import POINT, kept
 from lab.commands import PlotOptions
-from lab.console import UserError, progress, say, show
+from lab.console import SCORES, UserError, progress, say, show
 from lab.evaluation import OpenRun, open_run
 from lab.files import NotWritten, begins_with, free_place, write_file
 from lab.folder import Run, snapshot
@@ -81,7 +81,7 @@ def gather(runs: Iterable[tuple[OpenRun, dict[int, Reference]]]) -> dict:
         records.append({**about_run(opened.run, opened.settings, steps),
                         "layers": trajectories(opened, steps, maps)})
     return {"title": ", ".join(run["name"] for run in records), "tokens": tokens, "runs": records,
-            "maps": [maps[i].content for i in sorted(maps)]}
+            "scores": SCORES, "maps": [maps[i].content for i in sorted(maps)]}
 
 
 def check_one_space(runs: list[Run]) -> None:

@@ -33,8 +33,8 @@ from lab.console import UserError, progress, say
 from lab.evaluation import OpenRun
 from lab.files import checksum
 from lab.folder import Run
-from lab.inputs import (LoadedModel, check_same_model, collection_of, model_files, parse_spec,
-                        rows_per_layer, say_files, topic, training_and_evaluation)
+from lab.inputs import (LoadedModel, check_same_model, collection_of, divided, model_files,
+                        parse_spec, rows_per_layer, say_files, topic)
 from lab.processes import rank_and_size
 from lab.settings import (REFERENCE_ROWS, DataSettings, PriorSettings, PromptSettings, Settings,
                           prior_name, spec_name)
@@ -95,17 +95,6 @@ class Reference:
     @property
     def gaussian(self) -> priors.Fitted:
         return self.fit(priors.Fitted, {})
-
-    def without(self, held: list[Tensor]) -> Reference:
-        """The rows but for those at the indices held (n,) of each part; it has no labels."""
-        parts, taken = [], []
-        for x, index in zip(self.parts, held):
-            is_left = torch.ones(len(x), dtype=torch.bool)
-            is_left[index] = False
-            parts.append(x[is_left])
-            taken.append(x[index])
-        return Reference(parts, self.name, is_prefix=self.is_prefix, keep=self.keep,
-                         whole=Whole(self, taken))
 
 
 class Whole(NamedTuple):
@@ -277,7 +266,7 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
         examples = data.read(kind, path, limit)
         say_files(kind, path)
     elif examples is None:
-        examples = training_and_evaluation(settings)[0]
+        examples = divided(settings).training
     rows = reference_rows(examples, loaded.vocabulary, settings.max_length, prior.seed, limit)
 
     # Label every token but BOS and the first of each row, whose norm is massive even if it is no
@@ -290,6 +279,9 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
         tokens += [row.ids[p] for p in wanted]
         roles += [token_roles[p] for p in wanted]
         texts += [number] * len(wanted)
+    if not tokens:
+        raise UserError(f"{spec}: no text of it fits --max-length {settings.max_length} with more "
+                        "than its first token: raise --max-length, or give other data")
     labels = Labels(torch.tensor(tokens[:limit]), roles[:limit], [name] * len(tokens[:limit]),
                     torch.tensor(texts[:limit]))
     by_layer = kept_inputs(loaded, [row.ids for row in rows], positions, layers)
@@ -454,7 +446,9 @@ def gaussian_like(prior: priors.Prior, reference: Reference) -> posteriors.Gauss
     if isinstance(prior, priors.Isotropic):
         scale = torch.full((prior.width,), prior.std)
         return posteriors.Gaussian(torch.zeros(prior.width), torch.eye(prior.width), scale)
-    if not isinstance(prior, priors.Fitted):
+    if isinstance(prior, priors.Posterior):
+        prior = prior.gaussian
+    elif not isinstance(prior, priors.Fitted):
         prior = reference.gaussian
     return posteriors.Gaussian(prior.mean, prior.basis, prior.scale)
 

@@ -4,7 +4,7 @@ A posterior holds a prompt's numbers as parameters, a tensor a layer: rows (n, D
 values of a prefix (n, 2, G, hd). Each step it names its members, prompts whose loss is wanted.
 Their gradients come back through them to the parameters, which the posterior's optimiser moves:
 
-    posterior = Langevin(start, gaussians, weight=1 / answer_tokens, seed=0)
+    posterior = Langevin(start, units, weight=1 / answer_tokens, seed=0)
     optimiser = posterior.optimiser()
     for layers in posterior.members(step):       # {layer: (n, D)}
         (loss(layers) - log_prior(layers) / answer_tokens).backward()
@@ -34,11 +34,11 @@ class Point(nn.Module):
 
     clips = True  # whether the norm of its gradient may be bounded
 
-    def __init__(self, start: Layers, scales: dict[int, float], weight: float, seed: int):
-        """start {layer: (K, n, ...)}: K draws of the prior. scales {layer: root mean square of
-        real rows there}, the unit of learning rates."""
+    def __init__(self, start: Layers, units: dict[int, float], weight: float, seed: int):
+        """start {layer: (K, n, ...)}: K draws of the prior. units {layer: what its numbers are
+        measured in}, here the root mean square of real rows."""
         super().__init__()
-        self.scales, self.weight, self.seed = scales, weight, seed
+        self.units, self.weight, self.seed = units, weight, seed
         self.layers = nn.ParameterDict()
         for i, draws in sorted(start.items()):
             self.layers[str(i)] = nn.Parameter(self.initial(draws).float().clone())
@@ -53,8 +53,8 @@ class Point(nn.Module):
 
     def groups(self, lr: float | None = None, factor: float = 1.0) -> list[dict]:
         """Parameter groups of an optimiser, with learning rates and names. lr: one rate for all
-        layers; None: a twentieth of each layer's scale. factor: multiplies either."""
-        return [{"params": [numbers], "lr": factor * (lr or self.scales[i] / 20),
+        layers; None: a twentieth of each layer's unit. factor: multiplies either."""
+        return [{"params": [numbers], "lr": factor * (lr or self.units[i] / 20),
                  "name": f"layer {i}"} for i, numbers in self.numbers().items()]
 
     def optimiser(self, lr: float | None = None, factor: float = 1.0) -> torch.optim.Optimizer:
@@ -96,10 +96,10 @@ class Encoded(Point):
     by one linear map and the value by another (the shared structure of arXiv 2410.02200). The last
     maps begin at zero, so the prompt begins as the prior drew it."""
 
-    def __init__(self, start: Layers, scales: dict[int, float], weight: float, seed: int,
+    def __init__(self, start: Layers, units: dict[int, float], weight: float, seed: int,
                  kind: str):
         """start {layer: (1, n, ...)}."""
-        super().__init__(start, scales, weight, seed)
+        super().__init__(start, units, weight, seed)
         for numbers in self.layers.values():
             numbers.requires_grad_(False)
         widths = {i: numbers[0].numel() for i, numbers in self.layers.items()}
@@ -130,7 +130,7 @@ class Encoded(Point):
         for i, start in self.layers.items():
             layer_hidden = hidden["all"] if "all" in hidden else hidden[i]
             change = layer_hidden @ self.last[i]
-            layers[int(i)] = start + self.scales[int(i)] * change.view_as(start)
+            layers[int(i)] = start + self.units[int(i)] * change.view_as(start)
         return layers
 
     def groups(self, lr: float | None = None, factor: float = 1.0) -> list[dict]:
@@ -145,11 +145,11 @@ class Confined(Point):
     (W, k) of each layer: row = start + sqrt(W / k) basis z. With the factor a step of the optimiser
     is as long as that of a row that may go anywhere, whatever k."""
 
-    def __init__(self, start: Layers, scales: dict[int, float], weight: float, seed: int,
+    def __init__(self, start: Layers, units: dict[int, float], weight: float, seed: int,
                  bases: Layers):
         """start {layer: (1, n, ...)}, with W numbers a row. bases {layer: (W, k)}, orthonormal
         columns."""
-        super().__init__(start, scales, weight, seed)
+        super().__init__(start, units, weight, seed)
         self.bases, self.coordinates = nn.ParameterDict(), nn.ParameterDict()
         for i, numbers in self.layers.items():
             numbers.requires_grad_(False)
@@ -166,7 +166,7 @@ class Confined(Point):
         return layers
 
     def groups(self, lr: float | None = None, factor: float = 1.0) -> list[dict]:
-        return [{"params": [z], "lr": factor * (lr or self.scales[int(i)] / 20),
+        return [{"params": [z], "lr": factor * (lr or self.units[int(i)] / 20),
                  "name": f"layer {i}"} for i, z in self.coordinates.items()]
 
 
@@ -206,15 +206,15 @@ class Whitened(Point):
     # gradient of the objective: training would end at another posterior.
     clips = False
 
-    def __init__(self, start: Layers, gaussians: dict[int, Gaussian], weight: float, seed: int):
-        """start {layer: (K, n, D)}: K draws of the prior. gaussians {layer: the prior's Gaussian};
-        of a prior that is none, one of like mean and covariance."""
+    def __init__(self, start: Layers, units: dict[int, Gaussian], weight: float, seed: int):
+        """start {layer: (K, n, D)}: K draws of the prior. units {layer: the Gaussian that its rows
+        are measured in}: the prior if it is one, else that of the reference."""
         coordinates = {}
         for i, draws in start.items():
-            mean, basis, scale = (t.double() for t in gaussians[i])
+            mean, basis, scale = (t.double() for t in units[i])
             coordinates[i] = (draws.double() - mean) @ basis / scale
         super().__init__(coordinates, dict.fromkeys(start, 1.0), weight, seed)
-        self.axes = nn.ModuleDict({str(i): Axes(gaussians[i]) for i in sorted(start)})
+        self.axes = nn.ModuleDict({str(i): Axes(units[i]) for i in sorted(start)})
 
     def rows(self, coordinates: Layers) -> Layers:
         """Coordinates {layer: (..., n, D)} -> rows {layer: (..., n, D)}."""
@@ -264,8 +264,9 @@ class Langevin(Whitened):
         return self.members(0)
 
     def report(self) -> dict[str, float]:
-        """spread: the variance between the particles over the prior's, a mean over all whitened
-        coordinates. 1 is the prior's; particles that are copies of one prompt have 0."""
+        """spread: the variance between the particles over that of the Gaussian that rows are
+        measured in, a mean over its whitened coordinates. Particles that are copies of one prompt
+        have 0."""
         z = torch.cat([z.flatten(1) for z in self.prompts().values()], dim=1)  # (K, P)
         return {"spread": float(z.var(dim=0).mean())} if len(z) > 1 else {}
 
@@ -319,10 +320,10 @@ class MeanField(Whitened):
     is such a Gaussian if it is one at all, so the axes put no floor under the KL divergence."""
 
     RATE = 0.05  # of the log standard deviations
-    NARROW = 0.9  # standard deviations over the prior's below which the data told something
+    NARROW = 0.9  # standard deviations over the Gaussian's below which the data told something
 
-    def __init__(self, start: Layers, gaussians: dict[int, Gaussian], weight: float, seed: int):
-        super().__init__(start, gaussians, weight, seed)
+    def __init__(self, start: Layers, units: dict[int, Gaussian], weight: float, seed: int):
+        super().__init__(start, units, weight, seed)
         self.draws = len(next(iter(start.values())))
         # Of the standard deviation over the prior's. A tenth is wide enough to feel the loss and
         # too narrow to drown it.
@@ -361,9 +362,9 @@ class MeanField(Whitened):
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
-        """spread: the variance over the prior's, a mean over all coordinates. narrowed: coordinates
-        whose standard deviation the data took below NARROW of the prior's. narrowest: the smallest
-        such ratio. kl: KL(q || the prior's Gaussian), nats."""
+        """Against the Gaussian that rows are measured in. spread: the ratio of variances, a mean
+        over all coordinates. narrowed: coordinates whose ratio of standard deviations the data took
+        below NARROW. narrowest: the smallest such ratio. kl: KL(q || Gaussian), nats."""
         mean = torch.cat([z.flatten() for z in self.numbers().values()])
         log_ratio = torch.cat([z.flatten() for z in self.log_ratio.values()])
         ratio = log_ratio.exp()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import llama
-from lab.console import UserError, rank_and_count
+from lab.console import Stopped, UserError, rank_and_count
 
 # that ask to stop
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
@@ -77,6 +77,31 @@ def collect_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def raise_signals(how_to_go_on: str) -> Iterator[None]:
+    """Raise Stopped from here on a signal that would end the process at once, so that what is
+    inside is cleaned up first."""
+    received: list[int] = []
+    ending = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+
+    def on_signal(number, frame):
+        received.append(number)
+        raise KeyboardInterrupt  # which nothing takes for a failure of its own
+
+    for number in ending:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not received:
+            raise
+        raise Stopped(f"stopped by {signal.Signals(received[0]).name}; {how_to_go_on}",
+                      -received[0]) from None
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def init_processes(device: str, batch_size: int, shard: bool) -> None:

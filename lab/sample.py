@@ -22,34 +22,35 @@ import llama
 import priors
 from lab import gaps, geometry, pictures, two_samples
 from lab.commands import SampleOptions
-from lab.compare import TITLES, sample, sample_index
+from lab.compare import TITLES, measure, sample, sample_index
 from lab.console import file_list, say, show, table
 from lab.files import free_folder, new_folder
 from lab.inputs import layers_with_rows, load_model, longest_text, rows_per_layer
-from lab.populations import Reference, draw, joined, references
+from lab.populations import Reference, Whole, draw, joined, references
 from lab.settings import Settings, from_flags
 
 LEAST = 100  # rows that a reference must have for a fifth of it to judge a prior
 LEAST_TEXTS = 10  # and texts
 
 
-def held_out(texts: Tensor) -> Tensor:
-    """The texts (N,) of rows -> indices of about a fifth of them to judge by, not to fit on: whole
-    texts, drawn at random but always the same. A row of a text that was fitted on would judge too
-    kindly."""
+def held_out(texts: Tensor) -> tuple[Tensor, Tensor]:
+    """The texts (N,) of rows -> indices of the rows to fit on, and of about a fifth to judge by:
+    whole texts, drawn at random but always the same. A row of a text that was fitted on would
+    judge too kindly."""
     _, text, sizes = texts.unique(return_inverse=True, return_counts=True)
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(1))
     # The texts that begin within the first fifth of the rows, in the random order, and two at least
     begin = sizes[order].cumsum(0) - sizes[order]
     count = max(int((begin < len(texts) // 5).sum()), 2)
-    return torch.isin(text, order[:count]).nonzero()[:, 0]
+    is_held = torch.isin(text, order[:count])
+    return (~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0]
 
 
 def judge_prior(prior: type, reference: Reference, options: dict, n: int, seed: int,
                 texts: list[Tensor] | None = None) -> list[tuple[str, dict[str, float]]]:
-    """Fit a prior on four fifths of its reference, draw prompts of n rows, and compare the draws
-    with the remaining fifth of each part. texts: of each part the numbers (N,) of the texts that
-    its rows are of, which are held out whole; None: every row is a text.
+    """Fit a prior on four fifths of each part of its reference, draw prompts of n rows, and compare
+    the draws with the remaining fifth. texts: of each part the numbers (N,) of the texts that its
+    rows are of, which are held out whole; None: every row is a text.
 
     Draws of a Gaussian fitted on the same rows, and these rows themselves, are compared too. The
     rows come from the reference's own distribution, so no prior can be expected to do better.
@@ -59,7 +60,8 @@ def judge_prior(prior: type, reference: Reference, options: dict, n: int, seed: 
     mmd: MMD^2, with its p. knn: median distance to the third nearest of the rows that were fitted
     on, of which 2000 are taken at most. gap: percent in the gap along the direction in which those
     rows are most bimodal. c2st: AUC of a classifier."""
-    sets, held, held_text, neighbours = _to_judge(prior, reference, options, n, seed, texts)
+    sets, reference_text, held, held_text, neighbours = _to_judge(prior, reference, options, n,
+                                                                  seed, texts)
 
     # Compare every set with the held-out rows.
     split = gaps.most_bimodal(neighbours)
@@ -71,13 +73,15 @@ def judge_prior(prior: type, reference: Reference, options: dict, n: int, seed: 
         x = sets[name]
         precision, recall = geometry.precision_recall(x, held)
         # Rows are dealt into groups as large as the held-out texts, so that a permutation exchanges
-        # like with like
-        mmd, p = two_samples.mmd(x, held, held_text[:len(x)], held_text)
+        # like with like. Every row weighs the same, as in the law that the prior was fitted on
+        mmd, p = two_samples.mmd(x, held, np.sort(held_text)[:len(x)], held_text, by_row=True)
+        text = reference_text if name == "reference rows" else None  # a draw is a text of its own
         numbers = {"variance_ratio": geometry.total_variance_ratio(x, held),
                    "effective_rank": geometry.effective_rank(x),
                    "frechet": geometry.frechet(x, held), "precision": 100 * precision,
                    "recall": 100 * recall, "mmd": mmd, "mmd_p": p,
-                   "gap": 100 * split.share_in_gap(x), "c2st": gaps.c2st(x, held)}
+                   "gap": 100 * split.share_in_gap(x),
+                   **measure("c2st", gaps.c2st, x, held, text, held_text)}
         if name != "reference rows":  # these are among the neighbours
             numbers["knn"] = _third_neighbour(x, neighbours)
         return name, numbers
@@ -88,19 +92,22 @@ def judge_prior(prior: type, reference: Reference, options: dict, n: int, seed: 
 
 def _to_judge(prior: type, reference: Reference, options: dict, n: int, seed: int,
               texts: list[Tensor] | None
-              ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-    """Of judge_prior's arguments the sets to compare, the held-out rows (m, D) and their texts
-    (m,), and a sample of the rows that were fitted on. These themselves may be gigabytes, and are
-    freed when it returns."""
+              ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of judge_prior's arguments the sets to compare, the texts of the reference rows among them,
+    the held-out rows (m, D) and their texts (m,), and a sample of the rows that were fitted on.
+    These themselves may be gigabytes, and are freed when it returns."""
     # Hold a fifth of every part out, so that all populations are judged by.
     texts = [torch.arange(len(x)) for x in reference.parts] if texts is None else texts
-    chosen = [held_out(text) for text in texts]
-    rest = reference.without(chosen)
-    held_texts, first = [], 0
-    for text, index in zip(texts, chosen):
-        held_texts.append(text[index] + first)
+    fit_parts, fit_texts, held_parts, held_texts, first = [], [], [], [], 0
+    for x, text in zip(reference.parts, texts):
+        to_fit, to_judge = held_out(text)
+        fit_parts.append(x[to_fit])
+        fit_texts.append(text[to_fit] + first)
+        held_parts.append(x[to_judge])
+        held_texts.append(text[to_judge] + first)
         first += int(text.max()) + 1
-    fit, held_rows = rest.rows, joined(rest.whole.held)
+    rest = Reference(fit_parts, "", keep=reference.keep, whole=Whole(reference, held_parts))
+    fit, held_rows = rest.rows, joined(held_parts)
     held, held_text = sample(held_rows), torch.cat(held_texts)[sample_index(len(held_rows))].numpy()
     neighbours, count = sample(fit), len(held)
 
@@ -109,8 +116,11 @@ def _to_judge(prior: type, reference: Reference, options: dict, n: int, seed: in
     sets = {"prior's draws": _draws(fitted, len(fit), n, count, seed)}
     if prior is not priors.Fitted:
         sets["fitted Gaussian's"] = _draws(rest.gaussian, len(fit), n, count, seed)
-    sets["reference rows"] = sample(fit, count)
-    return sets, held, held_text, neighbours
+    # Reference rows of one text stand together, so that they are dealt into one group or two.
+    index = sample_index(len(fit), count)
+    reference_text, order = torch.cat(fit_texts)[index].sort(stable=True)
+    sets["reference rows"] = sample(fit[index[order]])
+    return sets, reference_text.numpy(), held, held_text, neighbours
 
 
 def _draws(prior: priors.Prior, N: int, n: int, count: int, seed: int) -> np.ndarray:

@@ -80,7 +80,7 @@ def sign_flip_p(difference: np.ndarray, flips: int = 2000, seed: int = 0) -> flo
 
 def student_quantile(freedom: int, level: float = 0.95) -> float:
     """The t that a Student variable of so many degrees of freedom exceeds neither way with the
-    probability `level`, to 1e-5."""
+    probability `level`, to 1e-5 of itself up to a level of 0.999998."""
     if freedom < 1:
         raise StatisticsError(f"{freedom} degrees of freedom: give at least two values")
     share, angles = _student_angles(freedom)
@@ -93,9 +93,10 @@ def _student_angles(freedom: int) -> tuple[np.ndarray, np.ndarray]:
     cos(angle)^(freedom - 1): the probabilities of angles up to these either way, and the angles."""
     # Of many degrees the mass lies near 0, and what lies beyond t = 40 is less than 1e-15 of it
     largest = min(math.pi / 2, math.atan(40 / math.sqrt(freedom)) if freedom > 40 else 2)
-    edges = np.linspace(0, largest, 20001)
+    # Steps shorten towards the end, where of few degrees the tail is
+    edges = largest * (1 - np.linspace(1, 0, 20001) ** 2)
     middles = (edges[1:] + edges[:-1]) / 2
-    mass = np.cumsum(np.cos(middles) ** (freedom - 1))
+    mass = np.cumsum(np.cos(middles) ** (freedom - 1) * np.diff(edges))
     return np.append(0, mass / mass[-1]), edges
 
 
@@ -202,8 +203,9 @@ class Paired(NamedTuple):
                              by_both=0.0)
 
     def _tail(self, distance: float) -> float:
-        """The probability, to 1e-6, that the mean lies this far above the truth: the level is found
-        by bisection at which half_width is the distance."""
+        """The probability that the mean lies this far above the truth, 1e-6 if it is smaller: the
+        level at which half_width is the distance is found by bisection. To 1e-7, or of a larger one
+        to 2e-4 of itself."""
         if distance == 0:
             return 0.5
         low, high = 1e-6, 0.5

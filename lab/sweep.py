@@ -30,7 +30,7 @@ from lab.files import SMALL, Folder, Locked, refuse_link, write_file
 from lab.folder import CONFIG, Run
 from lab.inputs import Shared
 from lab.plan import Plan, cell_key, make_runs, read_grids, read_plan
-from lab.processes import use_threads
+from lab.processes import raise_signals, use_threads
 from lab.settings import from_flags
 from lab.sweep_table import show_table
 from lab.train import differences, train_run
@@ -141,25 +141,26 @@ def helpers(plan: Plan, count: int) -> Iterator[None]:
     """So many other processes at the same sweep, which speak to files. At the end this one waits
     for theirs; if it is stopped, they are too."""
     processes = []
-    try:
-        for i in range(count):
-            name = f"jobs/{i + 2}.txt"
-            with Folder(plan.folder) as folder:
-                folder.write(name, b"")
-                log = folder.open(name, os.O_WRONLY)
-            with log:
-                processes.append(subprocess.Popen(
-                    [sys.executable, str(PROGRAM), "sweep", str(plan.folder)],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-        yield
-        for process in processes:
-            process.wait()
-    except BaseException:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
-        raise
+    with raise_signals(f"go on by: sweep {plan.folder}"):
+        try:
+            for i in range(count):
+                name = f"jobs/{i + 2}.txt"
+                with Folder(plan.folder) as folder:
+                    folder.write(name, b"")
+                    log = folder.open(name, os.O_WRONLY)
+                with log:
+                    processes.append(subprocess.Popen(
+                        [sys.executable, str(PROGRAM), "sweep", str(plan.folder)],
+                        stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+            yield
+            for process in processes:
+                process.wait()
+        except BaseException:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait()
+            raise
 
 
 # --------------------------------------------------------------------------------------------------

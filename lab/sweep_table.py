@@ -20,8 +20,8 @@ from lab import geometry, pictures, statistics
 from lab.adapters import to_csv
 from lab.console import SCORES, say, show, table
 from lab.files import reading, write_file
-from lab.folder import Run
-from lab.inputs import FEW_CONTEXTS, topic, training_and_evaluation, unit
+from lab.folder import Run, objective
+from lab.inputs import evaluation_examples, independent_units
 from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settings
 from lab.settings import DataSettings, Settings, numbered
 
@@ -38,7 +38,10 @@ In brackets: 95 % intervals, of Student's t over seeds. steps: until the loss wa
 the last one, at an evaluation."""
 ABOUT_HELD_OUT = """\
 held-out loss: on questions of the training data that no run was trained on, by which the rate was
-chosen; of taught prompts the divergence from the teacher, or --teacher-mix of both."""
+chosen."""
+ABOUT_TAUGHT = """\
+steps and held-out loss of taught prompts: of the divergence from the teacher, or --teacher-mix of
+both."""
 ABOUT_DIFFERENCES = """\
 by seed: the difference, paired by seed, on these questions; other questions too: as it may be of
 other seeds and other questions (whole articles or paragraphs). p, equal: of two one-sided tests
@@ -70,19 +73,12 @@ def last(metrics: list[dict], split: str) -> dict | None:
     return next((line for line in reversed(metrics) if line["split"] == split), None)
 
 
-def objective(line: dict, mix: float) -> float:
-    """The loss of a line of the log as the run's training takes it: cross-entropy, or with a
-    teacher its mixture with the divergence; mix: --teacher-mix."""
-    if "teacher_kl" not in line:
-        return line["loss"]
-    return (1 - mix) * line["teacher_kl"] + mix * line["loss"]
-
-
-def steps_to_loss(metrics: list[dict]) -> int:
-    """The first step whose evaluation has a loss at most a tenth above the last one's."""
-    evaluations = [line for line in metrics if line["split"] == "eval"]
-    return next(line["step"] for line in evaluations
-                if line["loss"] <= 1.1 * evaluations[-1]["loss"])
+def steps_to_loss(metrics: list[dict], mix: float) -> int:
+    """The first step whose evaluation has a loss at most a tenth above the last one's; mix:
+    --teacher-mix."""
+    losses = {line["step"]: objective(line, mix) for line in metrics if line["split"] == "eval"}
+    *_, last_loss = losses.values()
+    return next(step for step, loss in losses.items() if loss <= 1.1 * last_loss)
 
 
 def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
@@ -103,16 +99,16 @@ def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
         # Of rates with fewer runs, a failed one among them, nobody knows how good they are.
         most = max(map(len, by_rate.values()))
         losses = {}
+        mix = plan.settings(next(iter(logs))).teacher.teacher_mix  # one in a cell
         for rate, runs in by_rate.items():
             lines = [last(logs[run], "held_out") for run in runs.values()]
             if len(runs) == most and None not in lines:
-                mix = plan.settings(next(iter(runs.values()))).teacher.teacher_mix  # one in a cell
                 losses[rate] = float(np.mean([objective(line, mix) for line in lines]))
         rate = min(losses, key=losses.get) if losses else next(iter(by_rate))
         runs = dict(sorted(by_rate[rate].items()))
         cells.append(Cell(name, {seed: plan.run(run) for seed, run in runs.items()},
                           {seed: last(logs[run], "eval") for seed, run in runs.items()},
-                          {seed: steps_to_loss(logs[run]) for seed, run in runs.items()},
+                          {seed: steps_to_loss(logs[run], mix) for seed, run in runs.items()},
                           plan.settings(next(iter(runs.values()))), rate, losses))
     return cells
 
@@ -149,23 +145,23 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
     questions of two articles or more."""
     asked = [[(p["id"], p["question"]) for p in next(iter(cell.runs.values())).predictions()]
              for cell in cells]
-    units: dict[DataSettings, np.ndarray] = {}
+    units: dict[int, np.ndarray] = {}  # of the cells that others are compared with
     rows, effects = [], []
     for i, cell in enumerate(cells):
         j = asked.index(asked[i])
         seeds = [seed for seed in cell.runs if seed in cells[j].runs]
-        first, settings = cells[j], cells[j].settings.data
+        first = cells[j]
         if i == j or not seeds:
             continue
-        if settings not in units:
-            units[settings] = question_units(settings, asked[j])
-        if not units[settings].any():
+        if j not in units:
+            units[j] = question_units(first.settings.data, asked[j])
+        if not units[j].any():
             continue
         numbers = with_interval("difference", [
             cell.logs[seed][cell.key] - first.logs[seed][cell.key] for seed in seeds])
         answers = np.array([[scores_by_question(c.runs[seed], cell.key) for seed in seeds]
                             for c in (cell, first)])
-        effect = statistics.paired(answers[0] - answers[1], units[settings])
+        effect = statistics.paired(answers[0] - answers[1], units[j])
         half = effect.half_width()
         rows.append((cell.name, first.name, {
             **numbers, "wide": effect.mean, "wide_low": effect.mean - half,
@@ -189,21 +185,19 @@ def scores_by_question(run: Run, key: str) -> list[float]:
 
 
 def question_units(settings: DataSettings, asked: list[tuple[str, str]]) -> np.ndarray:
-    """The article or module of every question asked, (id, question) each; of fewer than ten of
-    these, the paragraph or the question itself."""
-    examples = {(e.id, e.question): e for e in training_and_evaluation(settings)[1]}
-    for kind in (unit, topic):
-        names = [kind(examples[question]) for question in asked]
-        if len(set(names)) >= FEW_CONTEXTS:
-            break
-    return np.unique(names, return_inverse=True)[1]
+    """The independent unit of every question asked, (id, question) each."""
+    examples = {(e.id, e.question): e for e in evaluation_examples(settings)}
+    return independent_units([examples[question] for question in asked])
 
 
 def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> str:
     """What the tests tell of a cell, after Holm's correction, in words."""
-    if numbers["holm_equal"] <= LEVEL:
+    is_near, is_other = (numbers[key] <= LEVEL for key in ("holm_equal", "holm_different"))
+    if is_near and is_other:
+        words = f"different, but by less than {margin:g} points"
+    elif is_near:
         words = f"equal within {margin:g} points"
-    elif numbers["holm_different"] <= LEVEL:
+    elif is_other:
         words = "different"
     else:
         words = (f"cannot be told: neither different, nor equal within {margin:g} points; a true "
@@ -272,7 +266,11 @@ def show_table(plan: Plan, finished: list[str], margin: float) -> None:
         ends = ends_of(cells)
         curves = pictures.curves([run for cell in cells for run in cell.runs.values()])
 
-    about = f"{ABOUT}\n{ABOUT_HELD_OUT}" if any(cell.held_out for cell in cells) else ABOUT
+    about = ABOUT
+    if any(cell.held_out for cell in cells):
+        about += f"\n{ABOUT_HELD_OUT}"
+    if any("teacher_kl" in line for cell in cells for line in cell.logs.values()):
+        about += f"\n{ABOUT_TAUGHT}"
     text = [f"{plan.folder.resolve().name}: {len(finished)} of {len(plan.runs)} runs; scores in "
             f"percent, loss in nats a token\n\n{table(scores, SCORE_TITLES)}\n\n{about}"]
     text += rates_of(cells)

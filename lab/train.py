@@ -60,14 +60,15 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 class Training:
-    """A posterior's optimiser, with its learning rates as peaks.
+    """The loop that trains a posterior, step by step, from any checkpoint on.
 
     Every member's objective is its loss on the batch / (questions of the batch * answer_tokens)
-    + prior_weight * penalty(member); see docs/posteriors.md. The loss is the cross-entropy of the
-    answers, or taught_loss. Divided by the batch's own number of answer tokens, as the loss that
-    is logged, it would be biased: a token would weigh less in a batch of long answers. The batch of
-    a step is a pure function of the seed and the step. Of several processes each has its share of
-    the batch, and gradients are summed."""
+    + prior_weight * penalty(member), and that of a Gaussian has its extra_loss too; see
+    docs/posteriors.md. The loss is the cross-entropy of the answers, or taught_loss. Divided by the
+    batch's own number of answer tokens, as the loss that is logged, it would be biased: a token
+    would weigh less in a batch of long answers. The batch of a step is a pure function of the seed
+    and the step. Of several processes each has its share of the batch, and gradients are
+    summed."""
 
     def __init__(self, run: Run, settings: Settings, loaded: LoadedModel,
                  posterior: posteriors.Point, questions: Questions,
@@ -445,7 +446,7 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     checkpoint = checkpoint_of(run, settings) if explicit is None else None
     inputs = read_inputs(run, settings, config, explicit is None, shared)
     settings, loaded = inputs.settings, inputs.loaded
-    prose = read_prose(settings.data, loaded, settings.data.max_length)
+    prose = read_prose(settings, loaded, settings.data.max_length)
 
     # Fit the prior, and make the posterior from its draw.
     begun = begin_run(inputs)

@@ -44,11 +44,15 @@ def _sample_groups(x, y, x_groups, y_groups):
 
 
 def mmd(x: np.ndarray, y: np.ndarray, x_groups: np.ndarray | None = None,
-        y_groups: np.ndarray | None = None, permutations: int = 200, seed: int = 0
-        ) -> tuple[float, float]:
+        y_groups: np.ndarray | None = None, permutations: int = 200, seed: int = 0,
+        by_row: bool = False) -> tuple[float, float]:
     """The unbiased estimate of the squared maximum mean discrepancy between the distributions of x
     and y, which may be negative, and its p-value by permutations, nan for none (Gretton et al.
-    2012). Every group weighs the same, and permutations move whole groups.
+    2012). Permutations move whole groups, and pairs of rows of one group are left out.
+
+    Every group weighs the same, which keeps the level where one sample has small groups and the
+    other large ones. by_row: every row does, so that y's groups may be of unequal laws (long texts
+    and short ones) and x rows of the law of all; for it x should have groups as large as y's.
 
     The value is of the kernel exp(-d^2 / 2 s^2) with the median distance in the pooled sample as s.
     The test takes the largest of the values at s and at HALVINGS halves of it, each in standard
@@ -74,7 +78,7 @@ def mmd(x: np.ndarray, y: np.ndarray, x_groups: np.ndarray | None = None,
     kernel = np.exp(square, out=square)
     values = np.empty((HALVINGS + 1, 1 + permutations))
     for k in range(HALVINGS + 1):
-        values[k] = _mmd_values(kernel, group, of_x)
+        values[k] = _mmd_values(kernel, group, of_x, by_row)
         for _ in range(2):  # half as wide a kernel is the fourth power of this one
             np.square(kernel, out=kernel)
     value = float(values[0, 0])
@@ -88,17 +92,18 @@ def mmd(x: np.ndarray, y: np.ndarray, x_groups: np.ndarray | None = None,
     return value, p_value(largest[1:], largest[0])
 
 
-def _mmd_values(kernel, group, of_x):
+def _mmd_values(kernel, group, of_x, by_row):
     """MMD^2 (labellings,) from the kernel of all pairs of rows (N + M, N + M), the rows' groups
-    (N + M,) in ascending order, and which groups count as x (labellings, G)."""
-    # The mean of the kernel between the rows of two groups; the unbiased estimate leaves out a
-    # group's pair with itself
-    G = of_x.shape[1]
-    if G < len(group):
-        sizes = np.bincount(group)
+    (N + M,) in ascending order, and which groups count as x (labellings, G). by_row: see mmd."""
+    # The kernel between two groups, its sum over their rows or its mean; the unbiased estimate
+    # leaves out a group's pair with itself
+    sizes = np.bincount(group)
+    weight = sizes if by_row else np.ones_like(sizes)
+    if len(sizes) < len(group):
         starts = np.cumsum(sizes) - sizes
         kernel = np.add.reduceat(kernel, starts, axis=0)
-        kernel = np.add.reduceat(kernel, starts, axis=1) / np.outer(sizes, sizes)
+        kernel = np.add.reduceat(kernel, starts, axis=1)
+        kernel /= np.outer(sizes // weight, sizes // weight)
     np.fill_diagonal(kernel, 0)
 
     # Sums of the kernel within x, between x and y, and within y, for all labellings at once
@@ -106,9 +111,10 @@ def _mmd_values(kernel, group, of_x):
     xx = (to_x * of_x).sum(1)
     xy = to_x.sum(1) - xx
     yy = kernel.sum() - xx - 2 * xy
-    n = int(of_x[0].sum())
-    m = G - n
-    return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
+    # and the weights of these pairs
+    n, squares = of_x @ weight, of_x @ weight**2
+    m, y_squares = weight.sum() - n, (weight**2).sum() - squares
+    return xx / (n**2 - squares) + yy / (m**2 - y_squares) - 2 * xy / (n * m)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import llama
 from lab import geometry, statistics
 from lab.batches import TOGETHER, by_question, losses_and_tokens
 from lab.console import UserError
-from lab.inputs import FEW_CONTEXTS, LoadedModel, Questions, topic
+from lab.inputs import LoadedModel, Questions
 from lab.settings import Settings
 
 MOST = 8  # tokens of a mixture
@@ -134,19 +134,18 @@ def _of_lengths(steps: Tensor, generator: torch.Generator) -> Tensor:
     return noise * length.view(-1, *[1] * (steps.dim() - 1))
 
 
-def paired(questions: Questions, predictions: dict[str, list[dict]], of: dict[str, str]
-           ) -> list[tuple[str, dict[str, float]]]:
+def paired_differences(questions: Questions, predictions: dict[str, list[dict]],
+                       of: dict[str, str]) -> list[tuple[str, dict[str, float]]]:
     """(name, difference in points) of the scores of entries from those of others, with its standard
-    error, paired by question, with contexts as clusters. predictions: as evaluate gives them, by
-    the entry's name. of: {name: that of the other}."""
-    _, context = np.unique([topic(e) for e in questions.examples], return_inverse=True)
-    ones, rows = np.ones(len(context)), []
+    error, paired by question. predictions: as evaluate gives them, by the entry's name. of: {name:
+    that of the other}."""
+    clusters, ones, rows = questions.clusters(), np.ones(len(questions)), []
     for name, other in of.items():
         key = "f1" if "f1" in predictions[name][0] else "accuracy"
         change = np.array([a[key] - b[key] for a, b in zip(predictions[name], predictions[other])])
         numbers = {key: float(change.mean())}
-        if context.max() + 1 >= FEW_CONTEXTS:
-            numbers[f"{key}_se"] = statistics.ratio_error(change, ones, context)
+        if clusters is not None:
+            numbers[f"{key}_se"] = statistics.ratio_error(change, ones, clusters)
         rows.append((name, numbers))
     return rows
 
@@ -154,7 +153,7 @@ def paired(questions: Questions, predictions: dict[str, list[dict]], of: dict[st
 def effects(loaded: LoadedModel, settings: Settings, prompt: llama.Prompt,
             questions: Questions) -> list[tuple[str, dict[str, float]]]:
     """(name, numbers) of every row: the loss (nats a token) without it, and the change that makes,
-    with the standard error of this difference, paired by question, with contexts as clusters."""
+    with the standard error of this difference, paired by question."""
     prompts = without_each(prompt)
     groups = [[prompt], *(prompts[i:i + TOGETHER] for i in range(0, len(prompts), TOGETHER))]
     losses = []
@@ -164,14 +163,12 @@ def effects(loaded: LoadedModel, settings: Settings, prompt: llama.Prompt,
                               settings.data, False, questions, name,
                               partial(losses_and_tokens, loaded.model))
     whole, *others = np.array(losses)  # (questions, 2) each
-    tokens = whole[:, 1]
-    _, context = np.unique([topic(e) for e in questions.examples], return_inverse=True)
-    rows = []
+    tokens, clusters, rows = whole[:, 1], questions.clusters(), []
     for i, x in enumerate(others):
         change = x[:, 0] - whole[:, 0]
         numbers = {"loss": float(x[:, 0].sum() / tokens.sum()),
                    "change": float(change.sum() / tokens.sum())}
-        if context.max() + 1 >= FEW_CONTEXTS:
-            numbers["change_se"] = statistics.ratio_error(change, tokens, context)
+        if clusters is not None:
+            numbers["change_se"] = statistics.ratio_error(change, tokens, clusters)
         rows.append((f"row {i + 1}", numbers))
     return rows

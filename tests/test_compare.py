@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from scipy.spatial.distance import pdist
 
 import data
 import llama
@@ -18,6 +19,7 @@ import promptprior
 from lab import console, locality
 from lab.activations import Collection
 from lab.attention import measure_attention
+from lab.compare import measure_rows
 from lab.folder import Run
 from lab.inputs import load_model
 from lab.populations import Reference
@@ -143,6 +145,13 @@ def test_the_posterior_of_runs_is_a_prior(runs, tmp_path, capsys):
     torch.testing.assert_close(load_file(tmp_path / "warm/prompts/000000.safetensors"),
                                load_file(runs / "squad/prompt.safetensors"))
     assert run("plot", tmp_path / "warm") == 0
+    # one row alone has no density, which is found before training
+    assert run("train", *FEW, "--tokens", 1, "--out", tmp_path / "one") == 0
+    again = "train", *FEW, "--tokens", 1, "--prior", f"posterior:{tmp_path / 'one'},resample=1"
+    assert run(*again, "--out", tmp_path / "more") == 0
+    capsys.readouterr()
+    assert run(*again, "--prior-weight", 1, "--out", tmp_path / "map") == 2
+    assert "cannot be fitted on 1" in capsys.readouterr().err and not (tmp_path / "map").exists()
     assert run("sample", "--json", "--prior", f"posterior:{runs / 'squad'},{runs / 'sgld'}") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["rows"] == 20 + 3 * 20
     assert run("sample", "--prior", f"posterior:{runs / 'squad'}", "--deep-layers", 1) == 2
@@ -372,8 +381,8 @@ def test_sample_judges_a_prior(capsys):
     assert judged["prior's draws"]["variance_ratio"] < 1e-3
     assert judged["prior's draws"]["mmd_p"] < 0.01 < judged["fitted Gaussian's"]["mmd_p"]
     uniform = dict(judge_prior(priors.Xavier, Reference([x], ""), {}, 20, 0))["prior's draws"]
-    held = held_out(torch.arange(2000))
-    assert len(held.unique()) == len(held) == 400
+    fit, held = held_out(torch.arange(2000))
+    assert len(held) == 400 and sorted([*fit.tolist(), *held.tolist()]) == [*range(2000)]
     held = x[held]  # its bound is that of 20 rows, not of all that are judged
     assert uniform["variance_ratio"] == pytest.approx(
         12 * 2 / (20 + 12) / float(held.var(dim=0).sum()), rel=0.05)
@@ -386,18 +395,45 @@ def test_sample_judges_a_prior(capsys):
     assert "judged by it" in out.err
 
 
+def test_an_ordinary_rows_distance_is_to_others():
+    """By all pairs of a small reference, in which rows come sorted by length."""
+    x = torch.randn(19, 3, generator=torch.Generator().manual_seed(0))
+    numbers = dict(measure_rows(x[:4], x[:4], x, priors.Fitted.fit(x)))
+    assert numbers["reference"]["distance"] == pytest.approx(pdist(x.numpy()).mean(), rel=1e-5)
+    x = torch.arange(1500.0)[:, None].sqrt() * torch.eye(3)[torch.arange(1500) % 3]
+    distance = dict(measure_rows(x[:4], x[:4], x, priors.Fitted.fit(x)))["reference"]["distance"]
+    assert distance == pytest.approx(pdist(x.numpy()).mean(), rel=0.15)
+
+
+def test_rows_of_one_law_are_not_told_apart_where_long_texts_differ_from_short_ones():
+    """Six populations of 20 long texts and 200 short ones of another mean: the reference's rows and
+    the draws of a prior that knows it all. Were each text to weigh the same, the rows of the long
+    ones would count for little among those held out."""
+    text = torch.cat([torch.arange(20).repeat_interleave(100),
+                      20 + torch.arange(200).repeat_interleave(10)])
+    levels, areas = [], []
+    for seed in range(6):
+        x = torch.randn(4000, 4, generator=torch.Generator().manual_seed(seed))
+        x = x + 3 * (text >= 20)[:, None]
+        judged = dict(judge_prior(priors.Vocab, Reference([x], ""), {}, 20, seed, [text]))
+        for name in ("reference rows", "prior's draws"):
+            levels.append(judged[name]["mmd_p"])
+            areas.append(judged[name]["c2st"])
+    assert np.mean(np.array(levels) <= 0.05) <= 0.25
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.04)
+
+
 def test_held_out_rows_are_held_out_texts():
     """About a fifth of the rows, of texts that nothing was fitted on: real rows of other texts are
     no nearer than a Gaussian's draws, where rows of the same texts would be."""
     g = torch.Generator().manual_seed(0)
     texts = torch.randint(0, 40, (2000,), generator=g)
-    held = held_out(texts)
-    rest = Reference([texts], "").without([held]).rows
-    assert not set(rest.tolist()) & set(texts[held].tolist())
+    fit, held = held_out(texts)
+    assert not set(texts[fit].tolist()) & set(texts[held].tolist())
     assert 400 <= len(held) < 400 + texts.bincount().max()
-    assert sorted([*rest.tolist(), *texts[held].tolist()]) == sorted(texts.tolist())
+    assert sorted([*fit.tolist(), *held.tolist()]) == [*range(2000)]
     two = torch.tensor([0] * 50 + [1] * 50 + [2] * 50)
-    assert len(two[held_out(two)].unique()) == 2
+    assert len(two[held_out(two)[1]].unique()) == 2
     # rows of a text differ by little
     x = torch.randn(40, 12, generator=g)[texts] + 0.1 * torch.randn(2000, 12, generator=g)
     judged = dict(judge_prior(priors.Fitted, Reference([x], ""), {}, 20, 0, [texts]))

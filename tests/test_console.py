@@ -1,16 +1,20 @@
 """What the program says while it works."""
 
 import gc
+import importlib
 import io
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import llama
 import promptprior
 from lab import console
+from lab.files import NotWritten
 
 HERE = Path(promptprior.__file__).parent
 
@@ -79,6 +83,24 @@ def test_of_many_files_the_ends_are_named():
     names = [f"layer-{i:02d}.svg" for i in range(30)]
     assert console.file_list(names[:2]) == "layer-00.svg, layer-01.svg"
     assert console.file_list(names) == "layer-00.svg to layer-29.svg"
+
+
+def test_every_error_can_be_sent_to_another_process():
+    """With its message and all that a handler asks of it."""
+    reason = PermissionError(13, "Permission denied")
+    made = {"NotWritten": NotWritten(Path("a/b"), reason), "Stopped": console.Stopped("by", -15),
+            "FileError": llama.FileError(Path("a/b"), "no such file")}
+    names = ["data", "llama", "priors", "viz",
+             *(f"lab.{path.stem}" for path in (HERE / "lab").glob("[a-z]*.py"))]
+    kinds = {kind for name in names for kind in vars(importlib.import_module(name)).values()
+             if isinstance(kind, type) and issubclass(kind, Exception) and kind.__module__ in names}
+    assert len(kinds) > 9
+    for kind in kinds:
+        error = made[kind.__name__] if kind.__name__ in made else kind("what, where, remedy")
+        received = pickle.loads(pickle.dumps(error))
+        assert type(received) is kind and str(received) == str(error)
+        for name in ("errno", "path", "status"):
+            assert getattr(received, name, None) == getattr(error, name, None)
 
 
 @pytest.mark.parametrize("given", [None, "active"])

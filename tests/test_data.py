@@ -132,10 +132,14 @@ def test_of_several_lists_of_records_one_is_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("answer, read", [
-    ("a cat", ("a cat",)), ("[cat", None), ("", ()), ('["a \\/ x", "b"]', ("a / x", "b")),
+    ("a cat", ("a cat",)), ("[cat", ("[cat",)), ("", ()), ('["a \\/ x", "b"]', ("a / x", "b")),
     ("[1.50, 72]", ("1.50", "72")), ("{'text': [72]}", ("72",)), ("{'text': [True]}", False),
     ("{'text': ['a cat'], 'answer_start': [13]}", ("a cat",)),
-    ('["a cat", "cat"]', ("a cat", "cat")), ("[open('/etc/passwd')]", None), ("a, b", ("a, b",))])
+    ('["a cat", "cat"]', ("a cat", "cat")), ("a, b", ("a, b",)),
+    # What begins as a list does may be a plain text, and as a list of texts a spoiled one.
+    ("[Applause]", ("[Applause]",)), ("[0, 1)", ("[0, 1)",)), ("{1, 2}", ("{1, 2}",)),
+    ("[open('/etc/passwd')]", ("[open('/etc/passwd')]",)), ("[" * 2 + "a" * 2**17, None),
+    ("{'text': array(['a'])}", None), ("['a', 'b", None), ("[{'text': nan}]", None)])
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
 def test_tables_of_questions(tmp_path, suffix, delimiter, answer, read):
     path = tmp_path / f"x{suffix}"

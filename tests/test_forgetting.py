@@ -13,7 +13,7 @@ import promptprior
 from lab import loss
 from lab.forgetting import read_prose
 from lab.inputs import load_model
-from lab.settings import TINY, DataSettings, ModelSettings
+from lab.settings import TINY, DataSettings, ModelSettings, Settings
 
 PARAGRAPHS = ["Bolu was born in Tarn. She sings in the choir of Tarn.", "The river is long.",
               "Question marks are rare.\nIn prose they stand alone." * 3, "x",
@@ -92,7 +92,7 @@ def test_a_text_prompt_stands_in_front_and_the_same_tokens_are_scored(prose):
     from lab.settings import PriorSettings
 
     loaded = load_model(ModelSettings().complete())
-    texts = read_prose(DataSettings(forget=prose), loaded, 20)
+    texts = read_prose(Settings(data=DataSettings(forget=prose)), loaded, 20)
     assert [e.context for e in texts.examples] == [p for p in PARAGRAPHS if p != "x"]
     plain, text = plain_prompts(loaded, PriorSettings(text=("short answer",)), texts)
     vocabulary = loaded.vocabulary
@@ -144,6 +144,22 @@ def test_what_is_no_prose_is_one_line(trained, tmp_path, prose, capsys):
             assert message in error.splitlines()[-1], error
     assert not (tmp_path / "new").exists()
     assert run("eval", folder, "--forget", "text", "--limit", 3) == 0
+
+
+def test_texts_that_a_text_prompt_would_change_are_refused(trained, prose, tmp_path, capsys):
+    """Behind ": " the bundled tokenizer merges the space with the text's first word, which is
+    another token; a line break keeps all tokens."""
+    folder, flags = trained(), ("--forget", prose, "--separator", ": ")
+    for command in (("eval", folder, "--limit", 6, "--text", "short answer"),
+                    ("train", "--steps", 0, "--eval-limit", 6, "--out", tmp_path / "new")):
+        capsys.readouterr()
+        assert run(*command, *flags) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "--separator ': '" in error and "line break" in error
+    assert not (tmp_path / "new").exists()
+    assert run("eval", folder, "--limit", 6, "--text", "", *flags) == 0  # there is no text prompt
+    assert run("eval", folder, "--limit", 6, "--text", "short answer", "--forget", prose,
+               "--separator", ":\\n") == 0
 
 
 def test_forgetting_is_asked_for_before_a_run_begins(trained, prose, capsys):

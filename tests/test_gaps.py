@@ -5,9 +5,11 @@ import pytest
 from scipy import stats
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
+from test_statistics import clustered
 
 from lab import gaps
 from lab.geometry import GeometryError
+from lab.statistics import StatisticsError
 
 
 def clusters(N, D=12, share=0.5, seed=0):
@@ -47,13 +49,41 @@ def test_the_gap_of_a_gaussian():
 
 
 def test_gaps_of_one_law_cannot_be_told_apart():
-    """The AUC is 0.5 within its standard error over many pairs, and 1 for sets far apart."""
+    """The AUC is 0.5, and within 1.96 of the stated errors in 95 of 100 of 200 pairs; 1 for sets
+    far apart."""
     rng = np.random.default_rng(0)
-    areas = [gaps.c2st(*rng.standard_normal((2, 200, 6))) for _ in range(20)]
-    error = np.sqrt(401 / 12) / 200
-    assert np.mean(areas) == pytest.approx(0.5, abs=4 * error / np.sqrt(20))
+    for n, m in ((100, 100), (60, 140)):
+        areas = np.array([gaps.c2st(rng.standard_normal((n, 6)), rng.standard_normal((m, 6)))
+                          for _ in range(200)])
+        assert areas.mean() == pytest.approx(0.5, abs=4 * areas.std() / np.sqrt(200))
+        outside = np.abs(areas - 0.5) > 1.96 * np.sqrt((n + m + 2) / (6 * n * m))
+        assert outside.sum() <= stats.binom(200, 0.05).ppf(0.999)
     x = rng.standard_normal((200, 6))
     assert gaps.c2st(x, x + 9) == 1
+
+
+def test_the_classifier_is_judged_by_other_texts():
+    """50 pairs of halves of one population of texts: by rows it would know the texts."""
+    by_text, by_row = [], []
+    for k in range(50):
+        (x, text), (y, _) = (clustered(2 * k + i, 20, 10, 0.5, 6) for i in (0, 1))
+        by_text.append(gaps.c2st(x, y, text, text, seed=k))
+        by_row.append(gaps.c2st(x, y, seed=k))
+    assert np.mean(by_text) == pytest.approx(0.5, abs=4 * np.std(by_text) / np.sqrt(50))
+    assert np.mean(by_row) > 0.6
+    with pytest.raises(StatisticsError, match="of one group"):
+        gaps.c2st(x, y, np.zeros(200), text)
+
+
+def test_halves_have_as_much_of_every_part():
+    """Texts of two parts, with as many rows of each in both sets: were there more of one part in a
+    half, there would be fewer of it in the other, and the area would fall below 0.5."""
+    text = np.repeat(np.arange(12), 10)
+    areas = []
+    for k in range(100):
+        x, y = np.random.default_rng(k).standard_normal((2, 120, 3)) + 4 * (text[:, None] < 6)
+        areas.append(gaps.c2st(x, y, text, text, seed=k))
+    assert np.mean(areas) == pytest.approx(0.5, abs=4 * np.std(areas) / 10)
 
 
 def test_the_classifier_sees_what_the_moments_hide():

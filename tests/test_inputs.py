@@ -137,6 +137,18 @@ def test_token_embeddings_of_texts_are_looked_up(loaded, monkeypatch):
     assert torch.equal(at_0[0].rows, both[0].rows) and len(at_0[0].rows) == 200
 
 
+def test_a_reference_of_which_nothing_fits_is_one_line(tmp_path, capsys):
+    asked = {"question": "Where was Bolu born? " * 20, "answers": ["Tarn"], "context": "Here."}
+    (tmp_path / "long.jsonl").write_text(json.dumps(asked) + "\n")
+    spec = f"squad:{tmp_path}/long.jsonl"
+    assert promptprior.main(["train", "--steps", "0", "--out", str(tmp_path / "a"), "--text", "",
+                             "--max-length", "60", "--eval-limit", "2", "--train-examples", "2",
+                             "--reference", spec]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert spec in error and "--max-length 60" in error
+    assert not (tmp_path / "a").exists()
+
+
 def test_no_more_is_evaluated_than_asked_for(tmp_path):
     """Whole topics are held out, however many questions they have."""
     path = tmp_path / "sums.txt"

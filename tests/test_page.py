@@ -23,7 +23,7 @@ import data
 import promptprior
 import viz
 from lab import geometry, page
-from lab.console import UserError
+from lab.console import SCORES, UserError
 from lab.evaluation import open_run
 from lab.folder import Run
 from lab.populations import references_of
@@ -80,7 +80,7 @@ def some_data(layers=(0, 3), runs=2, B=60, rows=4, steps=(0, 2, 5, 9)):
 
     tokens = HOSTILE + [f" word{i}" for i in range(B - len(HOSTILE))]
     return {"title": HOSTILE[0], "tokens": tokens, "maps": [map_of(i) for i in layers],
-            "runs": [run(k) for k in range(runs)]}
+            "scores": SCORES, "runs": [run(k) for k in range(runs)]}
 
 
 class Elements(HTMLParser):
@@ -532,6 +532,28 @@ def test_tables(screen):
     assert screen.js("return document.querySelectorAll('#predicted tbody tr').length") == 3
     screen.js(tab, 3)
     assert screen.js("return document.querySelector('.differs').textContent") == "seed01"
+
+
+def test_the_scores_are_those_of_the_tables_that_are_printed(browser, tmp_path):
+    """All of them under their names, the best of each in bold."""
+    data = some_data(runs=1)
+    first, *_, last = data["runs"][0]["evals"]
+    first.update(dict.fromkeys(SCORES, 2.0))
+    last.update(dict.fromkeys(SCORES, 3.0))
+    data["runs"][0] |= {"evals": [first, last], "beside": {}}
+    (tmp_path / "report.html").write_text(viz.page(TEMPLATE, data))
+    browser.look()
+    browser.open(tmp_path / "report.html")
+    cells = ("return [...document.querySelectorAll(`#scored ${arguments[0]}`)].map("
+             "c => [c.textContent, +getComputedStyle(c).fontWeight > 500])")
+    assert [text for text, _ in browser.js(cells, "thead th")[1:]] == [*SCORES.values()]
+    untrained, trained = (dict(zip(SCORES, browser.js(cells, f"tbody tr:nth-child({row}) td")))
+                          for row in (1, 2))
+    less = {"loss", "teacher_kl", "calibration_error"}
+    assert {key for key, (_, is_best) in untrained.items() if is_best} == less
+    assert {key for key, (_, is_best) in trained.items() if is_best} == (
+        SCORES.keys() - less - {"calibrated"})
+    assert [trained[key][0] for key in ("teacher_kl", "f1")] == ["3.000", "3.0"]
 
 
 def test_the_configuration_has_a_row_for_each_layers_prior(screen):

@@ -250,6 +250,25 @@ def test_exclusion_density_integrates_to_one(k):
     assert weight.std() < 5
 
 
+@pytest.mark.parametrize("c", [1 + 1e-6, 1.001, 5.0])
+def test_exclusions_density_is_scipys_difference_of_two(c):
+    """Where nearly nothing is excluded, too: the shell in which it is a slope is thin."""
+    prior = priors.Exclusion.fit(reference(200), c=c)
+    law, sigma = prior.law, covariance(prior).numpy()
+    narrow = stats.multivariate_normal(prior.mean.numpy(), sigma)
+    wide = stats.multivariate_normal(prior.mean.numpy(), sigma * law.c_dim)
+    rows = prior.sample(200, seeded(3)).double()
+    rows = rows[prior.whiten(rows).norm(dim=1) > 1.001 * law.inner].numpy()
+
+    log_wide = wide.logpdf(rows)
+    kept = -np.expm1(narrow.logpdf(rows) - log_wide)
+    squares = law.inner**2 / law.c_dim, law.inner**2
+    acceptance = stats.chi2.sf(squares[0], 12) - stats.chi2.sf(squares[1], 12)
+    expected = log_wide + np.log(kept) - math.log(acceptance)
+    assert len(rows) > 150
+    np.testing.assert_allclose(prior.log_prob(torch.from_numpy(rows)), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", [n for n, p in priors.PRIORS.items() if p.has_density])
 def test_gradient_by_finite_differences(name):
     prior = fit(name, reference(500, 5))
@@ -567,13 +586,25 @@ def test_posterior_is_the_gaussian_of_all_runs_or_their_own_rows():
     runs = [reference(6, 5, seed) for seed in (0, 2)] + [reference(4, 5, 8)]
     prior, resampled = priors.Posterior.fit(*runs), priors.Posterior.fit(*runs, resample=1)
     theirs = LedoitWolf().fit(torch.cat(runs).double().numpy()).covariance_
-    np.testing.assert_allclose(covariance(prior), theirs, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(covariance(prior.gaussian), theirs, rtol=1e-6, atol=1e-8)
     assert torch.equal(prior.log_prob(runs[0]), resampled.log_prob(runs[0]))
     # row j of some run, from its first again when it is shorter
     assert {[torch.equal(row, r[j % len(r)]) for r in runs].index(True)
             for j, row in enumerate(resampled.sample(40, seeded()))} == {0, 1, 2}
     warm = priors.Posterior.fit(runs[0], resample=1).sample(8, seeded())
     assert torch.equal(warm, torch.cat((runs[0], runs[0][:2])))
+
+
+def test_one_row_is_a_warm_start():
+    """Nothing is fitted until the density is asked for."""
+    row = torch.randn(1, 5, generator=seeded())
+    prior = priors.Posterior.fit(row, resample=1)
+    torch.testing.assert_close(prior.sample(3, seeded()), row.expand(3, 5))
+    assert prior.report() == {}
+    with pytest.raises(priors.PriorError, match="cannot be fitted on 1"):
+        prior.log_prob(row)
+    with pytest.raises(priors.PriorError, match="cannot be fitted on 1"):
+        priors.Posterior.fit(row)
 
 
 def test_map_pushes_strays_out_of_the_excluded_ball():
@@ -610,13 +641,14 @@ def test_bad_specs(spec, message):
 
 @pytest.mark.parametrize("name, options, x, message", [
     ("isotropic", {"std": 0.0}, reference(9), "std is 0"),
-    ("exclusion", {"c": 1.0}, reference(9), "c is 1"),
+    ("exclusion", {"c": 1 + 1e-7}, reference(9), "c is 1.0000001, expected 1.000001 or more"),
     ("exclusion", {"k": 13}, reference(90), "k is 13"),
     ("fitted", {}, reference(1), "cannot be fitted on 1"),
     ("fitted", {}, torch.full((9, 3), math.nan), "not finite"),
     ("fitted", {}, torch.ones(9, 3), "rows are equal"),
     ("fitted", {"shrinkage": 2.0}, reference(9), "shrinkage is 2"),
-    ("exclusion", {"radius": 1.0}, reference(9), "is 1.0"), ("vae", {}, reference(19), "19 ref"),
+    ("exclusion", {"radius": 1.0}, reference(9), "is 1.0 and"),
+    ("vae", {}, reference(19), "19 ref"),
     ("exclusion", {"radius": 2.0, "c": 4.0}, reference(9), "radius is 2.0 and c is 4.0"),
     ("interpolation", {"a": 1.5}, reference(9), "a is 1.5"),
     ("vae", {"latent": 13}, reference(90), "latent is 13, expected 1 to 12"),

@@ -355,7 +355,7 @@ def test_held_out_questions_share_no_context(tmp_path, monkeypatch, capsys):
     out = tmp_path / "o"
     for spec in ("squad:tiny/squad/train.json", "math:tiny/math/train-easy/*_mul.txt"):
         settings = DataSettings(data=spec).complete()
-        train_side, eval_side = inputs.training_and_evaluation(settings)
+        train_side, eval_side, _ = inputs.divided(settings)
         total = len(data.read(*inputs.parse_spec(settings.data, 0)))
         assert len(train_side) + len(eval_side) == total \
             and total // 10 <= len(eval_side) < total // 10 + 6
@@ -612,7 +612,7 @@ def test_eval_scores_several_texts(trained, capsys):
 def test_a_text_prompt_is_scored_as_the_beginning_of_the_text(trained, tmp_path, monkeypatch,
                                                               capsys):
     """As if each context began with it; from files, and with another separator, too."""
-    monkeypatch.setattr(evaluation, "FEW_CONTEXTS", 5)
+    monkeypatch.setattr(inputs, "FEW_UNITS", 5)
     (tmp_path / "shots.txt").write_text("short answer\nA cat sat.\nQuestion: Who?\nAnswer: cat\n")
     flags = ["--json", "--limit", 30, "--max-length", 400, "--data",
              f"squad:{TINY / 'squad/dev.json'}"]
@@ -654,7 +654,7 @@ def test_an_early_run_keeps_its_meaning(trained, tmp_path, capsys):
     loaded = inputs.load_model(settings.model)
     ids = loaded.vocabulary.encode_plain("short answer")
     total = tokens = 0
-    for example in inputs.training_and_evaluation(replace(settings.data, eval_limit=6))[1]:
+    for example in inputs.evaluation_examples(replace(settings.data, eval_limit=6)):
         row = data.encode(example, loaded.vocabulary, 400)
         with torch.no_grad():
             h, _ = loaded.model(torch.tensor([ids + row.ids]))
@@ -711,7 +711,7 @@ def test_a_text_prompt_leaves_a_longer_max_length_alone(hf, tmp_path, capsys):
 def test_the_step_that_is_wanted(tmp_path, monkeypatch, capsys):
     """best is the lowest evaluation loss among the snapshots; every command that reads a run's
     prompt takes it."""
-    monkeypatch.setattr(evaluation, "FEW_CONTEXTS", 5)
+    monkeypatch.setattr(inputs, "FEW_UNITS", 5)
     assert run("train", "--out", tmp_path / "r", *FEW, "--eval-limit", 30, "--text", "",
                "--max-length", 200) == 0
     run_of, log = Run(tmp_path / "r"), metrics(tmp_path / "r")

@@ -52,13 +52,24 @@ def test_holm():
     assert s.holm([]).shape == (0,)
 
 
-@pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.999, 0.9999, 0.999998])
 def test_student_quantile_equals_scipys(level):
     for freedom in (1, 2, 3, 9, 10, 40, 41, 250, 10**4, 10**8):
         expected = stats.t.ppf((1 + level) / 2, freedom)
         assert s.student_quantile(freedom, level) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(s.StatisticsError, match="at least two values"):
         s.student_quantile(0)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 12, 200])
+def test_p_values_are_students(groups):
+    """Of one seed, from nearly 1 down to the least that is told, 1e-6 on one side."""
+    one = s.Paired(0.0, 0.0, 4.0, 0.0, 1, groups)
+    for p in (0.9, 0.3, 0.05, 1e-3, 1e-5, 4e-6):
+        mean = 2 * stats.t.isf(p / 2, groups - 1)
+        assert one._replace(mean=mean).difference_p() == pytest.approx(p, rel=2e-4, abs=2e-7)
+        assert one.equivalence_p(mean) == pytest.approx(p / 2, rel=2e-4, abs=1e-7)
+    assert one._replace(mean=1e9).difference_p() == pytest.approx(2e-6, abs=2e-7)
 
 
 def test_an_interval_of_few_values_is_students():

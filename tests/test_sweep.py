@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ import promptprior
 from forked import Forked
 from lab import (beginning, commands, evaluation, plan, populations, sweep, sweep_table,
                  train)
-from lab.folder import Run
+from lab.folder import Run, best_evaluation, objective
 from lab.inputs import divided, topic
-from lab.settings import DataSettings
+from lab.settings import DataSettings, Settings
+from lab.statistics import paired
 from small import MODEL
 
 ROOT = Path(promptprior.__file__).parent
@@ -312,6 +314,31 @@ def test_a_signal_stops_it_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert stopped.value.status == -signal.SIGTERM and not (tmp_path / "a/failed").exists()
 
 
+@pytest.mark.parametrize("during", ["work", "wait"])
+def test_helpers_are_stopped_with_the_process_that_began_them(tmp_path, during):
+    """Also by a signal that comes between steps, or while it waits for them."""
+    (tmp_path / "helper.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "main.py").write_text(f"""
+import os, signal, subprocess, sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+from lab import console, sweep
+begun = []
+sweep.PROGRAM = Path({str(tmp_path / "helper.py")!r})
+sweep.subprocess.Popen = lambda *a, start=subprocess.Popen, **k: begun.append(start(*a, **k)) or begun[-1]
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+try:
+    with sweep.helpers(SimpleNamespace(folder=Path({str(tmp_path)!r})), 2):
+        time.sleep(60 if {during!r} == "work" else 0)
+except console.Stopped as e:
+    print(e, [process.returncode for process in begun], e.status)
+""")
+    process = Forked(tmp_path / "main.py")
+    assert process.wait(50) == 0, process.err
+    assert process.out == f"stopped by SIGTERM; go on by: sweep {tmp_path} [-15, -15] -15\n"
+
+
 # --------------------------------------------------------------------------------------------------
 # the table
 
@@ -460,9 +487,32 @@ def test_rates_that_differ_by_a_factor_are_one_cell(tmp_path, capsys):
 def test_a_taught_cells_rate_is_chosen_by_what_it_is_taught():
     """The labels of held-out questions are none where the teacher's answers are learned."""
     line = {"loss": 8.0, "teacher_kl": 0.5}
-    assert sweep_table.objective({"loss": 8.0}, 0) == 8
-    assert sweep_table.objective(line, 0) == 0.5
-    assert sweep_table.objective(line, 0.25) == 0.75 * 0.5 + 0.25 * 8
+    assert objective({"loss": 8.0}, 0) == 8
+    assert objective(line, 0) == 0.5
+    assert objective(line, 0.25) == 0.75 * 0.5 + 0.25 * 8
+
+
+def test_a_taught_runs_best_step_and_its_steps_are_by_what_it_is_taught(tmp_path):
+    """Its divergence falls while the labels' cross-entropy rises, and half of both falls first."""
+    log = [{"split": "eval", "step": step, "loss": loss, "teacher_kl": kl}
+           for step, loss, kl in ((0, 1.0, 0.9), (5, 1.02, 0.3), (10, 1.5, 0.11), (15, 2.0, 0.1))]
+    plain = [{key: line[key] for key in ("split", "step", "loss")} for line in log]
+    for metrics, mix, best, steps in ((log, 0, 15, 10), (log, 0.5, 5, 0), (log, 1, 0, 0),
+                                      (plain, 0, 0, 0)):
+        assert best_evaluation(metrics, [0, 5, 10, 15], mix)["step"] == best
+        assert sweep_table.steps_to_loss(metrics, mix) == steps
+
+    # as a run tells it, by --step best and in its table
+    taught = [*FEW, "--teacher", "Answer:", "--out", tmp_path / "run"]
+    assert main("train", *taught) == 0
+    run = Run(tmp_path / "run")
+    losses = dict(zip((0, 2, 4), ((1.0, 0.9), (1.3, 0.1), (1.2, 0.5))))
+    changed = [line | dict(zip(("loss", "teacher_kl"), losses[line["step"]]))
+               if line["split"] == "eval" else line for line in run.metrics()]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    run.show_step("best")
+    assert run.step == 2
+    assert "2 steps (lowest objective)" in evaluation.score_table(run.settings(), changed)
 
 
 def test_flags_that_may_stand_alone_do_so_in_a_grid_and_alike_names_have_numbers(tmp_path):
@@ -474,10 +524,49 @@ def test_flags_that_may_stand_alone_do_so_in_a_grid_and_alike_names_have_numbers
                 "--teacher-answers", *few) == 0
     table = rows(tmp_path / "a")
     assert len({row["cell"] for row in table}) == 2
+    assert "held-out loss of taught prompts: of the div" in (tmp_path / "a/table.html").read_text()
     assert all(row["cell"].endswith(f"({i + 1})") for i, row in enumerate(table))
     for run in (tmp_path / "a/runs").iterdir():
         line = [m for m in Run(run).metrics() if m["split"] == "held_out"][-1]
         assert line["teacher_kl"] > 0 and Run(run).settings().teacher.teacher_answers == 0
+
+
+def test_cells_of_one_data_setting_have_units_of_their_own(monkeypatch):
+    """Two pairs of cells whose settings are equal, and which answered other questions."""
+    def cell(name, questions):
+        asked = [{"id": str(k), "question": "", "f1": 50.0 + k} for k in range(questions)]
+        runs = {seed: SimpleNamespace(predictions=lambda: asked) for seed in (0, 1)}
+        return sweep_table.Cell(name, runs, {0: {"f1": 50.0}, 1: {"f1": 50.0}}, {0: 1, 1: 1},
+                                Settings(), (None, None), {})
+
+    monkeypatch.setattr(sweep_table, "question_units", lambda _, asked: np.arange(len(asked)))
+    pairs = sweep_table.compare_cells([cell("a", 3), cell("b", 3), cell("c", 2), cell("d", 2)], 2.0)
+    assert [names for *names, _ in pairs] == [["b", "a"], ["d", "c"]]
+
+
+def test_a_small_difference_is_told_in_plain_words():
+    """A difference may be there, and be less than the margin: both tests are right."""
+    effect = paired(np.random.default_rng(0).normal(1, 0.5, (3, 2000)))
+    numbers = {"holm_equal": effect.equivalence_p(2), "holm_different": effect.difference_p()}
+    words = sweep_table.verdict("a", "b", numbers, 2)
+    assert words == "a and b: different, but by less than 2 points"
+    assert sweep_table.verdict("a", "b", numbers | {"holm_different": 0.5}, 2.5).endswith(
+        ": equal within 2.5 points")
+    assert sweep_table.verdict("a", "b", numbers | {"holm_equal": 0.5}, 2).endswith(": different")
+
+
+def test_what_reads_evaluation_data_alone_needs_no_training_data(tmp_path, capsys):
+    for name in ("training", "evaluation"):
+        (tmp_path / f"{name}.txt").write_text("".join(
+            f"What is {i} + 1?\n{i + 1}\n" for i in range(30)))
+    out, data = tmp_path / "a", [f"math:{tmp_path}/{name}.txt" for name in ("training", "evaluation")]
+    few = [*FEW, "--steps", "1", "--eval-every", "1", "--data", data[0], "--eval-data", data[1]]
+    assert main("sweep", "--out", out, "--prior", "vocab", "fitted", *few) == 0
+    (tmp_path / "training.txt").unlink()
+    runs = [out / "runs" / name for name in ("vocab", "fitted")]
+    for command in (["sweep", out, "--table"], ["eval", runs[0]], ["attention", runs[0]],
+                    ["interpolate", *runs, "--points", 2, "--out", tmp_path / "line"]):
+        assert main(*command) == 0, capsys.readouterr().err
 
 
 def test_intervals_stay_where_values_can_be():

@@ -46,6 +46,16 @@ def test_mmd_of_groups_equals_the_definition():
 
     expected = mean(True, True) + mean(False, False) - 2 * mean(True, False)
     assert mmd(x, y, x_group, y_group, permutations=0)[0] == pytest.approx(expected, rel=1e-9)
+    pairs = {(a, b): K[np.ix_(group == a, group == b)].ravel() for a in labels for b in labels}
+
+    def by_row(first, second):
+        return np.concatenate([pairs[a, b] for a in labels for b in labels
+                               if a != b and (a < 10) == first and (b < 10) == second]).mean()
+
+    expected = by_row(True, True) + by_row(False, False) - 2 * by_row(True, False)
+    value, _ = mmd(x, y, x_group, y_group, permutations=0, by_row=True)
+    assert value == pytest.approx(expected, rel=1e-9)
+    assert mmd(x, y, by_row=True) == mmd(x, y)
     names = np.array(list("fedcba"))[x_group]
     assert mmd(x, y, names, y_group, 20) == pytest.approx(mmd(x, y, 5 - x_group, y_group, 20))
     with pytest.raises(StatisticsError, match="1 and 15 independent groups"):
@@ -167,3 +177,27 @@ def test_probe_auc_of_halves_of_one_population_is_chance():
     assert abs(auc.mean() - 0.5) < 4 * auc.std() / math.sqrt(150)
     assert np.mean((low <= 0.5) & (0.5 <= high)) >= 0.92
     assert np.mean([probe_auc(*halves(k)[:2], seed=k)[0] for k in range(20)]) > 0.6
+
+
+def texts_of_unequal_laws(r, T):
+    """Rows of texts, half of them long, whose mean moves with their length; and the texts."""
+    sizes = np.where(r.random(T) < 0.5, r.integers(3, 8, T), r.integers(40, 80, T))
+    text = np.repeat(np.arange(T), sizes)
+    means = r.normal(size=(T, 5)) + np.c_[2 * (sizes > 20), np.zeros((T, 4))]
+    return math.sqrt(0.3) * means[text] + math.sqrt(0.7) * r.normal(size=(len(text), 5)), text
+
+
+def test_mmd_by_row_is_of_the_law_of_all_rows():
+    """100 repetitions of independent rows of the law of 20 texts' rows. Weighted by texts they are
+    told apart."""
+    by_row, by_group = [], []
+    for k in range(100):
+        y, y_text = texts_of_unequal_laws(R(k), 20)
+        x, _ = texts_of_unequal_laws(R(k + 1000), 800)
+        x = R(k).permutation(x)[:len(y)]
+        by_row.append(mmd(x, y, y_text, y_text, 39, k, by_row=True))
+        by_group.append(mmd(x, y, y_text, y_text, 39, k)[1])
+    value, p = np.array(by_row).T
+    at_most_level(p)
+    assert abs(value.mean()) < 4 * value.std() / 10
+    assert np.mean(np.array(by_group) <= 0.05) > 0.2

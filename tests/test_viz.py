@@ -277,6 +277,20 @@ def test_table_stands_between_panels_and_caption():
     assert len(set(places)) == len(table)
 
 
+@pytest.mark.parametrize("count, columns", [(1, 2), (3, 7)])
+def test_fewer_panels_than_columns_take_the_whole_width(count, columns):
+    panels = [viz.Panel([viz.Curve("a", np.arange(3.0), np.arange(3.0))], equal=False)] * count
+    assert viz.figure(panels, columns=columns) == viz.figure(panels, columns=count)
+
+
+@pytest.mark.parametrize("value, text", [(999.6, "1000"), (999.5, "1000"), (-999.7, "\u22121000"),
+                                         (999.4, "999"), (99.96, "100"), (1234.5, "1234")])
+def test_a_number_that_rounds_to_a_thousand_is_written_as_one(value, text):
+    marks = [viz.Curve("", np.arange(3.0), np.arange(3.0))]
+    svg = viz.figure([viz.Panel(marks, equal=False)], table={"name": value})
+    assert text in [t.text for t in ET.fromstring(svg).findall("{*}text")]
+
+
 def test_table_fills_columns_side_by_side():
     panels = [viz.Panel([viz.Cloud("", np.eye(2))])]
     svg = viz.figure(panels, table={f"n{i}": i / 7 for i in range(30)})

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 import data
 import llama
 import promptprior
-from lab import words
+from lab import inputs
+from lab.evaluation import standard_errors
 from lab.inputs import load_model
 from lab.settings import TINY, ModelSettings
-from lab.words import controls, discrete, mixtures_of, paired, without_each
+from lab.words import controls, discrete, mixtures_of, paired_differences, without_each
 
 
 def run(*arguments):
@@ -139,7 +140,7 @@ def loss_of(folder, tensors):
 
 
 def test_several_runs_and_standard_errors(trained, monkeypatch, capsys):
-    monkeypatch.setattr(words, "FEW_CONTEXTS", 5)
+    monkeypatch.setattr(inputs, "FEW_UNITS", 5)
     runs = [trained("--tokens", 5), trained("--method", "prefix", "--tokens", 3)]
     capsys.readouterr()
     assert run("eval", *runs, "--ablate", "--limit", 25) == 0
@@ -199,22 +200,34 @@ def test_every_row_of_another_order_is_elsewhere():
     assert not [name for name in controls(one, one, 0) if "other" in name or "mean" in name]
 
 
-def test_differences_are_paired_by_question(loaded):
-    """The standard error is that of the mean over contexts, as a jackknife finds it."""
-    from lab.inputs import encode
+def jackknife_of_mean(values, groups):
+    G = groups.max() + 1
+    without = np.array([values[groups != g].mean() for g in range(G)])
+    return np.sqrt((G - 1) / G * ((without - without.mean())**2).sum())
 
-    contexts = np.repeat(np.arange(12), 3)
-    examples = [data.Example(str(i), "squad", f"text {c}", f"question {i}", ("yes",))
-                for i, c in enumerate(contexts)]
-    questions = encode(examples, loaded.vocabulary, 100, "")
-    g = np.random.default_rng(0)
-    scores = {name: [{"f1": float(x)} for x in g.random(36) * 100] for name in ("one", "other")}
-    [(name, numbers)] = paired(questions, scores, {"one": "other"})
-    change = np.array([a["f1"] - b["f1"] for a, b in zip(scores["one"], scores["other"])])
-    without = np.array([change[contexts != c].mean() for c in range(12)])
-    jackknife = np.sqrt(11 / 12 * ((without - without.mean())**2).sum())
-    assert name == "one" and numbers["f1"] == pytest.approx(change.mean())
-    assert numbers["f1_se"] == pytest.approx(jackknife, rel=1e-6)
+
+@pytest.mark.parametrize("of_articles, of_contexts, kind", [
+    (12, 36, "article"), (9, 36, "context"), (1, 9, None)])
+def test_standard_errors_are_of_articles_or_contexts(loaded, of_articles, of_contexts, kind):
+    """Those of scores and of differences that are paired by question are of means over articles; of
+    fewer than ten of these over contexts, as a jackknife finds them; and there are none of fewer
+    than ten."""
+    groups = {"article": np.arange(72) % of_articles, "context": np.arange(72) % of_contexts}
+    examples = [data.Example(str(i), "squad", f"text {c}", f"question {i}", ("yes",), f"title {a}")
+                for i, (a, c) in enumerate(zip(*groups.values()))]
+    questions = inputs.encode(examples, loaded.vocabulary, 100, "")
+    f1 = np.random.default_rng(0).random((2, 72)) + np.outer([1, 3], groups["article"] / 9)
+    scores = {name: [{"f1": 100 * x} for x in values] for name, values in zip(("one", "two"), f1)}
+    (name, numbers), = paired_differences(questions, scores, {"one": "two"})
+    assert name == "one" and numbers["f1"] == pytest.approx(100 * (f1[0] - f1[1]).mean())
+    errors = standard_errors(questions, {"loss": f1[1]}, np.ones(72), [{"f1": x} for x in f1[0]])
+    if kind is None:
+        assert errors == {} and "f1_se" not in numbers
+        return
+    difference, score, loss = (jackknife_of_mean(values, groups[kind])
+                               for values in (f1[0] - f1[1], *f1))
+    assert numbers["f1_se"] == pytest.approx(100 * difference, rel=1e-6)
+    assert errors == pytest.approx({"loss_se": loss, "f1_se": 100 * score}, rel=1e-6)
 
 
 def test_eval_scores_controls_as_runs_of_them_would_be(trained, capsys):
