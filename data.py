@@ -835,10 +835,33 @@ class Vocabulary:
         with _tokenizer_errors(self.path):
             return self.tokenizer.decode(ids)
 
+    def token_text(self, i: int) -> str:
+        """A token as it stands in a text, with the space before it. Bytes that are no character are
+        written as <0xE2>."""
+        piece = self.tokenizer.id_to_token(i)
+        if piece is None:
+            return f"<{i}>"
+        is_sentencepiece = "\u2581" in piece  # its mark of a space
+        text = piece.replace("\u2581", " ") if is_sentencepiece else self.decode([i])
+        if "\ufffd" in text and all(letter in BYTES for letter in piece):
+            text = "".join(f"<0x{BYTES[letter]:02X}>" for letter in piece)
+        return text or piece
+
     def first_line(self, ids: list[int]) -> str:
         """The text of a generated answer up to its line break."""
         return self.decode(ids).split("\n")[0].strip()
 
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that byte-level tokenizers write bytes as (GPT-2)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): byte for byte in plain}
+    letters |= {chr(256 + i): byte for i, byte in enumerate(rest)}
+    return letters
+
+
+BYTES = _byte_letters()
 
 # A place in the vocabulary that is kept for later use, though the file does not call it special.
 RESERVED = re.compile(r"[<\[]\|?((reserved|unused|dummy|placeholder|pad|extra_id)[\w ]*"

@@ -1008,6 +1008,7 @@ def _option(name: str, key: str, text: str) -> object:
         if type_ in (int, float) and not abs(value) <= LARGEST_OPTION:
             raise ValueError
     except ValueError:
-        raise PriorError(f"prior {name}: {key}={text!r:.80} is no {type_.__name__} of at most "
-                         f"{LARGEST_OPTION:.0e}") from None
+        kind = "a whole number" if type_ is int else "a number"
+        raise PriorError(f"prior {name}: {key}={text!r:.80}: expected {kind} of at most "
+                         f"{LARGEST_OPTION:.0f}") from None
     return value

@@ -1145,7 +1145,8 @@ def _left(panel: Panel) -> float:
     """Room for what stands left of a panel: ticks and the axis's name, or a matrix's row names."""
     name = 18 if panel.axes[1] else 0
     if isinstance(panel.marks[0], Heat):
-        return 6.2 * max(map(len, panel.marks[0].rows)) - 2 + name
+        between = 8 if panel.axes[1] else 0  # short names have wide letters, such as an m
+        return 6.2 * max(map(len, panel.marks[0].rows)) - 2 + between + name
     return (40 if panel.ticks else 0) + name
 
 

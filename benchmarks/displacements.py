@@ -129,13 +129,11 @@ def main() -> None:
         panels.append(viz.Panel([viz.Heat(scores, tuple(a.priors), tuple(givers), 0, 100)],
                                 ("displacement added to it", "prior's draw"),
                                 f"{task}, {TASKS[task]}"))
-    caption = ("Bundled world: scores of prompts that are one prior's draw and the displacement "
-               "that training gave another's, with the same seed, or the draw's own, shuffled, as "
-               "its mean row, of its lengths in random directions, or none; means "
-               f"of {a.seeds} seeds. Cosines of displacements, row by row and of mean rows: "
-               + "; ".join(f"{name} " + " and ".join(f"{statistics.mean(values):.2f}"
-                                                     for values in zip(*pairs))
-                           for name, pairs in found.items()) + ".")
+    caption = ("Bundled world. A cell is the score of a prior's draw (its line) with a displacement "
+               "added: what training added to the draw of the prior in its column, with the same "
+               "seed. shuffled: the draw's own displacement, in another order of its rows; mean "
+               "row: its mean in every row; random: of its lengths, in random directions; none: "
+               f"the draw alone. Means of {a.seeds} seeds.")
     path = Path(a.out) / "displacements.svg"
     path.write_text(viz.figure(panels, "Displacements of other priors", caption))
     print(path)

@@ -33,7 +33,7 @@ from torch import Tensor
 import data
 import llama
 from lab.commands import ExportOptions, ImportOptions
-from lab.console import UserError, say, show
+from lab.console import UserError, counted, say, show
 from lab.evaluation import OpenRun, open_run
 from lab.files import (SMALL, begins_with, free_folder, free_place, new_folder, read_tensors,
                        reading, write_file)
@@ -411,8 +411,8 @@ def export_adapter(opened: OpenRun, folder: Path, overwrite: bool) -> None:
         say("PEFT 0.21.2 with transformers 5.24 puts such a prompt in again at every generated "
             "token: call generate with use_cache=False there")
     n, width = adapter.numbers.shape
-    show(f"{folder}: {adapter.kind}, {n} virtual tokens of {width} numbers; read back, its logits "
-         f"differ by at most {change:.2g} from the run's")
+    show(f"{folder}: {adapter.kind}, {counted(n, 'virtual token')} of {width} numbers; read back, "
+         f"its logits differ by at most {change:.2g} from the run's")
 
 
 def texts_for_peft(opened: OpenRun) -> str:
@@ -479,8 +479,8 @@ def command_import(given: dict) -> None:
     else:
         prompt = fit(adapter, loaded.model)
     write_imported(run, options.overwrite, settings, adapter, prompt)
-    kind = "keys and values a layer" if prompt.is_prefix else "rows"
-    show(f"{run.path}: {prompt.n} {kind} of {adapter.kind}, for {settings.model.model}; "
+    count = f"{prompt.n} keys and values a layer" if prompt.is_prefix else counted(prompt.n, "row")
+    show(f"{run.path}: {count} of {adapter.kind}, for {settings.model.model}; "
          f"`eval {run.path}` scores them on {spec_name(settings.data.data)}")
 
 

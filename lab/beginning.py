@@ -20,7 +20,7 @@ from torch import Tensor
 import data
 import priors
 from lab import posteriors
-from lab.console import UserError, say
+from lab.console import UserError, counted, say
 from lab.distil import Lessons, Teacher, check_reasons, learn
 from lab.evaluation import examined
 from lab.folder import Run
@@ -79,9 +79,9 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
         fitting(held_out, name="held-out") if held_out else None))
     questions, evaluation, _ = encoded
     check_reasons(settings.teacher, [part for part in encoded if part])
-    say(f"model {Path(settings.model.model).name}: {L} layers of width "
+    say(f"{run.path}: model {Path(settings.model.model).name}, {L} layers of width "
         f"{loaded.model.config.hidden_size}, {settings.model.dtype} on {settings.model.device}; "
-        f"{len(questions)} questions to train on, {len(evaluation)} to evaluate")
+        f"{counted(len(questions), 'question')} to train on, {len(evaluation)} to evaluate")
     return Inputs(settings, loaded, layers, examples, *encoded, sums, shared)
 
 

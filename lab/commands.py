@@ -8,6 +8,7 @@ that the user gave {flag: value}, and an entry in COMMANDS. This module imports 
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -230,7 +231,8 @@ class Command(NamedTuple):
     module: str  # of lab; it has a function command_NAME
     help: str
     options: tuple[type, ...]  # dataclasses whose fields are the command's flags
-    stored: tuple[type, ...] = ()  # the same; the default of each is the value that the run has
+    stored: tuple[type, ...] = ()  # the same, whose defaults are those of a run
+    stored_default: str = "(the run's)"  # in their help
     lists_priors: bool = False  # --help ends with the priors
     every_process: bool = False  # all processes of torchrun run it, not the first alone
     grid: tuple[type, ...] = ()  # the same; each flag takes several values, given as "grid.FLAG"
@@ -259,7 +261,7 @@ COMMANDS = {
     "sample": Command(
         "sample", "Draw rows from a prior, report on them and picture them.",
         (ModelSettings, PriorSettings, DataSettings, SampleOptions),
-        unused=("batch_size", "share", "forget"), lists_priors=True),
+        unused=("separator", "max_new", "batch_size", "share", "forget"), lists_priors=True),
     "collect": Command(
         "activations", "Keep activations of data at chosen layers, with the role of every row, in "
         "one safetensors file. The model may be the encoder of a T5, too.",
@@ -289,7 +291,8 @@ COMMANDS = {
     "import": Command(
         "adapters", "Make a run's folder of a prompt that PEFT trained, or of rows in numpy's "
         "format, for eval, generate, compare, plot and --prior posterior:RUN.",
-        (DataSettings, ImportOptions), (ModelSettings,)),
+        (DataSettings, ImportOptions), (ModelSettings,), unused=("train_examples", "hold_out"),
+        stored_default="(the adapter's, or that of train)"),
 }
 
 
@@ -368,21 +371,22 @@ def parser(description: str, arguments: list[str]) -> argparse.ArgumentParser:
         sub.lists_priors = command.lists_priors
         for kind in command.stored:
             for f in fields(kind):
-                add_field(sub, f, show_default=False)
+                add_field(sub, f, default=command.stored_default)
         for kind in command.options:
             for f in fields(kind):
                 if f.name not in command.unused:
-                    add_field(sub, f, show_default=True)
+                    add_field(sub, f)
         for kind in command.grid:
             for f in fields(kind):
                 if f.name not in NOT_IN_GRIDS:
-                    add_field(sub, f, show_default=True, several=True)
+                    add_field(sub, f, several=True)
     return top
 
 
-def add_field(sub: argparse.ArgumentParser, f, show_default: bool, several: bool = False) -> None:
-    """Add the argument or the flags of one field of settings. several: they make a list of values,
-    and are given as "grid.FLAG"."""
+def add_field(sub: argparse.ArgumentParser, f, default: str = "", several: bool = False) -> None:
+    """Add the argument or the flags of one field of settings. default: what the help says of it,
+    other than the field's own. several: they make a list of values, and are given as
+    "grid.FLAG"."""
     about, dest = f.metadata, f"grid.{f.name}" if several else f.name
     kind = int if about.get("number") else value_type(f)
     help = about["help"].replace("%", "%%")
@@ -401,9 +405,10 @@ def add_field(sub: argparse.ArgumentParser, f, show_default: bool, several: bool
         sub.add_argument(flag, dest=dest, const=True, help=help,
                          action="append_const" if several else "store_const")
         return
-    if show_default and about.get("show_default", True) and f.default not in (None, ()):
-        default = " ".join(f.default) if kind is tuple else f.default
-        help = f"{help} ({default})"
+    if default:  # the help of what follows from other settings ends with its own
+        help = f"{re.sub(r' [(][^()]*[)]$', '', help)} {default}"
+    elif about.get("show_default", True) and f.default not in (None, ()):
+        help = f"{help} ({' '.join(f.default) if kind is tuple else f.default})"
     is_list = several or kind is tuple
     sub.add_argument(flag, dest=dest, type=str if kind is tuple else kind,
                      nargs=about.get("nargs") if not is_list else "*" if "const" in about else "+",

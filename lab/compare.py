@@ -188,7 +188,7 @@ def read_rows(rows: Tensor, layer: int, reference: Reference, loaded: LoadedMode
 
     texts = {}
     for way, row_ids in ids.items():
-        texts[way] = [vocabulary.decode([i]) for i in row_ids]
+        texts[way] = [vocabulary.token_text(i) for i in row_ids]
     return texts
 
 

@@ -207,6 +207,11 @@ def table(rows: list[tuple[str, dict[str, float]]],
     return "\n".join(text)
 
 
+def counted(n: int, noun: str) -> str:
+    """Such as "1 row" or "2 rows"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def file_list(names: list[str], most: int = 4) -> str:
     """Names of files with commas between; of more than `most`, which are numbered, the ends."""
     return ", ".join(names) if len(names) <= most else f"{names[0]} to {names[-1]}"

@@ -510,8 +510,10 @@ def command_generate(given: dict) -> None:
     else:  # one text is a batch of one line
         lines = [("the text", {"text": paths.pop()})]
     if not paths:
-        raise UserError("generate: give a RUN and a TEXT, or a RUN and --batch FILE of JSON lines "
-                        "with a text each")
+        [alone] = options.paths
+        what = "a RUN without a TEXT" if Path(alone).is_dir() else "a TEXT without a RUN before it"
+        raise UserError(f"generate {alone}: this is {what}: give a RUN and a TEXT, or a RUN and "
+                        "--batch FILE of JSON lines with a text each")
     runs = open_runs(paths, given, {"max_new": "--max-new"})
     # All are checked before the first is answered.
     rows = [_asked(runs, where, line) for where, line in lines]

@@ -163,7 +163,7 @@ def trajectory_marks(world: World, paths: list[Tensor], points: list[np.ndarray]
                      kind: str) -> list:
     """Trajectories, and the words of the first one. points: (T, 2) of each path."""
     ids = world.tokens.field["token"][paths[0]].tolist()
-    words = tuple(viz.visible(world.loaded.vocabulary.decode([i])) for i in ids)
+    words = tuple(viz.visible(world.loaded.vocabulary.token_text(i)) for i in ids)
     return [viz.Trails(f"{len(paths)} {kind}, from dark to light", points),
             viz.Points("", points[0], viz.BLACK, labels=words, size=0.5)]
 

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
 import llama
 import viz
 from lab import geometry
@@ -69,7 +68,7 @@ def gather(runs: Iterable[tuple[OpenRun, dict[int, Reference]]]) -> dict:
     for opened, by_layer in runs:
         if not tokens:
             vocabulary = opened.vocabulary
-            tokens = [text_of(vocabulary, i) for i in range(vocabulary.size)]
+            tokens = [vocabulary.token_text(i)[:LONGEST] for i in range(vocabulary.size)]
         steps = shown_steps(opened.run)
 
         # Maps of layers that no earlier run has; then this run's rows on all of its maps.
@@ -366,29 +365,6 @@ def about_run(run: Run, settings: Settings, steps: list[int]) -> dict:
 # tokens
 
 
-def text_of(vocabulary: data.Vocabulary, i: int) -> str:
-    """A token as it stands in a text, with the space before it. Bytes that are no character are
-    written as <0xE2>."""
-    piece = vocabulary.tokenizer.id_to_token(i)
-    if piece is None:
-        return f"<{i}>"
-    is_sentencepiece = "\u2581" in piece  # its mark of a space
-    text = piece.replace("\u2581", " ") if is_sentencepiece else vocabulary.decode([i])
-    if "\ufffd" in text and all(letter in BYTES for letter in piece):
-        text = "".join(f"<0x{BYTES[letter]:02X}>" for letter in piece)
-    return (text or piece)[:LONGEST]
-
-
-def byte_letters() -> dict[str, int]:
-    """The letters that byte-level tokenizers write bytes as (GPT-2)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    letters = {chr(byte): byte for byte in plain}
-    letters |= {chr(256 + i): byte for i, byte in enumerate(rest)}
-    return letters
-
-
-BYTES = byte_letters()
 KINDS = ("word", "part of a word", "number", "sign", "white space", "bytes")
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 import viz
-from lab.console import SCORES
+from lab.console import SCORES, counted
 from lab.folder import Run, layer_picture
 from lab.populations import Reference
 from lab.settings import Settings, spec_name
@@ -41,8 +41,9 @@ def draw_run(run: Run, settings: Settings, by_layer: dict[int, Reference]) -> li
     names = []
     for i, reference in by_layer.items():
         count = len(reference.rows)
-        caption = (f"{len(end[i])} rows of {run.path.name} in the principal plane of the reference "
-                   f"({reference.name}, {count} rows), which is fitted without them. Prior "
+        caption = (f"{counted(len(end[i]), 'row')} of {run.path.name} in the principal plane of "
+                   f"the reference ({reference.name}, {count} rows), which is fitted without them. "
+                   "Prior "
                    f"{settings.prior_name}, seed {settings.seed}, {steps} steps on "
                    f"{spec_name(settings.data.data)}, model {Path(settings.model.model).name}.")
         numbers = {"distance moved, mean": float((end[i] - start[i]).norm(dim=1).mean()),
@@ -145,10 +146,11 @@ def curves(runs: list[Run]) -> str:
     kinds = list(dict.fromkeys(group.score for group in groups))
     if len(kinds) == 1:  # a level is of one score
         scores = _levels(groups) + scores
-    percent = f"{' or '.join(SCORES[kind] for kind in kinds)}, percent"
+    names = " or ".join(SCORES[kind] for kind in kinds)
     panels = [viz.Panel(losses, ("step", "loss, nats a token"), equal=False),
-              viz.Panel(scores, ("step", percent), equal=False)]
-    return viz.figure(panels, "Loss and score", _curves_caption(groups))
+              viz.Panel(scores, ("step", f"{names}, percent"), equal=False)]
+    title = f"Loss and {names} while a prompt is trained"
+    return viz.figure(panels, title, _curves_caption(groups))
 
 
 def _groups(runs: list[Run]) -> list[Group]:

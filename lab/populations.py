@@ -474,7 +474,7 @@ def draw(settings: PriorSettings, by_layer: dict[int, Reference], prompts: int =
         reports.append({"layer": i, "reference": reference.name, "rows": count,
                         "norm_ratio": ratio, **about})
         say(f"layer {i}: {prior_name(settings.prior)} on {reference.name}, {count} rows: "
-            + _listed({"init-to-token norm ratio": ratio, **about}))
+            + _listed({"norm ratio": ratio, **about}))
         if ratio > 5:
             say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and "
                 "may train badly")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import data
-from lab.console import UserError, say, show
+from lab.console import UserError, counted, say, show
 from lab.evaluation import OpenRun
 from lab.files import SMALL, free_place, replacing, write_file
 from lab.folder import CONFIG
@@ -133,4 +133,4 @@ def export_rows(opened: OpenRun, origin: dict, path: Path, form: str, overwrite:
              "text": "the text's tokens, without special ones"}
     say(f"in front of every answer stand {', then '.join(names[part] for part in order)}")
     n, width = rows.shape
-    show(f"{path}: {n} rows of {width} numbers, {dtype}; {beside} says how they stand")
+    show(f"{path}: {counted(n, 'row')} of {width} numbers, {dtype}; {beside} says how they stand")

@@ -85,14 +85,13 @@ def check_ranges(settings) -> None:
             continue
         # A seed becomes a 64-bit number together with a layer's number.
         below = about["below"] or (2**40 if value_type(f) is int else math.inf)
+        limit = f", and less than {below}" if about["below"] or value >= below else ""
         if about["most"] is not None and not about["least"] <= value <= about["most"]:
             raise UserError(f"{flag} {value}: expected {about['least']} to {about['most']}")
         if about["above"] is not None and not about["above"] < value < below:
-            raise UserError(f"{flag} {value}: expected more than {about['above']}, and less than "
-                            f"{below}")
+            raise UserError(f"{flag} {value}: expected more than {about['above']}{limit}")
         if about["least"] is not None and not about["least"] <= value < below:
-            raise UserError(f"{flag} {value}: expected {about['least']} or more, and less than "
-                            f"{below}")
+            raise UserError(f"{flag} {value}: expected {about['least']} or more{limit}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,15 +132,17 @@ class PriorSettings:
         "(tokens as the data uses them), collection:FILE or collection:FILE#DOMAIN. At deep layers "
         "it is activations, for vocab those of --data. Several are one population, but for "
         "interpolation two (vocab; text math for interpolation, as in the paper)")
-    reference_rows: int | None = setting(None, "rows of each reference but vocab (at most 20000)",
-                                         above=0)
+    reference_rows: int | None = setting(
+        None, "how many rows are drawn of each reference, which must have as many; of vocab all "
+        "tokens are taken (20000, or all where there are fewer)", above=0)
     text: tuple[str, ...] | None = setting(
         None, "text prompts to score too, as the first line of every text; the rows of the prior "
         "text begin as the first of them ('short answer' for tiny, else none)")
     separator: str | None = setting("\n", "what stands between a text prompt and the text (a line "
                                     "break)", show_default=False)
-    tokens: int = setting(TOKENS, "rows at the token embeddings; 0 for none, then deep layers have "
-                          "20", least=0)
+    tokens: int = setting(TOKENS, "rows, the vectors that are trained, at the token embeddings and "
+                          "at each deep layer; 0: none at the token embeddings, and 20 at each "
+                          "deep layer", least=0)
     deep_layers: int = setting(0, "how many of the last layers own rows too", least=0)
     seed: int = setting(0, "seed of the prior's draw and of the data's order", least=0)
 
@@ -177,8 +178,9 @@ class PromptSettings:
         "principal", "which these are: principal, those in which the reference varies most; "
         "random, drawn uniformly", choices=("principal", "random"))
     place: str = setting(
-        "before", "where the prompt stands: before BOS and text, after-bos, or suffix, before the "
-        "last token that asks for the answer", choices=("before", "after-bos", "suffix"))
+        "before", "where the prompt stands: before, in front of BOS and the text; after-bos, "
+        "between BOS and the text; suffix, in front of the text's last token, the colon of "
+        "\"Answer:\"", choices=("before", "after-bos", "suffix"))
 
     def complete(self, deep_layers: int) -> PromptSettings:
         return replace(self, cut=deep_layers > 0 if self.cut is None else self.cut)

@@ -31,7 +31,7 @@ SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds",
 DIFFERENCE_TITLES = {
     "difference": "by seed", "wide": "other questions too", "equivalence_p": "p, equal",
     "holm_equal": "Holm's", "difference_p": "p, no difference", "holm_different": "Holm's"}
-END_TITLES = {"start_norm": "norm, drawn", "norm": "norm ratio", "moved": "moved", "own": "own",
+END_TITLES = {"start_norm": "norm ratio, drawn", "norm": "trained", "moved": "moved", "own": "own",
               "chance": "by chance"}
 ABOUT = """\
 In brackets: 95 % intervals, of Student's t over seeds. steps: until the loss was within a tenth of
@@ -47,9 +47,9 @@ by seed: the difference, paired by seed, on these questions; other questions too
 other seeds and other questions (whole articles or paragraphs). p, equal: of two one-sided tests
 that it is {margin:g} points or more; Holm's: corrected for the number of rows."""
 ABOUT_ENDS = """\
-norm: mean norm of rows over the reference's. moved: mean distance from the draw. own: percent of
-rows to which no other draw, of any run here, is nearer than their own; by chance: the same of rows
-that moved as far in random directions."""
+norm ratio: mean norm of rows over the reference's. moved: mean distance from the draw. own: percent
+of rows to which no other draw, of any run here, is nearer than their own; by chance: the same of
+rows that moved as far in random directions."""
 
 
 class Cell(NamedTuple):
@@ -166,7 +166,8 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
         rows.append((cell.name, first.name, {
             **numbers, "wide": effect.mean, "wide_low": effect.mean - half,
             "wide_high": effect.mean + half, "equivalence_p": effect.equivalence_p(margin),
-            "difference_p": effect.difference_p()}))
+            "difference_p": effect.difference_p(),
+            **({"only_seed": seeds[0]} if len(seeds) == 1 else {})}))
         effects.append(effect)
     # Of the tests that Holm's correction orders, the first one has the strictest level.
     for effect, (_, _, numbers) in zip(effects, rows):
@@ -191,9 +192,12 @@ def question_units(settings: DataSettings, asked: list[tuple[str, str]]) -> np.n
 
 
 def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> str:
-    """What the tests tell of a cell, after Holm's correction, in words."""
+    """What the tests tell of a cell, after Holm's correction, in words. Scores that differ in no
+    answer tell nothing of how far they may be apart in others."""
     is_near, is_other = (numbers[key] <= LEVEL for key in ("holm_equal", "holm_different"))
-    if is_near and is_other:
+    if numbers["wide_low"] == numbers["wide_high"] == 0:
+        words = "cannot be told: no answer differs, so nothing tells how much others may"
+    elif is_near and is_other:
         words = f"different, but by less than {margin:g} points"
     elif is_near:
         words = f"equal within {margin:g} points"
@@ -204,7 +208,8 @@ def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> 
                  f"difference of {numbers['detectable']:.1f} points would be found in "
                  f"{POWER:.0%} of such sweeps, with ever more seeds one of "
                  f"{numbers['detectable_any_seeds']:.1f}")
-    return f"{name} and {first}: {words}"
+    alone = f", for seed {numbers['only_seed']} alone" if "only_seed" in numbers else ""
+    return f"{name} and {first}{alone}: {words}"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ import priors
 from lab import posteriors
 from lab.beginning import Inputs, begin_run, make_posterior, read_inputs, with_teacher
 from lab.commands import TrainOptions
-from lab.console import (Stopped, UserError, file_list, out_of_memory, progress, say, scores_line,
-                         show)
+from lab.console import (Stopped, UserError, counted, file_list, out_of_memory, progress, say,
+                         scores_line, show)
 from lab.distil import Teacher
 from lab.evaluation import beside, evaluate, score_table
 from lab.folder import (CONFIG, FIRST_PROMPT, LAST_PROMPT, LOG, Checkpoint, Run, check_fits,
@@ -564,11 +564,11 @@ def report(run: Run, settings: Settings, by_layer: dict[int, Reference], questio
     name = "the training data, held out"
     if settings.data.eval_data:
         name = spec_name(settings.data.eval_data)
-    show(f"\n{questions} questions of {name}; scores in percent, loss in nats a token\n\n"
-         f"{score_table(settings, run.metrics())}\n")
+    show(f"\n{counted(questions, 'question')} of {name}; scores in percent, loss in nats a "
+         f"token\n\n{score_table(settings, run.metrics())}\n")
     kind = "keys and values" if settings.prompt.method == "prefix" else "rows"
     for i, reference in by_layer.items():
         moved = (end[i] - start[i]).norm(dim=1).mean()
         ratios = [norm_ratio(vectors[i], reference.rows) for vectors in (start, end)]
-        show(f"layer {i}: {kind} moved {moved:.3g} on average; their norm over the reference's "
+        show(f"layer {i}: {kind} moved {moved:.3g} on average; norm ratio to the reference "
              f"{ratios[0]:.3g} -> {ratios[1]:.3g}")

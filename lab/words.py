@@ -61,7 +61,7 @@ def mixtures_of(sets: dict[str, Tensor], tokens: Tensor, vocabulary: data.Vocabu
     for name, x in sets.items():
         part = slice(first, first := first + len(x))
         used = [row[row >= 0].tolist() for row in index[part]]
-        words = [[vocabulary.decode([vocabulary.ordinary[j]]) for j in row] for row in used]
+        words = [[vocabulary.token_text(vocabulary.ordinary[j]) for j in row] for row in used]
         weights = [row[:len(members)].tolist() for row, members in zip(weight[part], used)]
         found[name] = Mixtures(words, weights, share[part])
     return found

@@ -380,12 +380,12 @@ def test_rows_that_are_not_finite_are_refused(runs, tmp_path, capsys):
 
 def test_tokens_are_shown_as_a_text_has_them():
     vocabulary = data.Vocabulary(ROOT / "tiny")
-    texts = [page.text_of(vocabulary, i) for i in range(vocabulary.size)]
+    texts = [vocabulary.token_text(i) for i in range(vocabulary.size)]
     assert {" the", "\n", "<0x93>"} <= set(texts) and not any("\ufffd" in t for t in texts)
     assert [page.kind_of(t) for t in (" the", "ing", "7", " +", "\n", "<0x93>", "<")] == [
         "word", "part of a word", "number", "sign", "white space", "bytes", "sign"]
     sentencepiece = SimpleNamespace(tokenizer=SimpleNamespace(id_to_token=lambda i: "\u2581a"))
-    assert page.text_of(sentencepiece, 0) == " a"
+    assert data.Vocabulary.token_text(sentencepiece, 0) == " a"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -629,9 +629,9 @@ def test_has_density_is_what_map_needs():
     ("gauss", "'gauss' is not known: use one of isotropic"),
     ("exclusion:d=3", "no option 'd': it has c, k, radius, shrinkage"),
     ("xavier:a=1", "it has none"),
-    ("exclusion:k=two", "k='two' is no int of at most"),
-    ("exclusion:c=inf", "c='inf' is no float of at most"),
-    ("exclusion:radius=1e300", "radius='1e300' is no float of at most"),
+    ("exclusion:k=two", "k='two': expected a whole number of at most 1000000"),
+    ("exclusion:c=inf", "c='inf': expected a number of at most"),
+    ("exclusion:radius=1e300", "radius='1e300': expected a number of at most"),
     ("vae:runs/a", "no option 'runs/a'"),
     ("posterior:resample=1", "needs .* posterior:RUN")])
 def test_bad_specs(spec, message):

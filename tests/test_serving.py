@@ -163,8 +163,8 @@ def test_mistakes_are_one_line_and_nothing_is_half_written(trained, tmp_path, ca
 # what docs/serving.md shows
 
 
-def shown_code(name):
-    page = (Path(__file__).resolve().parent.parent / "docs/serving.md").read_text()
+def shown_code(name, page="serving"):
+    page = (Path(__file__).resolve().parent.parent / f"docs/{page}.md").read_text()
     return re.search(rf"<!-- python: {name} -->\n```python\n(.*?)```", page, re.DOTALL)[1]
 
 
@@ -193,6 +193,12 @@ def exported(files, monkeypatch, capsys):
 
 def test_the_pages_lines_for_transformers(exported, capsys):
     exec(shown_code("transformers"), {})
+    assert capsys.readouterr().out.split("\n")[0].strip() == exported
+
+
+def test_the_lines_for_a_copied_module(exported, capsys):
+    """docs/copying.md: the rows of a trained run."""
+    exec(shown_code("a trained run", "copying").replace("runs/squad-vocab-seed0", "run"), {})
     assert capsys.readouterr().out.split("\n")[0].strip() == exported
 
 

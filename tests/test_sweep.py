@@ -369,15 +369,31 @@ def test_the_rate_is_chosen_by_held_out_questions_alone(copy, capsys):
     assert main("sweep", copy, "--table") == 0 and rows(copy)[0]["lr"] == "0.01"
 
 
-def test_numbers_of_the_table(copy, capsys):
-    """Against scipy's, by hand, of answers that are drawn: four steps get none right."""
+def draw_answers(folder):
+    """Rewrite the scores of every answer at random."""
     r = np.random.default_rng(0)
-    for run in sorted((copy / "runs").iterdir()):
+    for run in sorted((folder / "runs").iterdir()):
         lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
         for line in lines:
             line["accuracy"] = float(r.choice([0, 100]))
         (run / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        change(copy, run.name, "eval", accuracy=np.mean([line["accuracy"] for line in lines]))
+        change(folder, run.name, "eval", accuracy=np.mean([line["accuracy"] for line in lines]))
+
+
+def test_a_verdict_says_what_it_rests_on(copy, capsys):
+    assert main("sweep", copy, "--table") == 0  # four steps get no answer right
+    assert "fitted and vocab: cannot be told: no answer differs" in capsys.readouterr().out
+    draw_answers(copy)
+    for run in (copy / "runs").glob("*-seed1-*"):
+        shutil.rmtree(run)
+    assert main("sweep", copy, "--table") == 0
+    assert "fitted and vocab, for seed 0 alone: " in capsys.readouterr().out
+    assert rows(copy)[1]["only_seed"] == "0"
+
+
+def test_numbers_of_the_table(copy, capsys):
+    """Against scipy's, by hand, of answers that are drawn: four steps get none right."""
+    draw_answers(copy)
     assert main("sweep", copy, "--table", "--margin", 3) == 0
     out, error = capsys.readouterr()
     assert "the sweep began with 2" in error and "equal within 3 points" in out
@@ -547,7 +563,8 @@ def test_cells_of_one_data_setting_have_units_of_their_own(monkeypatch):
 def test_a_small_difference_is_told_in_plain_words():
     """A difference may be there, and be less than the margin: both tests are right."""
     effect = paired(np.random.default_rng(0).normal(1, 0.5, (3, 2000)))
-    numbers = {"holm_equal": effect.equivalence_p(2), "holm_different": effect.difference_p()}
+    numbers = {"holm_equal": effect.equivalence_p(2), "holm_different": effect.difference_p(),
+               "wide_low": 0.9, "wide_high": 1.1}
     words = sweep_table.verdict("a", "b", numbers, 2)
     assert words == "a and b: different, but by less than 2 points"
     assert sweep_table.verdict("a", "b", numbers | {"holm_different": 0.5}, 2.5).endswith(
