@@ -22,13 +22,13 @@ import functools
 import inspect
 import math
 import re
-from typing import TYPE_CHECKING, Callable, NamedTuple
+from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 BLOCK = 8192  # reference rows that are converted to fp64 at a time: 128k of them would be gigabytes
-STRIP = 256  # columns of a covariance that are one product
+STRIP = 256  # columns of a covariance that are one product, and rows that are squared at a time
 INSIDE = 20_000  # rows that tell a share to a third of a percent
 
 
@@ -233,21 +233,67 @@ class Spectrum(NamedTuple):
         import torch
 
         N, D = reference.shape
-        # By blocks, because a sum in another type makes a copy of all that it adds.
-        mean = sum(block.sum(0, dtype=torch.float64) for block in reference.split(BLOCK)) / N
+        mean = sum(x.sum(0) for x in _in_double(reference)) / N
         if not torch.isfinite(mean).all():
             raise PriorError("the reference has values that are not finite: find the rows and "
                              "leave them out")
-        covariance = torch.zeros(D, D, dtype=torch.float64, device=reference.device)
-        fourth_moment = torch.zeros((), dtype=torch.float64, device=reference.device)
-        for block in reference.split(BLOCK):
-            x = block.double().sub_(mean)
-            fourth_moment += x.square().sum(1).square().sum() / N
-            # The covariance is symmetric: half of it is enough, and takes half of the time.
-            for i in range(0, D, STRIP):
-                covariance[i:, i:i + STRIP] += x[:, i:].T @ x[:, i:i + STRIP] / N
-        variance, basis = torch.linalg.eigh(covariance)  # reads the lower half
+        covariance, fourth_moment = mean.new_zeros(D, D), mean.new_zeros(())
+        for x in _in_double(reference, mean):
+            fourth_moment += _squares(x).square().sum() / N
+            _add_products(covariance, x, N)
+        return cls._of(mean, covariance, fourth_moment)
+
+    @classmethod
+    def of_rest(cls, rest: Tensor, held: Tensor, *whole: Tensor) -> Spectrum:
+        """That of rest (N, D), where `whole` is that of rest and held (n, D) together: in n D^2
+        multiplications, not N D^2."""
+        N, n = len(rest), len(held)
+        mean, variance, basis, _ = whole
+        of_held, shift = mean.new_zeros(basis.shape), mean.new_zeros(mean.shape)
+        for x in _in_double(held, mean):
+            shift += x.sum(0) / N  # by which the rest's mean is below the whole's
+            _add_products(of_held, x, N)
+        covariance = (1 + n / N) * (basis * variance @ basis.T) - of_held - shift.outer(shift)
+        # The rounding is the whole's, and would show where the rest has hardly any of its variance.
+        if not covariance.trace() > 1e-4 * variance.sum():
+            return cls.of(rest)
+        fourth_moment = mean.new_zeros(())
+        for x in _in_double(rest, mean - shift):
+            fourth_moment += _squares(x).square().sum() / N
+        return cls._of(mean - shift, covariance, fourth_moment)
+
+    @classmethod
+    def _of(cls, mean: Tensor, covariance: Tensor, fourth_moment: Tensor) -> Spectrum:
+        """covariance (D, D): its lower half is enough."""
+        import torch
+
+        variance, basis = torch.linalg.eigh(covariance)
         return cls(mean, variance.flip(0), basis.flip(1), fourth_moment)
+
+
+def _in_double(rows: Tensor, mean: Tensor | None = None) -> Iterator[Tensor]:
+    """Blocks of rows (N, D), less the mean (D,), in fp64. Each is in the memory of the one before
+    it, because fresh memory takes longer than what is worked out in it."""
+    import torch
+
+    memory = rows.new_empty(min(len(rows), BLOCK), rows.shape[1], dtype=torch.float64)
+    for block in rows.split(BLOCK):
+        x = memory[:len(block)].copy_(block)
+        yield x if mean is None else x.sub_(mean)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """The squared lengths (n,) of rows (n, D)."""
+    import torch
+
+    return torch.cat([part.square().sum(1) for part in x.split(STRIP)])
+
+
+def _add_products(total: Tensor, x: Tensor, N: int) -> None:
+    """Add x.T @ x / N, of rows x (n, D), to the lower half of total (D, D), which is symmetric:
+    half of it is enough, and takes half of the time."""
+    for i in range(0, x.shape[1], STRIP):
+        total[i:, i:i + STRIP] += x[:, i:].T @ x[:, i:i + STRIP] / N
 
 
 def _ledoit_wolf(variance: Tensor, fourth_moment: Tensor, N: int) -> float:
@@ -574,9 +620,11 @@ class Sparse(Fitted):
         # What distances are measured to. In its full width the reference is not copied: 128k rows
         # of 2048 are a gigabyte.
         prior.reference, prior.k, prior.widening, prior.dim = reference, k, scale, dim
-        blocks = reference.split(BLOCK)
-        prior.points = torch.cat([prior.centred(x) for x in blocks]) if dim else reference
-        prior.squares = torch.cat([prior.centred(x).square().sum(1) for x in blocks])
+        prior.points = reference
+        if dim:
+            prior.points = torch.cat([prior.centred(x) for x in reference.split(BLOCK)])
+        centred = prior.points.split(BLOCK) if dim else _in_double(reference, prior.mean)
+        prior.squares = torch.cat([_squares(x) for x in centred])
         prior.squares[held] = math.inf
 
         prior.held_distances = prior.distance(reference[held])
@@ -609,18 +657,17 @@ class Sparse(Fitted):
         # be so near that the squares cancel, so those products are in fp64.
         q = self.centred(x)
         dtype = torch.float64 if q.shape[1] <= 256 else torch.float32
-        nearest = q.new_empty(len(q), 0, dtype=dtype)
-        neighbours = torch.zeros(len(q), 0).long()
+        twice = 2 * q.detach().to(dtype)
+        nearest, neighbours = twice.new_empty(len(q), 0), torch.zeros(len(q), 0).long()
         for start in range(0, len(self.points), BLOCK):
             block = self.points[start : start + BLOCK].to(dtype)
-            squares = self.squares[start : start + BLOCK].to(dtype)
             # |p - q|^2, up to a term that all p share
-            scores = squares - 2 * q.detach().to(dtype) @ block.T
-            indices = torch.arange(start, start + len(block)).expand_as(scores)
+            scores = self.squares[start : start + BLOCK].to(dtype) - twice @ block.T
 
-            # Keep the k nearest of the earlier blocks and this one.
-            candidates = torch.cat((neighbours, indices), 1)
-            nearest, columns = torch.cat((nearest, scores), 1).topk(
+            # Keep the k nearest of this block and the earlier ones.
+            values, columns = scores.topk(min(self.k, len(block)), largest=False)
+            candidates = torch.cat((neighbours, start + columns), 1)
+            nearest, columns = torch.cat((nearest, values), 1).topk(
                 min(self.k, candidates.shape[1]), largest=False)
             neighbours = candidates.gather(1, columns)
 

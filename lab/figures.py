@@ -421,12 +421,12 @@ def vae_draws(world: World) -> Drawing:
     """PCA of the last layer's inputs at SQuAD's tokens."""
     layer, seed = world.L - 1, world.options.seed
     squad = world.activations(layer, "squad")
-    rows = torch.from_numpy(squad)
-    # A VAE fitted on a part of the rows is judged; one fitted on all of them is drawn from.
+    reference = Reference([torch.from_numpy(squad)], "squad")
+    # A VAE fitted on all of the rows is drawn from; one fitted on a part of them is judged.
+    prior = reference.fit(priors.VAE, {})
     texts = world.tokens.field["text"][world.tokens.chosen("squad")]
-    judgement = dict(judge_prior(priors.VAE, [rows], {}, 20, seed, [texts]))
-    prior = priors.VAE.fit(rows)
-    draws = prior.sample(min(len(rows), SIZE), torch.Generator().manual_seed(seed)).numpy()
+    judgement = dict(judge_prior(priors.VAE, reference, {}, 20, seed, [texts]))
+    draws = prior.sample(min(len(squad), SIZE), torch.Generator().manual_seed(seed)).numpy()
 
     plane = viz.pca(squad)
     frame = viz.project(plane, squad)

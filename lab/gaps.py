@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lab.geometry import GeometryError
+from lab.geometry import GeometryError, squared_distances
 from lab.statistics import StatisticsError, group_numbers
 
 LEAST = 20  # rows of a set
@@ -131,13 +131,12 @@ def c2st(x: np.ndarray, y: np.ndarray, x_groups: np.ndarray | None = None,
     half = np.concatenate(halves)
 
     z = np.concatenate((x, y))
-    z -= z.mean(0)
     label = np.repeat([1.0, -1.0], [len(x), len(y)])
 
     # The kernel of all pairs of rows.
-    squares = np.square(z).sum(1)
-    squares = squares[:, None] + squares - 2 * z @ z.T
-    kernel = np.exp(-4 * np.maximum(squares, 0) / np.median(squares[squares > 0]))
+    squares = squared_distances(z, z)
+    squares *= -4 / np.median(squares[squares > 0])
+    kernel = np.exp(squares, out=squares)
 
     areas = []
     for k in (0, 1):

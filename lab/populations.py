@@ -63,6 +63,7 @@ class Reference:
     labels: list[Labels] | None = None  # one for each part; None: the rows of runs are no tokens
     is_prefix: bool = False  # keys (before rotation) and values, W = 2 G hd; else W = D
     keep: bool = False  # as of its parts
+    whole: Whole | None = None  # what these are the rest of
 
     @property
     def rows(self) -> Tensor:
@@ -76,6 +77,11 @@ class Reference:
     @functools.cached_property
     def spectrum(self) -> priors.Spectrum:
         """What a Gaussian takes of the rows."""
+        if self.whole and "spectrum" in vars(self.whole.reference):  # that is worked out already
+            held = joined(self.whole.held)
+            return priors.Spectrum(*kept(
+                priors.Spectrum.of_rest, self.rows, held, *self.whole.reference.spectrum,
+                keep=self.keep, work=len(held) * held.shape[1]**2))
         return priors.Spectrum(*kept(priors.Spectrum.of, self.rows, keep=self.keep))
 
     def fit(self, kind: type, options: dict) -> priors.Prior:
@@ -89,6 +95,13 @@ class Reference:
     @property
     def gaussian(self) -> priors.Fitted:
         return self.fit(priors.Fitted, {})
+
+
+class Whole(NamedTuple):
+    """A population of which a part was taken off."""
+
+    reference: Reference
+    held: list[Tensor]  # (n, W): the rows that were, of each of its parts
 
 
 def joined(parts: list[Tensor]) -> Tensor:

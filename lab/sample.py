@@ -1,6 +1,6 @@
 """A prior drawn from and judged by data that it was not fitted on, and the command sample.
 
-    rows = judge_prior(priors.VAE, [activations], {}, n=20, seed=0)
+    rows = judge_prior(priors.VAE, Reference([activations], "squad"), {}, n=20, seed=0)
     print(table(rows, TITLES))
 
 n prompt rows, N rows of a population, D width.
@@ -26,7 +26,7 @@ from lab.compare import TITLES, measure, sample, sample_index
 from lab.console import file_list, say, show, table
 from lab.files import free_folder, new_folder
 from lab.inputs import layers_with_rows, load_model, longest_text, rows_per_layer
-from lab.populations import Reference, draw, joined, references
+from lab.populations import Reference, Whole, draw, joined, references
 from lab.settings import Settings, from_flags
 
 LEAST = 100  # rows that a reference must have for a fifth of it to judge a prior
@@ -46,13 +46,11 @@ def held_out(texts: Tensor) -> tuple[Tensor, Tensor]:
     return (~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0]
 
 
-def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: int,
-                texts: list[Tensor] | None = None, keep: bool = False
-                ) -> list[tuple[str, dict[str, float]]]:
-    """Fit a prior on four fifths of its reference, one part (N, D) for each population, draw
-    prompts of n rows, and compare the draws with the remaining fifth. texts: of each part the
-    numbers (N,) of the texts that its rows are of, which are held out whole; None: every row is a
-    text. keep: what is worked out of the rows to fit on, see cache.kept.
+def judge_prior(prior: type, reference: Reference, options: dict, n: int, seed: int,
+                texts: list[Tensor] | None = None) -> list[tuple[str, dict[str, float]]]:
+    """Fit a prior on four fifths of each part of its reference, draw prompts of n rows, and compare
+    the draws with the remaining fifth. texts: of each part the numbers (N,) of the texts that its
+    rows are of, which are held out whole; None: every row is a text.
 
     Draws of a Gaussian fitted on the same rows, and these rows themselves, are compared too. The
     rows come from the reference's own distribution, so no prior can be expected to do better.
@@ -62,8 +60,8 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
     mmd: MMD^2, with its p. knn: median distance to the third nearest of the rows that were fitted
     on, of which 2000 are taken at most. gap: percent in the gap along the direction in which those
     rows are most bimodal. c2st: AUC of a classifier."""
-    sets, reference_text, held, held_text, neighbours = _to_judge(prior, parts, options, n, seed,
-                                                                  texts, keep)
+    sets, reference_text, held, held_text, neighbours = _to_judge(prior, reference, options, n,
+                                                                  seed, texts)
 
     # Compare every set with the held-out rows.
     split = gaps.most_bimodal(neighbours)
@@ -92,32 +90,32 @@ def judge_prior(prior: type, parts: list[Tensor], options: dict, n: int, seed: i
         return [*rows, *pool.map(measured, sets)]
 
 
-def _to_judge(prior: type, parts: list[Tensor], options: dict, n: int, seed: int,
-              texts: list[Tensor] | None, keep: bool
+def _to_judge(prior: type, reference: Reference, options: dict, n: int, seed: int,
+              texts: list[Tensor] | None
               ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of judge_prior's arguments the sets to compare, the texts of the reference rows among them,
     the held-out rows (m, D) and their texts (m,), and a sample of the rows that were fitted on.
     These themselves may be gigabytes, and are freed when it returns."""
     # Hold a fifth of every part out, so that all populations are judged by.
-    texts = [torch.arange(len(x)) for x in parts] if texts is None else texts
+    texts = [torch.arange(len(x)) for x in reference.parts] if texts is None else texts
     fit_parts, fit_texts, held_parts, held_texts, first = [], [], [], [], 0
-    for x, text in zip(parts, texts):
+    for x, text in zip(reference.parts, texts):
         to_fit, to_judge = held_out(text)
         fit_parts.append(x[to_fit])
         fit_texts.append(text[to_fit] + first)
         held_parts.append(x[to_judge])
         held_texts.append(text[to_judge] + first)
         first += int(text.max()) + 1
-    reference = Reference(fit_parts, "", keep=keep)
-    fit, held_rows = reference.rows, joined(held_parts)
+    rest = Reference(fit_parts, "", keep=reference.keep, whole=Whole(reference, held_parts))
+    fit, held_rows = rest.rows, joined(held_parts)
     held, held_text = sample(held_rows), torch.cat(held_texts)[sample_index(len(held_rows))].numpy()
     neighbours, count = sample(fit), len(held)
 
     # The measures depend on the number of rows, so every set has as many as are held out.
-    fitted = reference.fit(prior, options)
+    fitted = rest.fit(prior, options)
     sets = {"prior's draws": _draws(fitted, len(fit), n, count, seed)}
     if prior is not priors.Fitted:
-        sets["fitted Gaussian's"] = _draws(reference.gaussian, len(fit), n, count, seed)
+        sets["fitted Gaussian's"] = _draws(rest.gaussian, len(fit), n, count, seed)
     # Reference rows of one text stand together, so that they are dealt into one group or two.
     index = sample_index(len(fit), count)
     reference_text, order = torch.cat(fit_texts)[index].sort(stable=True)
@@ -188,8 +186,8 @@ def judge_reference(settings: Settings, reference: Reference
     texts = [labels.text for labels in reference.labels]
     if min(len(text.unique()) for text in texts) < LEAST_TEXTS:
         return []
-    return judge_prior(priors.PRIORS[name], reference.parts, options,
-                       rows_per_layer(settings.prior), settings.seed, texts, reference.keep)
+    return judge_prior(priors.PRIORS[name], reference, options, rows_per_layer(settings.prior),
+                       settings.seed, texts)
 
 
 def write_draw(folder: Path, settings: Settings, rows: dict[int, Tensor],

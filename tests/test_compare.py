@@ -22,6 +22,7 @@ from lab.attention import measure_attention
 from lab.compare import measure_rows
 from lab.folder import Run
 from lab.inputs import load_model
+from lab.populations import Reference
 from lab.sample import held_out, judge_prior
 from lab.settings import TINY, ModelSettings
 
@@ -376,10 +377,10 @@ def test_sample_judges_a_prior(capsys):
     """The reference's own rows are as good as it gets; isotropic draws are told apart; a Gaussian
     fitted on a Gaussian is not."""
     x = torch.randn(2000, 12, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 13)
-    judged = dict(judge_prior(priors.Isotropic, [x], {"std": 0.02}, 20, 0))
+    judged = dict(judge_prior(priors.Isotropic, Reference([x], ""), {"std": 0.02}, 20, 0))
     assert judged["prior's draws"]["variance_ratio"] < 1e-3
     assert judged["prior's draws"]["mmd_p"] < 0.01 < judged["fitted Gaussian's"]["mmd_p"]
-    uniform = dict(judge_prior(priors.Xavier, [x], {}, 20, 0))["prior's draws"]
+    uniform = dict(judge_prior(priors.Xavier, Reference([x], ""), {}, 20, 0))["prior's draws"]
     fit, held = held_out(torch.arange(2000))
     assert len(held) == 400 and sorted([*fit.tolist(), *held.tolist()]) == [*range(2000)]
     held = x[held]  # its bound is that of 20 rows, not of all that are judged
@@ -414,7 +415,7 @@ def test_rows_of_one_law_are_not_told_apart_where_long_texts_differ_from_short_o
     for seed in range(6):
         x = torch.randn(4000, 4, generator=torch.Generator().manual_seed(seed))
         x = x + 3 * (text >= 20)[:, None]
-        judged = dict(judge_prior(priors.Vocab, [x], {}, 20, seed, [text]))
+        judged = dict(judge_prior(priors.Vocab, Reference([x], ""), {}, 20, seed, [text]))
         for name in ("reference rows", "prior's draws"):
             levels.append(judged[name]["mmd_p"])
             areas.append(judged[name]["c2st"])
@@ -435,9 +436,20 @@ def test_held_out_rows_are_held_out_texts():
     assert len(two[held_out(two)[1]].unique()) == 2
     # rows of a text differ by little
     x = torch.randn(40, 12, generator=g)[texts] + 0.1 * torch.randn(2000, 12, generator=g)
-    judged = dict(judge_prior(priors.Fitted, [x], {}, 20, 0, [texts]))
+    judged = dict(judge_prior(priors.Fitted, Reference([x], ""), {}, 20, 0, [texts]))
     assert judged["held-out rows"]["knn"] > 1
-    assert dict(judge_prior(priors.Fitted, [x], {}, 20, 0))["held-out rows"]["knn"] < 0.5
+    judged = dict(judge_prior(priors.Fitted, Reference([x], ""), {}, 20, 0))
+    assert judged["held-out rows"]["knn"] < 0.5
+
+
+@pytest.mark.parametrize("kind", [priors.Fitted, priors.Sparse, priors.VAE])
+def test_a_prior_is_judged_alike_where_the_gaussian_of_the_whole_is_known(kind):
+    parts = [torch.randn(N, 12, generator=torch.Generator().manual_seed(N)) + 3 for N in (700, 400)]
+    first, second = Reference(parts, ""), Reference(parts, "")
+    assert second.gaussian  # works out the spectrum of all rows
+    pairs = zip(judge_prior(kind, first, {}, 20, 0), judge_prior(kind, second, {}, 20, 0))
+    for (name, numbers), (_, others) in pairs:
+        assert others == pytest.approx(numbers, rel=1e-6, abs=1e-9), name
 
 
 def share(x):

@@ -398,6 +398,35 @@ def test_a_covariance_is_summed_in_strips():
                                covariance, atol=1e-13)
 
 
+@pytest.mark.parametrize("N, n, scale, offset, held_scale", [
+    (9000, 2000, 1, 0, 1),  # more rows than a block has
+    (300, 90, 1e-6, 0, 1),  # directions of hardly any variance
+    (300, 90, 1e-3, 1e4, 1),  # and far from the origin
+    (20, 9, 1, 0, 1),  # fewer rows than numbers in each
+    (300, 90, 1, 0, 30),  # rows taken off that had nearly all of the variance
+    (300, 90, 1, 0, 1e8)])
+def test_the_spectrum_of_the_rest_is_that_of_its_rows(N, n, scale, offset, held_scale):
+    D, g = 24, seeded()
+    scales = torch.logspace(math.log10(scale), 0, D, dtype=torch.float64)
+    mixed = torch.linalg.qr(torch.randn(D, D, generator=g, dtype=torch.float64))[0]
+    x = torch.randn(N, D, generator=g, dtype=torch.float64) * scales @ mixed + offset
+    is_held = torch.arange(N) % (N // n) == 0
+    x[is_held] *= held_scale
+    rest, held = x[~is_held], x[is_held]
+    found = priors.Spectrum.of_rest(rest, held, *priors.Spectrum.of(x))
+
+    exact = rest.numpy().astype(np.longdouble)
+    deviation = exact - exact.mean(0)
+    covariance = (deviation.T @ deviation / len(rest)).astype(float)
+    size = np.trace(covariance)
+    np.testing.assert_allclose(found.mean.numpy(), exact.mean(0).astype(float),
+                               atol=1e-10 * (size**0.5 + offset), rtol=0)
+    np.testing.assert_allclose((found.basis * found.variance @ found.basis.T).numpy(), covariance,
+                               atol=1e-10 * size, rtol=0)
+    fourth = np.square(np.square(deviation).sum(1)).mean()
+    assert float(found.fourth_moment) == pytest.approx(float(fourth), rel=1e-9)
+
+
 def test_the_share_inside_is_that_of_many_rows():
     x = torch.randn(3 * priors.INSIDE, 3, generator=seeded()).abs()
     prior = priors.Exclusion.fit(x)
