@@ -1,4 +1,4 @@
-"""A prefix that a text teaches, against PEFT's CARTRIDGE: seconds of a step, loss and gradient equal.
+"""A prefix that a text teaches, against PEFT's CARTRIDGE: seconds of a step, and equal gradients.
 
     python benchmarks/cartridge.py --model smollm2 --data squad:train-v1.1.json --examples 4
     python benchmarks/cartridge.py --model tiny --data squad --examples 1

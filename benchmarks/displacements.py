@@ -129,11 +129,11 @@ def main() -> None:
         panels.append(viz.Panel([viz.Heat(scores, tuple(a.priors), tuple(givers), 0, 100)],
                                 ("displacement added to it", "prior's draw"),
                                 f"{task}, {TASKS[task]}"))
-    caption = ("Bundled world. A cell is the score of a prior's draw (its line) with a displacement "
-               "added: what training added to the draw of the prior in its column, with the same "
-               "seed. shuffled: the draw's own displacement, in another order of its rows; mean "
-               "row: its mean in every row; random: of its lengths, in random directions; none: "
-               f"the draw alone. Means of {a.seeds} seeds.")
+    caption = ("Bundled world. A cell is the score of a prior's draw (its line) with a "
+               "displacement added: what training added to the draw of the prior in its column, "
+               "with the same seed. shuffled: the draw's own displacement, in another order of its "
+               "rows; mean row: its mean in every row; random: of its lengths, in random "
+               f"directions; none: the draw alone. Means of {a.seeds} seeds.")
     path = Path(a.out) / "displacements.svg"
     path.write_text(viz.figure(panels, "Displacements of other priors", caption))
     print(path)

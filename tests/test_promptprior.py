@@ -22,7 +22,7 @@ import data
 import priors
 import promptprior
 from forked import Forked
-from lab import commands, evaluation, inputs, page, populations
+from lab import commands, inputs, page, populations
 from lab.console import Stopped
 from lab.evaluation import evaluate, open_run
 from lab.folder import Run

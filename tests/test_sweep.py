@@ -326,7 +326,8 @@ sys.path.insert(0, {str(ROOT)!r})
 from lab import console, sweep
 begun = []
 sweep.PROGRAM = Path({str(tmp_path / "helper.py")!r})
-sweep.subprocess.Popen = lambda *a, start=subprocess.Popen, **k: begun.append(start(*a, **k)) or begun[-1]
+sweep.subprocess.Popen = lambda *a, start=subprocess.Popen, **k: \
+    begun.append(start(*a, **k)) or begun[-1]
 threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
 try:
     with sweep.helpers(SimpleNamespace(folder=Path({str(tmp_path)!r})), 2):
@@ -490,7 +491,8 @@ def test_rates_that_differ_by_a_factor_are_one_cell(tmp_path, capsys):
     [row] = rows(tmp_path / "a")
     assert float(row["lr_factor"]) in (1, 3) and "lr" not in row
     out = capsys.readouterr().out
-    assert re.search(r"\ndefaults: factor 1 [\d.]+, factor 3 [\d.]+: the best is the (lowest|highest)", out)
+    assert re.search(r"\ndefaults: factor 1 [\d.]+, factor 3 [\d.]+: the best is the "
+                     "(lowest|highest)", out)
     usual, tripled = (Run(tmp_path / f"a/runs/lr-factor{factor}").config()["learning_rates"]
                       for factor in ("1.0", "3.0"))
     assert len(usual) == 2 and len(set(usual.values())) == 2
@@ -576,7 +578,8 @@ def test_what_reads_evaluation_data_alone_needs_no_training_data(tmp_path, capsy
     for name in ("training", "evaluation"):
         (tmp_path / f"{name}.txt").write_text("".join(
             f"What is {i} + 1?\n{i + 1}\n" for i in range(30)))
-    out, data = tmp_path / "a", [f"math:{tmp_path}/{name}.txt" for name in ("training", "evaluation")]
+    out = tmp_path / "a"
+    data = [f"math:{tmp_path}/{name}.txt" for name in ("training", "evaluation")]
     few = [*FEW, "--steps", "1", "--eval-every", "1", "--data", data[0], "--eval-data", data[1]]
     assert main("sweep", "--out", out, "--prior", "vocab", "fitted", *few) == 0
     (tmp_path / "training.txt").unlink()
