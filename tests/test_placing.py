@@ -340,7 +340,8 @@ def test_a_prefix_lies_among_keys_and_values(prefix, tmp_path, capsys):
     drawn, _ = Run(prefix).start_and_end()
     real = load().keys_and_values(0, load().embeddings[ids]).flatten(1)
     near = torch.cdist(drawn[0], real).argmin(dim=1)
-    assert found["tokens"]["0"]["prior draw"]["l2"] == [vocabulary().decode([ids[k]]) for k in near]
+    nearest = [vocabulary().token_text(ids[k]) for k in near]
+    assert found["tokens"]["0"]["prior draw"]["l2"] == nearest
     assert run("plot", prefix) == 0 and run("plot", "--text", prefix) == 0
     said = capsys.readouterr().out
     assert "layer 5: . keys and values of layer 5 inputs of squad (300 rows)" in said.replace(
