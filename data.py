@@ -401,9 +401,10 @@ def _literal(text: str, where: str):
     if len(text) <= 2**16:  # Python's parser is not made for hostile texts
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             value = ast.literal_eval(text)
-            if isinstance(value, (list, dict)):
+            # Of numpy's ['a' 'b'] Python makes one text.
+            if isinstance(value, (list, dict)) and not re.search(r"""['"]\s+['"]""", text):
                 return value
-    if not re.match(r"[\[{]\s*[\[{\"']", text):  # such as [Applause] and [0, 1)
+    if not re.match(r"""[\[{]\s*([\[{"']|array\()""", text):  # such as [Applause] and [0, 1)
         return text
     raise DataError(f"{where}: the answers {text!r:.80} are no Python or JSON value: export the "
                     "table as JSON lines")

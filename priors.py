@@ -900,6 +900,9 @@ class Posterior(Prior):
     def fit(cls, *runs: Tensor, resample: int = 0, shrinkage: float = -1.0) -> Posterior:
         if resample not in (0, 1):
             raise PriorError(f"posterior: resample is {resample}, expected 0, or 1 for rows")
+        if shrinkage > 1:
+            raise PriorError(f"posterior: shrinkage is {shrinkage}, expected 0 to 1, or -1 for the "
+                             "Ledoit-Wolf optimum")
         prior = cls([rows.float() for rows in runs], bool(resample), shrinkage)
         if not resample:
             prior.gaussian  # refuses what cannot be fitted

@@ -285,6 +285,9 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
         mixed = mixtures_of({"prior draw": drawn[0], "trained": trained[0],
                              "as far at random": at_random.float()}, tokens, opened.vocabulary)
     for i, reference in references_of(opened).items():
+        if len(reference.rows) < 2:
+            raise UserError(f"{run.path}: its reference is a single row, and nothing tells how "
+                            "rows lie in that: eval and plot show this run")
         for name, numbers in measure_rows(start[i], end[i], reference.rows,
                                           reference.gaussian,
                                           particles=len(run.prompts()),

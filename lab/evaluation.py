@@ -28,7 +28,7 @@ from lab.distil import Teacher, longest_steps, teacher_text, with_steps, without
 from lab.files import checksum
 from lab.folder import FIRST_PROMPT, Run, best_evaluation
 from lab.foreign_data import not_foreign
-from lab.forgetting import SPLIT, forgetting, read_prose
+from lab.forgetting import SPLIT, check_separator, forgetting, read_prose
 from lab.inputs import (LoadedModel, Questions, Shared, check_place, encode, evaluation_examples,
                         load_model, longest_text, model_files, plain_prompts, read_questions,
                         room_for_text, rows_per_layer, sample_topics)
@@ -354,6 +354,7 @@ def command_eval(given: dict) -> None:
     if len({opened.settings.data.forget for opened in runs}) > 1:
         say("the runs have different --forget, so prose is not scored: give --forget for all")
     else:
+        check_separator(settings)
         prose = read_prose(settings, loaded, questions.max_length)
 
     # All prompts are made before the first is scored, as some may be refused.

@@ -39,17 +39,23 @@ class Prose(Questions):
         return data.Row(ids, first + 1, ids, "", 0)
 
 
-def read_prose(settings: Settings, loaded: LoadedModel, max_length: int) -> Prose | None:
-    """The first --eval-limit texts of --forget, cut to max_length tokens; None without --forget.
-    Raises UserError for what is no prose, and for text prompts that a text's tokens may merge
-    with."""
-    spec, separator = settings.data.forget, settings.prior.separator
-    if spec is None:
-        return None
-    if settings.prior.text and separator is not None and not separator.endswith("\n"):
+def check_separator(settings: Settings) -> None:
+    """Raises UserError for text prompts that the tokens of a text may merge with. Early runs, which
+    have such, go on with their settings."""
+    separator = settings.prior.separator
+    if settings.data.forget and settings.prior.text and separator is not None \
+            and not separator.endswith("\n"):
         raise UserError(f"--separator {separator!r}: behind it a text of --forget may begin with "
                         "other tokens than without a text prompt: give one that ends in a line "
                         "break (\\n), or leave --forget out")
+
+
+def read_prose(settings: Settings, loaded: LoadedModel, max_length: int) -> Prose | None:
+    """The first --eval-limit texts of --forget, cut to max_length tokens; None without --forget.
+    Raises UserError for what is no prose."""
+    spec = settings.data.forget
+    if spec is None:
+        return None
     kind, path = parse_spec(spec, 1)
     if kind != "text":
         raise UserError(f"--forget {spec}: forgetting is measured on prose: give text:PATH, or "

@@ -107,8 +107,9 @@ def c2st(x: np.ndarray, y: np.ndarray, x_groups: np.ndarray | None = None,
          y_groups: np.ndarray | None = None, seed: int = 0) -> float:
     """Classifier two-sample test (Lopez-Paz and Oquab 2017): the area under the ROC curve of a
     classifier that tells rows (n, D) from rows (m, D). 0.5 says that it cannot; the standard error
-    of that is at most sqrt((n + m + 2) / (6 n m)), for independent rows: that of one half's area,
-    as the areas of the two halves are not independent. Sets of one size are compared best.
+    of that is at most sqrt((n + m + 2) / (6 n m)), for independent rows and halves of one size:
+    that of one half's area, as the areas of the two are not independent. Sets of one size are
+    compared best.
 
     The classifier is kernel ridge regression on the label, with the Gaussian kernel
     exp(-4 distance^2 / median distance^2). It is fitted on either half of the groups of rows,

@@ -29,7 +29,7 @@ import viz
 from lab import cache, posteriors
 from lab.activations import BATCH, ROLES, Collection, is_massive, roles_of, stream
 from lab.cache import kept, kept_under
-from lab.console import UserError, progress, say
+from lab.console import UserError, counted, progress, say
 from lab.evaluation import OpenRun
 from lab.files import checksum
 from lab.folder import Run
@@ -473,7 +473,7 @@ def draw(settings: PriorSettings, by_layer: dict[int, Reference], prompts: int =
         about = fitted[i].report()
         reports.append({"layer": i, "reference": reference.name, "rows": count,
                         "norm_ratio": ratio, **about})
-        say(f"layer {i}: {prior_name(settings.prior)} on {reference.name}, {count} rows: "
+        say(f"layer {i}: {prior_name(settings.prior)} on {reference.name}, {counted(count, 'row')}: "
             + _listed({"norm ratio": ratio, **about}))
         if ratio > 5:
             say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and "

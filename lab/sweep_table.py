@@ -165,8 +165,10 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
         half = effect.half_width()
         rows.append((cell.name, first.name, {
             **numbers, "wide": effect.mean, "wide_low": effect.mean - half,
-            "wide_high": effect.mean + half, "equivalence_p": effect.equivalence_p(margin),
-            "difference_p": effect.difference_p(),
+            "wide_high": effect.mean + half,
+            # Of differences that are all alike nothing tells how they vary.
+            "equivalence_p": effect.equivalence_p(margin) if half else 1.0,
+            "difference_p": effect.difference_p() if half else 1.0,
             **({"only_seed": seeds[0]} if len(seeds) == 1 else {})}))
         effects.append(effect)
     # Of the tests that Holm's correction orders, the first one has the strictest level.
@@ -192,11 +194,11 @@ def question_units(settings: DataSettings, asked: list[tuple[str, str]]) -> np.n
 
 
 def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> str:
-    """What the tests tell of a cell, after Holm's correction, in words. Scores that differ in no
-    answer tell nothing of how far they may be apart in others."""
+    """What the tests tell of a cell, after Holm's correction, in words."""
     is_near, is_other = (numbers[key] <= LEVEL for key in ("holm_equal", "holm_different"))
-    if numbers["wide_low"] == numbers["wide_high"] == 0:
-        words = "cannot be told: no answer differs, so nothing tells how much others may"
+    if numbers["wide_low"] == numbers["wide_high"]:
+        words = (f"cannot be told: the difference is {numbers['wide_low']:.3g} in all articles or "
+                 "paragraphs, so nothing tells how much it varies over others")
     elif is_near and is_other:
         words = f"different, but by less than {margin:g} points"
     elif is_near:
@@ -206,8 +208,9 @@ def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> 
     else:
         words = (f"cannot be told: neither different, nor equal within {margin:g} points; a true "
                  f"difference of {numbers['detectable']:.1f} points would be found in "
-                 f"{POWER:.0%} of such sweeps, with ever more seeds one of "
-                 f"{numbers['detectable_any_seeds']:.1f}")
+                 f"{POWER:.0%} of such sweeps")
+        if numbers["detectable_any_seeds"] >= 0.05:  # else the scatter of few seeds hides it
+            words += f", with ever more seeds one of {numbers['detectable_any_seeds']:.1f}"
     alone = f", for seed {numbers['only_seed']} alone" if "only_seed" in numbers else ""
     return f"{name} and {first}{alone}: {words}"
 

@@ -32,7 +32,7 @@ from lab.distil import Teacher
 from lab.evaluation import beside, evaluate, score_table
 from lab.folder import (CONFIG, FIRST_PROMPT, LAST_PROMPT, LOG, Checkpoint, Run, check_fits,
                         read_config, snapshot, versions)
-from lab.forgetting import log_forgetting, read_prose
+from lab.forgetting import check_separator, log_forgetting, read_prose
 from lab.inputs import LoadedModel, Questions, Shared, mean_answer_tokens
 from lab.loss import answer_loss, begin, taught_loss
 from lab.pictures import draw_run
@@ -446,6 +446,8 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     checkpoint = checkpoint_of(run, settings) if explicit is None else None
     inputs = read_inputs(run, settings, config, explicit is None, shared)
     settings, loaded = inputs.settings, inputs.loaded
+    if explicit is not None:
+        check_separator(settings)
     prose = read_prose(settings, loaded, settings.data.max_length)
 
     # Fit the prior, and make the posterior from its draw.

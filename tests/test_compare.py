@@ -150,6 +150,8 @@ def test_the_posterior_of_runs_is_a_prior(runs, tmp_path, capsys):
     again = "train", *FEW, "--tokens", 1, "--prior", f"posterior:{tmp_path / 'one'},resample=1"
     assert run(*again, "--out", tmp_path / "more") == 0
     capsys.readouterr()
+    assert run("compare", tmp_path / "more") == 2
+    assert "more: its reference is a single row" in capsys.readouterr().err
     assert run(*again, "--prior-weight", 1, "--out", tmp_path / "map") == 2
     assert "cannot be fitted on 1" in capsys.readouterr().err and not (tmp_path / "map").exists()
     assert run("sample", "--json", "--prior", f"posterior:{runs / 'squad'},{runs / 'sgld'}") == 0

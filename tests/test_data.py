@@ -139,7 +139,8 @@ def test_of_several_lists_of_records_one_is_chosen(tmp_path):
     # What begins as a list does may be a plain text, and as a list of texts a spoiled one.
     ("[Applause]", ("[Applause]",)), ("[0, 1)", ("[0, 1)",)), ("{1, 2}", ("{1, 2}",)),
     ("[open('/etc/passwd')]", ("[open('/etc/passwd')]",)), ("[" * 2 + "a" * 2**17, None),
-    ("{'text': array(['a'])}", None), ("['a', 'b", None), ("[{'text': nan}]", None)])
+    ("{'text': array(['a'])}", None), ("['a', 'b", None), ("['a' 'b']", None),
+    ("[array(['a'])]", None), ("[{'text': nan}]", None)])
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
 def test_tables_of_questions(tmp_path, suffix, delimiter, answer, read):
     path = tmp_path / f"x{suffix}"
@@ -290,7 +291,7 @@ def test_a_table_of_labels_and_of_printed_choices(tmp_path):
     ({"answer": "0"}, "names 2 of its 2 choices"), ({"answer": 2}, "names 0 of its 2 choices"),
     ({"answer": None}, "None is no right answer"), ({"answer": -1}, "no right answer"),
     ({"choices": ["1"]}, "expected 2 to 26 texts"), ({"choices": [["1"], "2"]}, "2 to 26 texts"),
-    ({"choices": "['1' '2']"}, "expected 2 to 26 texts"),
+    ({"choices": "['1' '2']"}, "are no Python or JSON value"),
     ({"choices": {"A": "1", "B": ["2"]}}, "expected 2 to 26 texts"),
     ({"choices": None}, "1 different labels"),
     ({"question": 3}, "'question' is Number")])

@@ -158,6 +158,11 @@ def test_texts_that_a_text_prompt_would_change_are_refused(trained, prose, tmp_p
         assert "--separator ': '" in error and "line break" in error
     assert not (tmp_path / "new").exists()
     assert run("eval", folder, "--limit", 6, "--text", "", *flags) == 0  # there is no text prompt
+    with pytest.MonkeyPatch.context() as early:  # as runs were that began before this was refused
+        early.setattr("lab.train.check_separator", lambda settings: None)
+        begun = ("--steps", 1, "--eval-limit", 6, "--tokens", 2, "--out", tmp_path / "early")
+        assert run("train", *begun, *flags) == 0
+    assert run("train", "--out", tmp_path / "early", "--resume") == 0
     assert run("eval", folder, "--limit", 6, "--text", "short answer", "--forget", prose,
                "--separator", ":\\n") == 0
 

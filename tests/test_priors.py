@@ -601,6 +601,8 @@ def test_one_row_is_a_warm_start():
     prior = priors.Posterior.fit(row, resample=1)
     torch.testing.assert_close(prior.sample(3, seeded()), row.expand(3, 5))
     assert prior.report() == {}
+    with pytest.raises(priors.PriorError, match="shrinkage is 7"):
+        priors.Posterior.fit(row, resample=1, shrinkage=7)
     with pytest.raises(priors.PriorError, match="cannot be fitted on 1"):
         prior.log_prob(row)
     with pytest.raises(priors.PriorError, match="cannot be fitted on 1"):

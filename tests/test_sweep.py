@@ -383,7 +383,7 @@ def draw_answers(folder):
 
 def test_a_verdict_says_what_it_rests_on(copy, capsys):
     assert main("sweep", copy, "--table") == 0  # four steps get no answer right
-    assert "fitted and vocab: cannot be told: no answer differs" in capsys.readouterr().out
+    assert "fitted and vocab: cannot be told: the difference is 0 in all" in capsys.readouterr().out
     draw_answers(copy)
     for run in (copy / "runs").glob("*-seed1-*"):
         shutil.rmtree(run)
@@ -560,6 +560,8 @@ def test_cells_of_one_data_setting_have_units_of_their_own(monkeypatch):
     monkeypatch.setattr(sweep_table, "question_units", lambda _, asked: np.arange(len(asked)))
     pairs = sweep_table.compare_cells([cell("a", 3), cell("b", 3), cell("c", 2), cell("d", 2)], 2.0)
     assert [names for *names, _ in pairs] == [["b", "a"], ["d", "c"]]
+    # No answer differs, which tells nothing of others.
+    assert all(numbers["holm_equal"] == numbers["holm_different"] == 1 for *_, numbers in pairs)
 
 
 def test_a_small_difference_is_told_in_plain_words():
