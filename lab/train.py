@@ -420,7 +420,7 @@ def resume(run: Run, flags: dict, any_processes: bool) -> None:
 def differences(stored: Settings, given: dict) -> list[str]:
     """The flags whose values differ from the run's, as a user reads them."""
     values, requested = flat(stored), flat(with_flags(stored, given).complete())
-    return [f"{flag_name(name)} {given[name]} (the run has {values.get(name)})"
+    return [f"{flag_name(name)} {given[name]} (the run has {values.get(name)!r})"
             for name in given if name != "out" and requested.get(name) != values.get(name)]
 
 
