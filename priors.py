@@ -173,9 +173,7 @@ class Fitted(Prior):
         if N < 2:
             raise PriorError(f"a Gaussian cannot be fitted on {N} reference rows: "
                              "give a larger reference")
-        if shrinkage > 1:
-            raise PriorError(f"shrinkage is {shrinkage}, expected 0 to 1, or -1 for the "
-                             "Ledoit-Wolf optimum")
+        _check_shrinkage(shrinkage)
         mean, variance, basis, fourth_moment = spectrum() if spectrum else Spectrum.of(reference)
         trace = variance.sum()
         if not trace > 0:
@@ -294,6 +292,12 @@ def _add_products(total: Tensor, x: Tensor, N: int) -> None:
     half of it is enough, and takes half of the time."""
     for i in range(0, x.shape[1], STRIP):
         total[i:, i:i + STRIP] += x[:, i:].T @ x[:, i:i + STRIP] / N
+
+
+def _check_shrinkage(shrinkage: float) -> None:
+    if shrinkage > 1:
+        raise PriorError(f"shrinkage is {shrinkage}, expected 0 to 1, or -1 for the Ledoit-Wolf "
+                         "optimum")
 
 
 def _ledoit_wolf(variance: Tensor, fourth_moment: Tensor, N: int) -> float:
@@ -900,9 +904,7 @@ class Posterior(Prior):
     def fit(cls, *runs: Tensor, resample: int = 0, shrinkage: float = -1.0) -> Posterior:
         if resample not in (0, 1):
             raise PriorError(f"posterior: resample is {resample}, expected 0, or 1 for rows")
-        if shrinkage > 1:
-            raise PriorError(f"posterior: shrinkage is {shrinkage}, expected 0 to 1, or -1 for the "
-                             "Ledoit-Wolf optimum")
+        _check_shrinkage(shrinkage)
         prior = cls([rows.float() for rows in runs], bool(resample), shrinkage)
         if not resample:
             prior.gaussian  # refuses what cannot be fitted

@@ -344,10 +344,10 @@ def mixture_lines(mixed: dict[str, Mixtures]) -> list[str]:
     if not mixed:
         return []
     shares = [(name, found.numbers()) for name, found in mixed.items()]
-    quoted = " ".join(map(json.dumps, mixed["trained"].texts()))
+    texts = "; ".join(mixed["trained"].texts())
     return ["", "percent of each row at layer 0 that a mixture explains, a sum of tokens with "
             "weights from 0 up", table(shares, SHARES),
-            f"layer 0 trained, the first three tokens of the mixture: {quoted}"]
+            f"layer 0 trained, the first three tokens of the mixture: {texts}"]
 
 
 def compare_collection(path: str, given: dict, models: dict[ModelSettings, LoadedModel]

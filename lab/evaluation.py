@@ -355,7 +355,7 @@ def command_eval(given: dict) -> None:
         say("the runs have different --forget, so prose is not scored: give --forget for all")
     else:
         check_separator(settings)
-        prose = read_prose(settings, loaded, questions.max_length)
+        prose = read_prose(settings.data, loaded, questions.max_length)
 
     # All prompts are made before the first is scored, as some may be refused.
     asked, compared = [], {}

@@ -1,7 +1,7 @@
 """What a prompt costs on text that it was not trained for: the loss on plain prose with the prompt
 in front, beside that without.
 
-    prose = read_prose(settings, loaded, 512)                          # --forget text:PATH
+    prose = read_prose(settings.data, loaded, 512)                     # --forget text:PATH
     forgetting(loaded, settings, {"trained": [prompt]}, prose)["trained"]["forgotten"]   # nats
 
 Every token of a text but its first is scored, as without BOS nothing predicts that one. The same
@@ -21,7 +21,7 @@ from lab.batches import by_question, grouped, losses_and_tokens
 from lab.console import UserError
 from lab.folder import Run
 from lab.inputs import LoadedModel, Questions, parse_spec, plain_prompts
-from lab.settings import Settings
+from lab.settings import DataSettings, Settings
 
 SPLIT = "forgetting"  # of a run's log
 
@@ -50,21 +50,21 @@ def check_separator(settings: Settings) -> None:
                         "break (\\n), or leave --forget out")
 
 
-def read_prose(settings: Settings, loaded: LoadedModel, max_length: int) -> Prose | None:
+def read_prose(settings: DataSettings, loaded: LoadedModel, max_length: int) -> Prose | None:
     """The first --eval-limit texts of --forget, cut to max_length tokens; None without --forget.
     Raises UserError for what is no prose."""
-    spec = settings.data.forget
+    spec = settings.forget
     if spec is None:
         return None
     kind, path = parse_spec(spec, 1)
     if kind != "text":
         raise UserError(f"--forget {spec}: forgetting is measured on prose: give text:PATH, or "
                         "text for the bundled one")
-    texts = data.read(kind, path, settings.data.eval_limit or None)
+    texts = data.read(kind, path, settings.eval_limit or None)
     encoded = loaded.vocabulary.encode_batch([e.context[:2000] for e in texts])
     several = [text for text, ids in zip(texts, encoded) if len(ids) > 2]
     if len(several) < 2:
-        if settings.data.eval_limit == 1:
+        if settings.eval_limit == 1:
             raise UserError("--forget takes 2 texts or more: give a larger --eval-limit (--limit "
                             "of eval)")
         raise UserError(f"--forget {spec}: texts of several tokens in it: {len(several)}, and "

@@ -448,7 +448,7 @@ def train_run(run: Run, settings: Settings, config: dict | None, explicit: list[
     settings, loaded = inputs.settings, inputs.loaded
     if explicit is not None:
         check_separator(settings)
-    prose = read_prose(settings, loaded, settings.data.max_length)
+    prose = read_prose(settings.data, loaded, settings.data.max_length)
 
     # Fit the prior, and make the posterior from its draw.
     begun = begin_run(inputs)

@@ -11,6 +11,7 @@ n prompt rows, D width, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +21,6 @@ from torch import Tensor
 
 import data
 import llama
-import viz
 from lab import geometry, statistics
 from lab.batches import TOGETHER, by_question, losses_and_tokens
 from lab.console import UserError
@@ -46,8 +46,8 @@ class Mixtures(NamedTuple):
                 for key in SHARES}
 
     def texts(self, count: int = 3) -> list[str]:
-        """Each row's first tokens with their weights, such as "0.8 ␣red + 0.3 blue"."""
-        return [" + ".join(f"{w:.2g} {viz.visible(token)}" for w, token in zip(row, tokens[:count]))
+        """Each row's first tokens with their weights, such as '0.8 " red" + 0.3 "blue"'."""
+        return [" + ".join(f"{w:.2g} {json.dumps(token)}" for w, token in zip(row, tokens[:count]))
                 for row, tokens in zip(self.weights, self.tokens)]
 
 

@@ -13,7 +13,7 @@ import promptprior
 from lab import loss
 from lab.forgetting import read_prose
 from lab.inputs import load_model
-from lab.settings import TINY, DataSettings, ModelSettings, Settings
+from lab.settings import TINY, DataSettings, ModelSettings
 
 PARAGRAPHS = ["Bolu was born in Tarn. She sings in the choir of Tarn.", "The river is long.",
               "Question marks are rare.\nIn prose they stand alone." * 3, "x",
@@ -92,7 +92,7 @@ def test_a_text_prompt_stands_in_front_and_the_same_tokens_are_scored(prose):
     from lab.settings import PriorSettings
 
     loaded = load_model(ModelSettings().complete())
-    texts = read_prose(Settings(data=DataSettings(forget=prose)), loaded, 20)
+    texts = read_prose(DataSettings(forget=prose), loaded, 20)
     assert [e.context for e in texts.examples] == [p for p in PARAGRAPHS if p != "x"]
     plain, text = plain_prompts(loaded, PriorSettings(text=("short answer",)), texts)
     vocabulary = loaded.vocabulary
