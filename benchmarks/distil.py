@@ -9,7 +9,8 @@ answers, drawn with seed 0 among the quarter with the shortest contexts. The pro
 distributions (train --teacher), from every prior and seed; text is the teacher's own first tokens.
 teacher KL, as teacher: the divergence from the teacher's next-token distributions, and the share of
 answers equal to the teacher's, on questions of --eval-data. tokens saved: of every question's
-keys and values. Means over seeds, with 95 % intervals of Student's t.
+keys and values. Means over seeds, with 95 % intervals of Student's t. With several --lr-factor
+each prior and method has its best one, by held-out training questions.
 
 It is a sweep: the same command goes on where it was stopped, with --table it only shows what is
 finished, and other processes may share OUT by `promptprior.py sweep OUT`. `--model tiny --data
@@ -35,7 +36,7 @@ from lab.files import write_file  # noqa: E402
 from lab.inputs import parse_spec  # noqa: E402
 from lab.plan import read_plan  # noqa: E402
 from lab.settings import TINY  # noqa: E402
-from lab.sweep_table import with_interval  # noqa: E402
+from lab.sweep_table import cells_of, with_interval  # noqa: E402
 
 COLUMNS = 20  # rows, or columns of a prefix
 METHODS = {"prompt": "rows", "prefix": "prefix"}
@@ -58,7 +59,7 @@ def grids(a: argparse.Namespace, teacher: str) -> list[dict]:
     """Of every prior; the prior text begins as the text prompt, which is scored beside."""
     common = {"model": a.model, "data": a.data, "teacher": teacher, "teacher_mix": a.mix,
               "steps": a.steps, "eval_limit": a.eval_limit, "tokens": COLUMNS,
-              "method": list(METHODS)}
+              "method": a.methods}
     # Seed by seed, so that while runs are missing there are as many of each.
     return [{**common, "seed": [seed], "prior": prior, "text": [[teacher] * (prior == "text")]}
             for seed in a.seeds for prior in a.priors]
@@ -67,13 +68,14 @@ def grids(a: argparse.Namespace, teacher: str) -> list[dict]:
 def rows_of(out: Path, tokens: int) -> list[tuple[str, dict]]:
     """The teacher, no prompt, and every prior and method untrained and trained."""
     plan, cells, beside = read_plan(out / "plan.json"), {}, {}
-    for name in filter(plan.is_finished, plan.runs):
-        run, flags = out / "runs" / name, plan.runs[name]
-        first, *_, last = evaluations(run)
-        cell = f"{METHODS[flags['method']]}, {flags['prior']}"
-        cells.setdefault(f"{cell}, untrained", []).append(first)
-        cells.setdefault(cell, []).append(last)
-        beside |= {line["split"]: line for line in metrics(run)}
+    for cell in cells_of(plan, [name for name in plan.runs if plan.is_finished(name)]):
+        settings, runs = cell.settings, [run.path for run in cell.runs.values()]
+        name = f"{METHODS[settings.prompt.method]}, {settings.prior.prior}"
+        if cell.held_out:
+            name += f", factor {settings.train.lr_factor:g}"
+        cells[f"{name}, untrained"] = [evaluations(run)[0] for run in runs]
+        cells[name] = [*cell.logs.values()]
+        beside |= {line["split"]: line for line in metrics(runs[0])}
 
     rows = [("teacher", {**beside["teacher"], "tokens": tokens, "saved": 0}),
             ("no prompt", {**beside["baseline"], "tokens": 0, "saved": tokens})]
@@ -92,6 +94,7 @@ def main() -> None:
     p.add_argument("--data", required=True, help="a SPEC, such as squad:train-v1.1.json")
     p.add_argument("--examples", type=int, default=4, help="worked examples of the teacher")
     p.add_argument("--priors", nargs="+", default=["fitted", "text", "isotropic"])
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--steps", type=int, default=200)
     p.add_argument("--mix", type=float, default=0.0, help="--teacher-mix")
