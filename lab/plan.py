@@ -180,10 +180,10 @@ def setting_name(name: str, value) -> str:
     for switch, (meaning, _) in switches.items():
         if value == meaning:
             return switch
-    if name == "teacher":
-        return f"teacher {shortened(value)!r}"
     word = flag_name(name)[2:]
     if isinstance(value, bool):
         return word if value else f"no {word}"
     values = value if isinstance(value, list) else [value]
+    if name in ("teacher", "text"):
+        return " ".join([word, *(repr(shortened(text)) for text in values)])
     return " ".join([word, *(spec_name(str(v)) for v in values)])

@@ -98,6 +98,13 @@ def test_grids():
         assert sum(flags.get("hold_out", False) for flags in runs.values()) == held_out
 
 
+def test_a_cells_name_is_one_short_line():
+    """Whatever its text; a path in a text is no file's, of which the folders are left out."""
+    assert plan.setting_name("reference", ["squad:a/b.json"]) == "reference squad:b.json"
+    assert plan.setting_name("text", ["yes/no", "a\nb"]) == "text 'yes/no' 'a b'"
+    assert len(plan.setting_name("text", ["word " * 100])) < 50
+
+
 def test_a_file_of_grids(tmp_path, capsys):
     path = tmp_path / "grids.json"
     path.write_text(json.dumps([
