@@ -34,7 +34,7 @@ import data
 import llama
 from lab import t5
 from lab.commands import CollectOptions
-from lab.console import UserError, progress, show
+from lab.console import UserError, counted, progress, show
 from lab.evaluation import open_run
 from lab.files import checksum, free_place, mapped, reading, replacing
 from lab.inputs import (LoadedModel, load_model, longest_text, model_files, parse_spec, say_files,
@@ -545,8 +545,11 @@ def report(file: Collection, domains: dict[str, Chosen]) -> None:
         of_domain = file.field["domain"] == d
         bos = int((of_domain & is_bos).sum())
         massive = int((of_domain & file.left_out & ~is_bos).sum())
-        show(f"{name}: {int(of_domain.sum())} rows of {len(chosen.rows)} examples; {bos} of BOS "
-             f"and {massive} others of massive norm, marked and left out of fits and pictures")
+        rows, examples = int(of_domain.sum()), len(chosen.rows)
+        show(f"{name}: {counted(rows, 'row')} of {counted(examples, 'example')}; {bos} of BOS and "
+             f"{counted(massive, 'other')} of massive norm, marked and left out of fits and "
+             "pictures")
     size = file.path.stat().st_size / 2**20
-    show(f"{file.path}: layers {', '.join(map(str, file.layers))} of width {file.width}, "
+    layers = "layer" if len(file.layers) == 1 else "layers"
+    show(f"{file.path}: {layers} {', '.join(map(str, file.layers))} of width {file.width}, "
          f"{size:.1f} MiB")

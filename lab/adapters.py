@@ -376,7 +376,7 @@ def export_log(run: Run, options: ExportOptions) -> None:
     path = free_place(options.csv, "--csv", options.overwrite, is_table,
                       "a table that export made")
     write_file(path, to_csv(lines).encode(), is_new=not options.overwrite)
-    show(f"{path}: {len(lines)} records of {run.path}")
+    show(f"{path}: {counted(len(lines), 'record')} of {run.path}")
 
 
 @torch.no_grad()

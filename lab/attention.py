@@ -24,7 +24,7 @@ import llama
 from lab import pictures
 from lab.commands import AttentionOptions
 from lab.compare import TITLES
-from lab.console import UserError, say, show, table
+from lab.console import UserError, counted, say, show, table
 from lab.evaluation import OpenRun, open_run
 from lab.inputs import encode, evaluation_examples, sample_topics
 from lab.settings import from_flags, spec_name
@@ -165,7 +165,7 @@ def command_attention(given: dict) -> None:
     if options.json:
         show(json.dumps({"run": str(run.path), "step": run.step, "attention": dict(rows)}))
     else:
-        show(f"{run.title}, {len(questions)} questions.{whose}\n\n{table(rows, TITLES)}")
+        show(f"{run.title}, {counted(len(questions), 'question')}.{whose}\n\n{table(rows, TITLES)}")
     say(str(run.path / figure))
 
 
@@ -173,7 +173,7 @@ def describe(opened: OpenRun, questions: int, content: float) -> str:
     """The caption of the figure. content: of the first layer where the prompt has columns."""
     settings = opened.settings
     return (f"{opened.run.title}: {settings.prompt.method}, prior {settings.prior_name}, seed "
-            f"{settings.seed}, {settings.train.steps} steps on {spec_name(settings.data.data)}, "
-            f"model {Path(settings.model.model).name}; {questions} questions. At the first layer "
-            "with prompt columns the content's own shares differ by at most "
-            f"{content:.1g}.")
+            f"{settings.seed}, {counted(settings.train.steps, 'step')} on "
+            f"{spec_name(settings.data.data)}, model {Path(settings.model.model).name}; "
+            f"{counted(questions, 'question')}. At the first layer with prompt columns the "
+            f"content's own shares differ by at most {content:.1g}.")

@@ -79,7 +79,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
         fitting(held_out, name="held-out") if held_out else None))
     questions, evaluation, _ = encoded
     check_reasons(settings.teacher, [part for part in encoded if part])
-    say(f"{run.path}: model {Path(settings.model.model).name}, {L} layers of width "
+    say(f"{run.path}: model {Path(settings.model.model).name}, {counted(L, 'layer')} of width "
         f"{loaded.model.config.hidden_size}, {settings.model.dtype} on {settings.model.device}; "
         f"{counted(len(questions), 'question')} to train on, {len(evaluation)} to evaluate")
     return Inputs(settings, loaded, layers, examples, *encoded, sums, shared)

@@ -26,7 +26,7 @@ from lab import geometry, statistics, two_samples
 from lab.activations import Collection
 from lab.cache import kept
 from lab.commands import CompareOptions
-from lab.console import UserError, say, show, table
+from lab.console import UserError, counted, say, show, table
 from lab.evaluation import OpenRun, open_run, score_table
 from lab.folder import FIRST_PROMPT
 from lab.hub import model_folder
@@ -365,7 +365,8 @@ def compare_collection(path: str, given: dict, models: dict[ModelSettings, Loade
                       for name in file.domains]
     adjust(steps)
 
-    lines = [f"{file.path}: {len(file.chosen())} rows, without BOS and rows of massive norm"]
+    lines = [f"{file.path}: {counted(len(file.chosen()), 'row')}, without BOS and rows of massive "
+             "norm"]
     if pairs:
         lines += ["", "domains, pair by pair", table(pairs, TITLES)]
     if steps:

@@ -170,11 +170,13 @@ def _line_progress() -> type:
 
         def line(self) -> str:
             """Such as "train: 40 of 200 steps, loss 0.123, 12 s, 48 s left"."""
-            name, unit = self.desc.removesuffix(": "), self.unit.strip()
+            name = self.desc.removesuffix(": ")
+            noun = re.sub("(?<=ch)es$|s$", "", self.unit.strip())
+            total = counted(self.total or 0, noun)
             done = self.n - self.initial
             if not done:
-                return f"{name}: {self.total} {unit}" if self.total else name
-            parts = [f"{self.n} of {self.total} {unit}" if self.total else f"{self.n} {unit}"]
+                return f"{name}: {total}" if self.total else name
+            parts = [f"{self.n} of {total}" if self.total else counted(self.n, noun)]
             if self.postfix:
                 parts.append(self.postfix)
             elapsed = self.format_dict["elapsed"]
@@ -208,8 +210,9 @@ def table(rows: list[tuple[str, dict[str, float]]],
 
 
 def counted(n: int, noun: str) -> str:
-    """Such as "1 row" or "2 rows"."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+    """Such as "1 row", "2 rows" or "2 batches"."""
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{n} {noun if n == 1 else plural}"
 
 
 def file_list(names: list[str], most: int = 4) -> str:

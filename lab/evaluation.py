@@ -22,8 +22,8 @@ import llama
 from lab import statistics
 from lab.batches import by_question, grouped
 from lab.commands import EvalOptions, GenerateOptions
-from lab.console import (CALIBRATION, FORGETTING, SCORES, SPREADS, Stopped, UserError, say, show,
-                         table)
+from lab.console import (CALIBRATION, FORGETTING, SCORES, SPREADS, Stopped, UserError, counted,
+                         say, show, table)
 from lab.distil import Teacher, longest_steps, teacher_text, with_steps, without_steps
 from lab.files import checksum
 from lab.folder import FIRST_PROMPT, Run, best_evaluation
@@ -333,7 +333,7 @@ def score_table(settings: Settings, metrics: list[dict]) -> str:
     for line in [last] if best in (evals[0], last) else [best, last]:
         mark = f" (lowest {lowest})" if line is best and line is not last else ""
         if line["step"]:
-            rows.append((f"{prior}, {line['step']} steps{together}{mark}", line))
+            rows.append((f"{prior}, {counted(line['step'], 'step')}{together}{mark}", line))
     titles = {key: title for key, title in (SCORES | FORGETTING | SPREADS).items()
               if key not in CALIBRATION}
     return table(rows, titles)
@@ -393,8 +393,8 @@ def command_eval(given: dict) -> None:
             record["without"] = {path: dict(of_run) for path, of_run in ablated.items()}
         show(json.dumps(record))
         return
-    show(f"{', '.join(paths)} on {len(questions)} questions of {questions.name}; scores in "
-         f"percent, loss in nats a token\n\n{table(rows)}")
+    show(f"{', '.join(paths)} on {counted(len(questions), 'question')} of {questions.name}; "
+         f"scores in percent, loss in nats a token\n\n{table(rows)}")
     if differences:
         show("\npoints of difference from the trained prompt, paired by question\n"
              f"{table(differences)}")
@@ -483,7 +483,9 @@ def trained_prompts(opened: OpenRun) -> list[tuple[str, list[llama.Prompt]]]:
     settings = opened.settings
     kind = "prompt" if settings.imported else "prior, trained"
     if opened.run.step is not None and not settings.imported:
-        kind = f"prior, {opened.run.step} steps" if opened.run.step else "prior, untrained"
+        kind = "prior, untrained"
+        if opened.run.step:
+            kind = f"prior, {counted(opened.run.step, 'step')}"
     name = f"{settings.prior_name} {kind}"
     if settings.train.posterior == "point":
         return [(name, [opened.prompt])]

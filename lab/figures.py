@@ -38,7 +38,7 @@ from lab import compare, geometry, statistics, two_samples
 from lab.activations import Collection, command_collect
 from lab.cache import POINT, kept_under
 from lab.commands import FigureOptions
-from lab.console import UserError, progress, show
+from lab.console import UserError, counted, progress, show
 from lab.files import SMALL, write_file
 from lab.folder import Run
 from lab.inputs import LoadedModel, check_same_model, load_model, parse_spec
@@ -102,13 +102,13 @@ def provenance(world: World, domains: tuple[str, ...] = (), runs: tuple[str, ...
     if domains:
         counts = [f"{len(world.tokens.chosen(domain))} of {domain}" for domain in domains]
         massive = int(world.tokens.field["massive"].sum())
-        parts.append(f"rows: {', '.join(counts)}; BOS and {massive} rows of massive norm are left "
-                     "out")
+        parts.append(f"rows: {', '.join(counts)}; BOS and {counted(massive, 'row')} of massive "
+                     "norm are left out")
     for name in runs:
         settings = world.runs[name].settings()
         reference = " and ".join(map(spec_name, settings.prior.reference))
         parts.append(f"run {name}: prior {prior_name(settings.prior.prior)} of {reference}, seed "
-                     f"{settings.seed}, {settings.train.steps} steps on "
+                     f"{settings.seed}, {counted(settings.train.steps, 'step')} on "
                      f"{spec_name(settings.data.data)}")
     return "; ".join(parts) + "."
 
@@ -589,9 +589,10 @@ def check_enough(figure: Figure, file: Collection) -> None:
         rows, texts = len(index), len(file.field["text"][index].unique())
         least_rows, least_texts = figure.least.get(domain) or figure.least.get("", (0, 0))
         if rows < least_rows or texts < least_texts:
-            raise UserError(f"{file.path}: {rows} rows of {texts} texts in {domain}, and figure "
-                            f"{figure.title!r} needs {least_rows} of {least_texts}: choose another "
-                            "--out and a larger --limit or --examples, or data of more texts")
+            raise UserError(f"{file.path}: {counted(rows, 'row')} of {counted(texts, 'text')} in "
+                            f"{domain}, and figure {figure.title!r} needs {least_rows} of "
+                            f"{least_texts}: choose another --out and a larger --limit or "
+                            "--examples, or data of more texts")
 
 
 def needed_runs(figures: list[Figure], options: FigureOptions, loaded: LoadedModel

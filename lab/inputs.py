@@ -21,7 +21,7 @@ import data
 import llama
 import priors
 from lab import t5
-from lab.console import UserError, say, silent_stderr
+from lab.console import UserError, counted, say, silent_stderr
 from lab.files import checksum
 from lab.folder import Run
 from lab.foreign_data import check_data
@@ -456,8 +456,8 @@ def encode(examples: list[data.Example], vocabulary: data.Vocabulary, max_length
     lengths = data.sizes([answered for _, answered in unsure], vocabulary)
     too_long = {i for (i, _), (tokens, _) in zip(unsure, lengths) if tokens > max_length}
     if too_long:
-        say(f"{name}: {len(too_long)} questions dropped, longer than {max_length} tokens without "
-            "any context")
+        say(f"{name}: {counted(len(too_long), 'question')} dropped, longer than {max_length} "
+            "tokens without any context")
     fitting = [e for i, e in enumerate(examples) if i not in too_long]
     if not fitting:
         raise UserError(f"{name}: no question fits {max_length} tokens: raise --max-length")

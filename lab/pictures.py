@@ -42,9 +42,9 @@ def draw_run(run: Run, settings: Settings, by_layer: dict[int, Reference]) -> li
     for i, reference in by_layer.items():
         count = len(reference.rows)
         caption = (f"{counted(len(end[i]), 'row')} of {run.path.name} in the principal plane of "
-                   f"the reference ({reference.name}, {count} rows), which is fitted without them. "
-                   "Prior "
-                   f"{settings.prior_name}, seed {settings.seed}, {steps} steps on "
+                   f"the reference ({reference.name}, {counted(count, 'row')}), which is fitted "
+                   f"without them. Prior {settings.prior_name}, seed {settings.seed}, "
+                   f"{counted(steps, 'step')} on "
                    f"{spec_name(settings.data.data)}, model {Path(settings.model.model).name}.")
         numbers = {"distance moved, mean": float((end[i] - start[i]).norm(dim=1).mean()),
                    "norm of the reference, mean": _mean_norm(reference.rows),
@@ -106,8 +106,9 @@ def text_picture(run: Run, by_layer: dict[int, Reference]) -> str:
         plane = _plane(reference, [start[i].numpy(), end[i].numpy()])
         series = [("o", viz.project(plane, start[i].numpy())),
                   ("#", viz.project(plane, end[i].numpy()))]
-        blocks.append(f"{run.path}, layer {i}: . {reference.name} ({len(population)} rows), "
-                      f"o prior draw, # trained; {', '.join(viz.axis_names(plane))}")
+        blocks.append(f"{run.path}, layer {i}: . {reference.name} ("
+                      f"{counted(len(population), 'row')}), o prior draw, # trained; "
+                      f"{', '.join(viz.axis_names(plane))}")
         blocks.append(viz.braille(viz.project(plane, population), series, columns, lines))
     return "\n".join(blocks)
 

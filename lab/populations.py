@@ -246,7 +246,8 @@ def collection_population(spec: str, prior: PriorSettings, loaded: LoadedModel, 
     file = Collection(path)
     check_same_model(loaded.settings, file.about.get("sha256"), file.path)
     index = sample_rows(file.chosen(domain), prior.seed, prior.reference_rows or REFERENCE_ROWS)
-    say(f"{file.path}: {int(file.left_out.sum())} rows of BOS or of massive norm left out")
+    left_out = int(file.left_out.sum())
+    say(f"{file.path}: {counted(left_out, 'row')} of BOS or of massive norm left out")
     roles = [ROLES[role] for role in file.field["role"][index].tolist()]
     domains = [file.domains[d] for d in file.field["domain"][index].tolist()]
     labels = Labels(file.field["token"][index], roles, domains, file.field["text"][index])
@@ -473,8 +474,8 @@ def draw(settings: PriorSettings, by_layer: dict[int, Reference], prompts: int =
         about = fitted[i].report()
         reports.append({"layer": i, "reference": reference.name, "rows": count,
                         "norm_ratio": ratio, **about})
-        say(f"layer {i}: {prior_name(settings.prior)} on {reference.name}, {counted(count, 'row')}: "
-            + _listed({"norm ratio": ratio, **about}))
+        say(f"layer {i}: {prior_name(settings.prior)} on {reference.name}, "
+            f"{counted(count, 'row')}: " + _listed({"norm ratio": ratio, **about}))
         if ratio > 5:
             say(f"layer {i}: warning: the rows start {ratio:.0f} times as long as real ones and "
                 "may train badly")

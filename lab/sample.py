@@ -23,7 +23,7 @@ import priors
 from lab import gaps, geometry, pictures, two_samples
 from lab.commands import SampleOptions
 from lab.compare import TITLES, measure, sample, sample_index
-from lab.console import file_list, say, show, table
+from lab.console import counted, file_list, say, show, table
 from lab.files import free_folder, new_folder
 from lab.inputs import layers_with_rows, load_model, longest_text, rows_per_layer
 from lab.populations import Reference, Whole, draw, joined, references
@@ -198,7 +198,7 @@ def write_draw(folder: Path, settings: Settings, rows: dict[int, Tensor],
     content = save(llama.Prompt(rows).tensors(), {"settings": json.dumps(asked)})
     files = {"rows.safetensors": content}
     for i, reference in by_layer.items():
-        caption = (f"{len(rows[i])} draws of the prior {settings.prior_name}, seed "
+        caption = (f"{counted(len(rows[i]), 'draw')} of the prior {settings.prior_name}, seed "
                    f"{settings.seed}, model {Path(settings.model.model).name}; on "
                    f"{reference.name}.")
         series = [(f"draws of {settings.prior_name}", rows[i])]

@@ -334,7 +334,7 @@ class Training:
             return ""
         parts = [t for t in (self.batch.shared, self.batch.head, self.batch.tails) if t is not None]
         longest = sum(t.shape[1] for t in parts)
-        return f" of {len(self.batch.tails)} questions with up to {longest} tokens"
+        return f" of {counted(len(self.batch.tails), 'question')} with up to {longest} tokens"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -29,6 +29,10 @@ def test_a_stage_is_a_line_where_there_is_no_terminal(capsys):
     assert first == "train: 5 steps" and last.startswith("train: 5 of 5 steps, loss 0.123, ")
     assert [*console.progress(range(3), desc="x\x1b[2J", unit=" rows", leave=False)] == [0, 1, 2]
     assert capsys.readouterr().err == "x: 3 rows\n"
+    for noun in ("layers", "batches"):
+        assert [*console.progress(range(1), desc="x", unit=f" {noun}")] == [0]
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "x: 1 layer", "x: 1 of 1 layer", "x: 1 batch", "x: 1 of 1 batch"]
 
 
 def test_a_long_stage_goes_on_speaking(capsys, monkeypatch):

@@ -115,9 +115,9 @@ def test_a_collection_without_the_layer(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number, limits, message", [
-    (4, ["--limit", 3], r"2 rows of 1 texts in text, .*'Density of .* needs 4 of 2"),
+    (4, ["--limit", 3], r"2 rows of 1 text in text, .*'Density of .* needs 4 of 2"),
     (5, ["--examples", 3], r"means.* 3 rows of 3 texts in text, .*'Mean .* needs 4 of 2"),
-    (11, ["--limit", 40], r" 39 rows of 1 texts in text, .*'Prompts among .* needs 4 of 2"),
+    (11, ["--limit", 40], r" 39 rows of 1 text in text, .*'Prompts among .* needs 4 of 2"),
     (13, ["--limit", 40], r" \d+ rows of \d texts in squad, .*'VAE .* needs 100 of 10")])
 def test_too_few_points_are_named_before_anything_is_trained(tmp_path, capsys, number, limits,
                                                             message):

@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_known_before(loaded, capsys):
     rows = [data.encode(e, loaded.vocabulary, 100) for e in examples]
     questions = inputs.encode(examples, loaded.vocabulary, 100, "training")
     assert questions.examples == [e for e, row in zip(examples, rows) if row] != examples
-    assert "training: 1 questions dropped, longer than 100 tokens" in capsys.readouterr().err
+    assert "training: 1 question dropped, longer than 100 tokens" in capsys.readouterr().err
     assert [questions.row(i) for i in range(40)] == [row for row in rows if row]
     err = capsys.readouterr().err
     assert err.count("is cut at its end to fit 100 tokens") == 1
