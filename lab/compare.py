@@ -344,10 +344,12 @@ def mixture_lines(mixed: dict[str, Mixtures]) -> list[str]:
     if not mixed:
         return []
     shares = [(name, found.numbers()) for name, found in mixed.items()]
-    texts = "; ".join(mixed["trained"].texts())
+    texts = mixed["trained"].texts()
+    width = len(f"row {len(texts)}")
     return ["", "percent of each row at layer 0 that a mixture explains, a sum of tokens with "
             "weights from 0 up", table(shares, SHARES),
-            f"layer 0 trained, the first three tokens of the mixture: {texts}"]
+            "", "the first three tokens of each trained row's mixture at layer 0",
+            *(f"{f'row {i}':<{width}}  {text}" for i, text in enumerate(texts, 1))]
 
 
 def compare_collection(path: str, given: dict, models: dict[ModelSettings, LoadedModel]

@@ -70,7 +70,11 @@ def test_compare_shows_mixtures_of_token_rows_alone(trained, capsys):
     assert run("compare", folder) == 0
     shown = capsys.readouterr().out
     assert "1 token  2 tokens  4 tokens  8 tokens" in shown
-    assert "the first three tokens of the mixture: " in shown
+    _, mixed = shown.split("\nthe first three tokens of each trained row's mixture at layer 0\n")
+    first = [f"row {i}  {weights[0]:.2g} {json.dumps(tokens[0])}" for i, (weights, tokens) in
+             enumerate(zip(mixtures["trained"]["weights"], mixtures["trained"]["tokens"]), 1)]
+    lines = mixed.strip().split("\n")
+    assert [line.split(" + ")[0] for line in lines] == first and max(map(len, lines)) <= 100
     prefix = trained("--method", "prefix", "--tokens", 3)
     capsys.readouterr()
     assert run("compare", prefix, "--json") == 0
