@@ -13,6 +13,7 @@ in Prompt-Tuning (arXiv 2412.18582).
 from __future__ import annotations
 
 import json
+import os
 from itertools import combinations
 from pathlib import Path
 from typing import Callable
@@ -245,6 +246,10 @@ def _silhouette_of_two(x: np.ndarray, y: np.ndarray) -> float:
 
 def command_compare(given: dict) -> None:
     options = from_flags(CompareOptions, given)
+    for path in options.paths:
+        if not os.path.lexists(path):
+            raise UserError(f"{path}: no such file or folder: give the folder that train made, or "
+                            "the file that collect wrote")
     records, models, spacings = [], {}, {}  # runs and collections of one model share it
     for path in options.paths:
         if Path(path).is_file():

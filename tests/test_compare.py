@@ -214,6 +214,9 @@ def test_compare_runs(runs, capsys):
     assert "collapse" in out and "no prompt" in out and "layer 0 trained, l2: " in out
     assert run("compare", runs / "sgld") == 0
     assert "the token of each row of particle 1:" in capsys.readouterr().out
+    assert run("compare", runs / "squad", "nope.safetensors") == 2
+    out, error = capsys.readouterr()
+    assert not out and "nope.safetensors: no such file or folder" in error and "collect" in error
 
 
 def test_compare_collections(tmp_path, monkeypatch, capsys):
