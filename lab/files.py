@@ -152,6 +152,13 @@ def refuse_link(path: Path) -> None:
                         "in its place, or remove it")
 
 
+def check_folder(path: Path) -> None:
+    """Raises UserError for what stands in the place of a folder of ours: a link, or a file."""
+    refuse_link(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: not a folder, which alone may stand here: move it away")
+
+
 class Folder:
     """A folder that stays the same one wherever its path leads later, because it is held by its
     descriptor. Names of files have one step, or two as prompts/000000.safetensors. A step that is a
@@ -201,9 +208,9 @@ class Folder:
         except OSError as e:
             if not e.strerror:  # it is explained already
                 raise
-            for step in (path.parent, path):
-                if step != self.path:
-                    refuse_link(step)
+            if step:
+                check_folder(path.parent)
+            refuse_link(path)
             raise NotWritten(path, e) from e
 
     # ----------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ import data
 import llama
 from lab import posteriors
 from lab.console import UserError
-from lab.files import (LONG, SMALL, Folder, NotWritten, digest_of, is_unfinished, locked,
-                       named, only_begun, read_tensors, reading, refuse_link, settled_state)
+from lab.files import (LONG, SMALL, Folder, NotWritten, check_folder, digest_of, is_unfinished,
+                       locked, named, only_begun, read_tensors, reading, settled_state)
 from lab.foreign_data import not_foreign
 from lab.hub import model_folder
 from lab.processes import rank_and_size
@@ -109,10 +109,8 @@ class Run:
         the run, as a link: what it leads to is another's."""
         with locked(self.path, OURS.fullmatch) as (self.folder, owner):
             try:
-                for path in (self.path / name for name in FOLDERS):
-                    refuse_link(path)
-                    if path.exists() and not path.is_dir():
-                        raise UserError(f"{path}: no folder, as a run has here: move it away")
+                for name in FOLDERS:
+                    check_folder(self.path / name)
                 with named(self.path):
                     self.folder.check_ours(OURS.fullmatch)
                 yield f"{self.path}: taken over from {owner}, which is gone" if owner else ""

@@ -316,6 +316,16 @@ def test_what_cannot_be_replaced_is_found_before_training(run, capsys, command, 
     assert everything(run) == before
 
 
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_what_stands_in_the_place_of_the_figures_is_named(run, capsys, kind):
+    shutil.rmtree(run / "figures")
+    {"file": Path.touch, "pipe": os.mkfifo}[kind](run / "figures")
+    before = everything(run)
+    error = refused(capsys, "plot", run)
+    assert f"{run / 'figures'}: not a folder" in error and "move it away" in error
+    assert everything(run) == before
+
+
 @pytest.mark.parametrize("inside", [None, "notes.txt"])
 def test_a_folder_that_holds_no_run_replaces_none(run, inside):
     """Of the name of new files that wait for the old ones to go."""
