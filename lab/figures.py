@@ -39,7 +39,7 @@ from lab.activations import Collection, command_collect
 from lab.cache import POINT, kept_under
 from lab.commands import FigureOptions
 from lab.console import UserError, counted, progress, show
-from lab.files import SMALL, write_file
+from lab.files import SMALL, check_folder, write_file
 from lab.folder import Run
 from lab.inputs import LoadedModel, check_same_model, load_model, parse_spec
 from lab.locality import paths_of, walks
@@ -542,6 +542,7 @@ def command_figures(given: dict) -> None:
     options = replace(options, text_data=absolute(options.text_data),
                       squad_data=absolute(options.squad_data),
                       math_data=absolute(options.math_data))
+    check_folder(Path(options.out) / "runs")
     figures = [FIGURES[number] for number in numbers]
     loaded = load_model(from_flags(ModelSettings, given).complete(),
                         encoders=all(figure.encoders for figure in figures))

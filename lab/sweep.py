@@ -26,7 +26,7 @@ import data
 from lab.beginning import read_inputs
 from lab.commands import SweepOptions
 from lab.console import Stopped, UserError, one_line, say
-from lab.files import SMALL, Folder, Locked, refuse_link, write_file
+from lab.files import SMALL, Folder, Locked, check_folder, write_file
 from lab.folder import CONFIG, Run
 from lab.inputs import Shared
 from lab.plan import Plan, cell_key, make_runs, read_grids, read_plan
@@ -179,7 +179,7 @@ def command_sweep(given: dict) -> None:
             "chosen after its scores may be seen tests nothing")
     if not options.table:
         for name in ("runs", "failed"):
-            refuse_link(plan.folder / name)
+            check_folder(plan.folder / name)
     if options.retry:
         for name in plan.runs:
             plan.failure(name).unlink(missing_ok=True)

@@ -104,6 +104,17 @@ def test_what_is_there_is_used_again(folder, capsys):
     assert run("figures", 99, "--out", folder) == 2 and "figures 1 to" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind, message", [("link", "a link"), ("file", "not a folder")])
+def test_nothing_is_written_through_a_link(tmp_path, capsys, kind, message):
+    outside, runs = tmp_path / "outside", tmp_path / "F/runs"
+    runs.parent.mkdir()
+    outside.mkdir()
+    {"link": lambda: runs.symlink_to(outside), "file": runs.touch}[kind]()
+    assert run("figures", 6, "--out", tmp_path / "F", *FEW) == 2
+    assert f"{runs}: {message}" in capsys.readouterr().err
+    assert [*runs.parent.iterdir()] == [runs] and not [*outside.iterdir()]
+
+
 def test_a_collection_without_the_layer(folder, tmp_path, capsys):
     copy = tmp_path / "F"
     copy.mkdir()
