@@ -53,7 +53,7 @@ def try_tokenizer(path: Path) -> None:
     content = data.read_text(path).encode()  # refuses a pipe, and more than memory has room for
     folder = cache_folder()
     mark = folder / f"tokenizer-{hashlib.sha256(content).hexdigest()}" if folder else None
-    if mark and mark.exists():
+    if mark and os.path.exists(mark):  # False too where no mark could be, as of too long a path
         return
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     # -P: no module of the working directory is imported.

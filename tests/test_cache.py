@@ -136,7 +136,7 @@ def test_a_damaged_or_foreign_file_is_as_good_as_none(folder, tmp_path, monkeypa
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "WORTH", 0)
     (tmp_path / "file").touch()
-    for place in (tmp_path / "file", "/proc/nowhere"):
+    for place in (tmp_path / "file", "/proc/nowhere", tmp_path / ("x" * 5000)):
         monkeypatch.setenv("PROMPTPRIOR_CACHE", str(place))
         alone = cache.kept(viz.pca, ROWS.numpy(), keep=False)
         assert same(cache.kept(viz.pca, ROWS.numpy()), alone)

@@ -289,11 +289,12 @@ def test_a_trial_that_tells_nothing_is_made_again(own, tmp_path, monkeypatch):
     trial.try_tokenizer(path)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
-    monkeypatch.setenv("PROMPTPRIOR_CACHE", "off")  # it is tried each time, and nothing is kept
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trial, "PROGRAM", "raise SystemExit(3)")
-    with pytest.raises(UserError, match="many times more of a text"):
-        trial.try_tokenizer(path)
+    for place in ("off", "x" * 5000):  # it is tried each time, and nothing is kept
+        monkeypatch.setenv("PROMPTPRIOR_CACHE", place)
+        with pytest.raises(UserError, match="many times more of a text"):
+            trial.try_tokenizer(path)
     assert not Path("off").exists()
 
 
