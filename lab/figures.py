@@ -96,6 +96,14 @@ class Drawing(NamedTuple):
     caption: str  # what is shown, and of what it is made
 
 
+TITLES = {"auc_least": "least AUC"}  # of numbers whose keys would say less
+
+
+def title_of(key: str) -> str:
+    """A number's key in words, for the table beneath a picture."""
+    return TITLES.get(key, key.replace("_", " ").replace("auc", "AUC"))
+
+
 def provenance(world: World, domains: tuple[str, ...] = (), runs: tuple[str, ...] = ()) -> str:
     """The sentences of a caption that say which model, data and runs a figure is made of."""
     parts = [f"Model {Path(world.loaded.settings.model).name}, seed {world.options.seed}"]
@@ -641,7 +649,8 @@ def draw_figures(numbers: list[int], world: World) -> None:
         caption = drawing.caption
         if number <= PAPER_FIGURES:
             caption = f"Figure {number} of the paper. {caption}"
-        svg = viz.figure(drawing.panels, figure.title, caption, table=drawing.numbers)
+        table = {title_of(key): value for key, value in drawing.numbers.items()}
+        svg = viz.figure(drawing.panels, figure.title, caption, table=table)
         name = f"figure-{number:02d}-{figure.file}.svg"
         write_file(folder / name, svg.encode())
         results[number] = {"file": name, "title": figure.title, "measured": drawing.numbers}

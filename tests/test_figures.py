@@ -62,12 +62,14 @@ def test_all_are_drawn_and_measured(folder):
         # the table under the picture: every name, and its number right after it
         following = {name: value for (_, name), (_, value) in zip(words, words[1:])}
         for name, value in numbers.items():
-            shown = float(following[name].replace("\u2212", "-"))
+            shown = float(following[figures.title_of(name)].replace("\u2212", "-"))
             assert shown == pytest.approx(value, rel=6e-3)
+        assert not any(re.search("_[a-z]", text) for _, text in words)  # all in words
     assert all(0 < measured["4"]["measured"][f"unimodal_p_{i}"] <= 1 for i in range(7))
     assert len(ET.parse(folder / measured["4"]["file"]).getroot().findall(".//{*}image")) == 7
     domains = len(set(load_file(folder / "means.safetensors")["domain"].tolist()))
     cells = [text for kind, text in texts(folder / measured["5"]["file"]) if kind == "cell"]
+    assert "least AUC" in dict(map(reversed, texts(folder / measured["5"]["file"])))
     assert domains == 4 and len(cells) == domains * (domains - 1)
     for name in ("fitted-squad", "xavier"):
         run = f"run {name}: prior {name.split('-')[0]} of"
@@ -129,7 +131,7 @@ def test_a_collection_without_the_layer(folder, tmp_path, capsys):
     (4, ["--limit", 3], r"2 rows of 1 text in text, .*'Density of .* needs 4 of 2"),
     (5, ["--examples", 3], r"means.* 3 rows of 3 texts in text, .*'Mean .* needs 4 of 2"),
     (11, ["--limit", 40], r" 39 rows of 1 text in text, .*'Prompts among .* needs 4 of 2"),
-    (13, ["--limit", 40], r" \d+ rows of \d texts in squad, .*'VAE .* needs 100 of 10")])
+    (13, ["--limit", 40], r" \d+ rows of \d texts? in squad, .*'VAE .* needs 100 of 10")])
 def test_too_few_points_are_named_before_anything_is_trained(tmp_path, capsys, number, limits,
                                                             message):
     assert run("figures", number, "--out", tmp_path / "F", *FEW, *limits) == 2
