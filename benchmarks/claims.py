@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import ROOT
+from runs import ROOT, sweep
 
 sys.path.insert(0, str(ROOT))
 
@@ -57,11 +57,7 @@ def run_sweep(folder: Path, grids: list[dict[str, list]], flags: list[str]) -> s
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
     path.write_text(json.dumps(grids, indent=1))
-    done = subprocess.run([sys.executable, ROOT / "promptprior.py", "sweep", "--out", folder,
-                           "--grid", path, *flags], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return done.stdout
+    return sweep(folder, path, flags, stdout=subprocess.PIPE)
 
 
 def best_rates(folder: Path) -> list[dict[str, list]]:
@@ -110,4 +106,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the sweep has said how to go on
+        sys.exit(130)

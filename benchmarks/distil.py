@@ -22,11 +22,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
-from runs import ROOT, evaluations, metrics
+from runs import ROOT, evaluations, metrics, sweep
 
 sys.path.insert(0, str(ROOT))
 
@@ -106,14 +105,14 @@ def main() -> None:
     a.out.parent.mkdir(parents=True, exist_ok=True)
     path = a.out.parent / f"{a.out.name}.grid.json"
     write_file(path, grid.encode())
-    done = subprocess.run([sys.executable, ROOT / "promptprior.py", "sweep", "--grid", path,
-                           "--out", a.out, *flags])
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    sweep(a.out, path, flags)
     folder = TINY if a.model == "tiny" else a.model
     tokens = len(data.Vocabulary(folder).encode_plain(teacher + "\n"))
     show(f"\n{table(rows_of(a.out, tokens), TITLES)}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the sweep has said how to go on
+        sys.exit(130)

@@ -20,6 +20,22 @@ def promptprior(*arguments) -> str:
     return done.stdout
 
 
+def sweep(out: Path, grid: Path, flags: list[str], **options) -> str | None:
+    """Run the sweep of a grid's file in a process of its own; its standard output, if the options
+    of subprocess.Popen ask for it. Raises SystemExit as the sweep ends, if it does not end well."""
+    process = subprocess.Popen([sys.executable, ROOT / "promptprior.py", "sweep", "--out", out,
+                                "--grid", grid, *flags], text=True, **options)
+    try:
+        table, _ = process.communicate()
+    except KeyboardInterrupt:  # a terminal sends it to the sweep too, which says how to go on
+        process.communicate()
+        raise
+    status = process.returncode
+    if status:  # a shell sees 128 and the number of the signal that ended a process
+        raise SystemExit(status if status > 0 else 128 - status)
+    return table
+
+
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 

@@ -1,9 +1,12 @@
 """What the studies in benchmarks/ make of trained prompts, before they score it."""
 
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ sys.path.insert(0, str(Path(promptprior.__file__).parent / "benchmarks"))
 import displacements  # noqa: E402
 import keys_values  # noqa: E402
 import many  # noqa: E402
+import runs  # noqa: E402
 import subspace  # noqa: E402
 import worked  # noqa: E402
 
@@ -120,3 +124,20 @@ def test_a_process_has_those_that_it_started():
     found = many.processes_of(process.pid)
     process.communicate(b"\n")
     assert found == [process.pid, child]
+
+
+@pytest.mark.parametrize("script", ["claims.py", "distil.py"])
+def test_an_interrupted_study_ends_after_its_sweep(tmp_path, script):
+    """Ctrl-C is sent to both; the sweep's step ends first, and it alone speaks."""
+    own = ["--only", "last"] if script == "claims.py" else ["--data", "squad", "--model", "tiny"]
+    study = subprocess.Popen(
+        [sys.executable, Path(runs.ROOT, "benchmarks", script), "--out", tmp_path / "out", *own,
+         "--steps", "4000", "--eval-limit", "1"], text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, start_new_session=True)
+    while not any('"train"' in log.read_text() for log in tmp_path.rglob("metrics.jsonl")):
+        assert study.poll() is None
+        time.sleep(0.05)
+    os.killpg(study.pid, signal.SIGINT)
+    error = study.communicate()[1]
+    assert study.returncode == 130 and "Traceback" not in error, error
+    assert "stopped by SIGINT" in error and "sweep" in error.strip().split("\n")[-1]
