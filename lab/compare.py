@@ -106,11 +106,13 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
     reference's rows with a smaller radius, mean over the rows; the reference's own have 50. The chi
     law is no measure for it, because real rows are not Gaussian. particle_spread: the variance
     between the particles over the Gaussian's, a mean over its whitened coordinates. collapse:
-    median collapse index among the tokens. frechet, mmd with its p: to the reference.
+    median collapse index among the tokens. frechet, mmd with its p: to the reference. Tests take a
+    row of all particles as one unit, because draws of a posterior are copies of the same rows.
 
     The last row is of the pairs of a drawn and a trained row: frechet between the two sets,
     mean_shift, the length of the mean difference, and its p by sign flips."""
     population, nearby = sample(reference), sample(reference, 1000)
+    n, D = len(start) // particles, start.shape[1]
     vocabulary = np.unique(reference.numpy(), axis=0) if tokens is None else tokens.numpy()
     radii = fitted.whiten(torch.from_numpy(population)).norm(dim=1).numpy()
 
@@ -140,11 +142,12 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
             **({"collapse": collapse[key]} if collapse else {}),
             **measure("effective_rank", geometry.effective_rank, x),
             **measure("frechet", geometry.frechet, x, population),
-            **measure("mmd mmd_p", two_samples.mmd, x, population)}))
+            **measure("mmd mmd_p", two_samples.mmd, x, population,
+                      np.arange(len(x)) % n)}))
 
     # How far training took the rows, pair by pair; without training both are the same set.
     if not torch.equal(start, end):
-        difference = (end - start).numpy()
+        difference = (end - start).view(particles, n, D).mean(dim=0).numpy()
         rows.append(("draw to trained", {
             **measure("frechet", geometry.frechet, start.numpy(), end.numpy()),
             "mean_shift": np.linalg.norm(difference.mean(axis=0)),

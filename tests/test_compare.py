@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from scipy.spatial.distance import pdist
+from test_statistics import at_most_level
 
 import data
 import llama
@@ -408,6 +409,26 @@ def test_an_ordinary_rows_distance_is_to_others():
     x = torch.arange(1500.0)[:, None].sqrt() * torch.eye(3)[torch.arange(1500) % 3]
     distance = dict(measure_rows(x[:4], x[:4], x, priors.Fitted.fit(x)))["reference"]["distance"]
     assert distance == pytest.approx(pdist(x.numpy()).mean(), rel=0.15)
+
+
+def test_draws_of_a_posterior_are_copies_of_the_same_rows():
+    """Rows of the reference's law, which move in directions of their own, are not told from it
+    more often than 5 % allows, nor called moved all one way, however many copies there are."""
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    levels = []
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        reference, drawn = normal(200, 4), (1 - 0.1**2)**0.5 * normal(20, 4)
+        start = drawn + 0.1 * normal(8, 20, 4)
+        end = drawn + 0.5 * normal(20, 4) + 0.3 * normal(8, 20, 4)
+        numbers = dict(measure_rows(start.flatten(0, 1), end.flatten(0, 1), reference,
+                                    priors.Fitted.fit(reference), particles=8))
+        levels.append((numbers["prior draw"]["mmd_p"], numbers["draw to trained"]["mean_shift_p"]))
+    for p in zip(*levels):
+        at_most_level(p)
+        assert 0.3 < np.median(p) < 0.7  # exact, not merely careful
 
 
 def test_rows_of_one_law_are_not_told_apart_where_long_texts_differ_from_short_ones():
