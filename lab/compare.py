@@ -100,7 +100,8 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
     reference take its place. spacing: the tokens', if it is known already. particles: how many
     prompts of a posterior the rows are, one after the other.
 
-    moved: mean distance from the draw. distance: mean distance to 1000 random rows of the
+    moved: mean distance from the draw, which for a Gaussian posterior has its widening in it, as
+    its prompts are draws of it before and after. distance: mean distance to 1000 random rows of the
     reference; the table's first row has that of rows of the reference itself (paper 4.2). radius:
     mean Mahalanobis distance from the Gaussian's mean. radius_percentile: the percentage of the
     reference's rows with a smaller radius, mean over the rows; the reference's own have 50. The chi
@@ -289,9 +290,10 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
     # Measure each layer's rows, and read what they say.
     rows, readings, mixed = [], {}, {}
     if tokens is not None:
-        at_random = torch.from_numpy(geometry.moved_at_random(end[0].numpy(), start[0].numpy()))
+        at_random = geometry.moved_at_random(trained[0].numpy(), drawn[0].numpy())
         mixed = mixtures_of({"prior draw": drawn[0], "trained": trained[0],
-                             "as far at random": at_random.float()}, tokens, opened.vocabulary)
+                             "as far at random": torch.from_numpy(at_random).float()},
+                            tokens, opened.vocabulary)
     for i, reference in references_of(opened).items():
         if len(reference.rows) < 2:
             raise UserError(f"{run.path}: its reference is a single row, and nothing tells how "

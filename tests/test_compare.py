@@ -201,6 +201,11 @@ def test_compare_runs(runs, capsys):
     assert pairs["mean_shift"] == pytest.approx(np.linalg.norm((end - start).mean(0)), rel=1e-5)
     assert 0 < pairs["mean_shift_p"] <= 1 and "mmd" not in pairs
 
+    # of a posterior too, mixtures are of one prompt and of what moved as far as that
+    assert len(squad["mixtures"]) == 3 and {
+        np.shape(mixed["shares"]) for mixed in [*squad["mixtures"].values(),
+                                                *gaussian["mixtures"].values()]} == {(20, 8)}
+
     # what the rows say
     readings = squad["tokens"]["0"]["trained"]
     nearest = np.linalg.norm(tokens[None] - end[:, None], axis=2).argmin(axis=1)
