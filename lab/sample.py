@@ -63,7 +63,9 @@ def judge_prior(prior: type, reference: Reference, options: dict, n: int, seed: 
     sets, reference_text, held, held_text, neighbours = _to_judge(prior, reference, options, n,
                                                                   seed, texts)
 
-    # Compare every set with the held-out rows.
+    # Compare every set with the held-out rows. The rows that were fitted on are no nearest
+    # neighbours of themselves.
+    among_neighbours = ["reference rows"] + ["prior's draws"] * (prior is priors.Vocab)
     split = gaps.most_bimodal(neighbours)
     rows = [("held-out rows", {"effective_rank": geometry.effective_rank(held),
                                "knn": _third_neighbour(held, neighbours),
@@ -82,7 +84,7 @@ def judge_prior(prior: type, reference: Reference, options: dict, n: int, seed: 
                    "recall": 100 * recall, "mmd": mmd, "mmd_p": p,
                    "gap": 100 * split.share_in_gap(x),
                    **measure("c2st", gaps.c2st, x, held, text, held_text)}
-        if name != "reference rows":  # these are among the neighbours
+        if name not in among_neighbours:
             numbers["knn"] = _third_neighbour(x, neighbours)
         return name, numbers
 

@@ -448,6 +448,7 @@ def test_rows_of_one_law_are_not_told_apart_where_long_texts_differ_from_short_o
         x = x + 3 * (text >= 20)[:, None]
         judged = dict(judge_prior(priors.Vocab, Reference([x], ""), {}, 20, seed, [text]))
         for name in ("reference rows", "prior's draws"):
+            assert "knn" not in judged[name]  # they are among the rows that it would compare with
             levels.append(judged[name]["mmd_p"])
             areas.append(judged[name]["c2st"])
     assert np.mean(np.array(levels) <= 0.05) <= 0.25
