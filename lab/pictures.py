@@ -186,20 +186,20 @@ def _smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _levels(groups: list[Group]) -> list[viz.Curve]:
-    """Level lines of the scores without a prompt and with the first text prompt, where a group's
-    runs logged them."""
+    """Level lines of the scores without a prompt and with the first text prompt, which are of all
+    groups: there is none where runs have other evaluation data, or another text. Rounding may
+    change an answer here and there, so scores within a point are the same."""
     levels = []
     last = max(line["step"] for group in groups for log in group.logs for line in log
                if line["split"] == "eval")
     for split, name, colour in (("baseline", "no prompt", viz.GREY),
                                 ("text", "text prompt", viz.BLACK)):
-        for group in groups:
-            first = [next((line[group.score] for line in log if line["split"] == split), None)
-                     for log in group.logs]
-            if None not in first:
-                x = np.array([0, max(last, 1)])
-                levels.append(viz.Curve(name, x, np.full(2, np.mean(first)), colour=colour))
-                break
+        firsts = [next((line[group.score] for line in log if line["split"] == split), None)
+                  for group in groups for log in group.logs]
+        logged = [score for score in firsts if score is not None]
+        if logged and max(logged) - min(logged) < 1:
+            x = np.array([0, max(last, 1)])
+            levels.append(viz.Curve(name, x, np.full(2, np.mean(logged)), colour=colour))
     return levels
 
 

@@ -197,15 +197,15 @@ def test_curves_of_seeds_have_a_band(folder, tmp_path):
 
 def test_curves_have_shapes_and_levels_that_reach_the_longest_runs_end(tmp_path):
     class Logged(Run):
-        def __init__(self, prior, steps):
+        def __init__(self, prior, steps, baseline=4.0):
             super().__init__(tmp_path / prior)
-            self.prior, self.steps = prior, steps
+            self.prior, self.steps, self.baseline = prior, steps, baseline
 
         def settings(self):
             return Settings.from_flags({"prior": self.prior})
 
         def metrics(self):
-            line = {"step": 0, "split": "baseline", "loss": 3.0, "f1": 4.0}
+            line = {"step": 0, "split": "baseline", "loss": 3.0, "f1": self.baseline}
             return [line, *({"step": s, "split": split, "loss": 1.0, "f1": 50.0}
                             for s in range(0, self.steps + 1, 10) for split in ("eval", "train"))]
 
@@ -219,6 +219,10 @@ def test_curves_have_shapes_and_levels_that_reach_the_longest_runs_end(tmp_path)
     squares = [p for p in scores.findall("{*}path") if p.get("d") == viz.SHAPES["square"]]
     assert len(squares) == 5
     assert ends == [float(s.get("transform")[10:].split()[0]) for s in (squares[0], squares[-1])]
+    # a level is of all runs, and those of other questions have another one
+    for baseline, is_level in ((4.5, True), (6.0, False)):
+        svg = pictures.curves([Logged("vocab", 20), Logged("fitted", 40, baseline)])
+        assert ("no prompt" in svg) == is_level
 
 
 def test_a_point_that_drifted_away_does_not_make_a_map_small():
