@@ -295,7 +295,7 @@ def _add_products(total: Tensor, x: Tensor, N: int) -> None:
 
 
 def _check_shrinkage(shrinkage: float) -> None:
-    if shrinkage > 1:
+    if not (0 <= shrinkage <= 1 or shrinkage == -1):
         raise PriorError(f"shrinkage is {shrinkage}, expected 0 to 1, or -1 for the Ledoit-Wolf "
                          "optimum")
 
@@ -486,7 +486,7 @@ class Interpolation(Prior):
             shrinkage: float = -1.0) -> Interpolation:
         import torch
 
-        if a > 1:
+        if not (0 <= a <= 1 or a == -1):
             raise PriorError(f"interpolation: a is {a}, expected 0 to 1, or -1 to draw it")
         prior = cls()
         prior.first = Fitted.fit(first, shrinkage)
