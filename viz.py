@@ -50,13 +50,22 @@ class Plane(NamedTuple):
     components: np.ndarray  # (k, D), orthonormal, in descending order of variance
     explained: np.ndarray  # (k,) share of the total variance
 
+    @classmethod
+    def of(cls, mean: np.ndarray, variance: np.ndarray, vectors: np.ndarray, k: int = 2) -> Plane:
+        """The first k of a covariance's eigenvectors (D, D), its columns, by falling variance (D,).
+        The sign of a component makes its largest entry positive, so that the same data give the
+        same picture."""
+        components = vectors[:, :k].T
+        largest = np.abs(components).argmax(1)
+        sign = np.where(components[np.arange(k), largest] < 0, -1.0, 1.0)
+        # Where all points are equal, no component explains anything
+        total = max(variance.sum(), 0.0) or 1.0
+        return cls(mean, components * sign[:, None], variance[:k].clip(0) / total)
+
 
 def pca(x: np.ndarray, k: int = 2, block: int = 8192) -> Plane:
     """The first k principal components of x (N, D): eigenvectors of the covariance, which is summed
-    in float64 over blocks of rows.
-
-    The sign of a component makes its largest entry positive, so that the same data give the same
-    picture."""
+    in float64 over blocks of rows."""
     N, D = x.shape
     if N < 2 or not 1 <= k <= D:
         raise PictureError(f"{k} principal components of {N} points of width {D}: "
@@ -76,13 +85,7 @@ def pca(x: np.ndarray, k: int = 2, block: int = 8192) -> Plane:
 
     # eigh sorts by ascending variance
     variance, vectors = np.linalg.eigh(covariance)
-    components = vectors[:, ::-1][:, :k].T
-    largest = np.abs(components).argmax(1)
-    sign = np.where(components[np.arange(k), largest] < 0, -1.0, 1.0)
-    total = covariance.trace()
-    if total <= 0:
-        total = 1.0  # all points are equal, and no component explains anything
-    return Plane(mean, components * sign[:, None], variance[::-1][:k].clip(0) / total)
+    return Plane.of(mean, variance[::-1], vectors[:, ::-1], k)
 
 
 def project(plane: Plane, x: np.ndarray) -> np.ndarray:

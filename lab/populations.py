@@ -71,8 +71,9 @@ class Reference:
 
     @functools.cached_property
     def plane(self) -> viz.Plane:
-        """The principal plane of the rows, of which there are at least two."""
-        return plane_of(self.rows, self.keep)
+        """The principal plane of the rows."""
+        mean, variance, basis, _ = (t.numpy() for t in self.spectrum)
+        return viz.Plane.of(mean, variance, basis)
 
     @functools.cached_property
     def spectrum(self) -> priors.Spectrum:

@@ -205,8 +205,8 @@ def test_commands_say_the_same_with_the_folder_and_without(folder, tmp_path, mon
             assert promptprior.main([*command, "--json"]) == 0
             outputs.append(json.loads(capsys.readouterr().out))
         kept = sorted(file.name.partition("-")[0] for file in folder.iterdir())
-        # The Gaussian of all tokens, and of those that a prior is judged without.
-        assert kept == ["Spectrum.of", "Spectrum.of_rest", "map_of", "neighbours", "pca", "spacing"]
+        # The Gaussian and plane of all tokens, and that of those that a prior is judged without.
+        assert kept == ["Spectrum.of", "Spectrum.of_rest", "map_of", "neighbours", "spacing"]
     assert pictures[0] == pictures[1] == pictures[2]
     assert outputs[:2] == outputs[2:4] == outputs[4:]
 
