@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lab.geometry import GeometryError, squared_distances
-from lab.statistics import StatisticsError, group_numbers
+from lab.geometry import GeometryError, checked, squared_distances
+from lab.statistics import StatisticsError, group_numbers, percentiles
 
 LEAST = 20  # rows of a set
 
@@ -43,7 +43,7 @@ def most_bimodal(x: np.ndarray) -> Split:
     From each principal direction rows are split in two, and Fisher's discriminant of the two parts
     is the next direction, until the share grows no more. All of this is in the first N / 20
     principal coordinates, 50 at most: in more, any rows have a direction that divides them."""
-    x = _checked(x)
+    x = _varied(x, "x")
     centred = x - x.mean(0)
     deviation, axes = _principal(centred, min(len(x) // 20, 50))
     scaled_axes = axes / deviation  # (D, P), to coordinates of variance 1
@@ -115,9 +115,8 @@ def c2st(x: np.ndarray, y: np.ndarray, x_groups: np.ndarray | None = None,
     exp(-4 distance^2 / median distance^2). It is fitted on either half of the groups of rows,
     (n,) and (m,), and judged by the other half: it would know a text that stood in both. Without
     groups every row is one. Groups whose labels are neighbours stand in different halves."""
-    x, y = _checked(x), _checked(y)
-    if x.shape[1] != y.shape[1]:
-        raise GeometryError(f"rows of width {x.shape[1]} and {y.shape[1]}: give rows of one space")
+    x = _varied(x, "x")
+    y = _varied(y, "y", x.shape[1])
     rng = np.random.default_rng(seed)
     halves = []
     for groups, rows in ((x_groups, x), (y_groups, y)):
@@ -144,25 +143,14 @@ def c2st(x: np.ndarray, y: np.ndarray, x_groups: np.ndarray | None = None,
         train, test = np.flatnonzero(half == k), np.flatnonzero(half != k)
         ridge = 0.1 * np.eye(len(train))
         weight = np.linalg.solve(kernel[np.ix_(train, train)] + ridge, label[train])
-        areas.append(_auc(kernel[np.ix_(test, train)] @ weight, label[test] > 0))
+        score, is_x = kernel[np.ix_(test, train)] @ weight, label[test] > 0
+        areas.append(percentiles(score[is_x], score[~is_x]).mean() / 100)
     return float(np.mean(areas))
 
 
-def _auc(score: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve of scores (N,), ties counted half (Mann and Whitney 1947)."""
-    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # from 1, the mean rank of ties
-    positives = positive.sum()
-    above = rank[positive].sum() - positives * (positives + 1) / 2
-    return float(above / (positives * (len(score) - positives)))
-
-
-def _checked(x: np.ndarray) -> np.ndarray:
-    """Rows (N, D) in float64."""
-    x = np.asarray(x, np.float64)
-    if x.ndim != 2 or len(x) < LEAST:
-        raise GeometryError(f"rows of shape {x.shape}: {LEAST} rows are needed: give more")
-    if not np.isfinite(x).all() or not np.ptp(x, axis=0).any():
-        raise GeometryError("rows that are not finite or all equal: leave those rows out, or give "
-                            "another set")
+def _varied(x: np.ndarray, name: str, width: int | None = None) -> np.ndarray:
+    """Rows (N, D) in float64, after checking that they are enough and not all equal."""
+    x = checked(x, name, LEAST, width).astype(np.float64)
+    if not np.ptp(x, axis=0).any():
+        raise GeometryError(f"{name}: its rows are all equal: give another set")
     return x

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from lab import statistics as s
 
@@ -118,6 +119,10 @@ def test_percentiles_equal_scipys():
     sample, values = R().normal(size=200).round(1), R(1).normal(size=50).round(1)
     expected = [stats.percentileofscore(sample, value, "mean") for value in values]
     np.testing.assert_allclose(s.percentiles(values, sample), expected)
+    # their mean is the area under the ROC curve
+    is_value = np.repeat([True, False], [len(values), len(sample)])
+    area = roc_auc_score(is_value, np.concatenate([values, sample]))
+    assert s.percentiles(values, sample).mean() == pytest.approx(100 * area)
 
 
 def test_group_numbers():
