@@ -1351,12 +1351,14 @@ def _viridis(share: float) -> list[int]:
 
 
 def density_png(x: np.ndarray, y: np.ndarray, width: int, height: int,
-                colour: str | None = GREY, scale: int = 2) -> bytes:
+                colour: str | None = GREY) -> bytes:
     """A palette PNG of the log density of points at the pixels x and y (N,) of a plot of width by
-    height pixels, drawn at `scale` times that resolution. Every point is a small disc. Without a
-    colour the density is coloured in viridis. Points outside of the plot are left out.
+    height pixels, drawn at twice that resolution. Every point is a small disc. Without a colour the
+    density is coloured in viridis. Points outside of the plot are left out.
 
     It is transparent where there are no points, so it suits a light and a dark page."""
+    scale = 2
+
     # How many points are in every pixel
     count = np.zeros((height * scale, width * scale), np.int32)
     inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)

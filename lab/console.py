@@ -215,9 +215,9 @@ def counted(n: int, noun: str) -> str:
     return f"{n} {noun if n == 1 else plural}"
 
 
-def file_list(names: list[str], most: int = 4) -> str:
-    """Names of files with commas between; of more than `most`, which are numbered, the ends."""
-    return ", ".join(names) if len(names) <= most else f"{names[0]} to {names[-1]}"
+def file_list(names: list[str]) -> str:
+    """Names of files with commas between; of more than four, which are numbered, the ends."""
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} to {names[-1]}"
 
 
 def scores_line(scores: dict[str, float]) -> str:

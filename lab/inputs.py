@@ -288,9 +288,9 @@ def say_files(kind: str, path: str) -> None:
             f"{some_of([file.name for file in files])}")
 
 
-def some_of(names: list[str], most: int = 4) -> str:
-    """Names with commas between them, the first ones of many."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def some_of(names: list[str]) -> str:
+    """Names with commas between them, the first four of more."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def topic(example: data.Example) -> str:

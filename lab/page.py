@@ -234,11 +234,11 @@ def tsne_content(x: np.ndarray, sample: np.ndarray, keep: bool) -> dict:
     return content
 
 
-def recall(x: np.ndarray, points: np.ndarray, k: int = 10, queries: int = 1000) -> float:
-    """The share of the k nearest rows (N, W) that are also among the k nearest points (N, 2); the
-    mean over some rows."""
-    k = min(k, len(x) - 1)
-    index = np.linspace(0, len(x) - 1, min(queries, len(x))).astype(int)
+def recall(x: np.ndarray, points: np.ndarray) -> float:
+    """The share of the ten nearest rows (N, W) that are also among the ten nearest points (N, 2);
+    the mean over a thousand rows."""
+    k = min(10, len(x) - 1)
+    index = np.linspace(0, len(x) - 1, min(1000, len(x))).astype(int)
     near_rows, _ = geometry.nearest(x[index], x, k + 1)
     flat = points.astype(np.float32)
     near_points, _ = geometry.nearest(flat[index], flat, k + 1)
@@ -316,13 +316,13 @@ def positions_on_map(rows: np.ndarray, layer: LayerMap) -> dict[str, np.ndarray]
 
 
 @torch.no_grad()
-def lens(model: llama.Llama, rows: Tensor, k: int = 3) -> np.ndarray:
-    """The k likeliest tokens (m, k) of rows (m, D), read through the final norm and the head (the
-    logit lens, nostalgebraist 2020)."""
+def lens(model: llama.Llama, rows: Tensor) -> np.ndarray:
+    """The three likeliest tokens (m, 3) of rows (m, D), read through the final norm and the head
+    (the logit lens, nostalgebraist 2020)."""
     tokens = []
     for block in rows.split(64):
         h = model.model.norm(block.to(model.embeddings))
-        tokens.append(model.logits(h).topk(k).indices.cpu())
+        tokens.append(model.logits(h).topk(3).indices.cpu())
     return torch.cat(tokens).numpy()
 
 

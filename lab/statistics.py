@@ -22,6 +22,7 @@ from typing import Callable, Iterable, NamedTuple
 import numpy as np
 
 BINS = 2048  # of the grid on which densities are estimated
+CALIBRATION_BINS = 15  # of confidences
 
 
 class StatisticsError(ValueError):
@@ -249,7 +250,8 @@ def paired(difference: np.ndarray, groups: np.ndarray | None = None) -> Paired:
 # calibration
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+def calibration_error(confidence: np.ndarray, correct: np.ndarray,
+                      bins: int = CALIBRATION_BINS) -> float:
     """Expected calibration error in percent over bins of equal width, closed above (Guo et al.
     2017). confidence (N,) from 0 to 1; correct (N,) 0 or 1, or a share."""
     confidence = np.asarray(confidence, np.float64)
@@ -273,16 +275,15 @@ def _calibration_errors(confidence: np.ndarray, answers: Iterable[np.ndarray], b
     return [float(100 * gap.sum() / len(confidence)) for gap in gaps]
 
 
-def calibrated_error(confidence: np.ndarray, bins: int = 15, draws: int = 400, seed: int = 0
-                     ) -> tuple[float, float, float]:
+def calibrated_error(confidence: np.ndarray) -> tuple[float, float, float]:
     """The calibration error in percent that a perfectly calibrated model of these confidences (N,)
     has: its mean, and the bounds of the central 95 %. It is not 0, because each answer is right or
-    wrong. From draws in which an answer is right with the probability of its confidence."""
+    wrong. From 400 draws in which an answer is right with the probability of its confidence."""
     confidence = np.asarray(confidence, np.float64)
-    calibration_error(confidence, confidence, bins)  # refuses what is no probability
-    rng = np.random.default_rng(seed)
-    answers = (rng.random(len(confidence)) < confidence for _ in range(draws))
-    errors = _calibration_errors(confidence, answers, bins)
+    calibration_error(confidence, confidence)  # refuses what is no probability
+    rng = np.random.default_rng(0)
+    answers = (rng.random(len(confidence)) < confidence for _ in range(400))
+    errors = _calibration_errors(confidence, answers, CALIBRATION_BINS)
     low, high = np.quantile(errors, (0.025, 0.975))
     return float(np.mean(errors)), float(low), float(high)
 

@@ -45,9 +45,9 @@ class Mixtures(NamedTuple):
         return {key: float(100 * self.shares[:, int(key.split("_")[1]) - 1].mean())
                 for key in SHARES}
 
-    def texts(self, count: int = 3) -> list[str]:
-        """Each row's first tokens with their weights, such as '0.8 " red" + 0.3 "blue"'."""
-        return [" + ".join(f"{w:.2g} {json.dumps(token)}" for w, token in zip(row, tokens[:count]))
+    def texts(self) -> list[str]:
+        """Each row's first three tokens with their weights, as '0.8 " red" + 0.3 "blue"'."""
+        return [" + ".join(f"{w:.2g} {json.dumps(token)}" for w, token in zip(row, tokens[:3]))
                 for row, tokens in zip(self.weights, self.tokens)]
 
 
