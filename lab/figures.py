@@ -340,7 +340,7 @@ def percent_inside(x: np.ndarray, population: np.ndarray) -> float:
     """Percent of the rows x (n, D) that lie in the manifold of a population (N, D): precision with
     k = 3, against a sample of the population."""
     sampled = compare.sample(torch.from_numpy(population))
-    return 100 * geometry.precision_recall(x, sampled)[0]
+    return 100 * geometry.precision(x, sampled)
 
 
 def rows_over_vocabulary(world: World, run: str) -> Drawing:

@@ -423,6 +423,13 @@ def precision_recall(x: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[
     return _share_inside(x, reference, square, k), _share_inside(reference, x, square.T, k)
 
 
+def precision(x: np.ndarray, reference: np.ndarray, k: int = 3) -> float:
+    """That of precision_recall alone, for which x (N, D) may be a single row."""
+    x = checked(x, "x")
+    reference = checked(reference, "reference", k + 1, x.shape[1])
+    return _share_inside(x, reference, squared_distances(x, reference), k)
+
+
 def _share_inside(points, centres, square, k):
     """The share of points (N, D) that lie in a ball of centres (M, D), at squared distances
     (N, M)."""

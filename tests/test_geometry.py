@@ -242,6 +242,8 @@ def test_precision_recall_equals_the_definition():
 
     assert g.precision_recall(x, y) == pytest.approx((share(x, y), share(y, x)), abs=1e-12)
     assert g.precision_recall(y, x) == g.precision_recall(x, y)[::-1]
+    assert g.precision(x, y) == g.precision_recall(x, y)[0]
+    assert g.precision(x[:1], y) == float(share(x[:1], y))
 
 
 def test_precision_recall_of_known_sets():
@@ -285,7 +287,7 @@ def test_silhouette_of_known_sets():
 ONE = [g.neighbour_distance, g.gaussian, g.effective_rank,
        lambda x: g.silhouette(x, np.arange(len(x))), lambda x: locality([x], x)]
 TWO = [g.displacement, g.nearest, lambda x, y: g.similar(x, y, 1), g.collapse_index,
-       g.total_variance_ratio, g.frechet, g.precision_recall, mmd, probe_auc,
+       g.total_variance_ratio, g.frechet, g.precision_recall, g.precision, mmd, probe_auc,
        lambda x, y: locality([x], y)]
 ALL = [*ONE, *(lambda x, f=f: f(x, cloud(9, 3)) for f in TWO),
        *(lambda x, f=f: f(cloud(9, 3), x) for f in TWO)]
