@@ -44,8 +44,8 @@ SMALL, LONG = 2**26, 2**29
 @contextlib.contextmanager
 def reading(path: str | Path, expected: str, remedy: str = "") -> Iterator[None]:
     """Turn any failure inside into a UserError, "PATH: not EXPECTED (cause): REMEDY"; without a
-    remedy if the caller has one. Errors that
-    already are one line for the user pass unchanged, and so does a lack of memory."""
+    remedy if the caller has one. Errors that already are one line for the user pass unchanged, and
+    so does a lack of memory."""
     try:
         yield
     except (UserError, data.DataError, llama.ModelError):

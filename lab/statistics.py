@@ -129,8 +129,8 @@ def jackknife_error(totals: np.ndarray, statistic: Callable) -> float:
 
 def ratio_error(x: np.ndarray, n: np.ndarray, cluster: np.ndarray) -> float:
     """The standard error of sum(x) / sum(n), such as a mean (n of ones), by linearisation (Cochran
-    1977, chapter 6). x, n (N,); cluster (N,) int: units of one cluster are not independent, of two
-    or more clusters are."""
+    1977, chapter 6). x, n (N,); cluster (N,) int: units in one cluster may depend on each other;
+    clusters, two or more, are independent."""
     residual = np.bincount(cluster, x - x.sum() / n.sum() * n)  # of each cluster
     C = len(np.unique(cluster))
     return float(np.sqrt(C / (C - 1) * (residual**2).sum()) / n.sum())
@@ -164,7 +164,7 @@ class Paired(NamedTuple):
     mean: float
     by_seed: float  # the variance of the mean by the spread among seeds; 0 of a single one
     by_group: float  # the same by the spread among groups of questions
-    by_both: float  # the share of both that is of neither seeds nor groups alone
+    by_both: float  # the same by the residual, which neither explains; both of the above contain it
     seeds: int
     groups: int
 
