@@ -52,6 +52,7 @@ PATHS, STEPS = 3, 12  # trajectories in a picture, and tokens of each
 STEPS_BESIDE = ("the steps from token to token beside those of the same tokens in a random order "
                 "within each text and between texts, and of random walks over all types (uniform)")
 SIZE = 4000  # rows of a domain in a t-SNE map, and draws of a prior in a picture
+MAP_WORK = 2e12  # multiplications of a t-SNE of token embeddings, to find neighbours: a minute
 DOMAIN_COLOURS = {"text": viz.GREY, "squad": viz.BLUE, "math": viz.ORANGE}
 MODULE_COLOURS = (viz.GREY, *(colour for colour in viz.PALETTE if colour != viz.BLACK),
                   "#003a5c", "#6e3000", "#00513a", "#6b3854", "#7a5300")
@@ -181,28 +182,32 @@ def sentences_over_vocabulary(world: World) -> Drawing:
     vocabulary, ids = world.embeddings, world.loaded.vocabulary.ordinary
 
     # Special tokens are not on the map, and are left out of the paths.
-    place_of = {token: k for k, token in enumerate(ids)}  # among the map's points
+    row_of = {token: k for k, token in enumerate(ids)}
     tokens = world.tokens.field["token"]
-    paths = []
+    paths, rows = [], []
     for path in trajectories(world, "text"):
-        is_on_map = [token in place_of for token in tokens[path].tolist()]
-        paths.append(path[is_on_map])
+        paths.append(path[[token in row_of for token in tokens[path].tolist()]])
+        rows.append([row_of[token] for token in tokens[paths[-1]].tolist()])
 
-    embedding = tsne_map(vocabulary, world.options.seed)
-    points = []
-    for path in paths:
-        index = [place_of[token] for token in tokens[path].tolist()]
-        points.append(embedding.points[index])
-    marks = [viz.Cloud(f"vocabulary, {len(ids)} tokens", embedding.points),
+    # Neighbours take V^2 D multiplications: of large vocabularies a sample is on the map.
+    V, D = vocabulary.shape
+    order = np.random.default_rng(world.options.seed).permutation(V)
+    shown = np.unique(np.concatenate([order[:int((MAP_WORK / D) ** 0.5)], *rows]).astype(int))
+    embedding = tsne_map(vocabulary[shown], world.options.seed)
+    points = [embedding.points[np.searchsorted(shown, row)] for row in rows]
+    of_all = "" if len(shown) == V else f" of {V}"
+    marks = [viz.Cloud(f"vocabulary, {len(shown)}{of_all} tokens", embedding.points),
              *trajectory_marks(world, paths, points, "sentences")]
     corners = map_frame(embedding.points)
     is_outside = (embedding.points < corners[0]) | (embedding.points > corners[1])
     panel = viz.Panel(marks, ("t-SNE, distances mean nothing", ""), ticks=False, frame=corners)
 
     numbers = walks(world.tokens, 0, "text", torch.from_numpy(vocabulary))
+    which = "all" if len(shown) == V else f"{len(shown)} of all {V}, drawn at random,"
     return Drawing([panel], numbers, (
-        f"Sentences over all token embeddings ({tsne_numbers(embedding)}; tokens that drifted off "
-        f"the map: {is_outside.any(axis=1).sum()}); below, {STEPS_BESIDE}. {provenance(world)}"))
+        f"Sentences over {which} token embeddings ({tsne_numbers(embedding)}; tokens that drifted "
+        f"off the map: {is_outside.any(axis=1).sum()}); below, {STEPS_BESIDE}. "
+        f"{provenance(world)}"))
 
 
 def sentences_over_activations(world: World) -> Drawing:

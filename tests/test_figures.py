@@ -157,6 +157,33 @@ def test_the_fewest_points_can_be_drawn(folder, tmp_path, monkeypatch):
     assert run("figures", 4, 5, 10, 11, 12, "--out", tmp_path / "F", *FEW) == 0
 
 
+def test_of_a_large_vocabulary_a_sample_is_on_the_map(folder, tmp_path, monkeypatch):
+    """And every token of the sentences; with the map replaced by two coordinates of the rows, each
+    stands at its own."""
+    shutil.copytree(folder, tmp_path / "F")
+    marks, maps = [], []
+
+    def flat(x, seed):
+        maps.append(x)
+        return viz.Embedding(x[:, :2].astype(float), 1.0, 30.0)
+
+    monkeypatch.setattr(figures, "tsne_map", flat)
+    monkeypatch.setattr(figures, "MAP_WORK", 192.0 * 100**2)  # for 100 of the 512 tokens
+    monkeypatch.setattr(figures, "trajectory_marks",
+                        lambda world, paths, points, kind: marks.append((world, paths, points))
+                        or [])
+    assert run("figures", 1, "--out", tmp_path / "F", *FEW) == 0
+    [(world, paths, points)] = marks
+    tokens = world.tokens.field["token"]
+    for path, places in zip(paths, points):
+        rows = world.loaded.model.embeddings[tokens[path]].numpy()
+        np.testing.assert_array_equal(places, rows[:, :2].astype(float))
+    assert 100 <= len(maps[0]) <= 100 + sum(map(len, paths)) < 300
+    assert len(np.unique(maps[0], axis=0)) == len(maps[0])
+    said = " ".join(text for _, text in texts(tmp_path / "F/figure-01-trajectories-vocabulary.svg"))
+    assert f"{len(maps[0])} of all {len(world.embeddings)}, drawn at random" in said
+
+
 def test_curves_of_seeds_have_a_band(folder, tmp_path):
     """Seeds of one setting are one curve: their mean, in Student's interval."""
     runs, losses = [], []
