@@ -6,9 +6,10 @@ SmolLM2-135M and LLaMA 3.2 1B, and the kernels that attention takes.
 
 The weights are random and the questions the bundled ones, so that it needs the repository and
 tests/requirements.txt alone. training.py and evaluation.py, which assert equality in fp32 before
-they time, are processes of their own with what is left of --seconds; a part that fails or takes
-longer says so, and the next begins. The table of kernels is of one step, forward and backward, of
-32 questions: what PyTorch's scaled_dot_product_attention chose for each shape of its operands.
+they time, are processes of their own with what is left of --seconds; after a part that fails or
+takes longer the next begins, and the end says which they were. The table of kernels is of one step,
+forward and backward, of 32 questions: what PyTorch's scaled_dot_product_attention chose for each
+shape of its operands.
 """
 
 from __future__ import annotations
@@ -26,16 +27,14 @@ import training
 ROWS = 20
 
 
-def run(script: str, flags: list[str], end: float) -> None:
-    """Another benchmark, until the clock says end."""
+def run(script: str, flags: list[str], end: float) -> int | str:
+    """Another benchmark, until the clock says end; 0 if it ended well, or what happened."""
     command = [sys.executable, peers.ROOT / f"benchmarks/{script}", *flags]
     print(f"\n{script} {' '.join(flags)}", flush=True)
     try:
-        code = subprocess.run(command, timeout=max(end - time.monotonic(), 1)).returncode
+        return subprocess.run(command, timeout=max(end - time.monotonic(), 1)).returncode
     except subprocess.TimeoutExpired:
-        code = "stopped for want of time"
-    if code:
-        print(f"{script}: {code}", flush=True)
+        return "stopped for want of time"
 
 
 def kernels(a) -> None:
@@ -52,31 +51,40 @@ def kernels(a) -> None:
         training.ours(model, prompt, batch, a.device)
         peers.synchronize(a.device)
 
-    time_of = "self_device_time_total" if len(activities) > 1 else "self_cpu_time_total"
-    total = sum(getattr(event, time_of) for event in profile.key_averages())
+    # An operator's time on the GPU is that of its kernels, which are events of their own, too.
+    place = torch.autograd.DeviceType.CUDA if len(activities) > 1 else torch.autograd.DeviceType.CPU
+    name = "device_time_total" if len(activities) > 1 else "cpu_time_total"
+    total = sum(getattr(event, f"self_{name}") for event in profile.key_averages()
+                if event.device_type == place and not event.is_user_annotation)
     print(f"\n{a.shape}, {a.dtype}: attention of one step; queries, keys and values are (batch, "
-          "heads, tokens, width)")
+          "heads, tokens, width); of the math path the forward alone is listed")
     for event in profile.key_averages(group_by_input_shape=True):
         if event.key.startswith("aten::_scaled_dot_product"):
-            # Of a math call all that it calls counts, as it is no kernel of its own.
-            spent = getattr(event, time_of.removeprefix("self_"))
+            first = event.key.endswith("_backward")  # behind the gradient of the output
             print(f"  {event.key.removeprefix('aten::_')}: {event.count} x "
-                  f"{event.input_shapes[:3]}, {100 * spent / total:.1f} % of the step")
+                  f"{event.input_shapes[first:first + 3]}, "
+                  f"{100 * getattr(event, name) / total:.1f} % of the step")
 
 
 def main() -> None:
     a = peers.arguments(__doc__.split("\n\n")[0].replace("\n", " "),
                         seconds=(480, "that all parts may take"))
-    end = time.monotonic() + a.seconds
+    end, failed = time.monotonic() + a.seconds, []
     print(peers.machine(a))
     for shape in peers.SHAPES:
         a.shape, a.dtype = shape, "bfloat16" if a.device.startswith("cuda") else "float32"
         flags = ["--shape", shape, "--dtype", a.dtype, "--device", a.device,
                  *(["--layers", str(a.layers)] if a.layers else [])]
         kernels(a)
-        run("training.py", [*flags, "--batches", "2"], end)
-        run("evaluation.py", [*flags, "--batches", "1"], end)
+        for script, batches in (("training.py", "2"), ("evaluation.py", "1")):
+            if status := run(script, [*flags, "--batches", batches], end):
+                failed.append(f"{script}, {shape}: {status}")
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -93,12 +93,13 @@ def spacing_of(tokens: Tensor) -> float:
 
 
 def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.Fitted,
-                 tokens: Tensor | None = None, spacing: float | None = None, particles: int = 1
-                 ) -> list[tuple[str, dict[str, float]]]:
+                 tokens: Tensor | None = None, spacing: float | None = None, particles: int = 1,
+                 copies: bool = False) -> list[tuple[str, dict[str, float]]]:
     """Where a layer's prior draw (n, D) and trained rows (n, D) lie in its reference (N, D).
     fitted: the reference's Gaussian. tokens (V, D): the vocabulary; None: the distinct rows of the
     reference take its place. spacing: the tokens', if it is known already. particles: how many
-    prompts of a posterior the rows are, one after the other.
+    prompts of a posterior the rows are, one after the other; copies: whether these are draws around
+    one prompt, and not chains of their own.
 
     moved: mean distance from the draw, which for a Gaussian posterior has its widening in it, as
     its prompts are draws of it before and after. distance: mean distance to 1000 random rows of the
@@ -107,13 +108,15 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
     reference's rows with a smaller radius, mean over the rows; the reference's own have 50. The chi
     law is no measure for it, because real rows are not Gaussian. particle_spread: the variance
     between the particles over the Gaussian's, a mean over its whitened coordinates. collapse:
-    median collapse index among the tokens. frechet, mmd with its p: to the reference. Tests take a
-    row of all particles as one unit, because draws of a posterior are copies of the same rows.
+    median collapse index among the tokens. frechet, mmd with its p: to the reference; copies of a
+    row are one unit.
 
     The last row is of the pairs of a drawn and a trained row: frechet between the two sets,
-    mean_shift, the length of the mean difference, and its p by sign flips."""
+    mean_shift, the length of the mean difference, and its p by sign flips. A row's difference is
+    its mean over the particles, because all of them learn from the same batches."""
     population, nearby = sample(reference), sample(reference, 1000)
     n, D = len(start) // particles, start.shape[1]
+    unit = np.arange(len(start)) % (n if copies else len(start))
     vocabulary = np.unique(reference.numpy(), axis=0) if tokens is None else tokens.numpy()
     radii = fitted.whiten(torch.from_numpy(population)).norm(dim=1).numpy()
 
@@ -143,8 +146,7 @@ def measure_rows(start: Tensor, end: Tensor, reference: Tensor, fitted: priors.F
             **({"collapse": collapse[key]} if collapse else {}),
             **measure("effective_rank", geometry.effective_rank, x),
             **measure("frechet", geometry.frechet, x, population),
-            **measure("mmd mmd_p", two_samples.mmd, x, population,
-                      np.arange(len(x)) % n)}))
+            **measure("mmd mmd_p", two_samples.mmd, x, population, unit)}))
 
     # How far training took the rows, pair by pair; without training both are the same set.
     if not torch.equal(start, end):
@@ -301,6 +303,7 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
         for name, numbers in measure_rows(start[i], end[i], reference.rows,
                                           reference.gaussian,
                                           particles=len(run.prompts()),
+                                          copies=not settings.train.has_particles,
                                           **(at_tokens if i == 0 else {})):
             rows.append((f"layer {i} {name}", numbers))
         read = read_rows(torch.cat([drawn[i], trained[i]]), i, reference, opened.loaded, tokens)
@@ -319,8 +322,9 @@ def compare_run(path: str, given: dict, models: dict[ModelSettings, LoadedModel]
              f"seed {settings.seed}")
     if run.step is not None:
         title += f"; its prompt at step {run.step}"
+    whose = " of particle 1" if settings.train.has_particles else ""
     lines = [title, score_table(settings, metrics), "", table(rows, TITLES),
-             *reading_lines(readings, settings.train.has_particles), *mixture_lines(mixed)]
+             *reading_lines(readings, whose), *mixture_lines(mixed, whose)]
     return record, "\n".join(lines)
 
 
@@ -332,10 +336,9 @@ def prompt_to_read(opened: OpenRun, name: str) -> dict[int, Tensor]:
     return opened.run.prompt(name).vectors()
 
 
-def reading_lines(readings: dict[int, dict[str, dict[str, list[str]]]], has_particles: bool
-                  ) -> list[str]:
+def reading_lines(readings: dict[int, dict[str, dict[str, list[str]]]], whose: str) -> list[str]:
     """The tokens of rows {layer: {prior draw or trained: {way to read: tokens}}} as lines; none if
-    the rows stand for no tokens."""
+    the rows stand for no tokens. whose: which of several prompts they are of."""
     lines = []
     for i, by_name in readings.items():
         for name, by_way in by_name.items():
@@ -344,11 +347,10 @@ def reading_lines(readings: dict[int, dict[str, dict[str, list[str]]]], has_part
                 lines.append(f"layer {i} {name}, {way}: {quoted}")
     if not lines:
         return []
-    whose = " of particle 1" if has_particles else ""
     return ["", f"the token of each row{whose}:", *lines]
 
 
-def mixture_lines(mixed: dict[str, Mixtures]) -> list[str]:
+def mixture_lines(mixed: dict[str, Mixtures], whose: str) -> list[str]:
     """What mixtures of tokens {whose rows: mixtures} explain of the rows at layer 0, and the first
     tokens of each trained row; none without rows there."""
     if not mixed:
@@ -356,9 +358,9 @@ def mixture_lines(mixed: dict[str, Mixtures]) -> list[str]:
     shares = [(name, found.numbers()) for name, found in mixed.items()]
     texts = mixed["trained"].texts()
     width = len(f"row {len(texts)}")
-    return ["", "percent of each row at layer 0 that a mixture explains, a sum of tokens with "
-            "weights from 0 up", table(shares, SHARES),
-            "", "the first three tokens of each trained row's mixture at layer 0",
+    return ["", f"percent of each row at layer 0{whose} that a mixture explains, a sum of tokens "
+            "with weights from 0 up", table(shares, SHARES),
+            "", f"the first three tokens of each trained row's mixture at layer 0{whose}",
             *(f"{f'row {i}':<{width}}  {text}" for i, text in enumerate(texts, 1))]
 
 

@@ -203,11 +203,11 @@ def sentences_over_vocabulary(world: World) -> Drawing:
     panel = viz.Panel(marks, ("t-SNE, distances mean nothing", ""), ticks=False, frame=corners)
 
     numbers = walks(world.tokens, 0, "text", torch.from_numpy(vocabulary))
-    which = "all" if len(shown) == V else f"{len(shown)} of all {V}, drawn at random,"
+    which = f"all {V} token embeddings" if len(shown) == V else (
+        f"{len(shown)} of {V} token embeddings, the sentences' own and others drawn at random")
     return Drawing([panel], numbers, (
-        f"Sentences over {which} token embeddings ({tsne_numbers(embedding)}; tokens that drifted "
-        f"off the map: {is_outside.any(axis=1).sum()}); below, {STEPS_BESIDE}. "
-        f"{provenance(world)}"))
+        f"Sentences over {which} ({tsne_numbers(embedding)}; tokens that drifted off the map: "
+        f"{is_outside.any(axis=1).sum()}); below, {STEPS_BESIDE}. {provenance(world)}"))
 
 
 def sentences_over_activations(world: World) -> Drawing:

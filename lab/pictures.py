@@ -187,8 +187,9 @@ def _smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _levels(groups: list[Group]) -> list[viz.Curve]:
     """Level lines of the scores without a prompt and with the first text prompt, which are of all
-    groups: there is none where runs have other evaluation data, or another text. Rounding may
-    change an answer here and there, so scores within a point are the same."""
+    groups. Scores without a prompt that differ by a point or more are of other data or models, and
+    then there are none: rounding changes an answer here and there, and no more. Of other texts
+    there is no text's."""
     levels = []
     last = max(line["step"] for group in groups for log in group.logs for line in log
                if line["split"] == "eval")
@@ -197,9 +198,12 @@ def _levels(groups: list[Group]) -> list[viz.Curve]:
         firsts = [next((line[group.score] for line in log if line["split"] == split), None)
                   for group in groups for log in group.logs]
         logged = [score for score in firsts if score is not None]
-        if logged and max(logged) - min(logged) < 1:
-            x = np.array([0, max(last, 1)])
-            levels.append(viz.Curve(name, x, np.full(2, np.mean(logged)), colour=colour))
+        if not logged:
+            continue
+        if max(logged) - min(logged) >= 1:
+            break
+        x = np.array([0, max(last, 1)])
+        levels.append(viz.Curve(name, x, np.full(2, np.mean(logged)), colour=colour))
     return levels
 
 

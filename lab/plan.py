@@ -184,6 +184,7 @@ def setting_name(name: str, value) -> str:
     if isinstance(value, bool):
         return word if value else f"no {word}"
     values = value if isinstance(value, list) else [value]
-    if name in ("teacher", "text"):
-        return " ".join([word, *(repr(shortened(text)) for text in values)])
-    return " ".join([word, *(spec_name(str(v)) for v in values)])
+    if not values:
+        return f"no {word}"
+    named = (lambda v: repr(shortened(v))) if name in ("teacher", "text") else spec_name
+    return " ".join([word, *(named(str(v)) for v in values)])

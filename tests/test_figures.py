@@ -181,7 +181,7 @@ def test_of_a_large_vocabulary_a_sample_is_on_the_map(folder, tmp_path, monkeypa
     assert 100 <= len(maps[0]) <= 100 + sum(map(len, paths)) < 300
     assert len(np.unique(maps[0], axis=0)) == len(maps[0])
     said = " ".join(text for _, text in texts(tmp_path / "F/figure-01-trajectories-vocabulary.svg"))
-    assert f"{len(maps[0])} of all {len(world.embeddings)}, drawn at random" in said
+    assert f"{len(maps[0])} of {len(world.embeddings)} token embeddings, the" in said
 
 
 def test_curves_of_seeds_have_a_band(folder, tmp_path):
@@ -233,7 +233,8 @@ def test_curves_have_shapes_and_levels_that_reach_the_longest_runs_end(tmp_path)
 
         def metrics(self):
             line = {"step": 0, "split": "baseline", "loss": 3.0, "f1": self.baseline}
-            return [line, *({"step": s, "split": split, "loss": 1.0, "f1": 50.0}
+            text = [{**line, "split": "text", "f1": 28.0}] * (self.prior == "vocab")
+            return [line, *text, *({"step": s, "split": split, "loss": 1.0, "f1": 50.0}
                             for s in range(0, self.steps + 1, 10) for split in ("eval", "train"))]
 
     svg = ET.fromstring(pictures.curves([Logged("vocab", 20), Logged("fitted", 40)]))
@@ -249,7 +250,7 @@ def test_curves_have_shapes_and_levels_that_reach_the_longest_runs_end(tmp_path)
     # a level is of all runs, and those of other questions have another one
     for baseline, is_level in ((4.5, True), (6.0, False)):
         svg = pictures.curves([Logged("vocab", 20), Logged("fitted", 40, baseline)])
-        assert ("no prompt" in svg) == is_level
+        assert ("no prompt" in svg) == ("text prompt" in svg) == is_level
 
 
 def test_a_point_that_drifted_away_does_not_make_a_map_small():

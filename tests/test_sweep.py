@@ -103,6 +103,7 @@ def test_a_cells_name_is_one_short_line():
     assert plan.setting_name("reference", ["squad:a/b.json"]) == "reference squad:b.json"
     assert plan.setting_name("text", ["yes/no", "a\nb"]) == "text 'yes/no' 'a b'"
     assert len(plan.setting_name("text", ["word " * 100])) < 50
+    assert plan.setting_name("text", []) == "no text"
 
 
 def test_a_file_of_grids(tmp_path, capsys):
