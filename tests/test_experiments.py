@@ -1,5 +1,6 @@
 """What the studies in benchmarks/ make of trained prompts, before they score it."""
 
+import contextlib
 import os
 import random
 import re
@@ -126,6 +127,15 @@ def test_a_process_has_those_that_it_started():
     assert found == [process.pid, child]
 
 
+def is_training(folder):
+    """Whether the log of a run in a folder has a step; other folders come and go meanwhile."""
+    for parent, _, files in os.walk(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if "metrics.jsonl" in files and '"train"' in Path(parent, "metrics.jsonl").read_text():
+                return True
+    return False
+
+
 @pytest.mark.parametrize("script", ["claims.py", "distil.py"])
 def test_an_interrupted_study_ends_after_its_sweep(tmp_path, script):
     """Ctrl-C is sent to both; the sweep's step ends first, and it alone speaks."""
@@ -134,10 +144,14 @@ def test_an_interrupted_study_ends_after_its_sweep(tmp_path, script):
         [sys.executable, Path(runs.ROOT, "benchmarks", script), "--out", tmp_path / "out", *own,
          "--steps", "4000", "--eval-limit", "1"], text=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, start_new_session=True)
-    while not any('"train"' in log.read_text() for log in tmp_path.rglob("metrics.jsonl")):
-        assert study.poll() is None
-        time.sleep(0.05)
-    os.killpg(study.pid, signal.SIGINT)
-    error = study.communicate()[1]
+    try:
+        while not is_training(tmp_path):
+            assert study.poll() is None
+            time.sleep(0.05)
+        os.killpg(study.pid, signal.SIGINT)
+        error = study.communicate(timeout=60)[1]
+    finally:
+        if study.poll() is None:
+            os.killpg(study.pid, signal.SIGKILL)
     assert study.returncode == 130 and "Traceback" not in error, error
     assert "stopped by SIGINT" in error and "sweep" in error.strip().split("\n")[-1]
