@@ -82,6 +82,9 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
     say(f"{run.path}: model {Path(settings.model.model).name}, {counted(L, 'layer')} of width "
         f"{loaded.model.config.hidden_size}, {settings.model.dtype} on {settings.model.device}; "
         f"{counted(len(questions), 'question')} to train on, {len(evaluation)} to evaluate")
+    if settings.prompt.cut and 0 in layers:
+        say("the outputs of rows at the tokens are cut after their layer (--cut): a real model "
+            "learned far less from such rows than with --keep (docs/prefixes.md)")
     return Inputs(settings, loaded, layers, examples, *encoded, sums, shared)
 
 

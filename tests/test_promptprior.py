@@ -293,12 +293,14 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
         and len(list(other.iterdir())) == 2
 
 
-def test_sharing_and_keeping(tmp_path):
-    """--no-share meets other examples in a batch, but scores alike; --keep and --cut differ."""
+def test_sharing_and_keeping(tmp_path, capsys):
+    """--no-share meets other examples in a batch, but scores alike; --keep and --cut differ, and
+    what to expect of cut rows is said."""
     losses = {}
     for flags in (("--cut",), ("--keep",), ("--keep", "--no-share")):
         out = tmp_path / "".join(flags)
         assert run("train", "--out", out, *SMALL, *flags, "--deep-layers", 1) == 0
+        assert ("learned far less" in capsys.readouterr().err) == ("--cut" in flags)
         m = metrics(out)
         losses[flags] = [x["loss"] for x in m if x["split"] in ("baseline", "eval")][:2]
     assert losses[("--keep",)] == pytest.approx(losses[("--keep", "--no-share")], rel=1e-5)
