@@ -24,8 +24,6 @@ import peers
 import llama
 import training
 
-ROWS = 20
-
 
 def run(script: str, flags: list[str], end: float) -> int | str:
     """Another benchmark, until the clock says end; 0 if it ended well, or what happened."""
@@ -41,19 +39,18 @@ def kernels(a) -> None:
     """Print the attention calls of a step by operator and shapes, with their share of its time."""
     _, model = peers.models(a, a.dtype)
     [batch] = peers.questions(a, 1)
-    rows = torch.randn(ROWS, model.config.hidden_size, device=a.device) * 0.02
+    rows = torch.randn(a.tokens, model.config.hidden_size, device=a.device) * 0.02
     prompt = llama.Prompt({0: rows.requires_grad_()})
     training.ours(model, prompt, batch, a.device)  # libraries choose and load at the first
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if a.device.startswith("cuda"):
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+    # Where no activities are named, all that the machine has are recorded.
+    with torch.profiler.profile(record_shapes=True) as profile:
         training.ours(model, prompt, batch, a.device)
         peers.synchronize(a.device)
 
     # An operator's time on the GPU is that of its kernels, which are events of their own, too.
-    place = torch.autograd.DeviceType.CUDA if len(activities) > 1 else torch.autograd.DeviceType.CPU
-    name = "device_time_total" if len(activities) > 1 else "cpu_time_total"
+    place, name = torch.autograd.DeviceType.CPU, "cpu_time_total"
+    if a.device.startswith("cuda"):
+        place, name = torch.autograd.DeviceType.CUDA, "device_time_total"
     total = sum(getattr(event, f"self_{name}") for event in profile.key_averages()
                 if event.device_type == place and not event.is_user_annotation)
     print(f"\n{a.shape}, {a.dtype}: attention of one step; queries, keys and values are (batch, "

@@ -162,8 +162,8 @@ def evaluate(loaded: LoadedModel, prompts: list[llama.Prompt | llama.Past | Text
              everywhere: bool = False, teacher: Teacher | None = None
              ) -> tuple[dict[str, float], list[dict]]:
     """Loss (nats a token), scores (percent) of greedy answers, the standard error of each ("f1_se"
-    and so on), the calibration error of first tokens (percent; right is that of the first accepted
-    answer, which has the loss, too) and that of a perfectly calibrated model of the same
+    and so on), the calibration error of first tokens (percent; one is right if the first accepted
+    answer, whose loss this is, begins with it) and that of a perfectly calibrated model of the same
     confidences ("calibrated"; its central 95 % "calibrated_low" and "_high"), and the predictions.
     Of several prompts token probabilities are averaged.
 

@@ -151,7 +151,7 @@ class Answers(NamedTuple):
     tokens: list[int]  # of each right answer
     ids: list[list[int]]  # greedy answers, each up to and with its first token of `stop`
     confidence: list[float]  # the probability of the likeliest first token of every answer
-    is_right: list[bool]  # whether that token is the first of the right answer that has the loss
+    is_right: list[bool]  # whether the right answer, whose loss this is, begins with that token
     kl: list[float]  # from the teacher, in nats, summed over the right answer's tokens; 0 without
 
 
