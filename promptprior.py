@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = -signal.SIGPIPE
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends it without a traceback
         say("promptprior: stopped; a run that has begun goes on with train --out RUN --resume")
         status = -signal.SIGINT
     except Exception as e:

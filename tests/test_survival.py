@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -315,6 +316,19 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
     checkpoint, _ = run_module.Run(tmp_path / "b").load_checkpoint()
     assert checkpoint.step == 2
     assert all(torch.isfinite(t).all() for t in checkpoint.tensors.values())
+
+
+def test_a_signal_while_another_is_reported_shows_no_traceback():
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import promptprior
+def interrupt(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+promptprior.resolved = promptprior.say = interrupt
+promptprior.main(["export", "none"])"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 # --------------------------------------------------------------------------------------------------
