@@ -1,0 +1,113 @@
+"""Seconds that a taught prompt saves an answer, beside the text that taught it.
+
+    OMP_NUM_THREADS=1 python benchmarks/saved.py RUN [RUN ...]     # of one train --teacher
+
+Greedy answers to --questions of the runs' evaluation data under no prompt, after the teacher's
+text, and under each run's prompt. *anew*: the text or the prompt is run through the model for each
+question; *kept*: its keys and values are there already, as a server keeps them that answers many
+questions under one prompt. *first*: to an answer's first token; *answer*: to its end. Questions are
+asked alone, and in *batches* that share their contexts, each with its text or prompt kept. *tokens*:
+of an answer, on average.
+
+Seconds are the process's, of all processors together, a question; all take turns. Printed are the
+medians of --turns, and how many times as long the teacher's text takes, with the range of the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+import llama  # noqa: E402
+from lab.console import show, table  # noqa: E402
+from lab.distil import as_taught, teacher_text  # noqa: E402
+from lab.evaluation import evaluation_examples, open_run  # noqa: E402
+from lab.inputs import encode  # noqa: E402
+from lab.loss import begin  # noqa: E402
+
+TITLES = {"anew": "first, anew", "first": "first, kept", "answer": "answer, kept",
+          "batches": "in batches", "length": "tokens"}
+TEACHER = "teacher's text"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("runs", nargs="+")
+    p.add_argument("--questions", type=int, default=16)
+    p.add_argument("--turns", type=int, default=3)
+    p.add_argument("--batch-size", type=int, default=16)
+    a = p.parse_args()
+    models: dict = {}
+    runs = [open_run(run, {}, models) for run in a.runs]
+    settings, loaded = runs[0].settings, runs[0].loaded
+    if not settings.teacher.teacher or any(
+            run.settings.teacher != settings.teacher or run.settings.prompt.place != "before"
+            for run in runs):
+        raise SystemExit("saved: give runs of one --teacher text, with their prompts before texts")
+    examples = evaluation_examples(settings.data)[:a.questions]
+    questions = encode(examples, loaded.vocabulary, runs[0].max_length, "questions")
+    model, text = loaded.model, teacher_text(loaded, settings)
+    with torch.no_grad():
+        # What is kept, what is run anew, and the questions.
+        starts = {"no prompt": (model.empty(), model.empty(), questions),
+                  TEACHER: (text, model.empty(), as_taught(questions, settings))}
+        for path, run in zip(a.runs, runs):
+            starts[path] = run.prompt.past(model), run.prompt, questions
+        columns = {TEACHER: len(text.ids)} | {path: run.prompt.n for path, run in zip(a.runs, runs)}
+        measured: dict = {name: {key: [] for key in TITLES} for name in starts}
+        for turn in range(a.turns):
+            for name in list(starts)[::1 if turn % 2 else -1]:  # none is always the first
+                one_turn(loaded, *starts[name], settings.data.max_new, a.batch_size,
+                         measured[name])
+
+    show(f"{len(questions)} questions, {settings.model.dtype}, {torch.get_num_threads()} threads; "
+         "columns of keys and values: "
+         + ", ".join(f"{name} {n}" for name, n in columns.items()))
+    rows = [(name, {key: statistics.median(turns) for key, turns in times.items()})
+            for name, times in measured.items()]
+    show(f"\nseconds a question\n{table(rows, TITLES)}")
+    rows = [(name, as_many_times(measured[TEACHER], times)) for name, times in measured.items()
+            if name != TEACHER]
+    show(f"\nhow many times as long the teacher's text takes\n{table(rows, TITLES)}")
+
+
+def as_many_times(teacher: dict, own: dict) -> dict:
+    """The ratios of seconds: medians over the turns, least and most."""
+    numbers = {}
+    for key in TITLES.keys() - {"length"}:
+        ratios = [x / y for x, y in zip(teacher[key], own[key])]
+        numbers |= {key: statistics.median(ratios), f"{key}_low": min(ratios),
+                    f"{key}_high": max(ratios)}
+    return numbers
+
+
+def one_turn(loaded, kept, anew, questions, max_new: int, batch_size: int, times: dict) -> None:
+    """Append the seconds of every way of asking to times."""
+    model, stop = loaded.model, loaded.vocabulary.stop
+    rows = [questions.row(i) for i in range(len(questions))]
+
+    def ask(start, size: int, longest: int) -> list[list[int]]:
+        answers = []
+        for i in range(0, len(rows), size):
+            past, batch = begin(model, data.collate(rows[i:i + size]).to(loaded.device), start)
+            answers += llama.generate(model, batch.asked, past, longest, stop, batch.parent)
+        return answers
+
+    for key, *how in (("anew", anew, 1, 1), ("first", kept, 1, 1), ("answer", kept, 1, max_new),
+                      ("batches", kept, batch_size, max_new)):
+        began = time.process_time()
+        answers = ask(*how)
+        times[key].append((time.process_time() - began) / len(rows))
+    times["length"].append(sum(map(len, answers)) / len(rows))
+
+
+if __name__ == "__main__":
+    main()
