@@ -1,16 +1,16 @@
 """Seconds that a taught prompt saves an answer, beside the text that taught it.
 
-    OMP_NUM_THREADS=1 python benchmarks/saved.py RUN [RUN ...]     # of one train --teacher
+    OMP_NUM_THREADS=1 python benchmarks/saved.py RUN [RUN ...]     # of train --teacher TEXT
 
-Greedy answers to --questions of the runs' evaluation data under no prompt, after the teacher's
-text, and under each run's prompt. *anew*: the text or the prompt is run through the model for each
-question; *kept*: its keys and values are there already, as a server keeps them that answers many
-questions under one prompt. *first*: to an answer's first token; *answer*: to its end. Questions are
-asked alone, and in *batches* that share their contexts, each with its text or prompt kept. *tokens*:
-of an answer, on average.
+Answers of --length tokens, whatever they say, to --questions of the first run's evaluation data:
+without a prompt, after the teacher's text, and under the prompt of each run. *anew*: the text or
+the prompt is run through the model for each question. *kept*: its keys and values are there
+already, as a server keeps them that answers many questions under one prompt. *first*: the seconds
+to an answer's first token; *whole*: to its last. Questions are asked alone, and in *batches* that
+share their contexts.
 
-Seconds are the process's, of all processors together, a question; all take turns. Printed are the
-medians of --turns, and how many times as long the teacher's text takes, with the range of the turns.
+Seconds are the process's, of all processors together, a question. All take turns. Printed are the
+medians of --turns, and how many times as long the teacher's text takes, with the range.
 """
 
 from __future__ import annotations
@@ -30,29 +30,31 @@ import llama  # noqa: E402
 from lab.console import show, table  # noqa: E402
 from lab.distil import as_taught, teacher_text  # noqa: E402
 from lab.evaluation import evaluation_examples, open_run  # noqa: E402
-from lab.inputs import encode  # noqa: E402
+from lab.inputs import encode, sample_topics  # noqa: E402
 from lab.loss import begin  # noqa: E402
 
-TITLES = {"anew": "first, anew", "first": "first, kept", "answer": "answer, kept",
-          "batches": "in batches", "length": "tokens"}
+TITLES = {"first anew": "first, anew", "first kept": "first, kept", "whole kept": "whole, kept",
+          "batches": "whole, kept, in batches"}
 TEACHER = "teacher's text"
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("runs", nargs="+")
-    p.add_argument("--questions", type=int, default=16)
+    p.add_argument("--questions", type=int, default=32)
+    p.add_argument("--length", type=int, default=6, help="tokens of every answer")
     p.add_argument("--turns", type=int, default=3)
     p.add_argument("--batch-size", type=int, default=16)
     a = p.parse_args()
     models: dict = {}
     runs = [open_run(run, {}, models) for run in a.runs]
     settings, loaded = runs[0].settings, runs[0].loaded
-    if not settings.teacher.teacher or any(
-            run.settings.teacher != settings.teacher or run.settings.prompt.place != "before"
-            for run in runs):
-        raise SystemExit("saved: give runs of one --teacher text, with their prompts before texts")
-    examples = evaluation_examples(settings.data)[:a.questions]
+    if any(not run.settings.teacher.teacher or run.settings.teacher.teacher_reasons
+           or run.settings.teacher.reads != settings.teacher.reads
+           or run.settings.prompt.place != "before" for run in runs):
+        raise SystemExit("saved: give runs of one --teacher TEXT, without --teacher-reasons and "
+                         "with their prompts before the texts")
+    examples = sample_topics(evaluation_examples(settings.data), a.questions)
     questions = encode(examples, loaded.vocabulary, runs[0].max_length, "questions")
     model, text = loaded.model, teacher_text(loaded, settings)
     with torch.no_grad():
@@ -63,10 +65,11 @@ def main() -> None:
             starts[path] = run.prompt.past(model), run.prompt, questions
         columns = {TEACHER: len(text.ids)} | {path: run.prompt.n for path, run in zip(a.runs, runs)}
         measured: dict = {name: {key: [] for key in TITLES} for name in starts}
+        for start in starts.values():  # the first forwards of a process take longer
+            one_turn(loaded, *start, 1, a.batch_size, {key: [] for key in TITLES})
         for turn in range(a.turns):
-            for name in list(starts)[::1 if turn % 2 else -1]:  # none is always the first
-                one_turn(loaded, *starts[name], settings.data.max_new, a.batch_size,
-                         measured[name])
+            for name in list(starts)[::1 if turn % 2 else -1]:  # each is the first once
+                one_turn(loaded, *starts[name], a.length, a.batch_size, measured[name])
 
     show(f"{len(questions)} questions, {settings.model.dtype}, {torch.get_num_threads()} threads; "
          "columns of keys and values: "
@@ -82,31 +85,25 @@ def main() -> None:
 def as_many_times(teacher: dict, own: dict) -> dict:
     """The ratios of seconds: medians over the turns, least and most."""
     numbers = {}
-    for key in TITLES.keys() - {"length"}:
+    for key in TITLES:
         ratios = [x / y for x, y in zip(teacher[key], own[key])]
         numbers |= {key: statistics.median(ratios), f"{key}_low": min(ratios),
                     f"{key}_high": max(ratios)}
     return numbers
 
 
-def one_turn(loaded, kept, anew, questions, max_new: int, batch_size: int, times: dict) -> None:
-    """Append the seconds of every way of asking to times."""
-    model, stop = loaded.model, loaded.vocabulary.stop
+def one_turn(loaded, kept, anew, questions, length: int, batch_size: int, times: dict) -> None:
+    """Ask all questions in every way, and append the seconds of a question to times."""
+    model = loaded.model
     rows = [questions.row(i) for i in range(len(questions))]
-
-    def ask(start, size: int, longest: int) -> list[list[int]]:
-        answers = []
+    ways = {"first anew": (anew, 1, 1), "first kept": (kept, 1, 1),
+            "whole kept": (kept, 1, length), "batches": (kept, batch_size, length)}
+    for key, (start, size, most) in ways.items():
+        began = time.process_time()
         for i in range(0, len(rows), size):
             past, batch = begin(model, data.collate(rows[i:i + size]).to(loaded.device), start)
-            answers += llama.generate(model, batch.asked, past, longest, stop, batch.parent)
-        return answers
-
-    for key, *how in (("anew", anew, 1, 1), ("first", kept, 1, 1), ("answer", kept, 1, max_new),
-                      ("batches", kept, batch_size, max_new)):
-        began = time.process_time()
-        answers = ask(*how)
+            llama.generate(model, batch.asked, past, most, parent=batch.parent)
         times[key].append((time.process_time() - began) / len(rows))
-    times["length"].append(sum(map(len, answers)) / len(rows))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import data
 import priors
 from lab import posteriors
 from lab.console import UserError, counted, say
-from lab.distil import Lessons, Teacher, check_reasons, learn
+from lab.distil import Lessons, Teacher, check_reasons, learn, teacher_text
 from lab.evaluation import examined
 from lab.folder import Run
 from lab.inputs import (LoadedModel, Questions, Shared, check_place, checksums, divided, encode,
@@ -92,11 +92,11 @@ def with_teacher(inputs: Inputs, run: Run, config: dict | None) -> Inputs:
     """The inputs with what a teacher teaches. config: of the run that is resumed."""
     settings, once = inputs.settings, inputs.shared.once
     key = settings.model, settings.data, settings.teacher, settings.prior.separator
+    text = once("teacher's text", key, lambda: teacher_text(inputs.loaded, settings))
     exam, held_out_exam = once("exam", key, lambda: [
-        examined(inputs.loaded, settings, questions, settings.train.shard) if questions else None
-        for questions in (inputs.evaluation, inputs.held_out)])
-    lessons = learn(run, inputs.loaded, settings, exam.text, inputs.questions, config,
-                    inputs.shared)
+        examined(inputs.loaded, settings, text, questions, settings.train.shard)
+        if questions else None for questions in (inputs.evaluation, inputs.held_out)])
+    lessons = learn(run, inputs.loaded, settings, text, inputs.questions, config, inputs.shared)
     return inputs._replace(questions=lessons.questions, lessons=lessons, exam=exam,
                            held_out_exam=held_out_exam)
 

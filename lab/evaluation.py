@@ -272,10 +272,10 @@ def standard_errors(questions: Questions, sums: dict[str, list[float]], tokens: 
     return errors
 
 
-def examined(loaded: LoadedModel, settings: Settings, questions: Questions,
+def examined(loaded: LoadedModel, settings: Settings, text: Text, questions: Questions,
              everywhere: bool = False) -> Teacher:
-    """The teacher of the settings, with its own scores and answers to these questions."""
-    text = teacher_text(loaded, settings)
+    """The teacher of the settings, with its own scores and answers to these questions. text: see
+    teacher_text."""
     questions = with_steps(loaded, settings, text, questions)
     teacher = Teacher(loaded, text, questions, settings, keep=True)
     teacher.scores, predictions = evaluate(
@@ -439,7 +439,7 @@ def teacher_of(runs: list[OpenRun], questions: Questions) -> Teacher | None:
     """The teacher that all the runs have, examined; None if they have none in common, or if it
     cannot read the worked steps of these questions."""
     settings = runs[0].settings
-    if len({run.settings.teacher for run in runs}) > 1:
+    if len({(run.settings.teacher.reads, run.settings.prior.separator) for run in runs}) > 1:
         say("the runs have different teachers, or some none, so none is scored: eval them one by "
             "one")
         return None
@@ -455,7 +455,8 @@ def teacher_of(runs: list[OpenRun], questions: Questions) -> Teacher | None:
             say(f"the worked steps of {name} have {longest} tokens, more than the run's "
                 f"--teacher-steps {settings.teacher.teacher_steps}: its teacher is not scored")
             return None
-    return examined(runs[0].loaded, settings, questions)
+    text = teacher_text(runs[0].loaded, settings)
+    return examined(runs[0].loaded, settings, text, questions)
 
 
 def evaluate_all(loaded: LoadedModel, entries: dict[str, list[llama.Prompt]], questions: Questions,

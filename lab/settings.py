@@ -295,6 +295,11 @@ class TeacherSettings:
         return self.teacher is not None or self.teacher_reasons is not None
 
     @property
+    def reads(self) -> tuple:
+        """What the teacher reads, whatever the prompt learns from it."""
+        return self.teacher, self.teacher_reasons, self.teacher_steps
+
+    @property
     def name(self) -> str:
         """In tables."""
         reasons = {None: "", "written": ", with its steps", "data": ", with worked steps"}
