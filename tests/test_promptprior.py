@@ -61,6 +61,33 @@ def test_an_unknown_flag_names_the_help_of_its_command(capsys):
         "--help`\n")
 
 
+@pytest.mark.parametrize("arguments, expected", [
+    ("generate r --step best text", {"paths": ["r", "text"], "step": "best"}),
+    ("generate r --step best s --max-new 5 -- -x", {"paths": ["r", "s", "-x"], "step": "best",
+                                                    "max_new": 5}),
+    ("generate --step best -- r -x", {"paths": ["r", "-x"], "step": "best"}),
+    ("eval r --limit 3 s --words t", {"runs": ["r", "s", "t"], "eval_limit": 3, "words": True}),
+    ("compare a --json b", {"paths": ["a", "b"], "json": True}),
+    ("plot a --text b", {"runs": ["a", "b"], "in_characters": True}),
+    ("interpolate --points 3 a --json b", {"run_a": "a", "run_b": "b", "points": 3, "json": True}),
+    ("figures 3 --steps 2 5", {"numbers": [3, 5], "steps": 2})])
+def test_flags_may_stand_between_paths(arguments, expected):
+    assert commands.parse(arguments.split(), "") == (arguments.split()[0], expected)
+
+
+@pytest.mark.parametrize("command, arguments, named", [
+    ("eval", "eval r --eval-limit 3 s", "unrecognized arguments: --eval-limit 3 s"),
+    ("eval", "--fast eval r", "unrecognized arguments: --fast"),
+    ("sweep", "sweep r --jobs 2 s", "unrecognized arguments: s"),
+    ("figures", "figures 3 --steps 2 five", "argument N: invalid int value: 'five'"),
+    ("train", "train r", "unrecognized arguments: r")])
+def test_what_no_order_makes_right_is_refused(capsys, command, arguments, named):
+    with pytest.raises(SystemExit) as e:
+        commands.parse(arguments.split(), "")
+    assert e.value.code == 2 and capsys.readouterr().err == (
+        f"promptprior: error: {named}: see `promptprior.py {command} --help`\n")
+
+
 def test_a_flag_that_changes_nothing_is_refused(capsys):
     with pytest.raises(SystemExit):
         run("sample", "--forget", "text")
