@@ -22,7 +22,7 @@ import data
 import priors
 import promptprior
 from forked import Forked
-from lab import commands, inputs, page, populations
+from lab import commands, evaluation, inputs, page, populations
 from lab.console import Stopped
 from lab.evaluation import evaluate, open_run
 from lab.folder import Run
@@ -755,8 +755,24 @@ def test_the_step_that_is_wanted(tmp_path, monkeypatch, capsys):
         scores = json.loads(capsys.readouterr().out)["scores"][f"vocab prior, {worst} steps"]
         assert scores["loss"] == pytest.approx(evals[worst]["loss"], rel=1e-5)
         assert scores["f1_se"] == pytest.approx(evals[worst]["f1_se"], rel=1e-5)
-    for command in (["compare", tmp_path / "r"], ["generate", tmp_path / "r", "Question: Who?"],
-                    ["export", tmp_path / "r", "--to", tmp_path / "peft"],
+    # as of a run that ended at that step
+    shutil.copytree(tmp_path / "r", tmp_path / "there/r")
+    (tmp_path / "there/r/metrics.jsonl").write_text("\n".join(
+        line for line in log if json.loads(line).get("step", 0) <= worst) + "\n")
+    (tmp_path / "there/r/prompt.safetensors").write_bytes(
+        run_of.path.joinpath(f"prompts/{worst:06d}.safetensors").read_bytes())
+    measured = []
+    for folder, *step in ("there/r",), ("r", "--step", worst), ("r",):
+        assert run("compare", tmp_path / folder, "--json", *step) == 0
+        measured.append(json.loads(capsys.readouterr().out)[0]["measures"])
+    expected, found, last = measured
+    assert found == expected != last
+    asked = []
+    monkeypatch.setattr(evaluation, "_continued",
+                        lambda runs, rows: asked.append(runs[0].prompt.layers[0]) or [["so"]])
+    assert run("generate", tmp_path / "r", "Who?", "--step", worst) == 0
+    assert torch.equal(asked[0], Run(tmp_path / "there/r").prompt().layers[0])
+    for command in (["export", tmp_path / "r", "--to", tmp_path / "peft"],
                     ["plot", tmp_path / "r", "--text"]):
         assert run(*command, "--step", worst) == 0
     capsys.readouterr()
