@@ -302,6 +302,7 @@ COMMANDS = {
 
 class Parser(argparse.ArgumentParser):
     lists_priors = False  # whether --help ends with the priors
+    commands: dict[str, Parser] = {}  # by their names
 
     def format_help(self) -> str:
         if self.lists_priors:
@@ -318,9 +319,11 @@ def parse(arguments: list[str], description: str) -> tuple[str, dict]:
     top = parser(description, arguments)
     known, unknown = top.parse_known_args(arguments)
     given = vars(known)
-    if unknown:  # argparse would name the --help of the whole program, not the command's
-        top.prog += f" {given['command']}"
-        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+    command = given.pop("command")
+    if unknown:  # a mistake, or paths behind a flag: argparse takes those before it for all of them
+        rest = [*arguments]
+        rest.remove(command)
+        given = vars(top.commands[command].parse_intermixed_args(rest))
     for text in arguments:
         if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-in for bytes not UTF-8
             top.error(f"{ascii(text)}: not UTF-8: rename the file, or convert the text")
@@ -328,7 +331,7 @@ def parse(arguments: list[str], description: str) -> tuple[str, dict]:
     for name, value in given.items():
         if name.startswith("grid.") and value == []:
             given[name] = [FIELDS[name.removeprefix("grid.")].metadata["const"]]
-    return given.pop("command"), given
+    return command, given
 
 
 def resolved(given: dict) -> dict:
@@ -355,12 +358,13 @@ def _text_of(path: str) -> str:
     return data.read_text(not_foreign(path), most=2**20).rstrip("\n")
 
 
-def parser(description: str, arguments: list[str]) -> argparse.ArgumentParser:
+def parser(description: str, arguments: list[str]) -> Parser:
     """The parser of these arguments. Only commands that are among them have their flags, because
     those of all take ten milliseconds."""
     top = Parser(prog="promptprior.py", description=description, allow_abbrev=False,
                  epilog="`promptprior.py COMMAND --help` lists a command's options.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    top.commands = commands.choices
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name, help=command.help, description=command.help, allow_abbrev=False,

@@ -15,8 +15,10 @@ import promptprior
 from lab import page
 from lab.adapters import from_peft, to_csv, to_peft
 from lab.console import UserError
+from lab.evaluation import open_run
 from lab.files import Folder
 from lab.settings import TINY
+from small import MODEL
 
 N = 5
 
@@ -419,6 +421,34 @@ def test_other_prompts_travel_as_keys_and_values(made, tmp_path, monkeypatch, ca
     drawn = load_file(tmp_path / "next/prompt.safetensors")
     for key, rows in stored.items():
         torch.testing.assert_close(drawn[key], rows, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pieces, flags, said", [
+    ("<s> $A", [], "texts as AutoTokenizer makes them, with BOS in front\n"),
+    ("<s> $A </s>", [],
+     "texts as AutoTokenizer makes them, with BOS in front, and drop the EOS that it adds\n"),
+    ("$A", [], "texts as AutoTokenizer makes them, without BOS\n"),
+    ("$A", ["--bos", "always"], "texts with BOS, token 0, in front (--bos always), because "
+     "AutoTokenizer puts none there\n")], ids=["BOS", "BOS and EOS", "neither", "always BOS"])
+def test_how_texts_are_tokenised_is_said(tmp_path, capsys, pieces, flags, said):
+    """What is said makes of AutoTokenizer's tokens those that the run has."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=pieces, special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert run("train", "--model", folder, *flags, "--data", "math", "--tokens", 2, "--steps", 0,
+               "--text", "", "--eval-limit", 2, "--out", tmp_path / "r") == 0
+    capsys.readouterr()
+    assert run("export", tmp_path / "r", "--to", tmp_path / "adapter") == 0
+    assert f"give PEFT {said}" in capsys.readouterr().err
+    ids = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))(TEXT).input_ids
+    ids = [0] * ("--bos always" in said) + ids[:-1 if "drop the EOS" in said else None]
+    assert (ids[0] == 0) == ("without BOS" not in said)
+    assert ids == open_run(tmp_path / "r", {}).vocabulary.encode(TEXT)
 
 
 def test_the_last_virtual_token_is_bos_or_not(made, tmp_path, capsys):

@@ -5,16 +5,19 @@ import importlib
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import llama
 import promptprior
-from lab import console
+from lab import console, train
 from lab.files import NotWritten
+from small import MODEL
 
 HERE = Path(promptprior.__file__).parent
 
@@ -44,6 +47,48 @@ def test_a_long_stage_goes_on_speaking(capsys, monkeypatch):
     assert len(lines) == 4 and "s left" in lines[1]
     assert [line.split(",")[0] for line in lines[1:]] == [
         f"train: {n} of 10 steps" for n in (6, 8, 10)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A list of one number, the seconds that tqdm and training are told."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(train, "time", SimpleNamespace(
+        perf_counter=lambda: now[0], time=lambda: now[0]))
+    return now
+
+
+@pytest.mark.parametrize("seconds, known, said", [
+    (3, None, ["x: 3 of 10 steps, 9 s, 21 s left"]), (0.5, None, []),
+    (3, lambda: 123, ["x: 3 of 10 steps, 9 s, 123 s left"])])
+def test_the_time_of_a_long_stage_is_said_early(clock, capsys, seconds, known, said):
+    """After three steps, if they took more than two seconds; then not before half a minute."""
+    with console.progress(total=10, desc="x", unit=" steps", leave=False) as bar:
+        bar.seconds_left = known
+        for _ in range(8):
+            clock[0] += seconds
+            bar.update()
+    assert capsys.readouterr().err.splitlines() == ["x: 10 steps", *said]
+
+
+def test_the_time_of_a_run_counts_its_evaluations(clock, monkeypatch, capsys, tmp_path):
+    """Where each takes 10 s and a step 1 s, what a line says is left is what comes."""
+    for name, seconds in (("_record", 10), ("_train_step", 1)):
+        def slow(self, work=getattr(train.Training, name), seconds=seconds):
+            work(self)
+            clock[0] += seconds
+
+        monkeypatch.setattr(train.Training, name, slow)
+    monkeypatch.setattr(console, "SILENCE", 0)
+    assert promptprior.main(["train", "--model", str(MODEL), "--data", "math", "--steps", "7",
+                             "--eval-every", "3", "--eval-limit", "2", "--batch-size", "2",
+                             "--text", "", "--max-length", "60", "--out", str(tmp_path / "r")]) == 0
+    lines = re.findall(r"^train: (\d) of 7 steps, .* (\d+) s, (\d+) s left$",
+                       capsys.readouterr().err, re.M)
+    assert {tuple(map(int, line)) for line in lines} == {
+        (step, done, 4 * 10 + 7 - done) for step, done in (
+            (1, 11), (2, 12), (3, 13), (4, 24), (5, 25), (6, 26))}
 
 
 def test_a_remark_beside_a_bar_has_a_line_of_its_own(monkeypatch):

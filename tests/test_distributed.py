@@ -25,15 +25,19 @@ import os, sys
 sys.path.insert(0, os.getcwd())
 import promptprior
 from lab import beginning, inputs
-batch, references = inputs.Questions.batch, beginning.references
+batch = inputs.Questions.batch
 def spy(self, indices, *more):
     with open(os.path.join(sys.argv[-1], "batches" + os.environ.get("RANK", "")), "a") as f:
         f.write(f"{len(self.examples)} {list(indices)}\\n")
     return batch(self, indices, *more)
-def fits(*arguments, **more):
-    open(os.path.join(sys.argv[-1], "fits" + os.environ.get("RANK", "")), "w").close()
-    return references(*arguments, **more)
-inputs.Questions.batch, beginning.references = spy, fits
+def noted(name, work):
+    def note(*arguments, **more):
+        open(os.path.join(sys.argv[-1], name + os.environ.get("RANK", "")), "w").close()
+        return work(*arguments, **more)
+    return note
+inputs.Questions.batch = spy
+beginning.references = noted("fits", beginning.references)
+beginning.checksums = noted("sums", beginning.checksums)
 sys.exit(promptprior.main(sys.argv[1:-1]))
 """
 
@@ -68,6 +72,7 @@ def test_two_processes_train_as_one(tmp_path, arguments):
     # One fits the prior for both, unless a reference needs weights that are shared.
     assert (tmp_path / "fits0").exists()
     assert (tmp_path / "fits1").exists() == ("--shard" in arguments)
+    assert (tmp_path / "sums0").exists() and not (tmp_path / "sums1").exists()
     size = 7
     evals = [[x for x in d if x.startswith("20 ")] for d in done]  # 20 questions are evaluated
     for first, second in zip(*([x for x in d if x not in e] for d, e in zip(done, evals))):

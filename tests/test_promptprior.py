@@ -22,7 +22,7 @@ import data
 import priors
 import promptprior
 from forked import Forked
-from lab import commands, inputs, page, populations
+from lab import commands, evaluation, inputs, page, populations
 from lab.console import Stopped
 from lab.evaluation import evaluate, open_run
 from lab.folder import Run
@@ -59,6 +59,33 @@ def test_an_unknown_flag_names_the_help_of_its_command(capsys):
     assert e.value.code == 2 and capsys.readouterr().err == (
         "promptprior: error: unrecognized arguments: --eval-limit 3: see `promptprior.py eval "
         "--help`\n")
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ("generate r --step best text", {"paths": ["r", "text"], "step": "best"}),
+    ("generate r --step best s --max-new 5 -- -x", {"paths": ["r", "s", "-x"], "step": "best",
+                                                    "max_new": 5}),
+    ("generate --step best -- r -x", {"paths": ["r", "-x"], "step": "best"}),
+    ("eval r --limit 3 s --words t", {"runs": ["r", "s", "t"], "eval_limit": 3, "words": True}),
+    ("compare a --json b", {"paths": ["a", "b"], "json": True}),
+    ("plot a --text b", {"runs": ["a", "b"], "in_characters": True}),
+    ("interpolate --points 3 a --json b", {"run_a": "a", "run_b": "b", "points": 3, "json": True}),
+    ("figures 3 --steps 2 5", {"numbers": [3, 5], "steps": 2})])
+def test_flags_may_stand_between_paths(arguments, expected):
+    assert commands.parse(arguments.split(), "") == (arguments.split()[0], expected)
+
+
+@pytest.mark.parametrize("command, arguments, named", [
+    ("eval", "eval r --eval-limit 3 s", "unrecognized arguments: --eval-limit 3 s"),
+    ("eval", "--fast eval r", "unrecognized arguments: --fast"),
+    ("sweep", "sweep r --jobs 2 s", "unrecognized arguments: s"),
+    ("figures", "figures 3 --steps 2 five", "argument N: invalid int value: 'five'"),
+    ("train", "train r", "unrecognized arguments: r")])
+def test_what_no_order_makes_right_is_refused(capsys, command, arguments, named):
+    with pytest.raises(SystemExit) as e:
+        commands.parse(arguments.split(), "")
+    assert e.value.code == 2 and capsys.readouterr().err == (
+        f"promptprior: error: {named}: see `promptprior.py {command} --help`\n")
 
 
 def test_a_flag_that_changes_nothing_is_refused(capsys):
@@ -728,8 +755,24 @@ def test_the_step_that_is_wanted(tmp_path, monkeypatch, capsys):
         scores = json.loads(capsys.readouterr().out)["scores"][f"vocab prior, {worst} steps"]
         assert scores["loss"] == pytest.approx(evals[worst]["loss"], rel=1e-5)
         assert scores["f1_se"] == pytest.approx(evals[worst]["f1_se"], rel=1e-5)
-    for command in (["compare", tmp_path / "r"], ["generate", tmp_path / "r", "Question: Who?"],
-                    ["export", tmp_path / "r", "--to", tmp_path / "peft"],
+    # as of a run that ended at that step
+    shutil.copytree(tmp_path / "r", tmp_path / "there/r")
+    (tmp_path / "there/r/metrics.jsonl").write_text("\n".join(
+        line for line in log if json.loads(line).get("step", 0) <= worst) + "\n")
+    (tmp_path / "there/r/prompt.safetensors").write_bytes(
+        run_of.path.joinpath(f"prompts/{worst:06d}.safetensors").read_bytes())
+    measured = []
+    for folder, *step in ("there/r",), ("r", "--step", worst), ("r",):
+        assert run("compare", tmp_path / folder, "--json", *step) == 0
+        measured.append(json.loads(capsys.readouterr().out)[0]["measures"])
+    expected, found, last = measured
+    assert found == expected != last
+    asked = []
+    monkeypatch.setattr(evaluation, "_continued",
+                        lambda runs, rows: asked.append(runs[0].prompt.layers[0]) or [["so"]])
+    assert run("generate", tmp_path / "r", "Who?", "--step", worst) == 0
+    assert torch.equal(asked[0], Run(tmp_path / "there/r").prompt().layers[0])
+    for command in (["export", tmp_path / "r", "--to", tmp_path / "peft"],
                     ["plot", tmp_path / "r", "--text"]):
         assert run(*command, "--step", worst) == 0
     capsys.readouterr()

