@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         status = exit_status(e)
         if status is None:
             raise
+        if status < 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as above
         with contextlib.suppress(OSError):  # nobody reads stderr, or its disk is full
             report(e, status)
     if status < 0:

@@ -9,8 +9,8 @@ already, as a server keeps them that answers many questions under one prompt. *f
 to an answer's first token; *whole*: to its last. Questions are asked alone, and in *batches* that
 share their contexts.
 
-Seconds are the process's, of all processors together, a question. All take turns. Printed are the
-medians of --turns, and how many times as long the teacher's text takes, with the range.
+Seconds are CPU seconds of all threads, for a question. The prompts take turns. Printed are medians
+over --turns, and how many times as long the teacher's text takes, with the least and the most.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import data  # noqa: E402
 import llama  # noqa: E402
 from lab.console import show, table  # noqa: E402
 from lab.distil import as_taught, teacher_text  # noqa: E402
-from lab.evaluation import evaluation_examples, open_run  # noqa: E402
+from lab.evaluation import OpenRun, evaluation_examples, open_run  # noqa: E402
 from lab.inputs import encode, sample_topics  # noqa: E402
 from lab.loss import begin  # noqa: E402
 
@@ -49,11 +49,10 @@ def main() -> None:
     models: dict = {}
     runs = [open_run(run, {}, models) for run in a.runs]
     settings, loaded = runs[0].settings, runs[0].loaded
-    if any(not run.settings.teacher.teacher or run.settings.teacher.teacher_reasons
-           or run.settings.teacher.reads != settings.teacher.reads
-           or run.settings.prompt.place != "before" for run in runs):
-        raise SystemExit("saved: give runs of one --teacher TEXT, without --teacher-reasons and "
-                         "with their prompts before the texts")
+    if not settings.teacher.teacher or settings.teacher.teacher_reasons \
+            or settings.prompt.place != "before" or len({common(run) for run in runs}) > 1:
+        raise SystemExit("saved: give runs of one model, --dtype, --teacher TEXT and --separator, "
+                         "without --teacher-reasons, and with their prompts before the texts")
     examples = sample_topics(evaluation_examples(settings.data), a.questions)
     questions = encode(examples, loaded.vocabulary, runs[0].max_length, "questions")
     model, text = loaded.model, teacher_text(loaded, settings)
@@ -66,9 +65,11 @@ def main() -> None:
         columns = {TEACHER: len(text.ids)} | {path: run.prompt.n for path, run in zip(a.runs, runs)}
         measured: dict = {name: {key: [] for key in TITLES} for name in starts}
         for start in starts.values():  # the first forwards of a process take longer
-            one_turn(loaded, *start, 1, a.batch_size, {key: [] for key in TITLES})
+            one_turn(loaded, *start, 2, a.batch_size, {key: [] for key in TITLES})
+        names = list(starts)
         for turn in range(a.turns):
-            for name in list(starts)[::1 if turn % 2 else -1]:  # each is the first once
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
                 one_turn(loaded, *starts[name], a.length, a.batch_size, measured[name])
 
     show(f"{len(questions)} questions, {settings.model.dtype}, {torch.get_num_threads()} threads; "
@@ -77,13 +78,20 @@ def main() -> None:
     rows = [(name, {key: statistics.median(turns) for key, turns in times.items()})
             for name, times in measured.items()]
     show(f"\nseconds a question\n{table(rows, TITLES)}")
-    rows = [(name, as_many_times(measured[TEACHER], times)) for name, times in measured.items()
+    rows = [(name, ratios_to(measured[TEACHER], times)) for name, times in measured.items()
             if name != TEACHER]
     show(f"\nhow many times as long the teacher's text takes\n{table(rows, TITLES)}")
 
 
-def as_many_times(teacher: dict, own: dict) -> dict:
-    """The ratios of seconds: medians over the turns, least and most."""
+def common(run: OpenRun) -> tuple:
+    """What all runs must have the same."""
+    settings = run.settings
+    return settings.model, settings.teacher.exam, settings.prior.separator, settings.prompt.place
+
+
+def ratios_to(teacher: dict[str, list[float]], own: dict[str, list[float]]) -> dict[str, float]:
+    """The teacher's seconds over one's own: {KEY, KEY_low, KEY_high}, the median, least and most
+    of the turns."""
     numbers = {}
     for key in TITLES:
         ratios = [x / y for x, y in zip(teacher[key], own[key])]
@@ -93,7 +101,8 @@ def as_many_times(teacher: dict, own: dict) -> dict:
 
 
 def one_turn(loaded, kept, anew, questions, length: int, batch_size: int, times: dict) -> None:
-    """Ask all questions in every way, and append the seconds of a question to times."""
+    """Ask all questions in every way, and append the seconds of a question to times. kept, anew:
+    what `begin` takes for a prompt, as keys and values that are there, and still to be made."""
     model = loaded.model
     rows = [questions.row(i) for i in range(len(questions))]
     ways = {"first anew": (anew, 1, 1), "first kept": (kept, 1, 1),

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -42,7 +41,8 @@ class Command(NamedTuple):
     name: str
     arguments: list
     log: Path | None = None  # of the run that it trains, whose lines are waits of their own
-    goes_on: bool = False  # with what the command before it left in the cache folder
+    needs: str = "train"  # the command whose files it reads
+    goes_on: bool = False  # with what that command, just before it, left in the cache folder
 
 
 def commands(model: list, questions: list, limit: int, layers: int, out: Path) -> list[Command]:
@@ -51,12 +51,14 @@ def commands(model: list, questions: list, limit: int, layers: int, out: Path) -
     short = ["--steps", 1, "--eval-limit", limit, "--batch-size", limit]
     train = ["train", *model, *questions, *short, "--max-new", 4, "--overwrite", "--out"]
     chosen = ",".join(map(str, sorted({round(i * layers / 4) for i in range(5)})))
+    collected = f"collect, 20000 rows, layers {chosen}"
     figures = ["figures", *model, *short, "--examples", 200, "--limit", 2000, "--out"]
     return [
         Command("train", [*train, run], run / "metrics.jsonl"),
         Command("of deep layers: train", [*train, deep, "--deep-layers", 1],
                 deep / "metrics.jsonl"),
-        Command("of deep layers: plot", ["plot", deep], goes_on=True),
+        Command("of deep layers: plot", ["plot", deep], needs="of deep layers: train",
+                goes_on=True),
         Command("of a prefix: train", [*train, out / "prefix", "--method", "prefix"],
                 out / "prefix/metrics.jsonl"),
         *(Command(f"sample --prior {name}", ["sample", *model, *questions[:2], "--prior", name])
@@ -69,17 +71,17 @@ def commands(model: list, questions: list, limit: int, layers: int, out: Path) -
         Command("compare, four runs", ["compare", *(out / f"copy{i}" for i in range(4))]),
         Command("interpolate", ["interpolate", run, out / "copy0", "--limit", limit]),
         Command("attention", ["attention", run, "--limit", 4]),
-        Command(f"collect, 20000 rows, layers {chosen}",
+        Command(collected,
                 ["collect", *model, *questions[:2], "--layers", chosen, "--overwrite", "--out",
                  out / "acts.safetensors"]),
-        Command("compare, of that file", ["compare", out / "acts.safetensors"]),
+        Command("compare, of that file", ["compare", out / "acts.safetensors"], needs=collected),
         # What figures are made from is made with the first of them, and kept.
         Command("figures, their runs and collections",
                 [*figures, out / "figures", 1, 5, 6, 7, 8, 10, 12]),
         *(Command(f"figures {i}", [*figures, out / "figures", i]) for i in range(1, 14)),
         Command("export, PEFT", ["export", run, "--overwrite", "--to", out / "adapter"]),
         Command("import, PEFT", ["import", out / "adapter", *model, "--overwrite", "--out",
-                                 out / "imported"]),
+                                 out / "imported"], needs="export, PEFT"),
         Command("export --for numpy",
                 ["export", run, "--overwrite", "--for", "numpy", "--to", out / "rows.npy"]),
         Command("export --csv", ["export", run, "--csv", out / "log.csv"])]
@@ -196,9 +198,7 @@ def main() -> None:
         asked = ["--model", model, "--dtype", dtype], ["--data", a.data]
         every = commands(*asked, a.limit, layers, out)
         for command in every:
-            # A run is always needed, and what plot goes on from.
-            needed = {"train", *(before.name for before, after in pairwise(every)
-                                 if after.goes_on and after.name in (a.only or ()))}
+            needed = {"train", *(c.needs for c in every if c.name in (a.only or ()))}
             if a.only and command.name not in {*needed, *a.only}:
                 continue
             if not command.goes_on:

@@ -91,7 +91,7 @@ def read_inputs(run: Run, settings: Settings, config: dict | None, is_resumed: b
 def with_teacher(inputs: Inputs, run: Run, config: dict | None) -> Inputs:
     """The inputs with what a teacher teaches. config: of the run that is resumed."""
     settings, once = inputs.settings, inputs.shared.once
-    key = settings.model, settings.data, settings.teacher, settings.prior.separator
+    key = settings.model, settings.data, settings.teacher.exam, settings.prior.separator
     text = once("teacher's text", key, lambda: teacher_text(inputs.loaded, settings))
     exam, held_out_exam = once("exam", key, lambda: [
         examined(inputs.loaded, settings, text, questions, settings.train.shard)

@@ -302,7 +302,7 @@ COMMANDS = {
 
 class Parser(argparse.ArgumentParser):
     lists_priors = False  # whether --help ends with the priors
-    commands: dict[str, Parser] = {}  # by their names
+    commands: dict[str, Parser]  # of the whole program's parser, by their names
 
     def format_help(self) -> str:
         if self.lists_priors:
@@ -320,7 +320,7 @@ def parse(arguments: list[str], description: str) -> tuple[str, dict]:
     known, unknown = top.parse_known_args(arguments)
     given = vars(known)
     command = given.pop("command")
-    if unknown:  # a mistake, or paths behind a flag: argparse takes those before it for all of them
+    if unknown:  # a mistake, or more paths after a flag, at which a list of paths ends for argparse
         rest = [*arguments]
         rest.remove(command)
         given = vars(top.commands[command].parse_intermixed_args(rest))

@@ -439,7 +439,7 @@ def teacher_of(runs: list[OpenRun], questions: Questions) -> Teacher | None:
     """The teacher that all the runs have, examined; None if they have none in common, or if it
     cannot read the worked steps of these questions."""
     settings = runs[0].settings
-    if len({(run.settings.teacher.reads, run.settings.prior.separator) for run in runs}) > 1:
+    if len({run.settings.teacher.exam for run in runs}) > 1:
         say("the runs have different teachers, or some none, so none is scored: eval them one by "
             "one")
         return None

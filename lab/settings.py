@@ -295,8 +295,9 @@ class TeacherSettings:
         return self.teacher is not None or self.teacher_reasons is not None
 
     @property
-    def reads(self) -> tuple:
-        """What the teacher reads, whatever the prompt learns from it."""
+    def exam(self) -> tuple[str | None, str | None, int]:
+        """All that the teacher's own answers depend on, besides the model, the questions and the
+        separator; what a prompt learns from them is left out."""
         return self.teacher, self.teacher_reasons, self.teacher_steps
 
     @property

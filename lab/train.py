@@ -126,7 +126,8 @@ class Training:
         train, means = self.settings.train, {}
         for kind, seconds in self.seconds.items():
             means[kind] = sum(seconds) / max(len(seconds), 1)
-        made = (self.step - self.evaluation_due) // train.eval_every  # and the one of step 0
+        past = self.step - 1 if self.evaluation_due else self.step
+        made = past // train.eval_every  # without that of step 0: -1 while it is still to come
         evaluations = math.ceil(train.steps / train.eval_every) - made
         return (train.steps - self.step) * means["steps"] + evaluations * means["evaluations"]
 

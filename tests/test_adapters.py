@@ -431,7 +431,7 @@ def test_other_prompts_travel_as_keys_and_values(made, tmp_path, monkeypatch, ca
     ("$A", ["--bos", "always"], "texts with BOS, token 0, in front (--bos always), because "
      "AutoTokenizer puts none there\n")], ids=["BOS", "BOS and EOS", "neither", "always BOS"])
 def test_how_texts_are_tokenised_is_said(tmp_path, capsys, pieces, flags, said):
-    """What is said makes of AutoTokenizer's tokens those that the run has."""
+    """Followed to the letter, the line turns AutoTokenizer's tokens into the run's."""
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -15,7 +15,7 @@ import llama
 import promptprior
 import small
 from forked import Pair
-from lab import distil, inputs, loss, train
+from lab import beginning, distil, inputs, loss, train
 from lab.console import UserError
 from lab.evaluation import examined
 from lab.settings import Settings
@@ -329,12 +329,16 @@ def test_the_remedy_for_long_steps_works(tmp_path, capsys):
     assert run(*flags, capsys.readouterr().err.rpartition("give --teacher-steps ")[2].strip()) == 0
 
 
-def test_a_sweep_varies_teachers(tmp_path, capsys):
-    """A grid's run has the bytes that train gives, and the table says how near it came."""
+def test_a_sweep_varies_teachers(tmp_path, monkeypatch, capsys):
+    """A grid's run has the bytes that train gives, and the table says how near it came. The teacher
+    of all is examined once."""
+    exams = []
+    monkeypatch.setattr(beginning, "examined", lambda *a: exams.append(a) or examined(*a))
     (tmp_path / "long.txt").write_text("short answer\nA: b\nand more of this kind of text: " * 3)
     grid = ["--teacher-mix", 0, 0.5, "--teacher-answers", 0, "--teacher-file",
             tmp_path / "long.txt", "--out", tmp_path / "sweep", *SMALL]
     assert run("sweep", *grid) == 0
+    assert len(exams) == 1
     shown = capsys.readouterr().out
     assert "teacher KL" in shown and "as teacher" in shown and "and more of this" not in shown
     # They have one teacher, which eval scores beside both.
@@ -464,6 +468,29 @@ def test_draws_follow_the_distribution_and_stand_alone(model):
 
     together = drawn([0, 1, 2, 3])
     assert together == [drawn([i])[0] for i in range(4)] != drawn([0, 1, 2, 3], "t")
+
+
+def test_the_seconds_that_a_prompt_saves_are_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(promptprior.__file__).parent / "benchmarks")
+    import saved
+
+    runs = [tmp_path / mix for mix in ("0", "0.5", "other")]
+    for path in runs[:2]:
+        assert run("train", "--out", path, *SMALL, "--teacher", "short answer", "--teacher-mix",
+                   path.name) == 0
+    assert run("train", "--out", runs[2], *SMALL, "--teacher", "long answer") == 0
+    capsys.readouterr()
+    few = ["--questions", "2", "--turns", "1"]
+    monkeypatch.setattr("sys.argv", ["saved", *map(str, runs[:2]), *few])
+    saved.main()
+    seconds, ratios = capsys.readouterr().out.split("how many times as long")
+    for path in runs[:2]:
+        [line] = [line for line in seconds.splitlines() if line.startswith(f"{path} ")]
+        _, *cells = line.split()
+        assert len(cells) == 4 and all(float(cell) > 0 for cell in cells) and str(path) in ratios
+    monkeypatch.setattr("sys.argv", ["saved", *map(str, runs)])
+    with pytest.raises(SystemExit, match="give runs of one model"):
+        saved.main()
 
 
 def test_a_teacher_that_reads_other_answers_is_refused(loaded):

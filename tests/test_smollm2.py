@@ -60,14 +60,15 @@ def theirs(folder):
 
 
 def gguf() -> bytes:
-    """A GGUF file of one layer, of every type of tensor, by the format's description."""
+    """A model of one layer, with each of the four types of tensors that are read, written from
+    the format's specification."""
     rng = random.Random(0)
 
     def text(t: str) -> bytes:
         return struct.pack("<Q", len(t)) + t.encode()
 
     def value(v) -> bytes:
-        """Its kind and the value."""
+        """As the file has it: the number of its type, then its bytes."""
         if isinstance(v, list):
             kind, packed = 9, [value(x) for x in v]
             return struct.pack("<I", kind) + packed[0][:4] + struct.pack("<Q", len(v)) + b"".join(
