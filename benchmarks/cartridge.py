@@ -1,7 +1,9 @@
-"""A prefix that a text teaches, against PEFT's CARTRIDGE: seconds of a step, and equal gradients.
+"""A prefix that a text teaches, against PEFT's CARTRIDGE: seconds of a step, and equal gradients;
+and a CARTRIDGE that is trained as a run was, with its scores.
 
     python benchmarks/cartridge.py --model smollm2 --data squad:train-v1.1.json --examples 4
     python benchmarks/cartridge.py --model tiny --data squad --examples 1
+    python benchmarks/cartridge.py --like RUN --lr 0.02     # RUN: a prefix from text, of distil.py
 
 The teacher is the model with worked examples in front, as in distil.py. Both prompts begin as the
 keys and values of the teacher's first --columns tokens, as initialize_kv_prefix_from_text makes
@@ -10,15 +12,26 @@ the answers are the data's. PEFT's step is the one that its users write: teacher
 every question with its paragraph, padded to the longest, the teacher after all of its text. In ours
 the teacher's text was run once. Before anything is timed, loss and gradient of both are compared in
 fp32; then they take turns.
+
+With --like a CARTRIDGE learns what RUN did: from the same teacher, beginning, questions, batches,
+schedule and dtype, by AdamW at one rate for all of its numbers, and with its first column frozen,
+as PEFT has it by default. Then it learns again in as many steps as it makes in the processor time
+of RUN's steps, which are timed beside its own. Both are saved by PEFT, imported and scored.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import statistics
 import sys
+import tempfile
+import time
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, as promptprior.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,12 +46,16 @@ import data
 import llama
 import peers
 from distil import worked_examples
-from lab.adapters import prefix_numbers
-from lab.beginning import read_inputs
+from lab.adapters import from_peft, prefix_numbers
+from lab.beginning import Inputs, read_inputs, with_teacher
+from lab.console import show, table
 from lab.distil import Teacher, teacher_text
+from lab.evaluation import evaluate
+from lab.files import write_file
 from lab.folder import Run
 from lab.loss import begin, taught_loss
 from lab.settings import Settings
+from lab.train import schedule
 
 TOLERANCE = 1e-4  # relative, between the losses and between the gradients of the two
 
@@ -71,11 +88,12 @@ class Ours:
 
 
 class Theirs:
-    def __init__(self, base, inputs, teacher: Teacher, prefix: llama.Past):
+    def __init__(self, base, inputs, teacher: Teacher, prefix: llama.Past, frozen: int = 0):
+        """frozen: columns at the beginning that are not trained."""
         self.base, self.student, self.taught = base, inputs.questions, teacher.questions
         numbers = prefix_numbers(prefix)
         self.model = peft.get_peft_model(base, peft.CartridgeConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=len(numbers), num_frozen_tokens=0))
+            task_type="CAUSAL_LM", num_virtual_tokens=len(numbers), num_frozen_tokens=frozen))
         self.encoder = self.model.prompt_encoder["default"]
         self.encoder.load_prompt_embeddings(numbers)
 
@@ -98,26 +116,109 @@ class Theirs:
                           for i, r in enumerate(rows)]).log_softmax(dim=-1)
 
 
+def base_model(inputs: Inputs):
+    dtype = getattr(torch, inputs.settings.model.dtype)
+    base = transformers.LlamaForCausalLM.from_pretrained(inputs.loaded.folder, dtype=dtype)
+    return base.requires_grad_(False)
+
+
+def beginning(text, columns: int) -> llama.Past:
+    """The keys and values of the teacher's first tokens."""
+    first = text.first(columns)
+    return llama.Past(first.keys, first.values, first.real[:, :0], first.position)
+
+
+# --------------------------------------------------------------------------------------------------
+# a CARTRIDGE that is trained and scored
+
+
+def trained_like(run: Path, lr: float) -> dict[str, dict]:
+    """Scores of two CARTRIDGEs on the run's evaluation data: {"equal steps", "equal seconds":
+    {"steps", "seconds", "loss", ...}}, with "held_out_kl" if the run held questions out."""
+    settings = Run(run).settings()
+    inputs = with_teacher(read_inputs(Run(run), settings, None, False), Run(run), None)
+    text = inputs.lessons.teacher.text
+    first = beginning(text, settings.prior.tokens)
+    ours, base = Ours(inputs, text, first), base_model(inputs)
+
+    def cartridge(steps: int, beside: Callable = lambda indices: None) -> tuple[dict, list, list]:
+        other = Theirs(base, inputs, ours.teacher, first, frozen=1)
+        seconds = train(other, inputs, steps, lr, beside)
+        with tempfile.TemporaryDirectory() as folder:
+            other.model.save_pretrained(folder)
+            prompt = from_peft(Path(folder), inputs.loaded.model)
+        scored = partial(evaluate, inputs.loaded, [prompt], place="before", settings=settings.data,
+                         name=f"CARTRIDGE, {steps} steps")
+        scores, _ = scored(inputs.evaluation, teacher=inputs.exam)
+        if inputs.held_out:
+            held_out, _ = scored(inputs.held_out, teacher=inputs.held_out_exam)
+            scores["held_out_kl"] = held_out["teacher_kl"]
+        of_theirs, of_ours = zip(*seconds)
+        return {"steps": steps, "seconds": sum(of_theirs), **scores}, of_theirs, of_ours
+
+    equal, of_theirs, of_ours = cartridge(settings.train.steps, ours.step)
+    in_time = sum(total <= sum(of_ours) for total in itertools.accumulate(of_theirs))
+    return {"equal steps": {**equal, "seconds_of_prefix": sum(of_ours)},
+            "equal seconds": cartridge(max(in_time, 1))[0]}
+
+
+def train(other: Theirs, inputs: Inputs, steps: int, lr: float, beside: Callable
+          ) -> list[tuple[float, float]]:
+    """-> processor seconds of every step, and of beside(indices) before it."""
+    trained, settings = other.encoder.trainable_embedding, inputs.settings
+    optimiser = torch.optim.AdamW([trained], lr, weight_decay=0.0)
+    order = data.Order([e.context for e in inputs.questions.examples], settings.data.batch_size,
+                       settings.seed, settings.data.share)
+    seconds = []
+    for step in range(steps):
+        start = time.process_time()
+        beside(order[step])
+        middle = time.process_time()
+        optimiser.param_groups[0]["lr"] = lr * schedule(step, steps, settings.train.warmup)
+        loss = other.step(order[step])
+        torch.nn.utils.clip_grad_norm_([trained], settings.train.clip)
+        optimiser.step()
+        seconds.append((time.process_time() - middle, middle - start))
+        print(f"step {step + 1} of {steps}: KL {loss:.3f}, {seconds[-1][0]:.1f} s", file=sys.stderr)
+    return seconds
+
+
+# --------------------------------------------------------------------------------------------------
+# one step beside the other
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="smollm2", help="a folder; benchmarks/smollm2.py makes one")
-    p.add_argument("--data", required=True, help="a SPEC, such as squad:train-v1.1.json")
+    p.add_argument("--data", help="a SPEC, such as squad:train-v1.1.json")
     p.add_argument("--examples", type=int, default=4, help="worked examples of the teacher")
     p.add_argument("--columns", type=int, default=20)
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--batches", type=int, default=3, help="a turn of each")
+    p.add_argument("--like", type=Path, help="train a CARTRIDGE as this run was, and score it")
+    p.add_argument("--lr", type=float, default=0.02, help="its peak learning rate")
+    p.add_argument("--to", type=Path, help="write its scores as JSON, too")
     a = p.parse_args()
+    if a.like:
+        scores = trained_like(a.like, a.lr)
+        if a.to:
+            write_file(a.to, json.dumps({"lr": a.lr, **scores}, indent=1).encode())
+        show(table([*scores.items()]))
+        return
+    if not a.data:
+        p.error("give --data, or --like RUN")
+    compare(a)
 
+
+def compare(a: argparse.Namespace) -> None:
     settings = Settings.from_flags({
         "model": a.model, "data": a.data, "teacher": worked_examples(a.data, a.examples),
         "device": "cpu", "dtype": "float32", "batch_size": a.batch_size}).complete()
     inputs = read_inputs(Run(Path("none")), settings, None, False)
     text = teacher_text(inputs.loaded, settings)
-    first = text.first(a.columns)
-    first = llama.Past(first.keys, first.values, first.real[:, :0], first.position)
+    first = beginning(text, a.columns)
     mine = Ours(inputs, text, first)
-    base = transformers.LlamaForCausalLM.from_pretrained(inputs.loaded.folder, dtype=torch.float32)
-    other = Theirs(base.requires_grad_(False), inputs, mine.teacher, first)
+    other = Theirs(base_model(inputs), inputs, mine.teacher, first)
 
     order = data.Order([e.context for e in inputs.questions.examples], a.batch_size, 0)
     print(f"{peers.machine(argparse.Namespace(device='cpu'))}\n{a.model}: a teacher of "

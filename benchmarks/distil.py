@@ -10,7 +10,8 @@ distributions (train --teacher), from every prior and seed; text is the teacher'
 teacher KL, as teacher: the divergence from the teacher's next-token distributions, and the share of
 answers equal to the teacher's, on questions of --eval-data. tokens saved: of every question's
 keys and values. Means over seeds, with 95 % intervals of Student's t. With several --lr-factor
-each prior and method has its best one, by held-out training questions.
+each prior and method has its best one, by held-out training questions. With --cartridge every
+prefix from text has PEFT's CARTRIDGE beside it (cartridge.py --like), at each of the rates given.
 
 It is a sweep: the same command goes on where it was stopped, with --table it only shows what is
 finished, and other processes may share OUT by `promptprior.py sweep OUT`. `--model tiny --data
@@ -20,8 +21,10 @@ squad --examples 1 --steps 20` tries it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from runs import ROOT, evaluations, metrics, sweep
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-from lab.console import SCORES, show, table  # noqa: E402
+from lab.console import show, table  # noqa: E402
 from lab.files import write_file  # noqa: E402
 from lab.inputs import parse_spec  # noqa: E402
 from lab.plan import read_plan  # noqa: E402
@@ -40,7 +43,8 @@ from lab.sweep_table import cells_of, with_interval  # noqa: E402
 COLUMNS = 20  # rows, or columns of a prefix
 METHODS = {"prompt": "rows", "prefix": "prefix"}
 TITLES = {"seeds": "seeds", "loss": "loss", "teacher_kl": "teacher KL", "f1": "F1",
-          "agreement": "as teacher", "tokens": "tokens", "saved": "tokens saved"}
+          "agreement": "as teacher", "held_out_kl": "held-out KL", "tokens": "tokens",
+          "saved": "tokens saved"}
 
 
 def worked_examples(spec: str, count: int) -> str:
@@ -64,10 +68,35 @@ def grids(a: argparse.Namespace, teacher: str) -> list[dict]:
             for seed in a.seeds for prior in a.priors]
 
 
-def rows_of(out: Path, tokens: int) -> list[tuple[str, dict]]:
-    """The teacher, no prompt, and every prior and method untrained and trained."""
-    plan, cells, beside = read_plan(out / "plan.json"), {}, {}
-    for cell in cells_of(plan, [name for name in plan.runs if plan.is_finished(name)]):
+def cartridges(out: Path, rates: list[float], only_shown: bool) -> dict[str, list[dict]]:
+    """The scores of the CARTRIDGEs beside the finished prefixes from text, a file each."""
+    rows: dict[str, list[dict]] = {}
+    folder = out.parent / f"{out.name}.cartridges"
+    for cell in finished(out):
+        if (cell.settings.prompt.method, cell.settings.prior.prior) != ("prefix", "text"):
+            continue
+        for lr, run in itertools.product(rates, cell.runs.values()):
+            path = folder / f"{run.path.name}-{lr:g}.json"
+            if not path.exists():
+                if only_shown:
+                    continue
+                subprocess.run([sys.executable, ROOT / "benchmarks/cartridge.py", "--like",
+                                run.path, "--lr", str(lr), "--to", path], check=True, stdout=2)
+            scored = json.loads(path.read_text())
+            for equal in ("equal steps", "equal seconds"):
+                rows.setdefault(f"CARTRIDGE, rate {lr:g}, {equal}", []).append(scored[equal])
+    return rows
+
+
+def finished(out: Path) -> list:
+    plan = read_plan(out / "plan.json")
+    return cells_of(plan, [name for name in plan.runs if plan.is_finished(name)])
+
+
+def rows_of(out: Path, tokens: int, cells: dict[str, list[dict]]) -> list[tuple[str, dict]]:
+    """The teacher, no prompt, every prior and method untrained and trained, and the cells."""
+    cells, beside = {**cells}, {}
+    for cell in finished(out):
         settings, runs = cell.settings, [run.path for run in cell.runs.values()]
         name = f"{METHODS[settings.prompt.method]}, {settings.prior.prior}"
         if cell.held_out:
@@ -80,7 +109,7 @@ def rows_of(out: Path, tokens: int) -> list[tuple[str, dict]]:
             ("no prompt", {**beside["baseline"], "tokens": 0, "saved": tokens})]
     for cell, lines in sorted(cells.items()):
         numbers = {"seeds": len(lines), "tokens": COLUMNS, "saved": tokens - COLUMNS}
-        for key in TITLES.keys() & SCORES.keys() & lines[0].keys():
+        for key in TITLES.keys() & lines[0].keys():
             numbers |= with_interval(key, [line[key] for line in lines])
         rows.append((cell, numbers))
     return rows
@@ -98,6 +127,8 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=200)
     p.add_argument("--mix", type=float, default=0.0, help="--teacher-mix")
     p.add_argument("--eval-limit", type=int, default=200)
+    p.add_argument("--cartridge", type=float, nargs="+", default=[], metavar="LR",
+                   help="peak learning rates of PEFT's CARTRIDGE")
     a, flags = p.parse_known_args()
 
     teacher = worked_examples(a.data, a.examples)
@@ -108,7 +139,8 @@ def main() -> None:
     sweep(a.out, path, flags)
     folder = TINY if a.model == "tiny" else a.model
     tokens = len(data.Vocabulary(folder).encode_plain(teacher + "\n"))
-    show(f"\n{table(rows_of(a.out, tokens), TITLES)}")
+    beside = cartridges(a.out, a.cartridge, "--table" in flags)
+    show(f"\n{table(rows_of(a.out, tokens, beside), TITLES)}")
 
 
 if __name__ == "__main__":
