@@ -16,14 +16,15 @@ fp32; then they take turns.
 With --like a CARTRIDGE learns what RUN did: from the same teacher, beginning, questions, batches,
 schedule and dtype, by AdamW at one rate for all of its numbers, and with its first column frozen,
 as PEFT has it by default. Then it learns again in as many steps as it makes in the processor time
-of RUN's steps, which are timed beside its own. Both are saved by PEFT, imported and scored.
+of RUN's steps; the first --timed steps of both say how many. After these our teacher takes the
+place of PEFT's, which says the same and is slower. Both are saved by PEFT, imported and scored.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -31,7 +32,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, as promptprior.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -58,6 +58,7 @@ from lab.settings import Settings
 from lab.train import schedule
 
 TOLERANCE = 1e-4  # relative, between the losses and between the gradients of the two
+TIMED = 8  # steps
 
 
 class Ours:
@@ -80,6 +81,12 @@ class Ours:
         (summed / tokens).backward()
         return kl / tokens
 
+    @torch.no_grad()
+    def target(self, indices: list[int]) -> Tensor:
+        """(M, V): the teacher's log-probabilities of the answers' tokens, question by question."""
+        labels = self.questions.batch(indices, True, "before", "cpu").labels
+        return self.model.logits(self.teacher.states(indices, labels)).float().log_softmax(dim=-1)
+
     def gradient(self) -> Tensor:
         """(n, L 2 G hd), as PEFT keeps a prefix."""
         keys, values = (tuple(t.grad for t in cached)
@@ -97,10 +104,12 @@ class Theirs:
         self.encoder = self.model.prompt_encoder["default"]
         self.encoder.load_prompt_embeddings(numbers)
 
-    def step(self, indices: list[int]) -> float:
+    def step(self, indices: list[int], target: Tensor | None = None) -> float:
+        """target (M, V): the teacher's log-probabilities of the answers' tokens, if known."""
         self.encoder.trainable_embedding.grad = None
-        with torch.no_grad():
-            target = self.log_probabilities(self.base, [self.taught.row(i) for i in indices])
+        if target is None:
+            with torch.no_grad():
+                target = self.log_probabilities(self.base, [self.taught.row(i) for i in indices])
         said = self.log_probabilities(self.model, [self.student.row(i) for i in indices])
         loss = F.kl_div(said, target, reduction="batchmean", log_target=True)
         loss.backward()
@@ -113,7 +122,7 @@ class Theirs:
         mask = llama.pad([[1] * len(r.ids) for r in rows], value=0)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return torch.cat([logits[i, r.start - 1:len(r.ids) - 1]
-                          for i, r in enumerate(rows)]).log_softmax(dim=-1)
+                          for i, r in enumerate(rows)]).float().log_softmax(dim=-1)
 
 
 def base_model(inputs: Inputs):
@@ -132,18 +141,18 @@ def beginning(text, columns: int) -> llama.Past:
 # a CARTRIDGE that is trained and scored
 
 
-def trained_like(run: Path, lr: float) -> dict[str, dict]:
+def trained_like(run: Path, lr: float, timed: int = TIMED) -> dict[str, dict]:
     """Scores of two CARTRIDGEs on the run's evaluation data: {"equal steps", "equal seconds":
-    {"steps", "seconds", "loss", ...}}, with "held_out_kl" if the run held questions out."""
+    {"steps", "loss", ...}}, with "held_out_kl" if the run held questions out."""
     settings = Run(run).settings()
     inputs = with_teacher(read_inputs(Run(run), settings, None, False), Run(run), None)
     text = inputs.lessons.teacher.text
     first = beginning(text, settings.prior.tokens)
     ours, base = Ours(inputs, text, first), base_model(inputs)
 
-    def cartridge(steps: int, beside: Callable = lambda indices: None) -> tuple[dict, list, list]:
+    def scored_after(steps: int, timed: int) -> tuple[dict, float]:
         other = Theirs(base, inputs, ours.teacher, first, frozen=1)
-        seconds = train(other, inputs, steps, lr, beside)
+        ratio = train(other, ours, inputs, steps, lr, timed)
         with tempfile.TemporaryDirectory() as folder:
             other.model.save_pretrained(folder)
             prompt = from_peft(Path(folder), inputs.loaded.model)
@@ -153,34 +162,36 @@ def trained_like(run: Path, lr: float) -> dict[str, dict]:
         if inputs.held_out:
             held_out, _ = scored(inputs.held_out, teacher=inputs.held_out_exam)
             scores["held_out_kl"] = held_out["teacher_kl"]
-        of_theirs, of_ours = zip(*seconds)
-        return {"steps": steps, "seconds": sum(of_theirs), **scores}, of_theirs, of_ours
+        return {"steps": steps, **scores}, ratio
 
-    equal, of_theirs, of_ours = cartridge(settings.train.steps, ours.step)
-    in_time = sum(total <= sum(of_ours) for total in itertools.accumulate(of_theirs))
-    return {"equal steps": {**equal, "seconds_of_prefix": sum(of_ours)},
-            "equal seconds": cartridge(max(in_time, 1))[0]}
+    steps = settings.train.steps
+    equal, ratio = scored_after(steps, timed)
+    return {"equal steps": {**equal, "times_as_long": ratio},
+            "equal seconds": scored_after(max(int(steps / ratio), 1), 0)[0]}
 
 
-def train(other: Theirs, inputs: Inputs, steps: int, lr: float, beside: Callable
-          ) -> list[tuple[float, float]]:
-    """-> processor seconds of every step, and of beside(indices) before it."""
+def train(other: Theirs, ours: Ours, inputs: Inputs, steps: int, lr: float, timed: int) -> float:
+    """-> how many times as long as one of ours its step takes, in processor seconds, the median of
+    the first `timed` steps."""
     trained, settings = other.encoder.trainable_embedding, inputs.settings
     optimiser = torch.optim.AdamW([trained], lr, weight_decay=0.0)
     order = data.Order([e.context for e in inputs.questions.examples], settings.data.batch_size,
                        settings.seed, settings.data.share)
-    seconds = []
+    ratios = []
     for step in range(steps):
-        start = time.process_time()
-        beside(order[step])
-        middle = time.process_time()
+        indices, start = order[step], time.process_time()
+        if step < timed:
+            ours.step(indices)
+            middle = time.process_time()
+            loss = other.step(indices)
+            ratios.append((time.process_time() - middle) / (middle - start))
+        else:
+            loss = other.step(indices, ours.target(indices))
         optimiser.param_groups[0]["lr"] = lr * schedule(step, steps, settings.train.warmup)
-        loss = other.step(order[step])
         torch.nn.utils.clip_grad_norm_([trained], settings.train.clip)
         optimiser.step()
-        seconds.append((time.process_time() - middle, middle - start))
-        print(f"step {step + 1} of {steps}: KL {loss:.3f}, {seconds[-1][0]:.1f} s", file=sys.stderr)
-    return seconds
+        print(f"step {step + 1} of {steps}: KL {loss:.3f}", file=sys.stderr, flush=True)
+    return statistics.median(ratios) if ratios else math.nan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,10 +208,11 @@ def main() -> None:
     p.add_argument("--batches", type=int, default=3, help="a turn of each")
     p.add_argument("--like", type=Path, help="train a CARTRIDGE as this run was, and score it")
     p.add_argument("--lr", type=float, default=0.02, help="its peak learning rate")
+    p.add_argument("--timed", type=int, default=TIMED, help="steps that are timed")
     p.add_argument("--to", type=Path, help="write its scores as JSON, too")
     a = p.parse_args()
     if a.like:
-        scores = trained_like(a.like, a.lr)
+        scores = trained_like(a.like, a.lr, a.timed)
         if a.to:
             write_file(a.to, json.dumps({"lr": a.lr, **scores}, indent=1).encode())
         show(table([*scores.items()]))
