@@ -3,7 +3,7 @@ and a CARTRIDGE that is trained as a run was, with its scores.
 
     python benchmarks/cartridge.py --model smollm2 --data squad:train-v1.1.json --examples 4
     python benchmarks/cartridge.py --model tiny --data squad --examples 1
-    python benchmarks/cartridge.py --like RUN --lr 0.02     # RUN: a prefix from text, of distil.py
+    python benchmarks/cartridge.py --like RUN --lr 0.02     # of train --teacher --method prefix
 
 The teacher is the model with worked examples in front, as in distil.py. Both prompts begin as the
 keys and values of the teacher's first --columns tokens, as initialize_kv_prefix_from_text makes
@@ -52,7 +52,7 @@ from lab.console import show, table
 from lab.distil import Teacher, teacher_text
 from lab.evaluation import evaluate
 from lab.files import write_file
-from lab.folder import Run
+from lab.folder import FIRST_PROMPT, Run
 from lab.loss import begin, taught_loss
 from lab.settings import Settings
 from lab.train import schedule
@@ -66,8 +66,8 @@ class Ours:
         self.model, self.questions = inputs.loaded.model, inputs.questions
         self.teacher = Teacher(inputs.loaded, text, inputs.questions, inputs.settings)
         self.prefix = prefix._replace(
-            keys=tuple(t.clone().requires_grad_() for t in prefix.keys),
-            values=tuple(t.clone().requires_grad_() for t in prefix.values))
+            keys=tuple(t.detach().clone().requires_grad_() for t in prefix.keys),
+            values=tuple(t.detach().clone().requires_grad_() for t in prefix.values))
 
     def step(self, indices: list[int]) -> float:
         """The divergence in nats a token; its gradient is left in the prefix."""
@@ -131,12 +131,6 @@ def base_model(inputs: Inputs):
     return base.requires_grad_(False)
 
 
-def beginning(text, columns: int) -> llama.Past:
-    """The keys and values of the teacher's first tokens."""
-    first = text.first(columns)
-    return llama.Past(first.keys, first.values, first.real[:, :0], first.position)
-
-
 # --------------------------------------------------------------------------------------------------
 # a CARTRIDGE that is trained and scored
 
@@ -145,10 +139,11 @@ def trained_like(run: Path, lr: float, timed: int = TIMED) -> dict[str, dict]:
     """Scores of two CARTRIDGEs on the run's evaluation data: {"equal steps", "equal seconds":
     {"steps", "loss", ...}}, with "held_out_kl" if the run held questions out."""
     settings = Run(run).settings()
+    if settings.prompt.method != "prefix" or not settings.teacher.teaches:
+        raise SystemExit(f"{run}: give a run of train --teacher TEXT --method prefix")
     inputs = with_teacher(read_inputs(Run(run), settings, None, False), Run(run), None)
-    text = inputs.lessons.teacher.text
-    first = beginning(text, settings.prior.tokens)
-    ours, base = Ours(inputs, text, first), base_model(inputs)
+    first = Run(run).prompt(FIRST_PROMPT).past(inputs.loaded.model)
+    ours, base = Ours(inputs, inputs.lessons.teacher.text, first), base_model(inputs)
 
     def scored_after(steps: int, timed: int) -> tuple[dict, float]:
         other = Theirs(base, inputs, ours.teacher, first, frozen=1)
@@ -228,7 +223,8 @@ def compare(a: argparse.Namespace) -> None:
         "device": "cpu", "dtype": "float32", "batch_size": a.batch_size}).complete()
     inputs = read_inputs(Run(Path("none")), settings, None, False)
     text = teacher_text(inputs.loaded, settings)
-    first = beginning(text, a.columns)
+    first = text.first(a.columns)
+    first = llama.Past(first.keys, first.values, first.real[:, :0], first.position)
     mine = Ours(inputs, text, first)
     other = Theirs(base_model(inputs), inputs, mine.teacher, first)
 

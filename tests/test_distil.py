@@ -493,6 +493,46 @@ def test_the_seconds_that_a_prompt_saves_are_shown(tmp_path, monkeypatch, capsys
         saved.main()
 
 
+def test_pefts_cartridge_is_trained_and_scored_beside_a_prefix(tmp_path, monkeypatch, capsys):
+    """At rate 0 it is the prefix that a run began with; else its first column stays, and its loss
+    is the divergence from the teacher, whichever of the two says what the teacher's answers are."""
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(Path(promptprior.__file__).parent / "benchmarks")
+    import cartridge
+
+    text = "short answer\n" + "Bolu was born in Tarn and never went to Lod. " * 2
+    path = tmp_path / "run"
+    assert run("train", "--out", path, *SMALL, "--method", "prefix", "--prior", "text", "--text",
+               text, "--teacher", text, "--tokens", 6, "--dtype", "float32", "--hold-out") == 0
+    begun = next(line for line in map(json.loads, (path / "metrics.jsonl").open())
+                 if line["split"] == "eval")
+    for scores in cartridge.trained_like(path, 0.0, timed=2).values():
+        for key in ("loss", "teacher_kl", "f1", "agreement"):
+            assert scores[key] == pytest.approx(begun[key], rel=1e-4)
+        assert scores["held_out_kl"] > 0
+
+    made, targets = [], []
+    monkeypatch.setattr(cartridge, "from_peft", lambda folder, model: made.append(
+        load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]) or None)
+    monkeypatch.setattr(cartridge, "evaluate", lambda *_, **__: ({"teacher_kl": 0.0}, []))
+    step = cartridge.Theirs.step
+
+    def both(theirs, indices, target=None):
+        losses = [step(theirs, indices, target)]
+        if target is not None:
+            losses.append(step(theirs, indices))
+        targets.append(losses)
+        return losses[-1]
+
+    monkeypatch.setattr(cartridge.Theirs, "step", both)
+    cartridge.trained_like(path, 0.0, timed=2)
+    cartridge.trained_like(path, 0.1, timed=2)
+    before, _, trained, _ = made
+    assert torch.equal(before[0], trained[0]) and not torch.equal(before[1], trained[1])
+    given = [losses for losses in targets if len(losses) == 2]
+    assert len(given) >= 4 and all(a == pytest.approx(b, rel=1e-4) for a, b in given)
+
+
 def test_a_teacher_that_reads_other_answers_is_refused(loaded):
     settings = Settings.from_flags({"teacher": "short answer", "device": "cpu"}).complete()
     questions = inputs.encode(gsm8k(4), loaded.vocabulary, 60, "x")

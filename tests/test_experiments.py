@@ -1,6 +1,7 @@
 """What the studies in benchmarks/ make of trained prompts, before they score it."""
 
 import contextlib
+import math
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
 import promptprior
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(promptprior.__file__).parent / "benchmarks"))
 import displacements  # noqa: E402
 import keys_values  # noqa: E402
 import many  # noqa: E402
+import pace  # noqa: E402
 import runs  # noqa: E402
 import subspace  # noqa: E402
 import worked  # noqa: E402
@@ -125,6 +128,23 @@ def test_a_process_has_those_that_it_started():
     found = many.processes_of(process.pid)
     process.communicate(b"\n")
     assert found == [process.pid, child]
+
+
+def test_the_steps_to_a_loss():
+    losses = [3.0, 2.0, 1.0, 2.0, 0.5, 0.1]
+    assert pace.steps_to(losses, 1.5, 2) == 3 and pace.steps_to(losses, 1.5, 1) == 3
+    assert pace.steps_to(losses, 1.2, 3) == 5 and pace.steps_to(losses, 0.2, 2) == math.inf
+    rows = dict(pace.compared({
+        "none": {1: 5.0, 2: math.inf}, "first": {1: 10.0, 2: 20.0, 3: 27.0},
+        "second": {1: 12.0, 2: 25.0, 3: 28.0}, "third": {2: 10.5, 3: 17.0}}))
+    assert rows["none"] == {"seeds": 2, "reached": 1} and rows["first"]["steps"] == 19
+    expected = scipy.stats.ttest_rel([12, 25, 28], [10, 20, 27])
+    assert rows["second"]["p"] == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval()
+    assert (rows["second"]["difference_low"], rows["second"]["difference_high"]) == \
+        pytest.approx((interval.low, interval.high), rel=1e-4)
+    assert rows["third"]["difference"] == -9.75 and rows["third"]["p"] < rows["second"]["p"]
+    assert rows["third"]["holm"] == 2 * rows["third"]["p"]
 
 
 def is_training(folder):
