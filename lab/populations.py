@@ -193,7 +193,7 @@ def text_population(text: str, loaded: LoadedModel, layers: list[int]) -> dict[i
     rows = inputs_of(loaded.model, [ids], [list(range(len(ids)))], layers)
     one_text = torch.zeros(len(ids), dtype=torch.int64)
     labels = Labels(torch.tensor(ids), ["text"] * len(ids), ["text"] * len(ids), one_text)
-    return {i: Part(rows[i], f"tokens of {text!r}", labels) for i in layers}
+    return {i: Part(rows[i].float(), f"tokens of {text!r}", labels) for i in layers}
 
 
 def run_populations(path: str, loaded: LoadedModel, layers: list[int]) -> list[dict[int, Part]]:
@@ -290,8 +290,8 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
 
     # Leave out rows of massive norm, which differ from layer to layer.
     parts = {}
-    for i, x in by_layer.items():
-        x = x[:limit]
+    for i in layers:
+        x = by_layer.pop(i)[:limit].float()  # of many layers one at a time, for the memory
         ordinary = (~is_massive(x)).nonzero()[:, 0]
         parts[i] = Part(x[ordinary], population_name(i, spec), labels.take(ordinary), keep=True)
         if len(ordinary) < len(x):
@@ -307,14 +307,15 @@ def population_name(layer: int, spec: str) -> str:
 
 def inputs_of(model: llama.Llama, rows: list[list[int]], positions: list[list[int]],
               layers: list[int]) -> dict[int, Tensor]:
-    """The inputs of layers at these positions of token rows, {layer: (N, D)} fp32 on the CPU."""
+    """The inputs of layers at these positions of token rows, {layer: (N, D)} on the CPU, in the
+    model's type."""
     parts: dict[int, list[Tensor]] = {i: [] for i in layers}
     batches = stream(model, rows, positions, layers)
     for batch in progress(batches, total=math.ceil(len(rows) / BATCH), desc="activations",
                           unit=" batches", leave=False):
         for i, x in batch.items():
-            parts[i].append(x.float().cpu())
-    return {i: torch.cat(x) for i, x in parts.items()}
+            parts[i].append(x.cpu())
+    return {i: torch.cat(parts.pop(i)) for i in layers}
 
 
 def kept_inputs(loaded: LoadedModel, rows: list[list[int]], positions: list[list[int]],
@@ -328,13 +329,13 @@ def kept_inputs(loaded: LoadedModel, rows: list[list[int]], positions: list[list
             or cache.cache_folder() is None):
         return inputs_of(model, rows, positions, layers)
 
-    def inputs() -> tuple[Tensor, ...]:  # in the model's type, which may take half the room
+    def inputs() -> tuple[Tensor, ...]:
         by_layer = inputs_of(model, rows, positions, layers)
-        return tuple(by_layer[i].to(model.embeddings.dtype) for i in layers)
+        return tuple(by_layer[i] for i in layers)
 
     given = (checksum(model_files(loaded.settings)), loaded.settings.dtype, layers, *rows,
              *positions)
-    return dict(zip(layers, (x.float() for x in kept_under("inputs", given, work, inputs))))
+    return dict(zip(layers, kept_under("inputs", given, work, inputs)))
 
 
 def reference_rows(examples: list[data.Example], vocabulary: data.Vocabulary, max_length: int,
