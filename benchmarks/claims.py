@@ -1,4 +1,4 @@
-"""The paper's claims, each a grid of runs of `sweep`, with its table and tests.
+"""The paper's claims, and one of another paper, each a sweep with its table and tests.
 
     python benchmarks/claims.py --out claims [--only prior deep] [--seeds 5] [FLAG of sweep ...]
 
@@ -26,30 +26,58 @@ from runs import ROOT, sweep
 
 sys.path.insert(0, str(ROOT))
 
+from llama import read_config  # noqa: E402
+from lab.hub import model_folder  # noqa: E402
 from lab.plan import RATES, read_plan  # noqa: E402
+from lab.settings import ModelSettings  # noqa: E402
 from lab.sweep_table import cells_of  # noqa: E402
 
 
 class Claim(NamedTuple):
     sentence: str  # what the paper says
-    grid: dict[str, list]
+    grids: list[dict[str, list]]
 
 
 HELD_OUT = 160  # questions to choose a rate by
+ALL = "all"  # in place of a number of layers
+SIZES = (16, 64, 256, 1024)  # training questions
 FEW = ["isotropic", "xavier", "vocab", "fitted", "exclusion"]
 CLAIMS = {
     "prior": Claim("The prior of token rows does not decide how well a prompt answers (4.1).",
-                   {"prior": ["isotropic", "xavier", "text", "vocab", "fitted", "exclusion",
-                              "exclusion:k=2", "exclusion:radius=1.5", "sparse", "vae"]}),
+                   [{"prior": ["isotropic", "xavier", "text", "vocab", "fitted", "exclusion",
+                               "exclusion:k=2", "exclusion:radius=1.5", "sparse", "vae"]}]),
     "deep": Claim("Nor does that of token rows and rows at the last three layers (4.2).",
-                  {"prior": FEW, "deep_layers": [3]}),
+                  [{"prior": FEW, "deep_layers": [3]}]),
     **{f"cut-{prior}": Claim("Token rows may be cut off after the first layer, or kept (3.2).",
-                             {"prior": [prior], "cut": [False, True]})
+                             [{"prior": [prior], "cut": [False, True]}])
        for prior in ("isotropic", "vocab", "fitted")},
     "last": Claim("Interpolation and VAE priors of the last layer do as well (4.5, 4.6).",
-                  {"prior": ["fitted", "vocab", "interpolation", "vae"], "tokens": [0],
-                   "deep_layers": [1]}),
+                  [{"prior": ["fitted", "vocab", "interpolation", "vae"], "tokens": [0],
+                    "deep_layers": [1]}]),
+    # Keys and values share nothing, a vector a column, a network, or the model's W_k and W_v. Draws
+    # are the same however few the questions are, as prose is their reference.
+    **{f"samples-{count}": Claim(
+        "Keys and values of shared structure need fewer questions (arXiv 2410.02200).",
+        [{"method": ["prefix"], "reparam": ["none", "shared", "mlp"], **few},
+         {"deep_layers": [ALL], **few}])
+       for count in SIZES for few in [{"train_examples": [count], "reference": [["text"]],
+                                       "reference_rows": [2000]}]},
 }
+PAPER = [name for name in CLAIMS if not name.startswith("samples")]
+
+
+def grids_of(claim: Claim, priors: list[str] | None, layers: int) -> list[dict[str, list]]:
+    """A claim's grids for a model of so many layers, with the given priors where it compares
+    several."""
+    grids = []
+    for grid in claim.grids:
+        grid = dict(grid)
+        if priors and len(grid.get("prior", ())) > 1:
+            grid["prior"] = priors
+        if grid.get("deep_layers") == [ALL]:
+            grid["deep_layers"] = [layers]
+        grids.append(grid)
+    return grids
 
 
 def run_sweep(folder: Path, grids: list[dict[str, list]], flags: list[str]) -> str:
@@ -75,7 +103,9 @@ def best_rates(folder: Path) -> list[dict[str, list]]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, required=True, help="a folder, new or of an earlier start")
-    p.add_argument("--only", nargs="+", choices=CLAIMS, default=[*CLAIMS])
+    p.add_argument("--only", nargs="+", choices=CLAIMS, default=PAPER,
+                   help="by default those of the paper, without samples-N")
+    p.add_argument("--model", default="tiny", help="as for train")
     p.add_argument("--priors", nargs="+", metavar="SPEC",
                    help="in place of each claim's own, where it compares several (claims prior, "
                         "deep and last)")
@@ -84,16 +114,15 @@ def main() -> None:
                    help="of each layer's own learning rate; several: the best is taken")
     p.add_argument("--eval-limit", type=int, help="most questions evaluated, as for train")
     a, flags = p.parse_known_args()
+    flags += ["--model", a.model]
+    config = read_config(model_folder(ModelSettings(a.model)) / "config.json")
     for name in a.only:
-        claim = CLAIMS[name]
-        grid = dict(claim.grid)
-        if a.priors and len(grid["prior"]) > 1:
-            grid["prior"] = a.priors
-        grids, first = [grid], 0
+        claim, first = CLAIMS[name], 0
+        grids = grids_of(claim, a.priors, config.num_hidden_layers)
         if len(a.factors) > 1:
             rates = a.out / f"{name}-rates"
             run_sweep(rates, [{**grid, "lr_factor": a.factors, "seed": [0],
-                               "eval_limit": [HELD_OUT]}], flags)
+                               "eval_limit": [HELD_OUT]} for grid in grids], flags)
             grids, first = best_rates(rates), 1
         limit = {} if a.eval_limit is None else {"eval_limit": [a.eval_limit]}
         # Seed by seed, so that while runs are missing there are as many of each cell.

@@ -19,6 +19,7 @@ import promptprior
 
 sys.path.insert(0, str(Path(promptprior.__file__).parent / "benchmarks"))
 
+import claims  # noqa: E402
 import displacements  # noqa: E402
 import keys_values  # noqa: E402
 import many  # noqa: E402
@@ -26,6 +27,7 @@ import pace  # noqa: E402
 import runs  # noqa: E402
 import subspace  # noqa: E402
 import worked  # noqa: E402
+from lab.plan import make_runs  # noqa: E402
 
 
 def trained(prior, task, seed, displacement):
@@ -128,6 +130,25 @@ def test_a_process_has_those_that_it_started():
     found = many.processes_of(process.pid)
     process.communicate(b"\n")
     assert found == [process.pid, child]
+
+
+def test_claims_are_grids_that_a_sweep_takes():
+    """With the priors that are asked for where a claim compares several, and rows at all layers of
+    the model where it says so."""
+    for name, claim in claims.CLAIMS.items():
+        flags = {"priors": None, "layers": 6}
+        made = make_runs(claims.grids_of(claim, **flags))
+        assert len(made) > 1
+        others = make_runs(claims.grids_of(claim, priors=["sparse", "vae"], layers=4))
+        if name in ("prior", "deep", "last"):
+            assert [run["prior"] for run in others.values()] == ["sparse", "vae"]
+        else:
+            assert len(others) == len(made)
+    structures = make_runs(claims.grids_of(claims.CLAIMS["samples-16"], None, 6))
+    assert [(run.get("reparam"), run.get("deep_layers")) for run in structures.values()] == [
+        ("none", None), ("shared", None), ("mlp", None), (None, 6)]
+    assert {(run["train_examples"], tuple(run["reference"])) for run in structures.values()} == {
+        (16, ("text",))}
 
 
 def test_the_steps_to_a_loss():
