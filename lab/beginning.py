@@ -171,6 +171,8 @@ def begin_run(inputs: Inputs) -> Beginning:
 def make_posterior(settings: Settings, begun: Beginning, answers: float) -> posteriors.Point:
     """answers: the tokens of all answers to train on."""
     start, scales, reparam = begun.start, begun.scales, settings.prompt.reparam
+    if frozen := settings.prompt.frozen_tokens:
+        return posteriors.Anchored(start, scales, 1 / answers, settings.seed, frozen)
     if begun.bases:
         return posteriors.Confined(start, scales, 1 / answers, settings.seed, begun.bases)
     if reparam != "none":

@@ -54,8 +54,8 @@ class Point(nn.Module):
     def groups(self, lr: float | None = None, factor: float = 1.0) -> list[dict]:
         """Parameter groups of an optimiser, with learning rates and names. lr: one rate for all
         layers; None: a twentieth of each layer's unit. factor: multiplies either."""
-        return [{"params": [numbers], "lr": factor * (lr or self.units[i] / 20),
-                 "name": f"layer {i}"} for i, numbers in self.numbers().items()]
+        return [{"params": [numbers], "lr": factor * (lr or self.units[int(i)] / 20),
+                 "name": f"layer {i}"} for i, numbers in self.layers.items()]
 
     def optimiser(self, lr: float | None = None, factor: float = 1.0) -> torch.optim.Optimizer:
         """What moves the parameters. AdamW has no weight decay here, which would be a pull towards
@@ -85,6 +85,24 @@ class Point(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """What a run keeps, the representative as `layers.I`; `particles` reads it."""
         return {f"layers.{i}": numbers for i, numbers in self.representative().items()}
+
+
+class Anchored(Point):
+    """One prompt whose first rows, or columns of a prefix, stay as the prior drew them. Attention
+    that has nowhere else to go rests on the first position (an attention sink), so that to move it
+    disturbs every text; Cartridges (arXiv 2506.06266) freeze it as well."""
+
+    def __init__(self, start: Layers, units: dict[int, float], weight: float, seed: int,
+                 frozen: int):
+        """start {layer: (1, n, ...)}. frozen: the rows that stay, fewer than n."""
+        super().__init__({i: draws[:, frozen:] for i, draws in start.items()}, units, weight, seed)
+        # a parameter, so that checkpoints have it
+        self.frozen = nn.ParameterDict({
+            i: nn.Parameter(start[int(i)][0, :frozen].float().clone(), requires_grad=False)
+            for i in self.layers})
+
+    def numbers(self) -> Layers:
+        return {int(i): torch.cat([self.frozen[i], numbers]) for i, numbers in self.layers.items()}
 
 
 class Encoded(Point):

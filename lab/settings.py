@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import priors
-from lab.console import UserError
+from lab.console import UserError, counted
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 TINY_TEXT = "short answer"  # the header that the bundled model was pre-trained with
@@ -177,6 +177,8 @@ class PromptSettings:
     directions: str = setting(
         "principal", "which these are: principal, those in which the reference varies most; "
         "random, drawn uniformly", choices=("principal", "random"))
+    frozen_tokens: int = setting(0, "rows, or columns of a prefix, at the beginning of each layer "
+                                    "that stay as the prior drew them", least=0, below=2**17)
     place: str = setting(
         "before", "where the prompt stands: before, in front of BOS and the text; after-bos, "
         "between BOS and the text; suffix, in front of the text's last token, the colon of "
@@ -402,6 +404,14 @@ def check_together(settings: Settings) -> None:
     if prompt.subspace and (prompt.reparam != "none" or train.posterior != "point"):
         raise UserError("--subspace trains one prompt, in coordinates of its own: leave out "
                         "--reparam and --posterior")
+    if frozen := prompt.frozen_tokens:
+        rows = prior.tokens or TOKENS
+        if frozen >= rows:
+            raise UserError(f"--frozen-tokens {frozen}: a layer has {counted(rows, 'row')}: give "
+                            "fewer, so that one is left to train")
+        if prompt.reparam != "none" or prompt.subspace or train.posterior != "point":
+            raise UserError("--frozen-tokens is for one prompt whose other rows go anywhere: leave "
+                            "out --reparam, --subspace and --posterior")
     if prompt.reparam != "none" and train.posterior != "point":
         raise UserError("--reparam trains one prompt: leave out --posterior")
     if train.posterior != "point" and not train.prior_weight:
@@ -591,6 +601,8 @@ def free_name(settings: Settings) -> str:
         parts.append(f"deep{settings.prior.deep_layers}")
     if settings.prompt.subspace:
         parts.append(f"subspace{settings.prompt.subspace}")
+    if settings.prompt.frozen_tokens:
+        parts.append(f"frozen{settings.prompt.frozen_tokens}")
     for name in ("posterior", "method", "reparam", "directions", "place"):
         value = flat(settings)[name]
         if value != FIELDS[name].default:

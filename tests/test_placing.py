@@ -197,6 +197,7 @@ KINDS = {"prefix": ["--method", "prefix"],
                            "--prior-weight", 1],
          "a prefix in a subspace": ["--method", "prefix", "--subspace", 5, "--directions",
                                     "random"],
+         "first column frozen": ["--method", "prefix", "--frozen-tokens", 1],
          "after BOS": ["--place", "after-bos"], "suffix": ["--place", "suffix", "--posterior",
                                                            "sgld", "--particles", 2,
                                                            "--prior", "fitted"],
@@ -301,6 +302,8 @@ def test_an_early_runs_prefix_still_opens(tmp_path, capsys):
     (["--subspace", 193], "a row has 192 numbers"), (["--directions", "random"], "--subspace K"),
     (["--subspace", 2, "--method", "prefix", "--reparam", "shared"], "leave out --reparam"),
     (["--subspace", 2, "--prior", "fitted", "--posterior", "sgld"], "and --posterior"),
+    (["--frozen-tokens", 20], "a layer has 20 rows: give fewer"),
+    (["--frozen-tokens", 1, "--subspace", 2], "leave out --reparam, --subspace"),
     (["--place", "middle"], "before, after-bos, suffix"), (["--method", "lora"], "prompt, prefix")])
 def test_mistakes(tmp_path, capsys, arguments, message):
     assert run("train", "--out", tmp_path / "a", *FEW, *arguments) == 2

@@ -87,6 +87,24 @@ def test_rows_stay_in_their_subspace(kind):
     torch.testing.assert_close(moved, wanted, rtol=0, atol=0.3)
 
 
+def test_frozen_rows_stay_and_the_others_are_trained_as_without_them():
+    start = {0: torch.randn(1, 5, 3, generator=generator()),
+             4: torch.randn(1, 5, 2, 2, 2, generator=generator(1))}
+    frozen = posteriors.Anchored(start, {0: 2.0, 4: 1.0}, 1, 0, 2)
+    free = posteriors.Point(start, {0: 2.0, 4: 1.0}, 1, 0)
+    for p in (frozen, free):
+        optimiser = p.optimiser()
+        for _ in range(4):
+            optimiser.zero_grad()
+            sum(rows.pow(4).sum() for rows in p.members(0)[0].values()).backward()
+            optimiser.step()
+    ends = frozen.representative(), free.representative()
+    for i, draws in start.items():
+        assert torch.equal(ends[0][i][:2], draws[0, :2])
+        assert torch.equal(ends[0][i][2:], ends[1][i][2:])
+        assert not (ends[0][i][2:] == draws[0, 2:]).any()
+
+
 # --------------------------------------------------------------------------------------------------
 # Langevin chains
 
