@@ -302,7 +302,7 @@ def test_an_early_runs_prefix_still_opens(tmp_path, capsys):
     (["--subspace", 193], "a row has 192 numbers"), (["--directions", "random"], "--subspace K"),
     (["--subspace", 2, "--method", "prefix", "--reparam", "shared"], "leave out --reparam"),
     (["--subspace", 2, "--prior", "fitted", "--posterior", "sgld"], "and --posterior"),
-    (["--frozen-tokens", 20], "a layer has 20 rows: give fewer"),
+    (["--frozen-tokens", 4], "a layer has 4 rows: give fewer"),
     (["--frozen-tokens", 1, "--subspace", 2], "leave out --reparam, --subspace"),
     (["--place", "middle"], "before, after-bos, suffix"), (["--method", "lora"], "prompt, prefix")])
 def test_mistakes(tmp_path, capsys, arguments, message):
