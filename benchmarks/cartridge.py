@@ -15,16 +15,17 @@ fp32; then they take turns.
 
 With --like a CARTRIDGE learns what RUN did: from the same teacher, beginning, questions, batches,
 schedule and dtype, by AdamW at one rate for all of its numbers, and with its first column frozen,
-as PEFT has it by default. Then it learns again in as many steps as it makes in the processor time
-of RUN's steps; the first --timed steps of both say how many. After these our teacher takes the
-place of PEFT's, which says the same and is slower. Both are saved by PEFT, imported and scored.
+as PEFT has it by default. Its keys are trained after rotation and ours before, so that AdamW takes
+other steps even at equal rates. Then it learns again, in as many steps as it makes in the processor
+time of RUN's, with as much less warm-up; how many that is, is measured on the first --timed
+batches, where PEFT's own teacher runs. In training, the teacher's distributions come from ours,
+which are the same and faster. Both are saved by PEFT, imported and scored.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -48,17 +49,19 @@ import peers
 from distil import worked_examples
 from lab.adapters import from_peft, prefix_numbers
 from lab.beginning import Inputs, read_inputs, with_teacher
-from lab.console import show, table
+from lab.console import SCORES, show, table
 from lab.distil import Teacher, teacher_text
 from lab.evaluation import evaluate
 from lab.files import write_file
 from lab.folder import FIRST_PROMPT, Run
 from lab.loss import begin, taught_loss
-from lab.settings import Settings
+from lab.settings import Settings, TrainSettings
 from lab.train import schedule
 
 TOLERANCE = 1e-4  # relative, between the losses and between the gradients of the two
 TIMED = 8  # steps
+TITLES = {"steps": "steps", "times_as_long": "times as long", **SCORES,
+          "held_out_kl": "held-out KL"}
 
 
 class Ours:
@@ -138,16 +141,22 @@ def base_model(inputs: Inputs):
 def trained_like(run: Path, lr: float, timed: int = TIMED) -> dict[str, dict]:
     """Scores of two CARTRIDGEs on the run's evaluation data: {"equal steps", "equal seconds":
     {"steps", "loss", ...}}, with "held_out_kl" if the run held questions out."""
-    settings = Run(run).settings()
-    if settings.prompt.method != "prefix" or not settings.teacher.teaches:
-        raise SystemExit(f"{run}: give a run of train --teacher TEXT --method prefix")
-    inputs = with_teacher(read_inputs(Run(run), settings, None, False), Run(run), None)
+    settings, config = Run(run).settings(), Run(run).config()
+    prompt = settings.prompt
+    if (not settings.teacher.teaches or settings.teacher.teacher_mix
+            or (prompt.method, prompt.place) != ("prefix", "before")
+            or prompt.prefix_layers is not None or settings.model.device != "cpu"):
+        raise SystemExit(f"{run}: give a run of train --teacher TEXT --method prefix --device cpu, "
+                         "without --teacher-mix, --place and --prefix-layers")
+    inputs = with_teacher(read_inputs(Run(run), settings, config, True), Run(run), config)
     first = Run(run).prompt(FIRST_PROMPT).past(inputs.loaded.model)
     ours, base = Ours(inputs, inputs.lessons.teacher.text, first), base_model(inputs)
+    order = data.Order([e.context for e in inputs.questions.examples], settings.data.batch_size,
+                       settings.seed, settings.data.share)
 
-    def scored_after(steps: int, timed: int) -> tuple[dict, float]:
+    def scored_after(steps: int) -> dict:
         other = Theirs(base, inputs, ours.teacher, first, frozen=1)
-        ratio = train(other, ours, inputs, steps, lr, timed)
+        train(other, ours, order, settings.train, steps, lr)
         with tempfile.TemporaryDirectory() as folder:
             other.model.save_pretrained(folder)
             prompt = from_peft(Path(folder), inputs.loaded.model)
@@ -157,36 +166,40 @@ def trained_like(run: Path, lr: float, timed: int = TIMED) -> dict[str, dict]:
         if inputs.held_out:
             held_out, _ = scored(inputs.held_out, teacher=inputs.held_out_exam)
             scores["held_out_kl"] = held_out["teacher_kl"]
-        return {"steps": steps, **scores}, ratio
+        return {"steps": steps, **scores}
 
     steps = settings.train.steps
-    equal, ratio = scored_after(steps, timed)
-    return {"equal steps": {**equal, "times_as_long": ratio},
-            "equal seconds": scored_after(max(int(steps / ratio), 1), 0)[0]}
+    ratio = times_as_long(Theirs(base, inputs, ours.teacher, first, frozen=1), ours, order, timed)
+    return {"equal steps": {**scored_after(steps), "times_as_long": ratio},
+            "equal seconds": scored_after(max(int(steps / ratio), 1))}
 
 
-def train(other: Theirs, ours: Ours, inputs: Inputs, steps: int, lr: float, timed: int) -> float:
-    """-> how many times as long as one of ours its step takes, in processor seconds, the median of
-    the first `timed` steps."""
-    trained, settings = other.encoder.trainable_embedding, inputs.settings
-    optimiser = torch.optim.AdamW([trained], lr, weight_decay=0.0)
-    order = data.Order([e.context for e in inputs.questions.examples], settings.data.batch_size,
-                       settings.seed, settings.data.share)
+def times_as_long(other: Theirs, ours: Ours, order: data.Order, steps: int) -> float:
+    """How many times the processor seconds of our step CARTRIDGE's takes: the median of steps, in
+    each of which the two take turns."""
     ratios = []
     for step in range(steps):
-        indices, start = order[step], time.process_time()
-        if step < timed:
-            ours.step(indices)
-            middle = time.process_time()
-            loss = other.step(indices)
-            ratios.append((time.process_time() - middle) / (middle - start))
-        else:
-            loss = other.step(indices, ours.target(indices))
-        optimiser.param_groups[0]["lr"] = lr * schedule(step, steps, settings.train.warmup)
-        torch.nn.utils.clip_grad_norm_([trained], settings.train.clip)
+        seconds = []
+        for prompt in (ours, other):
+            start = time.process_time()
+            prompt.step(order[step])
+            seconds.append(time.process_time() - start)
+        ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios)
+
+
+def train(other: Theirs, ours: Ours, order: data.Order, settings: TrainSettings, steps: int,
+          lr: float) -> None:
+    """Train CARTRIDGE as the run of these settings, in so many steps of its schedule."""
+    trained = other.encoder.trainable_embedding
+    optimiser = torch.optim.AdamW([trained], lr, weight_decay=0.0)
+    warmup = round(settings.warmup * steps / settings.steps)
+    for step in range(steps):
+        loss = other.step(order[step], ours.target(order[step]))
+        optimiser.param_groups[0]["lr"] = lr * schedule(step, steps, warmup)
+        torch.nn.utils.clip_grad_norm_([trained], settings.clip)
         optimiser.step()
         print(f"step {step + 1} of {steps}: KL {loss:.3f}", file=sys.stderr, flush=True)
-    return statistics.median(ratios) if ratios else math.nan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,7 +223,7 @@ def main() -> None:
         scores = trained_like(a.like, a.lr, a.timed)
         if a.to:
             write_file(a.to, json.dumps({"lr": a.lr, **scores}, indent=1).encode())
-        show(table([*scores.items()]))
+        show(table([*scores.items()], TITLES))
         return
     if not a.data:
         p.error("give --data, or --like RUN")

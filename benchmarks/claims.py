@@ -54,8 +54,9 @@ CLAIMS = {
     "last": Claim("Interpolation and VAE priors of the last layer do as well (4.5, 4.6).",
                   [{"prior": ["fitted", "vocab", "interpolation", "vae"], "tokens": [0],
                     "deep_layers": [1]}]),
-    # Keys and values share nothing, a vector a column, a network, or the model's W_k and W_v. Draws
-    # are the same however few the questions are, as prose is their reference.
+    # Four ways to make keys and values: each number by itself (none), a key and its value from one
+    # vector (shared), all from one network (mlp), or rows through the model's own W_k and W_v. The
+    # reference is prose, so that the draws are the same however few the questions are.
     **{f"samples-{count}": Claim(
         "Keys and values of shared structure need fewer questions (arXiv 2410.02200).",
         [{"method": ["prefix"], "reparam": ["none", "shared", "mlp"], **few},
@@ -105,7 +106,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True, help="a folder, new or of an earlier start")
     p.add_argument("--only", nargs="+", choices=CLAIMS, default=PAPER,
                    help="by default those of the paper, without samples-N")
-    p.add_argument("--model", default="tiny", help="as for train")
+    p.add_argument("--model", help="as for train")
     p.add_argument("--priors", nargs="+", metavar="SPEC",
                    help="in place of each claim's own, where it compares several (claims prior, "
                         "deep and last)")
@@ -114,8 +115,8 @@ def main() -> None:
                    help="of each layer's own learning rate; several: the best is taken")
     p.add_argument("--eval-limit", type=int, help="most questions evaluated, as for train")
     a, flags = p.parse_known_args()
-    flags += ["--model", a.model]
-    config = read_config(model_folder(ModelSettings(a.model)) / "config.json")
+    flags += ["--model", a.model] if a.model else []
+    config = read_config(model_folder(ModelSettings(a.model or "tiny")) / "config.json")
     for name in a.only:
         claim, first = CLAIMS[name], 0
         grids = grids_of(claim, a.priors, config.num_hidden_layers)

@@ -11,7 +11,8 @@ teacher KL, as teacher: the divergence from the teacher's next-token distributio
 answers equal to the teacher's, on questions of --eval-data. tokens saved: of every question's
 keys and values. Means over seeds, with 95 % intervals of Student's t. With several --lr-factor
 each prior and method has its best one, by held-out training questions. With --cartridge every
-prefix from text has PEFT's CARTRIDGE beside it (cartridge.py --like), at each of the rates given.
+prefix from text has PEFT's CARTRIDGE beside it (cartridge.py --like), at each of the rates given;
+held-out KL is of these alone.
 
 It is a sweep: the same command goes on where it was stopped, with --table it only shows what is
 finished, and other processes may share OUT by `promptprior.py sweep OUT`. `--model tiny --data
@@ -38,7 +39,7 @@ from lab.files import write_file  # noqa: E402
 from lab.inputs import parse_spec  # noqa: E402
 from lab.plan import read_plan  # noqa: E402
 from lab.settings import TINY  # noqa: E402
-from lab.sweep_table import cells_of, with_interval  # noqa: E402
+from lab.sweep_table import Cell, cells_of, with_interval  # noqa: E402
 
 COLUMNS = 20  # rows, or columns of a prefix
 METHODS = {"prompt": "rows", "prefix": "prefix"}
@@ -81,26 +82,38 @@ def cartridges(out: Path, rates: list[float], only_shown: bool) -> dict[str, lis
                 if only_shown:
                     continue
                 subprocess.run([sys.executable, ROOT / "benchmarks/cartridge.py", "--like",
-                                run.path, "--lr", str(lr), "--to", path], check=True, stdout=2)
+                                run.path, "--lr", str(lr), "--to", path], check=True,
+                               stdout=sys.stderr)
             scored = json.loads(path.read_text())
             for equal in ("equal steps", "equal seconds"):
-                rows.setdefault(f"CARTRIDGE, rate {lr:g}, {equal}", []).append(scored[equal])
+                name = f"CARTRIDGE beside {name_of(cell)}, rate {lr:g}, {equal}"
+                rows.setdefault(name, []).append(scored[equal])
     return rows
 
 
-def finished(out: Path) -> list:
+def finished(out: Path) -> list[Cell]:
     plan = read_plan(out / "plan.json")
     return cells_of(plan, [name for name in plan.runs if plan.is_finished(name)])
+
+
+def name_of(cell: Cell) -> str:
+    settings = cell.settings
+    name = f"{METHODS[settings.prompt.method]}, {settings.prior.prior}"
+    if settings.prompt.frozen_tokens:
+        name += f", {settings.prompt.frozen_tokens} frozen"
+    return name
 
 
 def rows_of(out: Path, tokens: int, cells: dict[str, list[dict]]) -> list[tuple[str, dict]]:
     """The teacher, no prompt, every prior and method untrained and trained, and the cells."""
     cells, beside = {**cells}, {}
     for cell in finished(out):
-        settings, runs = cell.settings, [run.path for run in cell.runs.values()]
-        name = f"{METHODS[settings.prompt.method]}, {settings.prior.prior}"
+        name, runs = name_of(cell), [run.path for run in cell.runs.values()]
         if cell.held_out:
-            name += f", factor {settings.train.lr_factor:g}"
+            name += f", factor {cell.settings.train.lr_factor:g}"
+        if name in cells:
+            raise SystemExit(f"{out}: several cells are {name}: vary priors, methods, rates, seeds "
+                             "and --frozen-tokens alone")
         cells[f"{name}, untrained"] = [evaluations(run)[0] for run in runs]
         cells[name] = [*cell.logs.values()]
         beside |= {line["split"]: line for line in metrics(runs[0])}

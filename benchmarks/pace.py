@@ -4,8 +4,8 @@
 
 A run has come to a loss when the mean training loss of its last --window steps is at or below it.
 Runs of one seed see the same questions in the same order, so the steps of two cells are compared
-seed by seed. In brackets 95 % intervals of Student's t. Of a cell, some of whose runs do not come
-to a loss, the number of those that do is shown.
+seed by seed, with the first cell all of whose runs come to the loss. Cells that do not are not
+compared; the number of their runs that do is shown. In brackets 95 % intervals of Student's t.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from lab.plan import read_plan  # noqa: E402
 from lab.statistics import holm  # noqa: E402
 from lab.sweep_table import cells_of, with_interval  # noqa: E402
 
-TITLES = {"seeds": "seeds", "reached": "reached", "steps": "steps", "difference": "against first",
+TITLES = {"seeds": "seeds", "reached": "reached", "steps": "steps", "difference": "difference",
           "p": "p, no difference", "holm": "Holm's"}
 
 
 def steps_to(losses: list[float], level: float, window: int) -> float:
     """The first step at which the mean of the last `window` losses is at most level; infinite if
     there is none."""
-    means = np.convolve(losses, np.full(window, 1 / window), "valid")
-    reached = np.flatnonzero(means <= level)
+    sums = np.cumsum([0.0, *losses])
+    reached = np.flatnonzero((sums[window:] - sums[:-window]) / window <= level)
     return float(reached[0] + window) if len(reached) else math.inf
 
 
-def compared(by_cell: dict[str, dict[int, float]]) -> list[tuple[str, dict]]:
-    """A row a cell of {seed: steps}. Cells that came to the loss with every seed are compared with
-    the first of them."""
-    rows, first, tests = [], None, {}
+def compared(by_cell: dict[str, dict[int, float]]) -> tuple[str, list[tuple[str, dict]]]:
+    """The first of the cells {seed: steps} that came to the loss with every seed, and a row of each
+    cell, compared with it."""
+    rows, first, tests = [], "", {}
     for name, by_seed in by_cell.items():
         reached = sum(map(math.isfinite, by_seed.values()))
         numbers: dict = {"seeds": len(by_seed), "reached": reached}
@@ -50,17 +50,17 @@ def compared(by_cell: dict[str, dict[int, float]]) -> list[tuple[str, dict]]:
         if reached < len(by_seed):
             continue
         numbers |= with_interval("steps", [*by_seed.values()])
-        if first is None:
-            first = by_seed
-            continue
-        both = sorted(first.keys() & by_seed.keys())
-        differences = [by_seed[seed] - first[seed] for seed in both]
-        if len(both) > 1:
+        first = first or name
+        both = sorted(by_cell[first].keys() & by_seed.keys())
+        differences = [by_seed[seed] - by_cell[first][seed] for seed in both]
+        if name != first and len(both) > 1:
             numbers |= with_interval("difference", differences)
-            tests[name] = numbers["p"] = float(ttest_1samp(differences, 0).pvalue)
+            # Of differences that are all alike nothing tells how they vary.
+            p = ttest_1samp(differences, 0).pvalue if len({*differences}) > 1 else 1.0
+            tests[name] = numbers["p"] = float(p)
     corrected = dict(zip(tests, holm([*tests.values()])))
-    return [(name, numbers | ({"holm": corrected[name]} if name in corrected else {}))
-            for name, numbers in rows]
+    return first, [(name, numbers | ({"holm": corrected[name]} if name in corrected else {}))
+                   for name, numbers in rows]
 
 
 def main() -> None:
@@ -75,7 +75,9 @@ def main() -> None:
         by_cell = {cell.name: {
             seed: steps_to([line["loss"] for line in metrics(run.path) if line["split"] == "train"],
                            level, a.window) for seed, run in cell.runs.items()} for cell in cells}
-        show(f"\nsteps to a training loss of {level:g}\n{table(compared(by_cell), TITLES)}")
+        first, rows = compared(by_cell)
+        against = f", and the difference from {first}" if first else ""
+        show(f"\nsteps to a training loss of {level:g}{against}\n{table(rows, TITLES)}")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def make_posterior(settings: Settings, begun: Beginning, answers: float) -> post
     """answers: the tokens of all answers to train on."""
     start, scales, reparam = begun.start, begun.scales, settings.prompt.reparam
     if frozen := settings.prompt.frozen_tokens:
-        return posteriors.Anchored(start, scales, 1 / answers, settings.seed, frozen)
+        return posteriors.PartlyFrozen(start, scales, 1 / answers, settings.seed, frozen)
     if begun.bases:
         return posteriors.Confined(start, scales, 1 / answers, settings.seed, begun.bases)
     if reparam != "none":

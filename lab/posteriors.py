@@ -87,14 +87,14 @@ class Point(nn.Module):
         return {f"layers.{i}": numbers for i, numbers in self.representative().items()}
 
 
-class Anchored(Point):
-    """One prompt whose first rows, or columns of a prefix, stay as the prior drew them. Attention
-    that has nowhere else to go rests on the first position (an attention sink), so that to move it
-    disturbs every text; Cartridges (arXiv 2506.06266) freeze it as well."""
+class PartlyFrozen(Point):
+    """One prompt whose first rows, or columns of a prefix, are not trained. In front of a text the
+    first position is often an attention sink, and moving it changes the model's answers to every
+    text; Cartridges (arXiv 2506.06266) freeze it too."""
 
     def __init__(self, start: Layers, units: dict[int, float], weight: float, seed: int,
                  frozen: int):
-        """start {layer: (1, n, ...)}. frozen: the rows that stay, fewer than n."""
+        """start {layer: (1, n, ...)}. frozen: how many rows are not trained, fewer than n."""
         super().__init__({i: draws[:, frozen:] for i, draws in start.items()}, units, weight, seed)
         # a parameter, so that checkpoints have it
         self.frozen = nn.ParameterDict({

@@ -177,8 +177,9 @@ class PromptSettings:
     directions: str = setting(
         "principal", "which these are: principal, those in which the reference varies most; "
         "random, drawn uniformly", choices=("principal", "random"))
-    frozen_tokens: int = setting(0, "rows, or columns of a prefix, at the beginning of each layer "
-                                    "that stay as the prior drew them", least=0, below=2**17)
+    frozen_tokens: int = setting(0, "how many of the first rows, or columns of a prefix, of each "
+                                    "layer are not trained and stay as the prior drew them",
+                                 least=0, below=2**17)
     place: str = setting(
         "before", "where the prompt stands: before, in front of BOS and the text; after-bos, "
         "between BOS and the text; suffix, in front of the text's last token, the colon of "
@@ -407,11 +408,12 @@ def check_together(settings: Settings) -> None:
     if frozen := prompt.frozen_tokens:
         rows = prior.tokens or TOKENS
         if frozen >= rows:
-            raise UserError(f"--frozen-tokens {frozen}: a layer has {counted(rows, 'row')}: give "
+            noun = "column" if prompt.method == "prefix" else "row"
+            raise UserError(f"--frozen-tokens {frozen}: a layer has {counted(rows, noun)}: give "
                             "fewer, so that one is left to train")
         if prompt.reparam != "none" or prompt.subspace or train.posterior != "point":
-            raise UserError("--frozen-tokens is for one prompt whose other rows go anywhere: leave "
-                            "out --reparam, --subspace and --posterior")
+            raise UserError("--frozen-tokens cannot be combined with --reparam, --subspace or "
+                            "--posterior: leave them out")
     if prompt.reparam != "none" and train.posterior != "point":
         raise UserError("--reparam trains one prompt: leave out --posterior")
     if train.posterior != "point" and not train.prior_weight:

@@ -16,8 +16,10 @@ import promptprior
 import small
 from forked import Pair
 from lab import beginning, distil, inputs, loss, train
+from lab.adapters import from_peft
 from lab.console import UserError
 from lab.evaluation import examined
+from lab.folder import Run
 from lab.settings import Settings
 
 FEW = ["--steps", "4", "--eval-every", "2", "--eval-limit", "12", "--batch-size", "4",
@@ -493,44 +495,49 @@ def test_the_seconds_that_a_prompt_saves_are_shown(tmp_path, monkeypatch, capsys
         saved.main()
 
 
-def test_pefts_cartridge_is_trained_and_scored_beside_a_prefix(tmp_path, monkeypatch, capsys):
-    """At rate 0 it is the prefix that a run began with; else its first column stays, and its loss
-    is the divergence from the teacher, whichever of the two says what the teacher's answers are."""
+def test_pefts_cartridge_is_trained_and_scored_beside_a_prefix(tmp_path, monkeypatch):
+    """At rate 0 it is the prefix that a run began with. After one step at the run's rate its values
+    are the run's; keys are not, as it trains them after rotation. Its loss is the divergence from
+    the teacher, whichever of the two says what the teacher's answers are."""
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(Path(promptprior.__file__).parent / "benchmarks")
     import cartridge
 
     text = "short answer\n" + "Bolu was born in Tarn and never went to Lod. " * 2
     path = tmp_path / "run"
-    assert run("train", "--out", path, *SMALL, "--method", "prefix", "--prior", "text", "--text",
-               text, "--teacher", text, "--tokens", 6, "--dtype", "float32", "--hold-out") == 0
+    taught = [*SMALL, "--teacher", text, "--prior", "text", "--text", text, "--tokens", 6]
+    prefix = [*taught, "--method", "prefix", "--dtype", "float32", "--frozen-tokens", 1]
+    assert run("train", "--out", path, *prefix, "--hold-out", "--steps", 1, "--lr", 0.1) == 0
     begun = next(line for line in map(json.loads, (path / "metrics.jsonl").open())
                  if line["split"] == "eval")
+    made, losses, step = [], [], cartridge.Theirs.step
+
+    def both(theirs, indices, target=None):
+        losses.append([step(theirs, indices, target), step(theirs, indices)])
+        return losses[-1][1]
+
+    def kept(folder, model):
+        made.append(from_peft(folder, model))
+        return made[-1]
+
+    monkeypatch.setattr(cartridge.Theirs, "step", both)
+    monkeypatch.setattr(cartridge, "from_peft", kept)
     for scores in cartridge.trained_like(path, 0.0, timed=2).values():
         for key in ("loss", "teacher_kl", "f1", "agreement"):
             assert scores[key] == pytest.approx(begun[key], rel=1e-4)
         assert scores["held_out_kl"] > 0
+    assert len(losses) >= 4 and all(a == pytest.approx(b, rel=1e-4) for a, b in losses)
 
-    made, targets = [], []
-    monkeypatch.setattr(cartridge, "from_peft", lambda folder, model: made.append(
-        load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]) or None)
-    monkeypatch.setattr(cartridge, "evaluate", lambda *_, **__: ({"teacher_kl": 0.0}, []))
-    step = cartridge.Theirs.step
+    assert cartridge.trained_like(path, 0.1, timed=2)["equal steps"]["steps"] == 1
+    drawn, ours, theirs = made[0].layers, Run(path).prompt().layers, made[2].layers
+    for i in ours:
+        torch.testing.assert_close(theirs[i][:, 1], ours[i][:, 1], atol=1e-4, rtol=1e-4)
+        assert (theirs[i][1:, 1] - drawn[i][1:, 1]).abs().mean() > 0.005
+        torch.testing.assert_close(theirs[i][0], drawn[i][0])
 
-    def both(theirs, indices, target=None):
-        losses = [step(theirs, indices, target)]
-        if target is not None:
-            losses.append(step(theirs, indices))
-        targets.append(losses)
-        return losses[-1]
-
-    monkeypatch.setattr(cartridge.Theirs, "step", both)
-    cartridge.trained_like(path, 0.0, timed=2)
-    cartridge.trained_like(path, 0.1, timed=2)
-    before, _, trained, _ = made
-    assert torch.equal(before[0], trained[0]) and not torch.equal(before[1], trained[1])
-    given = [losses for losses in targets if len(losses) == 2]
-    assert len(given) >= 4 and all(a == pytest.approx(b, rel=1e-4) for a, b in given)
+    assert run("train", "--out", tmp_path / "rows", *taught) == 0
+    with pytest.raises(SystemExit, match="give a run of train --teacher TEXT --method prefix"):
+        cartridge.trained_like(tmp_path / "rows", 0.1)
 
 
 def test_a_teacher_that_reads_other_answers_is_refused(loaded):

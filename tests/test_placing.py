@@ -226,6 +226,8 @@ def test_runs_train_resume_and_score(tmp_path, monkeypatch, capsys, kind):
     rows = load_file(tmp_path / "a/prompt.safetensors")
     first = load_file(tmp_path / "a/prompts/000000.safetensors")
     assert all((rows[k] != first[k]).any() for k in rows)
+    if "--frozen-tokens" in KINDS[kind]:
+        assert all(torch.equal(rows[k][0], first[k][0]) for k in rows)
     if "prefix" in KINDS[kind]:
         assert {t.shape for t in rows.values()} == {(4, 2, 1, 8)}
     capsys.readouterr()

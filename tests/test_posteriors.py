@@ -90,7 +90,7 @@ def test_rows_stay_in_their_subspace(kind):
 def test_frozen_rows_stay_and_the_others_are_trained_as_without_them():
     start = {0: torch.randn(1, 5, 3, generator=generator()),
              4: torch.randn(1, 5, 2, 2, 2, generator=generator(1))}
-    frozen = posteriors.Anchored(start, {0: 2.0, 4: 1.0}, 1, 0, 2)
+    frozen = posteriors.PartlyFrozen(start, {0: 2.0, 4: 1.0}, 1, 0, 2)
     free = posteriors.Point(start, {0: 2.0, 4: 1.0}, 1, 0)
     for p in (frozen, free):
         optimiser = p.optimiser()

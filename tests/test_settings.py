@@ -115,6 +115,8 @@ def test_names():
     run = Settings.from_flags({"prior": "exclusion:k=2", "deep_layers": 3, "method": "prompt",
                        "posterior": "sgld", "seed": 4})
     assert settings.free_name(run) == "runs/squad-exclusion-k-2-deep3-sgld-seed4"
+    run = Settings.from_flags({"frozen_tokens": 2})
+    assert settings.free_name(run) == "runs/squad-vocab-frozen2-seed0"
     run = Settings.from_flags({"subspace": 8, "directions": "random"})
     assert settings.free_name(run) == "runs/squad-vocab-subspace8-random-seed0"
     for model in ("there/SmolLM2-1.7B", "HuggingFaceTB/SmolLM2-1.7B"):  # a folder, one of the hub
