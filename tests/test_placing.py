@@ -305,7 +305,7 @@ def test_an_early_runs_prefix_still_opens(tmp_path, capsys):
     (["--subspace", 2, "--method", "prefix", "--reparam", "shared"], "leave out --reparam"),
     (["--subspace", 2, "--prior", "fitted", "--posterior", "sgld"], "and --posterior"),
     (["--frozen-tokens", 4], "a layer has 4 rows: give fewer"),
-    (["--frozen-tokens", 1, "--subspace", 2], "leave out --reparam, --subspace"),
+    (["--frozen-tokens", 1, "--subspace", 2], "with --reparam, --subspace or"),
     (["--place", "middle"], "before, after-bos, suffix"), (["--method", "lora"], "prompt, prefix")])
 def test_mistakes(tmp_path, capsys, arguments, message):
     assert run("train", "--out", tmp_path / "a", *FEW, *arguments) == 2
