@@ -2,9 +2,10 @@
 
     python benchmarks/serving.py RUN --gguf FILE.gguf [--f32] [--questions 20]
 
-RUN is of the model that FILE.gguf holds, and its questions are the run's evaluation data. Needs
-llama-cpp-python. With quantised weights llama.cpp quantises the activations too, so the two part
-where tokens are nearly as likely; with --f32 it gets the same weights as numbers of 32 bits.
+RUN is of the model that FILE.gguf holds, and its questions are the run's evaluation data. This
+program computes in float32, whatever the run did. Needs llama-cpp-python. With quantised weights
+llama.cpp quantises the activations too, so the two part where tokens are nearly as likely; with
+--f32 it gets the same weights as numbers of 32 bits.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main() -> int:
     p.add_argument("--f32", action="store_true", help="dequantise its weights first")
     p.add_argument("--questions", type=int, default=20)
     a = p.parse_args()
-    opened = open_run(a.run, {"device": "cpu"})
+    opened = open_run(a.run, {"device": "cpu", "dtype": "float32"})
     settings, model, vocabulary = opened.settings, opened.model, opened.vocabulary
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.f32"
