@@ -65,9 +65,8 @@ TITLES = {"steps": "steps", "times_as_long": "times as long", **SCORES,
 
 
 class Ours:
-    def __init__(self, inputs, text, prefix: llama.Past):
-        self.model, self.questions = inputs.loaded.model, inputs.questions
-        self.teacher = Teacher(inputs.loaded, text, inputs.questions, inputs.settings)
+    def __init__(self, inputs: Inputs, teacher: Teacher, prefix: llama.Past):
+        self.model, self.questions, self.teacher = inputs.loaded.model, inputs.questions, teacher
         self.prefix = prefix._replace(
             keys=tuple(t.detach().clone().requires_grad_() for t in prefix.keys),
             values=tuple(t.detach().clone().requires_grad_() for t in prefix.values))
@@ -98,7 +97,7 @@ class Ours:
 
 
 class Theirs:
-    def __init__(self, base, inputs, teacher: Teacher, prefix: llama.Past, frozen: int = 0):
+    def __init__(self, base, inputs: Inputs, teacher: Teacher, prefix: llama.Past, frozen: int = 0):
         """frozen: columns at the beginning that are not trained."""
         self.base, self.student, self.taught = base, inputs.questions, teacher.questions
         numbers = prefix_numbers(prefix)
@@ -129,6 +128,7 @@ class Theirs:
 
 
 def base_model(inputs: Inputs):
+    """transformers' model of the same folder, frozen, in the dtype of the settings."""
     dtype = getattr(torch, inputs.settings.model.dtype)
     base = transformers.LlamaForCausalLM.from_pretrained(inputs.loaded.folder, dtype=dtype)
     return base.requires_grad_(False)
@@ -150,7 +150,7 @@ def trained_like(run: Path, lr: float, timed: int = TIMED) -> dict[str, dict]:
                          "without --teacher-mix, --place and --prefix-layers")
     inputs = with_teacher(read_inputs(Run(run), settings, config, True), Run(run), config)
     first = Run(run).prompt(FIRST_PROMPT).past(inputs.loaded.model)
-    ours, base = Ours(inputs, inputs.lessons.teacher.text, first), base_model(inputs)
+    ours, base = Ours(inputs, inputs.lessons.teacher, first), base_model(inputs)
     order = data.Order([e.context for e in inputs.questions.examples], settings.data.batch_size,
                        settings.seed, settings.data.share)
 
@@ -238,7 +238,7 @@ def compare(a: argparse.Namespace) -> None:
     text = teacher_text(inputs.loaded, settings)
     first = text.first(a.columns)
     first = llama.Past(first.keys, first.values, first.real[:, :0], first.position)
-    mine = Ours(inputs, text, first)
+    mine = Ours(inputs, Teacher(inputs.loaded, text, inputs.questions, inputs.settings), first)
     other = Theirs(base_model(inputs), inputs, mine.teacher, first)
 
     order = data.Order([e.context for e in inputs.questions.examples], a.batch_size, 0)

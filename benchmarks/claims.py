@@ -67,16 +67,16 @@ CLAIMS = {
 PAPER = [name for name in CLAIMS if not name.startswith("samples")]
 
 
-def grids_of(claim: Claim, priors: list[str] | None, layers: int) -> list[dict[str, list]]:
-    """A claim's grids for a model of so many layers, with the given priors where it compares
-    several."""
+def grids_of(claim: Claim, priors: list[str] | None, model: str) -> list[dict[str, list]]:
+    """A claim's grids for a model, with the given priors where it compares several."""
     grids = []
     for grid in claim.grids:
         grid = dict(grid)
         if priors and len(grid.get("prior", ())) > 1:
             grid["prior"] = priors
         if grid.get("deep_layers") == [ALL]:
-            grid["deep_layers"] = [layers]
+            folder = model_folder(ModelSettings(model))
+            grid["deep_layers"] = [read_config(folder / "config.json").num_hidden_layers]
         grids.append(grid)
     return grids
 
@@ -116,10 +116,9 @@ def main() -> None:
     p.add_argument("--eval-limit", type=int, help="most questions evaluated, as for train")
     a, flags = p.parse_known_args()
     flags += ["--model", a.model] if a.model else []
-    config = read_config(model_folder(ModelSettings(a.model or "tiny")) / "config.json")
     for name in a.only:
         claim, first = CLAIMS[name], 0
-        grids = grids_of(claim, a.priors, config.num_hidden_layers)
+        grids = grids_of(claim, a.priors, a.model or "tiny")
         if len(a.factors) > 1:
             rates = a.out / f"{name}-rates"
             run_sweep(rates, [{**grid, "lr_factor": a.factors, "seed": [0],

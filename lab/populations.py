@@ -291,7 +291,7 @@ def data_population(spec: str, prior: PriorSettings, settings: DataSettings, loa
     # Leave out rows of massive norm, which differ from layer to layer.
     parts = {}
     for i in layers:
-        x = by_layer.pop(i)[:limit].float()  # of each layer in turn, as both types take much memory
+        x = by_layer.pop(i)[:limit].float()  # one layer at a time: fp32 of all would double memory
         ordinary = (~is_massive(x)).nonzero()[:, 0]
         parts[i] = Part(x[ordinary], population_name(i, spec), labels.take(ordinary), keep=True)
         if len(ordinary) < len(x):

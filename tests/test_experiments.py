@@ -25,6 +25,7 @@ import keys_values  # noqa: E402
 import many  # noqa: E402
 import pace  # noqa: E402
 import runs  # noqa: E402
+import small  # noqa: E402
 import subspace  # noqa: E402
 import worked  # noqa: E402
 from lab.plan import make_runs  # noqa: E402
@@ -136,16 +137,16 @@ def test_claims_are_grids_that_a_sweep_takes():
     """With the priors that are asked for where a claim compares several, and rows at all layers of
     the model where it says so."""
     for name, claim in claims.CLAIMS.items():
-        made = make_runs(claims.grids_of(claim, priors=None, layers=6))
+        made = make_runs(claims.grids_of(claim, None, "tiny"))
         assert len(made) > 1
-        others = make_runs(claims.grids_of(claim, priors=["sparse", "vae"], layers=4))
+        others = make_runs(claims.grids_of(claim, ["sparse", "vae"], str(small.MODEL)))
         if name in ("prior", "deep", "last"):
             assert [run["prior"] for run in others.values()] == ["sparse", "vae"]
         elif name.startswith("cut"):
             assert others == made
         else:
-            assert {run.get("deep_layers") for run in others.values()} == {None, 4}
-    structures = make_runs(claims.grids_of(claims.CLAIMS["samples-16"], None, 6))
+            assert {run.get("deep_layers") for run in others.values()} == {None, 3}
+    structures = make_runs(claims.grids_of(claims.CLAIMS["samples-16"], None, "tiny"))
     assert [(run.get("reparam"), run.get("deep_layers")) for run in structures.values()] == [
         ("none", None), ("shared", None), ("mlp", None), (None, 6)]
     assert {(run["train_examples"], tuple(run["reference"])) for run in structures.values()} == {
