@@ -481,7 +481,7 @@ def _lock(path: Path, flag: str) -> tuple[Folder, BinaryIO, str]:
                 if e.errno == errno.ENOENT and folder.place is None:
                     continue  # its owner removed the folder
                 raise
-            owner = file.read(200).decode(errors="replace").strip()
+            owner = file.read(200).decode(errors="replace").partition("\n")[0].strip()
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -490,8 +490,8 @@ def _lock(path: Path, flag: str) -> tuple[Folder, BinaryIO, str]:
             if not os.fstat(file.fileno()).st_nlink:
                 continue  # between opening and locking, its owner removed the file
             file.seek(0)
-            file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            file.truncate()  # last, so that a process which is killed here has left its name
             stack.pop_all()
             return folder, file, owner
 

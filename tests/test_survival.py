@@ -346,7 +346,8 @@ def test_one_process_a_run(whole, tmp_path, capsys):
             error = capsys.readouterr().err
             assert f"process {os.getpid()} on " in error and "another --out" in error
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
-    (out / "run.lock").write_text("process 1 on elsewhere\n")  # its owner is dead: nobody locks it
+    # Its owner is dead, so nobody locks it; it died before it cut off a longer name.
+    (out / "run.lock").write_text("process 1 on elsewhere\nsewhere\n")
     half = [out / f".prompt.safetensors.77{files.UNFINISHED}",
             out / f"figures/.layer-00.svg.77{files.UNFINISHED}"]
     for path in half:
@@ -357,7 +358,7 @@ def test_one_process_a_run(whole, tmp_path, capsys):
     with files.Folder(out / "figures") as folder, folder.replacing("curves.svg") as being_written:
         assert main("train", "--out", out, "--resume") == 0  # while a plot is under way
         being_written.write(b"whole")
-    assert "taken over from process 1 on elsewhere" in capsys.readouterr().err
+    assert "taken over from process 1 on elsewhere, which is gone" in capsys.readouterr().err
     assert not (out / "run.lock").exists() and not any(path.exists() for path in half)
     assert all(path.exists() for path in mine)
     assert (out / "figures/curves.svg").read_bytes() == b"whole"
