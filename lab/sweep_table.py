@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import math
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settin
 from lab.settings import DataSettings, Settings, numbered
 
 LEVEL, POWER = 0.05, 0.8
+LAYERS = 5  # of a cell, in a printed table
 SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds",
                 "held_out": "held-out loss", **SCORES, "steps": "steps"}
 DIFFERENCE_TITLES = {
@@ -50,6 +52,7 @@ ABOUT_ENDS = """\
 norm ratio: mean norm of rows over the reference's. moved: mean distance from the draw. own: percent
 of rows to which no other draw, of any run here, is nearer than their own; by chance: the same of
 rows that moved as far in random directions."""
+ABOUT_LAYERS = "Layers between these are in table.csv."
 
 
 class Cell(NamedTuple):
@@ -253,6 +256,16 @@ def ends_of(cells: list[Cell]) -> list[tuple[str, dict[str, float]]]:
     return table_rows
 
 
+def some_layers(ends: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """Of every cell LAYERS layers at most: the first, the last, and others between them."""
+    shown = []
+    for _, layers in groupby(ends, key=lambda row: row[0].rpartition(", ")[0]):
+        rows = [*layers]
+        places = np.linspace(0, len(rows) - 1, LAYERS).round().astype(int)
+        shown += [rows[i] for i in np.unique(places)]
+    return shown
+
+
 def norm_ratios(run: Run, layer: int, start, end) -> tuple[float, float]:
     """Mean norms of the draw (n, D) and of the trained rows over the reference's, whose norm the
     run's record of the draw tells."""
@@ -288,7 +301,9 @@ def show_table(plan: Plan, finished: list[str], margin: float) -> None:
         text.append(f"points of {kinds}\n{table(rows, DIFFERENCE_TITLES)}\n\n"
                     f"{ABOUT_DIFFERENCES.format(margin=margin)}")
         text.append("\n".join(verdict(*row, margin) for row in differences))
-    text.append(f"{table(ends, END_TITLES)}\n\n{ABOUT_ENDS}")
+    shown = some_layers(ends)
+    left_out = f"\n{ABOUT_LAYERS}" if len(shown) < len(ends) else ""
+    text.append(f"{table(shown, END_TITLES)}\n\n{ABOUT_ENDS}{left_out}")
     show("\n\n".join(text))
 
     write_file(plan.folder / "table.csv", as_csv(scores, differences, ends).encode())

@@ -433,6 +433,15 @@ def test_numbers_of_the_table(copy, capsys):
            f"more seeds one of {more_seeds:.1f}" in out
 
 
+def test_of_many_layers_a_few_are_printed():
+    def ends(layers):
+        return [(f"{cell}, layer {i}", {"moved": float(i)}) for cell in ("a, b", "c")
+                for i in layers]
+
+    assert sweep_table.some_layers(ends(range(5))) == ends(range(5))
+    assert sweep_table.some_layers(ends(range(30))) == ends((0, 7, 14, 22, 29))
+
+
 def test_damaged_runs_are_one_line(copy, capsys):
     run = copy / "runs/vocab-seed0-lr0.01"
     other = copy / "runs/vocab-seed0-lr0.003"
