@@ -190,7 +190,7 @@ def main() -> None:
         model = Path(a.model or out / "model")
         if a.random:
             model.mkdir()
-            # Elsewhere, as the most that a command held counts from what its parent holds.
+            # In a process of its own: the peak memory of a child counts from that of its parent.
             with ProcessPoolExecutor(1) as other:
                 other.submit(random_model, model, a.layers).result()
         dtype = a.dtype or ("bfloat16" if a.random else "float32")
@@ -200,6 +200,9 @@ def main() -> None:
               f"{'seconds':>8} {'processor':>9} {'GB':>5} {'above':>5}")
         asked = ["--model", model, "--dtype", dtype], ["--data", a.data]
         every = commands(*asked, a.limit, layers, out)
+        if unknown := {*(a.only or ())} - {command.name for command in every}:
+            p.error(f"--only: there is no {', '.join(unknown)}; there are "
+                    f"{'; '.join(command.name for command in every)}")
         for command in every:
             needed = {"train", *(c.needs for c in every if c.name in (a.only or ()))}
             if a.only and command.name not in {*needed, *a.only}:

@@ -27,7 +27,7 @@ from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settin
 from lab.settings import DataSettings, Settings, numbered
 
 LEVEL, POWER = 0.05, 0.8
-LAYERS = 5  # of a cell, in a printed table
+SHOWN = 5  # layers of a cell, in a printed table
 SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds",
                 "held_out": "held-out loss", **SCORES, "steps": "steps"}
 DIFFERENCE_TITLES = {
@@ -213,7 +213,7 @@ def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> 
                  f"difference of {numbers['detectable']:.1f} points would be found in "
                  f"{POWER:.0%} of such sweeps")
         if numbers["detectable_any_seeds"] >= 0.05:  # else the scatter of few seeds hides it
-            words += f", with ever more seeds one of {numbers['detectable_any_seeds']:.1f}"
+            words += f", and with any number of seeds none below {numbers['detectable_any_seeds']:.1f}"
     alone = f", for seed {numbers['only_seed']} alone" if "only_seed" in numbers else ""
     return f"{name} and {first}{alone}: {words}"
 
@@ -257,11 +257,11 @@ def ends_of(cells: list[Cell]) -> list[tuple[str, dict[str, float]]]:
 
 
 def some_layers(ends: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """Of every cell LAYERS layers at most: the first, the last, and others between them."""
+    """Of every cell SHOWN layers at most: the first, the last, and others between them."""
     shown = []
     for _, layers in groupby(ends, key=lambda row: row[0].rpartition(", ")[0]):
         rows = [*layers]
-        places = np.linspace(0, len(rows) - 1, LAYERS).round().astype(int)
+        places = np.linspace(0, len(rows) - 1, SHOWN).round().astype(int)
         shown += [rows[i] for i in np.unique(places)]
     return shown
 
