@@ -17,7 +17,7 @@ time.
 
 With --model DIR a real model answers --questions of the data under 20 rows of its vocabulary, after
 a text of --text-tokens tokens, and with neither, whatever share of answers is right. Ours takes
-batches of 16, as `eval` does, PEFT those of --peft-batches of which it is fastest.
+batches of 16, as `eval` does, PEFT those of --peft-batches in which one turn was fastest.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ import data
 import llama
 from lab.inputs import parse_spec
 from lab.loss import Text, answers, begin
+
+CHECKED = 2  # questions of a real model that are compared before it is timed
 
 
 def ours(model: llama.Llama, prompt: llama.Prompt, rows: list[data.Row], stop: set[int],
@@ -92,56 +94,75 @@ def real(a) -> None:
     """The comparison on a model folder. Seconds are CPU seconds of the process."""
     from transformers import AutoModelForCausalLM
 
-    model = llama.load(a.model, a.dtype)
-    peer = AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype)).eval()
+    model = llama.load(a.model, "float32")
+    # PEFT wraps a model for good, so the model under rows is another one
+    peer, other = (AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).eval()
+                   for _ in range(2))
     vocabulary = data.Vocabulary(a.model, bos=model.config.bos_token_id)
     examples = [e for e in data.read(*parse_spec(a.data, 0)) if e.answers]
     text = vocabulary.encode("\n".join(dict.fromkeys(e.context for e in reversed(examples))))
     text = vocabulary.tokenizer.decode(text[:a.text_tokens]) + "\n"
+    ids = torch.tensor(vocabulary.encode(text))
     g = torch.Generator().manual_seed(a.seed)
-    rows = model.embeddings[torch.randint(len(model.embeddings), (a.tokens,), generator=g)]
-    with torch.no_grad():
-        ids = torch.tensor(vocabulary.encode(text))
-        starts = {"no prompt": model.empty(), "a text": Text(ids, model.extend(ids[None])),
-                  "a prompt": llama.Prompt({0: rows.float()})}  # PEFT wraps the peer for good: last
+    rows = model.embeddings[torch.randint(len(model.embeddings), (a.tokens,), generator=g)].clone()
+    tuned = peers.peft_model(other, rows).eval()
+    plain, after_text = ([data.encode(e, vocabulary, 1024, t) for e in examples[:a.questions]]
+                         for t in ("", text))
     print(f"{peers.machine(a)}\n{a.model}, {a.dtype}; {a.questions} questions of {a.data}; a text "
           f"of {len(ids)} tokens, a prompt of {a.tokens} rows")
-    for name, start in starts.items():
-        asked = [data.encode(e, vocabulary, 1024, text if name == "a text" else "")
-                 for e in examples[:a.questions]]
-        theirs = peers.peft_model(peer, rows).eval() if name == "a prompt" else peer
+
+    def kinds():
+        with torch.no_grad():
+            past = model.extend(ids[None])
+        return (("no prompt", model.empty(), peer, plain),
+                ("a text", Text(ids, past), peer, after_text),
+                ("a prompt", llama.Prompt({0: rows}), tuned, plain))
+
+    for name, start, theirs, asked in kinds():
+        few = asked[:CHECKED]
+        loss, said = ours_of_all(model, start, few, vocabulary.stop, a.max_new)
+        tokens = torch.tensor([len(row.ids) - row.start for row in few])
+        losses = torch.stack([their_loss(theirs, [row]) for row in few])
+        other_loss = float((losses * tokens).sum() / tokens.sum())
+        alone = [their_answers(theirs, [row], vocabulary.stop, a.max_new)[0] for row in few]
+        assert said == alone, f"answers differ: {said} and {alone}"
+        assert abs(loss - other_loss) <= 1e-5 * other_loss, f"loss {loss}, PEFT's {other_loss}"
+        print(f"{name}, fp32: loss {loss:.6f}, PEFT's {other_loss:.6f}; the same answers to "
+              f"{len(few)} questions", flush=True)
+    for module in (model, peer, tuned):
+        module.to(getattr(torch, a.dtype))
+    for name, start, theirs, asked in kinds():
         compare(a, name, model, start, theirs, asked, vocabulary.stop)
 
 
 def compare(a, name: str, model: llama.Llama, start, theirs, rows: list[data.Row],
             stop: set[int]) -> None:
-    """Print questions a second of both, ours before and after PEFT's turns."""
+    """Print questions a second of both, medians of turns with PEFT's best batch size."""
     def own_turn():
         return cpu_seconds(lambda: ours_of_all(model, start, rows, stop, a.max_new))
 
-    mine, (loss, said) = own_turn()
-    best = {}
-    for size in map(int, a.peft_batches.split(",")):
+    def their_turn(size: int) -> tuple[float, float]:
         parts = [rows[i:i + size] for i in range(0, len(rows), size)]
-        forward, losses = cpu_seconds(lambda: [their_loss(theirs, part) for part in parts])
-        generate, answered = cpu_seconds(
-            lambda: [ids for part in parts for ids in their_answers(theirs, part, stop, a.max_new)])
-        best[size] = forward + generate, generate
-        if size == 1:
-            tokens = torch.tensor([len(row.ids) - row.start for row in rows])
-            other = float((torch.stack(losses) * tokens).sum() / tokens.sum())
-            differ = sum(x != y for x, y in zip(said, answered))
-            print(f"{name}: loss {loss:.6f}, PEFT's {other:.6f}; {differ} answers differ from "
-                  "PEFT's one by one", flush=True)
-            if a.dtype == "float32":
-                assert not differ and abs(loss - other) <= 1e-5 * other
-    mine = (mine + own_turn()[0]) / 2
-    size = min(best, key=best.get)
-    whole, generate = best[size]
-    print(f"{name}: ours {len(rows) / mine:.2f} questions/s, {sum(map(len, said))} tokens; PEFT, "
-          f"batches of {size}: {len(rows) / whole:.2f}, of generate alone "
-          f"{len(rows) / generate:.2f}; faster by {whole / mine:.1f}, than generate alone by "
-          f"{generate / mine:.1f}", flush=True)
+        forward, _ = cpu_seconds(lambda: [their_loss(theirs, part) for part in parts])
+        generate, _ = cpu_seconds(
+            lambda: [their_answers(theirs, part, stop, a.max_new) for part in parts])
+        return forward + generate, generate
+
+    _, (_, said) = own_turn()  # a warm-up
+    sizes = map(int, a.peft_batches.split(","))
+    size = min(sizes, key=their_turn)
+    times = {"ours": [], "PEFT": [], "generate": []}
+    for _ in range(a.repeats):
+        times["ours"].append(own_turn()[0])
+        for key, seconds in zip(("PEFT", "generate"), their_turn(size)):
+            times[key].append(seconds)
+    ours_rate, their_rate, generate_rate = (len(rows) / statistics.median(t)
+                                            for t in times.values())
+    whole, part = (peers.ratio(times, key, "ours") for key in ("PEFT", "generate"))
+    print(f"{name}: ours {ours_rate:.2f} questions/s, {sum(map(len, said))} tokens; PEFT, batches "
+          f"of {size}: {their_rate:.2f}, of generate alone {generate_rate:.2f}; faster by "
+          f"{whole[0]:.1f} ({whole[1]:.1f} to {whole[2]:.1f}), than generate alone by "
+          f"{part[0]:.1f}", flush=True)
 
 
 def main() -> None:
