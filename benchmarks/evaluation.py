@@ -84,6 +84,20 @@ def ours_of_all(model: llama.Llama, start, rows: list[data.Row], stop: set[int],
     return loss, [ids for r in results for ids in r.ids]
 
 
+def checked(mine, theirs, rows: list[data.Row], stop: set[int], max_new: int
+            ) -> tuple[float, list[list[int]]]:
+    """PEFT's loss (nats a token) and answers, of one question at a time, which ours, mine, equal in
+    fp32. Raises AssertionError if they do not."""
+    loss, said = mine
+    tokens = torch.tensor([len(row.ids) - row.start for row in rows])
+    losses = torch.stack([their_loss(theirs, [row]) for row in rows]).cpu()
+    other = float((losses * tokens).sum() / tokens.sum())
+    alone = [their_answers(theirs, [row], stop, max_new)[0] for row in rows]
+    assert said == alone, f"answers differ: {said} and {alone}"
+    assert abs(loss - other) <= 1e-5 * other, f"loss {loss}, PEFT's {other}"
+    return other, alone
+
+
 def cpu_seconds(call):
     start = time.process_time()
     result = call()
@@ -120,14 +134,9 @@ def real(a) -> None:
 
     for name, start, theirs, asked in kinds():
         few = asked[:CHECKED]
-        loss, said = ours_of_all(model, start, few, vocabulary.stop, a.max_new)
-        tokens = torch.tensor([len(row.ids) - row.start for row in few])
-        losses = torch.stack([their_loss(theirs, [row]) for row in few])
-        other_loss = float((losses * tokens).sum() / tokens.sum())
-        alone = [their_answers(theirs, [row], vocabulary.stop, a.max_new)[0] for row in few]
-        assert said == alone, f"answers differ: {said} and {alone}"
-        assert abs(loss - other_loss) <= 1e-5 * other_loss, f"loss {loss}, PEFT's {other_loss}"
-        print(f"{name}, fp32: loss {loss:.6f}, PEFT's {other_loss:.6f}; the same answers to "
+        mine = ours_of_all(model, start, few, vocabulary.stop, a.max_new)
+        loss, _ = checked(mine, theirs, few, vocabulary.stop, a.max_new)
+        print(f"{name}, fp32: loss {mine[0]:.6f}, PEFT's {loss:.6f}; the same answers to "
               f"{len(few)} questions", flush=True)
     for module in (model, peer, tuned):
         module.to(getattr(torch, a.dtype))
@@ -190,10 +199,7 @@ def main() -> None:
     kinds = {}
     for number, batch in enumerate(batches):
         loss, mine = ours(model, prompt, batch, stop, a.max_new)
-        alone = [their_answers(tuned, [row], stop, a.max_new)[0] for row in batch]
-        other = their_loss(tuned, batch)
-        assert mine == alone, f"answers differ: {mine} and {alone}"
-        assert abs(loss - other) <= 1e-5 * other, f"loss {loss}, PEFT's {other}"
+        other, alone = checked((loss, mine), tuned, batch, stop, a.max_new)
         right = [row._replace(ids=row.question + answer, start=len(row.question))
                  for row, answer in zip(batch, alone)]
         assert ours(model, prompt, right, stop, a.max_new)[1] == alone

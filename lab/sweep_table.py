@@ -213,7 +213,8 @@ def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> 
                  f"difference of {numbers['detectable']:.1f} points would be found in "
                  f"{POWER:.0%} of such sweeps")
         if numbers["detectable_any_seeds"] >= 0.05:  # else the scatter of few seeds hides it
-            words += f", and with any number of seeds none below {numbers['detectable_any_seeds']:.1f}"
+            words += (", and with any number of seeds none below "
+                      f"{numbers['detectable_any_seeds']:.1f}")
     alone = f", for seed {numbers['only_seed']} alone" if "only_seed" in numbers else ""
     return f"{name} and {first}{alone}: {words}"
 
