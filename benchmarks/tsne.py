@@ -1,7 +1,7 @@
 """viz.tsne against openTSNE, scikit-learn, Intel's extension of it and FIt-SNE: CPU seconds, KL.
 
     pip install openTSNE==1.0.4 scikit-learn scikit-learn-intelex fitsne
-    python benchmarks/tsne.py [--sizes 2000,10000,50000] [--data clusters,tokens,MODEL]
+    python benchmarks/tsne.py [--sizes 2000,10000,50000] [--data clusters,tokens,MODEL,FILE]
 
 Peers that are not installed are left out. fitsne is built on the spot, and needs Cython, wheel and
 the headers of FFTW. 128,000 points are asked for by --sizes 128000.
@@ -23,6 +23,7 @@ clusters: 20 Gaussian clusters of random shapes, axes shrinking as exp(-i / 10),
 tokens: as a table of token embeddings: 192 dimensions whose spread falls slowly, as i^-1/4, rows
 in groups of about 20 that hardly stand out, norms log-normal.
 MODEL: a model's folder; the rows are a sample of its input embeddings.
+FILE: of activations, as `collect` writes it: a sample of its rows at the deepest layer in it.
 --components 50 first reduces wider rows to their principal components, for all methods.
 """
 
@@ -72,17 +73,24 @@ def tokens(N: int, seed: int = 0) -> np.ndarray:
 DATA = {"clusters": clusters, "tokens": tokens}
 
 
-def embeddings(folder: str, N: int) -> np.ndarray:
-    """A sample of N rows, or all, of the input embeddings of the model in a folder."""
+def real(source: str, N: int) -> np.ndarray:
+    """A sample of N rows, or all, of a model's input embeddings or of collected activations."""
     from safetensors import safe_open
 
+    if Path(source).is_file():
+        from lab.activations import Collection
+
+        collection = Collection(Path(source))
+        rows = collection.rows(max(collection.layers))
+        return np.random.default_rng(0).permutation(rows.float().numpy())[:N]
     name = "model.embed_tokens.weight"
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(Path(source).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             if name in file.keys():
-                rows = file.get_tensor(name).float().numpy()
-                return np.random.default_rng(0).permutation(rows)[:N]
-    sys.exit(f"--data {folder}: neither {' nor '.join(DATA)} nor a folder with {name}: give one")
+                rows = file.get_tensor(name)
+                return np.random.default_rng(0).permutation(rows.float().numpy())[:N]
+    sys.exit(f"--data {source}: neither {' nor '.join(DATA)}, nor a file, nor a folder with "
+             f"{name}: give one")
 
 
 def fit(method: str, x: np.ndarray) -> np.ndarray:
@@ -179,7 +187,7 @@ def measure(kind: str, N: int, methods: list[str], rounds: int, judged: bool,
     results = {method: [] for method in methods}
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/x.npy", f"{folder}/y.npy"
-        x = DATA[kind](N) if kind in DATA else embeddings(kind, N)
+        x = DATA[kind](N) if kind in DATA else real(kind, N)
         if components and x.shape[1] > components:
             x = viz.project(viz.pca(x, components), x).astype(np.float32)
         np.save(source, x)
@@ -214,7 +222,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--sizes", default="2000,10000,50000", help="numbers of points")
     p.add_argument("--data", default=",".join(DATA),
-                   help=f"of {', '.join(DATA)}, and folders of models")
+                   help=f"of {', '.join(DATA)}, models' folders, files of collect")
     p.add_argument("--components", type=int, help="of wider rows, for all methods")
     p.add_argument("--methods", help="instead of those that a size allows, separated by ;")
     p.add_argument("--rounds", type=int, default=3)
