@@ -93,7 +93,7 @@ def best_rates(folder: Path) -> list[dict[str, list]]:
     """Of a sweep of learning rates, a grid for every cell, at its best rate."""
     plan = read_plan(folder / "plan.json")
     grids = []
-    for cell in cells_of(plan, [name for name in plan.runs if plan.is_finished(name)]):
+    for cell in cells_of(plan, {*plan.finished()}):
         flags = plan.runs[next(iter(cell.runs.values())).path.name]
         assert cell.rate == tuple(flags.get(name) for name in RATES)
         grids.append({name: [value] for name, value in flags.items()
@@ -111,7 +111,7 @@ def main() -> None:
                    help="in place of each claim's own, where it compares several (claims prior, "
                         "deep and last)")
     p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--factors", nargs="+", type=float, default=[1.0],
+    p.add_argument("--factors", nargs="+", type=float, default=[],
                    help="of each layer's own learning rate; several: the best is taken")
     p.add_argument("--eval-limit", type=int, help="most questions evaluated, as for train")
     a, flags = p.parse_known_args()
@@ -124,6 +124,8 @@ def main() -> None:
             run_sweep(rates, [{**grid, "lr_factor": a.factors, "seed": [0],
                                "eval_limit": [HELD_OUT]} for grid in grids], flags)
             grids, first = best_rates(rates), 1
+        elif a.factors:
+            grids = [{**grid, "lr_factor": a.factors} for grid in grids]
         limit = {} if a.eval_limit is None else {"eval_limit": [a.eval_limit]}
         # Seed by seed, so that while runs are missing there are as many of each cell.
         table = run_sweep(a.out / name, [{**grid, **limit, "seed": [seed]}

@@ -93,7 +93,7 @@ def cartridges(out: Path, rates: list[float], only_shown: bool) -> dict[str, lis
 
 def finished(out: Path) -> list[Cell]:
     plan = read_plan(out / "plan.json")
-    return cells_of(plan, [name for name in plan.runs if plan.is_finished(name)])
+    return cells_of(plan, {*plan.finished()})
 
 
 def name_of(cell: Cell) -> str:

@@ -5,7 +5,8 @@
 A run has come to a loss when the mean training loss of its last --window steps is at or below it.
 Runs of one seed see the same questions in the same order, so the steps of two cells are compared
 seed by seed, with the first cell all of whose runs come to the loss. Cells that do not are not
-compared; the number of their runs that do is shown. In brackets 95 % intervals of Student's t.
+compared; the number of their runs that do is shown. In brackets 95 % intervals of Student's t;
+Holm's correction is over the cells, for each loss alone.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ TITLES = {"seeds": "seeds", "reached": "reached", "steps": "steps", "difference"
           "p": "p, no difference", "holm": "Holm's"}
 
 
-def steps_to(losses: list[float], level: float, window: int) -> float:
-    """The first step at which the mean of the last `window` losses is at most level; infinite if
-    there is none."""
-    sums = np.cumsum([0.0, *losses])
+def steps_to(lines: list[dict], level: float, window: int) -> float:
+    """The first step of a log's training lines at which the mean of the last `window` losses is at
+    most level; infinite if there is none."""
+    sums = np.cumsum([0.0, *(line["loss"] for line in lines)])
     reached = np.flatnonzero((sums[window:] - sums[:-window]) / window <= level)
-    return float(reached[0] + window) if len(reached) else math.inf
+    return float(lines[reached[0] + window - 1]["step"]) if len(reached) else math.inf
 
 
 def compared(by_cell: dict[str, dict[int, float]]) -> tuple[str, list[tuple[str, dict]]]:
@@ -69,11 +70,13 @@ def main() -> None:
     p.add_argument("--losses", type=float, nargs="+", required=True)
     p.add_argument("--window", type=int, default=10)
     a = p.parse_args()
+    if a.window < 1:
+        p.error("--window: give 1 or more")
     plan = read_plan(a.sweep / "plan.json")
-    cells = cells_of(plan, [name for name in plan.runs if plan.is_finished(name)])
+    cells = cells_of(plan, {*plan.finished()})
     for level in a.losses:
         by_cell = {cell.name: {
-            seed: steps_to([line["loss"] for line in metrics(run.path) if line["split"] == "train"],
+            seed: steps_to([line for line in metrics(run.path) if line["split"] == "train"],
                            level, a.window) for seed, run in cell.runs.items()} for cell in cells}
         first, rows = compared(by_cell)
         against = f", and the difference from {first}" if first else ""

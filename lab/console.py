@@ -70,6 +70,14 @@ class Stopped(Exception):
         return Stopped, (str(self), self.status)
 
 
+class Diverged(Stopped):
+    """Training whose numbers were not finite."""
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(f"{what}: {remedy}", 1)
+        self.what = what
+
+
 # Escape sequences, control characters except line break and tab, and the marks that change the
 # direction of writing.
 CONTROL = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"

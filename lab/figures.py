@@ -45,8 +45,9 @@ from lab.inputs import LoadedModel, check_same_model, load_model, parse_spec
 from lab.locality import paths_of, walks
 from lab.populations import Reference, vocabulary_part
 from lab.sample import LEAST, LEAST_TEXTS, judge_prior
-from lab.settings import ModelSettings, absolute, from_flags, prior_name, spec_name
-from lab.train import command_train, differences
+from lab.settings import (ModelSettings, absolute, differences, from_flags, prior_name,
+                          spec_name)
+from lab.train import command_train
 
 PATHS, STEPS = 3, 12  # trajectories in a picture, and tokens of each
 STEPS_BESIDE = ("the steps from token to token beside those of the same tokens in a random order "

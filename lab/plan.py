@@ -2,7 +2,7 @@
 
     runs = make_runs([{"prior": ["vocab", "fitted"], "seed": [0, 1]}])      # {name: flags of train}
     plan = read_plan(Path("runs/first/plan.json"))
-    plan.is_finished("vocab-seed0")
+    plan.finished()                                                         # names of runs
 
 Settings that a user writes, or that a file holds, are checked here without loading anything.
 """
@@ -22,10 +22,12 @@ from lab.console import UserError
 from lab.files import SMALL, reading
 from lab.folder import LAST_PROMPT, Run, layer_picture
 from lab.settings import (FIELDS, DataSettings, ModelSettings, Settings, TeacherSettings,
-                          flag_name, flat, is_value, prior_name, shortened, spec_name, value_type)
+                          differences, flag_name, flat, is_value, prior_name, shortened, spec_name,
+                          value_type)
 
 MOST = 10_000  # runs
 RATES = ("lr", "lr_factor")  # settings of which the best is taken
+FILES = ("model", "data", "eval_data")  # settings that name what scores are of
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,200}")  # of a run
 
 
@@ -55,6 +57,32 @@ class Plan(NamedTuple):
         wanted = {"eval", "held_out"} if settings.data.hold_out else {"eval"}
         figures = [run.path / layer_picture(i) for i in run.prompt().layers]
         return wanted <= set(last) and all(figure.exists() for figure in figures)
+
+    def check_flags(self, name: str) -> None:
+        """Raises UserError for a run that was not trained with its flags."""
+        # A run keeps the commit that a revision stood for.
+        flags = {key: value for key, value in self.runs[name].items() if key != "revision"}
+        if different := differences(self.run(name).settings(), flags):
+            raise UserError(f"{self.run(name).path}: trained otherwise, with {different[0]}: "
+                            "remove it, or choose another --out")
+
+    def finished(self) -> list[str]:
+        """The runs that have ended. Raises UserError for one that was not trained with its flags,
+        or on other files than another one to which it names the same."""
+        names = [name for name in self.runs
+                 if not self.failure(name).exists() and self.is_finished(name)]
+        first: dict[tuple, tuple[Run, dict]] = {}
+        for name in names:
+            self.check_flags(name)
+            run, config = self.run(name), self.run(name).config()
+            names_of_files = tuple(config["settings"][key] for key in FILES)
+            other, others = first.setdefault(names_of_files, (run, config["sha256"]))
+            changed = [key for key in FILES if config["sha256"].get(key) != others.get(key)]
+            if changed:
+                raise UserError(f"{run.path}: its {' and its '.join(changed)} are not those of "
+                                f"{other.path}: restore the files as one of the two had them, "
+                                f"remove the other run, and go on by: sweep {self.folder}")
+        return names
 
 
 def read_plan(path: Path) -> Plan:
@@ -111,15 +139,15 @@ def make_runs(grids: list[dict[str, list]]) -> dict[str, dict]:
     """The runs of all grids by name, each with its flags."""
     if sum(math.prod(map(len, grid.values())) for grid in grids) > MOST:
         raise UserError(f"more than {MOST} runs: give fewer values, or several sweeps")
-    runs = []
+    runs, known = [], set()
     for grid in filter(None, grids):
         names = sorted(grid, key=_place)
         for values in product(*(grid[name] for name in names)):
             flags = resolved({n: value for n, value in zip(names, values) if value is not None})
             settings = flat(Settings.from_flags(flags).complete())  # with paths that are absolute
-            flags = {name: settings[name] for name in flags}
-            if flags not in runs:
-                runs.append(flags)
+            if (key := json.dumps(settings, sort_keys=True)) not in known:
+                known.add(key)
+                runs.append({name: settings[name] for name in flags})
     # The best of a cell's rates is chosen by questions that are neither trained on nor evaluated.
     rates = {(cell_key(flags), rate_of(flags)) for flags in runs}
     if len(rates) > len(set(map(cell_key, runs))):

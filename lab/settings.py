@@ -375,6 +375,13 @@ def with_flags(settings: Settings, given: dict) -> Settings:
     return Settings.from_flags(values)
 
 
+def differences(stored: Settings, given: dict) -> list[str]:
+    """The flags whose values differ from the run's, as a user reads them."""
+    values, requested = flat(stored), flat(with_flags(stored, given).complete())
+    return [f"{flag_name(name)} {given[name]} (the run has {values.get(name)!r})"
+            for name in given if name != "out" and requested.get(name) != values.get(name)]
+
+
 def check_together(settings: Settings) -> None:
     """Raises UserError for settings that contradict each other."""
     prior, prompt, train = settings.prior, settings.prompt, settings.train

@@ -43,6 +43,9 @@ def p_value(null: np.ndarray, observed: float, two_sided: bool = False) -> float
     null = np.asarray(null, np.float64)
     if not len(null):
         return math.nan
+    if not (math.isfinite(observed) and np.isfinite(null).all()):
+        raise StatisticsError(f"a statistic of {observed:g}, or one under the hypothesis, is not "
+                              "finite: give finite data")
     # The same terms summed in another order differ in their last bits
     tolerance = 1e-9 * max(abs(observed), np.abs(null).max())
     above = 1 + int((null >= observed - tolerance).sum())
@@ -79,7 +82,7 @@ def sign_flip_p(difference: np.ndarray, flips: int = 2000, seed: int = 0) -> flo
 # intervals
 
 
-def student_quantile(freedom: int, level: float = 0.95) -> float:
+def student_quantile(freedom: float, level: float = 0.95) -> float:
     """The t that a Student variable of so many degrees of freedom exceeds neither way with the
     probability `level`, to 1e-5 of itself up to a level of 0.999998."""
     if freedom < 1:
@@ -89,7 +92,7 @@ def student_quantile(freedom: int, level: float = 0.95) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _student_angles(freedom: int) -> tuple[np.ndarray, np.ndarray]:
+def _student_angles(freedom: float) -> tuple[np.ndarray, np.ndarray]:
     """Of t = sqrt(freedom) tan(angle), with the density of an angle proportional to
     cos(angle)^(freedom - 1): the probabilities of angles up to these either way, and the angles."""
     # Of many degrees the mass lies near 0, and what lies beyond t = 40 is less than 1e-15 of it
@@ -166,7 +169,7 @@ class Paired(NamedTuple):
     by_group: float  # the same by the spread among groups of questions
     by_both: float  # the same by the residual, which neither explains; both of the above contain it
     seeds: int
-    groups: int
+    groups: float  # of questions; if they differ in size, as many equal ones as tell as much
 
     def half_width(self, level: float = 0.95) -> float:
         """Half of the interval about the mean that holds the true difference with this probability,
@@ -233,6 +236,8 @@ def paired(difference: np.ndarray, groups: np.ndarray | None = None) -> Paired:
     if G < 2:
         raise StatisticsError(f"{G} independent groups: give two or more")
 
+    # A variance that a few large groups decide is known as badly as one of few groups (Kish 1965)
+    effective = max(2.0, N**2 / float(np.square(sizes).sum()))
     # What each group adds to the mean of a seed, linearised, because groups differ in size
     mean = difference.mean()
     residual = difference - mean
@@ -240,10 +245,10 @@ def paired(difference: np.ndarray, groups: np.ndarray | None = None) -> Paired:
     of_seed, of_group = cells.mean(axis=1), cells.mean(axis=0)
     by_group = float(of_group @ of_group) / (G - 1) / G
     if S == 1:
-        return Paired(float(mean), 0.0, by_group, 0.0, S, G)
+        return Paired(float(mean), 0.0, by_group, 0.0, S, effective)
     rest = cells - of_seed[:, None] - of_group
     return Paired(float(mean), float(of_seed @ of_seed) / (S - 1) / S, by_group,
-                  float(np.square(rest).sum()) / ((S - 1) * (G - 1)) / (S * G), S, G)
+                  float(np.square(rest).sum()) / ((S - 1) * (G - 1)) / (S * G), S, effective)
 
 
 # --------------------------------------------------------------------------------------------------

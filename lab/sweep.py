@@ -25,17 +25,18 @@ import torch
 import data
 from lab.beginning import read_inputs
 from lab.commands import SweepOptions
-from lab.console import Stopped, UserError, one_line, say
-from lab.files import SMALL, Folder, Locked, check_folder, write_file
+from lab.console import Diverged, Stopped, UserError, one_line, say
+from lab.files import SMALL, Folder, Locked, NotWritten, check_folder, write_file
 from lab.folder import CONFIG, Run
 from lab.inputs import Shared
 from lab.plan import Plan, cell_key, make_runs, read_grids, read_plan
 from lab.processes import raise_signals, use_threads
 from lab.settings import from_flags
 from lab.sweep_table import show_table
-from lab.train import differences, train_run
+from lab.train import train_run
 
 MARGIN = 2.0  # points
+DIVERGED = "diverged: "  # begins the reason of a run with too high a rate, or too wide a prior
 PROGRAM = Path(__file__).resolve().parent.parent / "promptprior.py"
 
 
@@ -61,8 +62,13 @@ def open_plan(options: SweepOptions, grids: list[dict[str, list]]) -> tuple[Plan
         plan = Plan(folder, runs, max(1, torch.get_num_threads() // options.jobs),
                     options.margin or MARGIN)
         check_inputs(plan, shared)
-        write_file(path, (json.dumps({"margin": plan.margin, "threads": plan.threads, "runs": runs},
-                                     indent=1, ensure_ascii=False) + "\n").encode())
+        content = json.dumps({"margin": plan.margin, "threads": plan.threads, "runs": runs},
+                             indent=1, ensure_ascii=False) + "\n"
+        try:
+            write_file(path, content.encode(), is_new=True)
+        except NotWritten:
+            if not path.exists():  # else another process was first, and its plan is that of all
+                raise
     plan = read_plan(path)
     if runs and plan.runs != runs:
         raise UserError(f"{path}: a plan of other runs than these: choose another --out, or go on "
@@ -102,12 +108,16 @@ def take(plan: Plan, name: str, shared: Shared, finished: set[str]) -> bool:
                 say(remark)
             try:
                 if plan.is_finished(name):
+                    plan.check_flags(name)
                     finished.add(name)
                     return False
                 say(f"\nrun {list(plan.runs).index(name) + 1} of {len(plan.runs)}: {name}")
                 with contextlib.redirect_stdout(sys.stderr):  # the table alone is the answer
                     train_or_resume(plan, name, run, shared)
                 finished.add(name)
+            except Diverged as e:
+                say(f"{name} {DIVERGED}{e.what}")
+                write_file(plan.failure(name), f"{DIVERGED}{e.what}\n".encode())
             except Exception as e:
                 if isinstance(e, Stopped) and e.status < 0:
                     raise Stopped(f"{e}; with all runs of it: sweep {plan.folder}", e.status) from e
@@ -128,11 +138,7 @@ def train_or_resume(plan: Plan, name: str, run: Run, shared: Shared) -> None:
     if not (run.path / CONFIG).exists():
         train_run(run, plan.settings(name), None, sorted(flags), shared)
         return
-    # A run keeps the commit that a revision stood for.
-    fixed = {key: value for key, value in flags.items() if key != "revision"}
-    if different := differences(run.settings(), fixed):
-        raise UserError(f"{run.path}: trained otherwise, with {different[0]}: remove it, or choose "
-                        "another --out")
+    plan.check_flags(name)
     train_run(run, run.settings(), run.config(), None, shared)
 
 
@@ -190,15 +196,19 @@ def command_sweep(given: dict) -> None:
 
     failed = {name: one_line(data.read_text(path, SMALL)) for name in plan.runs
               if (path := plan.failure(name)).exists()}
-    finished = [name for name in plan.runs if name not in failed and plan.is_finished(name)]
+    finished = plan.finished()
     for name, reason in failed.items():
-        say(f"failed: {name}: {reason}")
+        say(f"{name} {reason}" if reason.startswith(DIVERGED) else f"failed: {name}: {reason}")
     left = len(plan.runs) - len(finished) - len(failed)
     if left:
         say(f"{left} of {len(plan.runs)} runs have not ended: sweep {plan.folder} goes on with "
             "those that no other process trains; with --table it shows the others")
     if finished and (options.table or not left):  # of several processes the last one shows it
         show_table(plan, finished, margin)
+    # That a rate diverged is an answer, if another rate of its cell ended.
+    answered = {cell_key(plan.runs[name]) for name in finished}
+    failed = [name for name, reason in failed.items() if not (
+        reason.startswith(DIVERGED) and cell_key(plan.runs[name]) in answered)]
     if failed and not options.table:
         raise Stopped(f"{plan.folder}: {len(failed)} of {len(plan.runs)} runs failed, see above: "
                       f"mend what is wrong, then try them by: sweep {plan.folder} --retry", 1)

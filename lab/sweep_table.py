@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 
 from lab import geometry, pictures, statistics
 from lab.adapters import to_csv
-from lab.console import SCORES, say, show, table
+from lab.console import SCORES, UserError, say, show, table
 from lab.files import reading, write_file
 from lab.folder import Run, objective
 from lab.inputs import evaluation_examples, independent_units
@@ -27,6 +28,7 @@ from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settin
 from lab.settings import DataSettings, Settings, numbered
 
 LEVEL, POWER = 0.05, 0.8
+ROUNDING = 1e-9  # points: a narrower interval is one of differences that are all alike
 SHOWN = 5  # layers of a cell, in a printed table
 SCORE_TITLES = {"lr": "lr", "lr_factor": "lr factor", "seeds": "seeds",
                 "held_out": "held-out loss", **SCORES, "steps": "steps"}
@@ -65,6 +67,7 @@ class Cell(NamedTuple):
     settings: Settings  # of one of them
     rate: tuple  # the values of RATES
     held_out: dict[tuple, float]  # of every rate, the mean loss by which it was chosen
+    left_out: dict[tuple, str]  # of every other rate, how many of its runs have ended
 
     @property
     def key(self) -> str:
@@ -84,35 +87,45 @@ def steps_to_loss(metrics: list[dict], mix: float) -> int:
     return next(step for step, loss in losses.items() if loss <= 1.1 * last_loss)
 
 
-def cells_of(plan: Plan, finished: list[str]) -> list[Cell]:
+def cells_of(plan: Plan, finished: set[str]) -> list[Cell]:
     """The cells of the runs that have ended, each at its best rate."""
     varied = [name for name in varied_settings([*plan.runs.values()])
               if name not in (*RATES, "seed")]
-    grouped: dict[str, dict] = {}
-    for name in finished:
-        flags = plan.runs[name]
-        words = [setting_name(key, flags[key]) for key in varied if key in flags]
-        _, by_rate = grouped.setdefault(cell_key(flags), (", ".join(words) or "defaults", {}))
-        by_rate.setdefault(rate_of(flags), {})[flags.get("seed", 0)] = name
+    # The name of every cell, and by rate {seed: run} of those that have ended
+    grouped: dict[str, tuple[str, dict]] = {}
+    planned: Counter = Counter()
+    for name, flags in plan.runs.items():
+        key, rate = cell_key(flags), rate_of(flags)
+        words = [setting_name(setting, flags[setting]) for setting in varied if setting in flags]
+        cell = ", ".join(words) or plan.settings(name).prior_name
+        _, by_rate = grouped.setdefault(key, (cell, {}))
+        planned[key, rate] += 1
+        runs = by_rate.setdefault(rate, {})
+        if name in finished:
+            runs[flags.get("seed", 0)] = name
+    grouped = {key: cell for key, cell in grouped.items() if any(cell[1].values())}
 
     cells = []
     names = numbered([name for name, _ in grouped.values()])
-    for name, (_, by_rate) in zip(names, grouped.values()):
+    for name, (key, (_, by_rate)) in zip(names, grouped.items()):
         logs = {run: plan.run(run).metrics() for runs in by_rate.values() for run in runs.values()}
-        # Of rates with fewer runs, a failed one among them, nobody knows how good they are.
-        most = max(map(len, by_rate.values()))
+        # Of a rate with other seeds than the most, a failed one among them, nobody knows how good
+        # it is.
+        most = max((runs.keys() for runs in by_rate.values()), key=len)
         losses = {}
         mix = plan.settings(next(iter(logs))).teacher.teacher_mix  # one in a cell
         for rate, runs in by_rate.items():
             lines = [last(logs[run], "held_out") for run in runs.values()]
-            if len(runs) == most and None not in lines:
+            if runs.keys() == most and None not in lines:
                 losses[rate] = float(np.mean([objective(line, mix) for line in lines]))
-        rate = min(losses, key=losses.get) if losses else next(iter(by_rate))
+        rate = min(losses, key=losses.get) if losses else next(filter(by_rate.get, by_rate))
+        left_out = {other: f"{len(runs)} of {planned[key, other]}"
+                    for other, runs in by_rate.items() if other not in losses and other != rate}
         runs = dict(sorted(by_rate[rate].items()))
         cells.append(Cell(name, {seed: plan.run(run) for seed, run in runs.items()},
                           {seed: last(logs[run], "eval") for seed, run in runs.items()},
                           {seed: steps_to_loss(logs[run], mix) for seed, run in runs.items()},
-                          plan.settings(next(iter(runs.values()))), rate, losses))
+                          plan.settings(next(iter(runs.values()))), rate, losses, left_out))
     return cells
 
 
@@ -143,22 +156,28 @@ def scores_of(cell: Cell) -> dict[str, float]:
 # differences
 
 
-def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict[str, float]]]:
+def compare_cells(cells: list[Cell], margin: float
+                  ) -> tuple[list[tuple[str, str, dict[str, float]]], list[str]]:
     """(cell, the cell that it is compared with, numbers), of cells with a seed in common, and with
-    questions of two articles or more."""
-    asked = [[(p["id"], p["question"]) for p in next(iter(cell.runs.values())).predictions()]
-             for cell in cells]
+    questions of two articles or more; and why the others that answered the same are left out."""
+    asked = [questions_of(cell) for cell in cells]
     units: dict[int, np.ndarray] = {}  # of the cells that others are compared with
-    rows, effects = [], []
+    rows, effects, left_out = [], [], []
     for i, cell in enumerate(cells):
         j = asked.index(asked[i])
         seeds = [seed for seed in cell.runs if seed in cells[j].runs]
         first = cells[j]
-        if i == j or not seeds:
+        if i == j:
+            continue
+        if not seeds:
+            left_out.append(f"{cell.name} and {first.name}: not compared: they have no seed in "
+                            "common: give both the same --seed")
             continue
         if j not in units:
             units[j] = question_units(first.settings.data, asked[j])
         if not units[j].any():
+            left_out.append(f"{cell.name} and {first.name}: not compared: all questions are about "
+                            "one paragraph: evaluate others too")
             continue
         numbers = with_interval("difference", [
             cell.logs[seed][cell.key] - first.logs[seed][cell.key] for seed in seeds])
@@ -166,6 +185,7 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
                             for c in (cell, first)])
         effect = statistics.paired(answers[0] - answers[1], units[j])
         half = effect.half_width()
+        half = half if half > ROUNDING else 0.0
         rows.append((cell.name, first.name, {
             **numbers, "wide": effect.mean, "wide_low": effect.mean - half,
             "wide_high": effect.mean + half,
@@ -183,7 +203,18 @@ def compare_cells(cells: list[Cell], margin: float) -> list[tuple[str, str, dict
         adjusted = statistics.holm([numbers[key] for _, _, numbers in rows])
         for (_, _, numbers), p in zip(rows, adjusted):
             numbers[holm] = float(p)
-    return rows
+    return rows, left_out
+
+
+def questions_of(cell: Cell) -> list[tuple[str, str]]:
+    """(id, question) of all that the runs of a cell answered. Raises UserError if they differ."""
+    first, *others = cell.runs.values()
+    asked = [(p["id"], p["question"]) for p in first.predictions()]
+    for run in others:
+        if [(p["id"], p["question"]) for p in run.predictions()] != asked:
+            raise UserError(f"{run.path}: predictions.jsonl has other questions than that of "
+                            f"{first.path}: restore it, or remove the run and train it again")
+    return asked
 
 
 def scores_by_question(run: Run, key: str) -> list[float]:
@@ -213,8 +244,8 @@ def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> 
                  f"difference of {numbers['detectable']:.1f} points would be found in "
                  f"{POWER:.0%} of such sweeps")
         if numbers["detectable_any_seeds"] >= 0.05:  # else the scatter of few seeds hides it
-            words += (", and with any number of seeds none below "
-                      f"{numbers['detectable_any_seeds']:.1f}")
+            words += (", and with any number of seeds no difference below "
+                      f"{numbers['detectable_any_seeds']:.1f} would be")
     alone = f", for seed {numbers['only_seed']} alone" if "only_seed" in numbers else ""
     return f"{name} and {first}{alone}: {words}"
 
@@ -282,9 +313,9 @@ def norm_ratios(run: Run, layer: int, start, end) -> tuple[float, float]:
 def show_table(plan: Plan, finished: list[str], margin: float) -> None:
     """Print what the finished runs came to, and write it as table.csv and table.html."""
     with reading(plan.folder / "runs", "runs as this sweep made them", "restore them"):
-        cells = cells_of(plan, finished)
+        cells = cells_of(plan, {*finished})
         scores = [(cell.name, scores_of(cell)) for cell in cells]
-        differences = compare_cells(cells, margin)
+        differences, left_out = compare_cells(cells, margin)
         ends = ends_of(cells)
         curves = pictures.curves([run for cell in cells for run in cell.runs.values()])
 
@@ -302,9 +333,11 @@ def show_table(plan: Plan, finished: list[str], margin: float) -> None:
         text.append(f"points of {kinds}\n{table(rows, DIFFERENCE_TITLES)}\n\n"
                     f"{ABOUT_DIFFERENCES.format(margin=margin)}")
         text.append("\n".join(verdict(*row, margin) for row in differences))
+    if left_out:
+        text.append("\n".join(left_out))
     shown = some_layers(ends)
-    left_out = f"\n{ABOUT_LAYERS}" if len(shown) < len(ends) else ""
-    text.append(f"{table(shown, END_TITLES)}\n\n{ABOUT_ENDS}{left_out}")
+    more = f"\n{ABOUT_LAYERS}" if len(shown) < len(ends) else ""
+    text.append(f"{table(shown, END_TITLES)}\n\n{ABOUT_ENDS}{more}")
     show("\n\n".join(text))
 
     write_file(plan.folder / "table.csv", as_csv(scores, differences, ends).encode())
@@ -316,16 +349,17 @@ def rates_of(cells: list[Cell]) -> list[str]:
     """The held-out loss of every rate, and whether better ones may lie beyond those tried."""
     lines = []
     for cell in cells:
-        if len(cell.held_out) > 1:
-            losses = ", ".join(f"{rate_name(rate)} {loss:.3f}"
-                               for rate, loss in cell.held_out.items())
+        if len(cell.held_out) + len(cell.left_out) > 1:
+            words = [f"{rate_name(rate)} {loss:.3f}" for rate, loss in cell.held_out.items()]
+            words += [f"{rate_name(rate)} not compared ({ended} runs ended)"
+                      for rate, ended in cell.left_out.items()]
             edge = ""
-            for chosen, *tried in zip(cell.rate, *cell.held_out):
+            for chosen, *tried in zip(cell.rate, *cell.held_out, *cell.left_out):
                 values = {value for value in tried if value is not None}
                 if len(values) > 1 and chosen in (min(values), max(values)):
                     end = "lowest" if chosen == min(values) else "highest"
                     edge = f": the best is the {end} one tried, so that better ones may lie beyond"
-            lines.append(f"{cell.name}: {losses}{edge}")
+            lines.append(f"{cell.name}: {', '.join(words)}{edge}")
     return ["held-out loss by learning rate\n" + "\n".join(lines)] if lines else []
 
 

@@ -26,8 +26,8 @@ import priors
 from lab import posteriors
 from lab.beginning import Inputs, begin_run, make_posterior, read_inputs, with_teacher
 from lab.commands import TrainOptions
-from lab.console import (Stopped, UserError, counted, file_list, out_of_memory, progress, say,
-                         scores_line, show)
+from lab.console import (Diverged, Stopped, UserError, counted, file_list, out_of_memory, progress,
+                         say, scores_line, show)
 from lab.distil import Teacher
 from lab.evaluation import beside, evaluate, score_table
 from lab.folder import (CONFIG, FIRST_PROMPT, LAST_PROMPT, LOG, Checkpoint, Run, check_fits,
@@ -40,8 +40,8 @@ from lab.populations import Reference, norm_ratio
 from lab.processes import (SIGNALS, all_reduce_gradients, all_reduce_sum, barrier, broadcast,
                            collect_signals, init_processes, keep_freed_memory, only_first,
                            rank_and_size)
-from lab.settings import (Settings, flag_name, flags_like, flags_of, flat, free_name, from_config,
-                          from_flags, spec_name, with_flags)
+from lab.settings import (Settings, differences, flag_name, flags_like, flags_of, flat, free_name,
+                          from_config, from_flags, spec_name, with_flags)
 
 # Settings that a run may go on with otherwise than it began. The first name files, which must be
 # the same in another place; a prior's, earlier runs.
@@ -218,11 +218,11 @@ class Training:
         if self.skipped > self.settings.train.skip_bad_steps:
             listed = ", ".join(ids[:4]) + (" ..." if len(ids) > 4 else "")
             peak = max(group["peak"] for group in self.optimiser.param_groups)
-            raise Stopped(
+            raise Diverged(
                 f"loss {loss:.4g}, gradient norm {norm:.4g} at step {self.step + 1}, learning rate "
-                f"{rate:.3g}, on {listed}: not finite, stopped before it could spoil the rows: "
+                f"{rate:.3g}, on {listed}: not finite, stopped before it could spoil the rows",
                 f"lower --lr (now at most {peak:.3g}), or leave such steps out by "
-                f"--skip-bad-steps; {self._how_to_go_on()}", 1)
+                f"--skip-bad-steps; {self._how_to_go_on()}")
         self.run.log({"step": self.step + 1, "split": "skipped", "lr": rate, "ids": ids})
 
     def _finish_step(self) -> None:
@@ -417,13 +417,6 @@ def resume(run: Run, flags: dict, any_processes: bool) -> None:
         if run.config() != config:
             raise UserError(f"{run.path}: another process just replaced it: look, and try again")
         train_run(run, settings, config, None)
-
-
-def differences(stored: Settings, given: dict) -> list[str]:
-    """The flags whose values differ from the run's, as a user reads them."""
-    values, requested = flat(stored), flat(with_flags(stored, given).complete())
-    return [f"{flag_name(name)} {given[name]} (the run has {values.get(name)!r})"
-            for name in given if name != "out" and requested.get(name) != values.get(name)]
 
 
 @contextlib.contextmanager

@@ -154,10 +154,11 @@ def test_claims_are_grids_that_a_sweep_takes():
 
 
 def test_the_steps_to_a_loss():
-    losses = [3.0, 2.0, 1.0, 2.0, 0.5, 0.1]
-    assert pace.steps_to(losses, 1.5, 2) == 3 and pace.steps_to(losses, 1.5, 1) == 3
-    assert pace.steps_to(losses, 1.2, 3) == 5 and pace.steps_to(losses, 0.2, 2) == math.inf
-    assert pace.steps_to([2.0] * 5, 1.2, 10) == pace.steps_to([], 1.2, 10) == math.inf
+    lines = [{"step": step, "loss": loss} for step, loss in zip(
+        (1, 2, 3, 4, 6, 7), (3.0, 2.0, 1.0, 2.0, 0.5, 0.1))]  # step 5 was left out
+    assert pace.steps_to(lines, 1.5, 2) == 3 and pace.steps_to(lines, 1.5, 1) == 3
+    assert pace.steps_to(lines, 1.2, 3) == 6 and pace.steps_to(lines, 0.2, 2) == math.inf
+    assert pace.steps_to(lines, 9.0, 10) == pace.steps_to([], 1.2, 10) == math.inf
     first, rows = pace.compared({
         "none": {1: 5.0, 2: math.inf}, "first": {1: 10.0, 2: 20.0, 3: 27.0},
         "second": {1: 12.0, 2: 25.0, 3: 28.0}, "third": {2: 10.5, 3: 17.0},

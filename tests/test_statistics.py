@@ -38,6 +38,9 @@ def test_p_value_counts_the_observed_one():
     assert s.p_value(null, 10, two_sided=True) == 1
     assert s.p_value(null * 0.1, 0.1 + 1.8) == 2 / 20  # the last bits of a sum do not matter
     assert math.isnan(s.p_value(np.array([]), 1.0))
+    for observed, values in ((math.nan, null), (1.0, np.append(null, math.nan))):
+        with pytest.raises(s.StatisticsError, match="not finite"):
+            s.p_value(values, observed)
 
 
 def test_holm():
@@ -230,6 +233,22 @@ def test_levels_of_sameness(spread):
         at_most_level(different)
         if spread.get("noise") == 1 and S == 3:
             assert np.mean(naive) > 0.15
+
+
+def test_levels_where_one_group_is_large():
+    """500 repetitions of one group of 100 questions and eleven of 10: the large one decides, so
+    twelve groups tell no more than four equal ones would."""
+    group = np.repeat(np.arange(12), [100, *[10] * 11])
+    equal, different = [], []
+    for k in range(500):
+        r = R(k)
+        x = r.normal(0, 15, 12)[group] + r.normal(0, 20, (3, len(group)))
+        effect = s.paired(x, group)
+        different.append(effect.difference_p())
+        equal.append(effect._replace(mean=effect.mean + 10).equivalence_p(10))
+    at_most_level(equal)
+    at_most_level(different)
+    assert effect.groups == pytest.approx(210**2 / (100**2 + 11 * 10**2))
 
 
 def test_power_of_sameness():

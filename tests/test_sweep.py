@@ -90,6 +90,8 @@ def test_grids():
     assert sorted((flags["cut"], *flags["reference"]) for flags in runs.values()) == [
         (False, "squad", "math"), (False, "vocab"), (True, "squad", "math"), (True, "vocab")]
     assert all("hold_out" not in flags for flags in runs.values())
+    # A default that is given is the run without it, even if the two flags are written otherwise.
+    assert len(plan.make_runs([{"seed": [0, None]}, {"tokens": [20, None]}])) == 1
     assert len({*runs}) == 4 and all(plan.NAME.fullmatch(name) for name in runs)
     # Cells with a rate each have none to choose; one with two has, and then all hold out.
     cells = [{"prior": ["vocab"], "lr_factor": [3.0]}, {"prior": ["fitted"], "lr_factor": [1.0]}]
@@ -276,15 +278,68 @@ def test_a_run_that_failed_does_not_stop_the_rest(tmp_path, capsys):
     assert len(capsys.readouterr().err) < 3000
 
 
-def test_another_run_in_a_runs_place_is_not_taken_for_it(copy, capsys):
+def test_a_rate_that_diverged_lost(tmp_path, capsys):
+    """That is an answer about the rate, so neither the sweep nor what calls it has failed, unless
+    no rate of a cell is left."""
+    out = tmp_path / "sweep"
+    grid = ["--prior", "isotropic", *FEW, "--prior-weight", 1]
+    assert main("sweep", "--out", out, *grid, "--lr", "1e-2", "9e29") == 0
+    text = capsys.readouterr()
+    (failed,) = (out / "failed").iterdir()
+    assert f"{failed.stem} diverged: loss " in text.err and "failed" not in text.err
+    assert "9e+29 not compared (0 of 1 runs ended): the best is the lowest one tried" in text.out
+    assert rows(out)[0]["cell"] == "isotropic" and rows(out)[0]["lr"] == "0.01"
+    assert main("sweep", out) == 0
+    assert main("sweep", "--out", tmp_path / "b", *grid, "--lr", "9e29") == 1
+    assert "1 of 1 runs failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--steps 4 (the run has 1)", "--lr 0.01 (the run has 0.02)"])
+def test_another_run_in_a_runs_place_is_not_taken_for_it(copy, capsys, flag):
+    """Whether it has ended or not."""
     run = copy / "runs/vocab-seed0-lr0.01"
+    steps = ["--steps", 1] if "steps" in flag else []
     assert main("train", "--config", run / "config.json", "--out", run, "--overwrite", "--lr",
-                "0.02", "--steps", 1) == 0
+                "0.02", *steps) == 0
+    if not steps:
+        assert main("sweep", copy, "--table") == 2
+        assert f"trained otherwise, with {flag}: remove it" in capsys.readouterr().err
     assert main("sweep", copy) == 1
-    assert "trained otherwise, with --steps 4 (the run has 1): remove it" in (
-        capsys.readouterr().err)
+    assert f"trained otherwise, with {flag}: remove it" in capsys.readouterr().err
     shutil.rmtree(run)
     assert main("sweep", copy, "--retry") == 0
+
+
+def test_runs_of_other_data_are_not_mixed(copy, capsys):
+    """A file that changed while a sweep was trained, and answers to other questions."""
+    path = copy / "runs/fitted-seed1-lr0.01/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "sha256": {**config["sha256"], "data": "0" * 64}}))
+    assert main("sweep", copy, "--table") == 2
+    error = capsys.readouterr().err
+    assert f"{path.parent}: its data are not those of {copy}/runs/vocab-seed0-lr0.003: " in error
+    path.write_text(json.dumps(config))
+    path = copy / "runs/fitted-seed1-lr0.01/predictions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(reversed(lines)))
+    assert main("sweep", copy, "--table") == 2
+    assert f"{path.parent}: predictions.jsonl has other questions" in capsys.readouterr().err
+
+
+def test_of_two_processes_at_once_the_first_ones_plan_is_both(tmp_path, monkeypatch, capsys):
+    check_inputs, out = sweep.check_inputs, tmp_path / "sweep"
+
+    def beside_another(made, shared):
+        check_inputs(made, shared)
+        sweep.write_file(out / "plan.json", json.dumps({
+            "margin": 3.0, "threads": 2, "runs": made.runs}).encode())
+
+    monkeypatch.setattr(sweep, "check_inputs", beside_another)
+    monkeypatch.setattr(sweep, "use_threads", lambda threads: used.append(threads))
+    used = []
+    assert main("sweep", "--out", out, "--margin", 1, "--prior", "vocab", "fitted", *FEW) == 0
+    assert used == [2, 2] and json.loads((out / "plan.json").read_text())["margin"] == 3
+    assert "--margin 1: the sweep began with 3" in capsys.readouterr().err
 
 
 def test_processes_share_the_runs(tmp_path, capsys):
@@ -303,7 +358,7 @@ def test_a_process_of_torchrun_works_alone(tmp_path):
                     RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost")
     assert second.wait() == 0, second.err
     assert (tmp_path / "a/runs/run/figures/layer-00.svg").exists()
-    assert rows(tmp_path / "a")[0]["cell"] == "defaults"
+    assert rows(tmp_path / "a")[0]["cell"] == "vocab"
 
 
 def test_a_signal_stops_it_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
@@ -372,10 +427,17 @@ def test_the_rate_is_chosen_by_held_out_questions_alone(copy, capsys):
                                                                 ("fitted", "0.01")]
     assert "vocab: 0.003 0.700, 0.01 1.000: the best is the lowest one tried" in (
         capsys.readouterr().out)
-    # Of a rate at which a run failed nobody knows how good it is.
+    # Of a rate at which a run failed nobody knows how good it is, and the table says so. Nor are
+    # rates compared by other seeds.
     (copy / "failed").mkdir()
     (copy / "failed/vocab-seed1-lr0.003.txt").write_text("why")
     assert main("sweep", copy, "--table") == 0 and rows(copy)[0]["lr"] == "0.01"
+    assert "vocab: 0.01 1.000, 0.003 not compared (1 of 2 runs ended): the best is the hi" in (
+        capsys.readouterr().out)
+    (copy / "failed/vocab-seed0-lr0.01.txt").write_text("why")
+    assert main("sweep", copy, "--table") == 0 and rows(copy)[0]["lr"] == "0.003"
+    assert "vocab: 0.003 1.500, 0.01 not compared (1 of 2 runs ended): the best is the lo" in (
+        capsys.readouterr().out)
 
 
 def draw_answers(folder):
@@ -430,7 +492,7 @@ def test_numbers_of_the_table(copy, capsys):
     assert found > float(second["wide_high"]) - float(second["wide"]) > 0  # half the interval
     assert 0 < more_seeds < found
     assert f"difference of {found:.1f} points would be found in 80% of such sweeps, and with " \
-           f"any number of seeds none below {more_seeds:.1f}" in out
+           f"any number of seeds no difference below {more_seeds:.1f} would be\n" in out
 
 
 def test_of_many_layers_a_few_are_printed():
@@ -488,17 +550,25 @@ def test_a_plan_without_runs(copy, capsys):
 def test_of_one_question_nothing_is_tested(tmp_path, capsys):
     few = ["--prior", "vocab", "fitted", *FEW, "--steps", "0", "--eval-limit", "1"]
     assert main("sweep", "--out", tmp_path / "a", *few) == 0
-    assert "p, equal" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "p, equal" not in out and "fitted and vocab: not compared: all questions are abo" in out
 
 
-def test_the_page_is_safe(copy):
-    changed = (copy / "plan.json").read_text().replace('"fitted"', '"posterior:<b>"')
-    page = (copy / "table.html").read_text()
+def test_of_other_seeds_nothing_is_tested(tmp_path, capsys):
+    grid = tmp_path / "grid.json"
+    grid.write_text(json.dumps([{"prior": "vocab", "seed": 0}, {"prior": "fitted", "seed": 1}]))
+    assert main("sweep", "--out", tmp_path / "a", "--grid", grid, *FEW, "--steps", "0") == 0
+    assert "fitted and vocab: not compared: they have no seed in common" in capsys.readouterr().out
+
+
+def test_the_page_is_safe(whole, tmp_path):
+    page = (whole / "table.html").read_text()
     assert "<svg" in page and "<script" not in page
-    (copy / "plan.json").write_text(changed)
-    assert main("sweep", copy, "--table") == 0
-    assert "&lt;b&gt;" in (copy / "table.html").read_text()
-    assert "<b>" not in (copy / "table.html").read_text()
+    grid = tmp_path / "grid.json"
+    grid.write_text(json.dumps({"prior": "text", "text": [["<b>"], ["a"]]}))
+    assert main("sweep", "--out", tmp_path / "a", "--grid", grid, *FEW, "--steps", "0") == 0
+    page = (tmp_path / "a/table.html").read_text()
+    assert "&lt;b&gt;" in page and "<b>" not in page
 
 
 def test_rates_that_differ_by_a_factor_are_one_cell(tmp_path, capsys):
@@ -508,7 +578,7 @@ def test_rates_that_differ_by_a_factor_are_one_cell(tmp_path, capsys):
     [row] = rows(tmp_path / "a")
     assert float(row["lr_factor"]) in (1, 3) and "lr" not in row
     out = capsys.readouterr().out
-    assert re.search(r"\ndefaults: factor 1 [\d.]+, factor 3 [\d.]+: the best is the "
+    assert re.search(r"\nvocab: factor 1 [\d.]+, factor 3 [\d.]+: the best is the "
                      "(lowest|highest)", out)
     usual, tripled = (Run(tmp_path / f"a/runs/lr-factor{factor}").config()["learning_rates"]
                       for factor in ("1.0", "3.0"))
@@ -572,10 +642,11 @@ def test_cells_of_one_data_setting_have_units_of_their_own(monkeypatch):
         asked = [{"id": str(k), "question": "", "f1": 50.0 + k} for k in range(questions)]
         runs = {seed: SimpleNamespace(predictions=lambda: asked) for seed in (0, 1)}
         return sweep_table.Cell(name, runs, {0: {"f1": 50.0}, 1: {"f1": 50.0}}, {0: 1, 1: 1},
-                                Settings(), (None, None), {})
+                                Settings(), (None, None), {}, {})
 
     monkeypatch.setattr(sweep_table, "question_units", lambda _, asked: np.arange(len(asked)))
-    pairs = sweep_table.compare_cells([cell("a", 3), cell("b", 3), cell("c", 2), cell("d", 2)], 2.0)
+    cells = [cell("a", 3), cell("b", 3), cell("c", 2), cell("d", 2)]
+    pairs, _ = sweep_table.compare_cells(cells, 2.0)
     assert [names for *names, _ in pairs] == [["b", "a"], ["d", "c"]]
     # No answer differs, which tells nothing of others.
     assert all(numbers["holm_equal"] == numbers["holm_different"] == 1 for *_, numbers in pairs)
