@@ -153,6 +153,23 @@ def test_claims_are_grids_that_a_sweep_takes():
         (16, ("text",))}
 
 
+def test_one_factor_for_all_runs_of_a_claim(monkeypatch, tmp_path):
+    """Nothing is tuned then, and seeds begin at 0."""
+    grids = []
+
+    def run_sweep(folder, made, flags):
+        folder.mkdir()
+        grids.extend(made)
+        return ""
+
+    monkeypatch.setattr(claims, "run_sweep", run_sweep)
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--out", str(tmp_path), "--only", "cut-vocab",
+                                      "--seeds", "2", "--factors", "3"])
+    claims.main()
+    assert [(run["lr_factor"], run["seed"]) for run in make_runs(grids).values()] == [
+        (3.0, seed) for seed in (0, 0, 1, 1)]
+
+
 def test_the_steps_to_a_loss():
     lines = [{"step": step, "loss": loss} for step, loss in zip(
         (1, 2, 3, 4, 6, 7), (3.0, 2.0, 1.0, 2.0, 0.5, 0.1))]  # step 5 was left out
