@@ -48,6 +48,7 @@ TITLES = {
     "frechet": "Frechet", "precision": "precision", "recall": "recall", "mmd": "MMD", "mmd_p": "p",
     "mean_shift": "mean shift", "mean_shift_p": "p",
     "knn": "kNN", "gap": "gap", "c2st": "C2ST", "auc": "AUC", "silhouette": "silhouette",
+    "variance_between": "% between",
     "mass": "mass", "content": "content", "shift": "shift", "bias": "bias", "one": "one",
     "one_head": "one, head"}
 
@@ -218,7 +219,8 @@ def separation(file: Collection, layer: int) -> list[tuple[str, dict[str, float]
     claim).
 
     auc with its interval is the area under the ROC curve of a linear probe. It and mmd with its p
-    take articles and modules as the independent units, see Collection.units."""
+    take articles and modules as the independent units, see Collection.units. variance_between is
+    the percent of variance that lies between the two means."""
     rows, units = {}, {}
     for name in file.domains:
         rows[name], units[name] = sample_with_units(file, layer, name)
@@ -229,7 +231,8 @@ def separation(file: Collection, layer: int) -> list[tuple[str, dict[str, float]
             **measure("frechet", geometry.frechet, rows[a], rows[b]),
             **measure("mmd mmd_p", two_samples.mmd, *samples),
             **measure("auc auc_low auc_high", two_samples.probe_auc, *samples),
-            **measure("silhouette", _silhouette_of_two, rows[a], rows[b])}))
+            **measure("silhouette", _silhouette_of_two, rows[a], rows[b]),
+            **measure("variance_between", geometry.variance_between, rows[a], rows[b])}))
     return pairs
 
 
@@ -375,7 +378,8 @@ def compare_collection(path: str, given: dict, models: dict[ModelSettings, Loade
     for i in file.layers:
         pairs += [(f"layer {i}: {name}", numbers) for name, numbers in separation(file, i)]
         if file.about["pool"] == "token":
-            steps += [(f"layer {i}: {name}", walks(file, i, name, embeddings))
+            tests = len(file.layers) * len(file.domains)
+            steps += [(f"layer {i}: {name}", walks(file, i, name, embeddings, tests=tests))
                       for name in file.domains]
     adjust(steps)
 

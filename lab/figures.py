@@ -275,7 +275,8 @@ def density_by_layer(world: World) -> Drawing:
         planes.append(viz.pca(rows))
         clouds.append(viz.project(planes[i], rows))
     # The line in the plane that best separates two heaps is the first component.
-    p = statistics.holm([statistics.unimodal_p(points[:, 0], units) for points in clouds])
+    draws = statistics.enough(len(clouds), 500)
+    p = statistics.holm([statistics.unimodal_p(points[:, 0], units, draws) for points in clouds])
 
     panels, numbers = [], {}
     for i, (plane, points) in enumerate(zip(planes, clouds)):

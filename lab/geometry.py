@@ -444,6 +444,19 @@ def _share_inside(points, centres, square, k):
     return float(hit.any(1).mean())
 
 
+def variance_between(x: np.ndarray, y: np.ndarray) -> float:
+    """How much of the variance of x (N, D) and y (M, D) together lies between their means, percent:
+    that of a regression of the rows on the label, R^2 over all dimensions."""
+    x = checked(x, "x")
+    y = checked(y, "y", width=x.shape[1])
+    N, M = len(x), len(y)
+    between = N * M / (N + M) * np.square(x.mean(0) - y.mean(0)).sum()
+    within = sum(np.square(rows - rows.mean(0)).sum() for rows in (x, y))
+    if between + within == 0:
+        raise GeometryError("all rows are equal: they have no variance")
+    return float(100 * between / (between + within))
+
+
 def silhouette(x: np.ndarray, labels: np.ndarray, sample: int = 2000, seed: int = 0) -> float:
     """Mean silhouette of the clusters of x (N, D) given by labels (N,), from -1 to 1, over a sample
     of the rows (Rousseeuw 1987). A cluster of one row counts 0. Euclidean; holds sample^2

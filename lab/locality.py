@@ -198,9 +198,10 @@ def paths_of(file: Collection, domain: str, most: int = MOST,
 
 
 def walks(file: Collection, layer: int, domain: str, embeddings: Tensor | None = None,
-          roles: tuple[str, ...] = ()) -> dict[str, float]:
+          roles: tuple[str, ...] = (), tests: int = 1) -> dict[str, float]:
     """The locality of a domain's texts, in these roles (none: all), at a layer; the groups are
-    articles or modules, and if there are fewer than FEW_UNITS, texts.
+    articles or modules, and if there are fewer than FEW_UNITS, texts. tests: how many such there
+    are, over which its p-values will be corrected.
 
     Uniform walks are over all token types with equal probability (paper 4.1). embeddings (V, D): at
     layer 0 the vocabulary takes the place of the token types. Empty if no two tokens follow each
@@ -222,6 +223,7 @@ def walks(file: Collection, layer: int, domain: str, embeddings: Tensor | None =
         _, kind, count = tokens.unique(return_inverse=True, return_counts=True)
         population, weights = rows.numpy(), (1.0 / count[kind]).numpy()
     try:
-        return locality(points, population, weights, units)
+        return locality(points, population, weights, units,
+                        permutations=statistics.enough(tests, 1000, two_sided=True))
     except GeometryError:
         return {}

@@ -65,6 +65,13 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
+def enough(tests: int, least: int, two_sided: bool = False) -> int:
+    """How many values under the hypothesis a `p_value` needs that is one of so many tests, at least
+    `least`: of fewer no p-value could be small after Holm's correction. With these the smallest is
+    0.025."""
+    return max(least, 40 * tests * (1 + two_sided))
+
+
 def sign_flip_p(difference: np.ndarray, flips: int = 2000, seed: int = 0) -> float:
     """The p-value of the mean of paired differences (n, D), against random signs of the pairs
     (Fisher 1935). The hypothesis: a difference and its negative are equally likely. The statistic

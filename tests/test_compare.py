@@ -228,8 +228,10 @@ def test_compare_runs(runs, capsys):
 def test_compare_collections(tmp_path, monkeypatch, capsys):
     """The cluster claim holds of arithmetic, and fails of one half of SQuAD's articles against the
     other; the steps of texts are those of the collected rows."""
-    monkeypatch.setattr(locality, "locality", functools.partial(
-        locality.locality, permutations=100, walks=50))
+    tests = []  # how many there are, as each is told
+    monkeypatch.setattr(locality.statistics, "enough",
+                        lambda count, least, two_sided: tests.append(count) or 100)
+    monkeypatch.setattr(locality, "locality", functools.partial(locality.locality, walks=50))
     path = tmp_path / "c.safetensors"
     articles = json.loads((TINY / "squad/train.json").read_text())
     for k, name in enumerate(("squad", "again")):
@@ -240,6 +242,7 @@ def test_compare_collections(tmp_path, monkeypatch, capsys):
                "0,3", "--out", path) == 0
     capsys.readouterr()
     assert run("compare", path, "--json") == 0
+    assert tests == [6] * 6
     apart = json.loads(capsys.readouterr().out)[0]["separation"]
     assert apart["layer 3: squad - math"]["auc"] > 0.95
     for layer in (0, 3):

@@ -8,6 +8,7 @@ import pytest
 from scipy import linalg
 from sklearn import metrics
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LinearRegression
 from sklearn.neighbors import NearestNeighbors
 
 from lab import geometry as g
@@ -272,6 +273,17 @@ def test_silhouette_equals_scikit_learns(dtype):
     names = np.array(["a", "b", "c", "d"] + [""] * 95 + ["e"])[labels]
     assert g.silhouette(x, names, sample=50) == g.silhouette(x, labels, sample=50)
     assert g.silhouette(x, labels, sample=150) != g.silhouette(x, labels, sample=150, seed=1)
+
+
+def test_variance_between_is_a_regressions():
+    x, y = R(1).normal(size=(30, 4)), R(2).normal([1, 0, 3, 0], [1, 2, 3, 4], size=(50, 4))
+    rows, label = np.concatenate([x, y]), np.repeat([[0.0], [1.0]], [30, 50], axis=0)
+    predicted = LinearRegression().fit(label, rows).predict(label)
+    expected = metrics.r2_score(rows, predicted, multioutput="variance_weighted")
+    assert g.variance_between(x, y) == pytest.approx(100 * expected, rel=1e-9)
+    assert g.variance_between([[0.0], [0]], [[2.0], [2]]) == 100
+    with pytest.raises(g.GeometryError, match="all rows are equal"):
+        g.variance_between([[1.0]], [[1.0]])
 
 
 def test_silhouette_of_known_sets():

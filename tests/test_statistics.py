@@ -43,6 +43,15 @@ def test_p_value_counts_the_observed_one():
             s.p_value(values, observed)
 
 
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("tests", [1, 7, 93])
+def test_of_many_tests_one_can_be_significant(tests, two_sided):
+    """What is beyond all values under the hypothesis is, after Holm's correction."""
+    null = np.arange(s.enough(tests, 1000, two_sided))
+    assert s.holm(np.full(tests, s.p_value(null, 1e9, two_sided))).max() <= 0.025
+    assert len(null) >= 1000
+
+
 def test_holm():
     """By its definition, and by the closed Bonferroni tests that it shortens."""
     p = np.array([0.01, 0.04, 0.03, 0.005])
