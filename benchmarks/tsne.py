@@ -77,20 +77,21 @@ def real(source: str, N: int) -> np.ndarray:
     """A sample of N rows, or all, of a model's input embeddings or of collected activations."""
     from safetensors import safe_open
 
+    rows = None
     if Path(source).is_file():
         from lab.activations import Collection
 
         collection = Collection(Path(source))
         rows = collection.rows(max(collection.layers))
-        return np.random.default_rng(0).permutation(rows.float().numpy())[:N]
     name = "model.embed_tokens.weight"
     for path in sorted(Path(source).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             if name in file.keys():
                 rows = file.get_tensor(name)
-                return np.random.default_rng(0).permutation(rows.float().numpy())[:N]
-    sys.exit(f"--data {source}: neither {' nor '.join(DATA)}, nor a file, nor a folder with "
-             f"{name}: give one")
+    if rows is None:
+        sys.exit(f"--data {source}: neither {' nor '.join(DATA)}, nor a file, nor a folder with "
+                 f"{name}: give one")
+    return np.random.default_rng(0).permutation(rows.float().numpy())[:N]
 
 
 def fit(method: str, x: np.ndarray) -> np.ndarray:

@@ -374,11 +374,10 @@ def compare_collection(path: str, given: dict, models: dict[ModelSettings, Loade
     file = Collection(Path(path))
     embeddings = vocabulary_of(file, given, models) if 0 in file.layers else None
 
-    pairs, steps = [], []
+    pairs, steps, tests = [], [], len(file.layers) * len(file.domains)
     for i in file.layers:
         pairs += [(f"layer {i}: {name}", numbers) for name, numbers in separation(file, i)]
         if file.about["pool"] == "token":
-            tests = len(file.layers) * len(file.domains)
             steps += [(f"layer {i}: {name}", walks(file, i, name, embeddings, tests=tests))
                       for name in file.domains]
     adjust(steps)

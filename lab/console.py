@@ -71,10 +71,11 @@ class Stopped(Exception):
 
 
 class Diverged(Stopped):
-    """Training whose numbers were not finite."""
+    """Work that stopped because a loss or gradient was not finite."""
 
-    def __init__(self, what: str, remedy: str):
-        super().__init__(f"{what}: {remedy}", 1)
+    def __init__(self, what: str, then: str = ""):
+        """what: the problem and its remedy; then: how to go on with this very work."""
+        super().__init__(f"{what}{then}", 1)
         self.what = what
 
 

@@ -22,7 +22,7 @@ import llama
 from lab import statistics
 from lab.batches import by_question, grouped
 from lab.commands import EvalOptions, GenerateOptions
-from lab.console import (CALIBRATION, FORGETTING, SCORES, SPREADS, Stopped, UserError, counted,
+from lab.console import (CALIBRATION, FORGETTING, SCORES, SPREADS, Diverged, UserError, counted,
                          say, show, table)
 from lab.distil import Teacher, longest_steps, teacher_text, with_steps, without_steps
 from lab.files import checksum
@@ -209,8 +209,8 @@ def _scored(loaded: LoadedModel, questions: Questions, name: str, teacher: Teach
     losses, tokens, ids, confidence, is_right, kl = zip(*answered)
     if not math.isfinite(sum(losses)):
         dtype = str(loaded.model.embeddings.dtype).removeprefix("torch.")
-        raise Stopped(f"{name}: its loss is {sum(losses)}, not finite in {dtype}: lower --lr, or "
-                      "use --dtype float32 or bfloat16", 1)
+        raise Diverged(f"{name}: its loss is {sum(losses)}, not finite in {dtype}: lower --lr, or "
+                       "use --dtype float32 or bfloat16")
 
     # Score the answers, in the order of the questions.
     scores, predictions = [], []

@@ -21,13 +21,14 @@ from lab.commands import NOT_IN_GRIDS, resolved
 from lab.console import UserError
 from lab.files import SMALL, reading
 from lab.folder import LAST_PROMPT, Run, layer_picture
-from lab.settings import (FIELDS, DataSettings, ModelSettings, Settings, TeacherSettings,
-                          differences, flag_name, flat, is_value, prior_name, shortened, spec_name,
-                          value_type)
+from lab.settings import (FIELDS, MAY_CHANGE, MAY_MOVE, DataSettings, ModelSettings, Settings,
+                          TeacherSettings, differences, flag_name, flat, is_value, prior_name,
+                          shortened, spec_name, value_type)
 
 MOST = 10_000  # runs
 RATES = ("lr", "lr_factor")  # settings of which the best is taken
-FILES = ("model", "data", "eval_data")  # settings that name what scores are of
+FILES = ("model", "revision", "data", "eval_data")  # settings that name what scores are of
+DIVERGED = "diverged"  # begins the reason of a failure whose numbers were not finite
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,200}")  # of a run
 
 
@@ -48,6 +49,10 @@ class Plan(NamedTuple):
         """The file that says why a run failed, if it did."""
         return self.folder / "failed" / f"{name}.txt"
 
+    def has_diverged(self, name: str) -> bool:
+        path = self.failure(name)
+        return path.exists() and data.read_text(path, SMALL).startswith(DIVERGED)
+
     def is_finished(self, name: str) -> bool:
         """Whether a run has all that training writes, the pictures of its layers last."""
         run, settings = self.run(name), self.settings(name)
@@ -60,28 +65,33 @@ class Plan(NamedTuple):
 
     def check_flags(self, name: str) -> None:
         """Raises UserError for a run that was not trained with its flags."""
-        # A run keeps the commit that a revision stood for.
-        flags = {key: value for key, value in self.runs[name].items() if key != "revision"}
-        if different := differences(self.run(name).settings(), flags):
-            raise UserError(f"{self.run(name).path}: trained otherwise, with {different[0]}: "
-                            "remove it, or choose another --out")
+        run, planned = self.run(name), flat(self.settings(name))
+        given = {*self.runs[name], *run.config().get("given", ())} & planned.keys()
+        # A run keeps the commit that a revision stood for, and may go on in another place.
+        given -= {"revision", *MAY_MOVE, *MAY_CHANGE} - {"steps", "prior"}
+        if different := differences(run.settings(), {key: planned[key] for key in sorted(given)}):
+            raise UserError(f"{run.path}: trained otherwise, with {different[0]}: remove it, or "
+                            "choose another --out")
 
     def finished(self) -> list[str]:
         """The runs that have ended. Raises UserError for one that was not trained with its flags,
-        or on other files than another one to which it names the same."""
+        or on other files than another one of the same names."""
         names = [name for name in self.runs
                  if not self.failure(name).exists() and self.is_finished(name)]
         first: dict[tuple, tuple[Run, dict]] = {}
+        changed: list[str] = []
         for name in names:
             self.check_flags(name)
-            run, config = self.run(name), self.run(name).config()
-            names_of_files = tuple(config["settings"][key] for key in FILES)
-            other, others = first.setdefault(names_of_files, (run, config["sha256"]))
-            changed = [key for key in FILES if config["sha256"].get(key) != others.get(key)]
-            if changed:
-                raise UserError(f"{run.path}: its {' and its '.join(changed)} are not those of "
-                                f"{other.path}: restore the files as one of the two had them, "
-                                f"remove the other run, and go on by: sweep {self.folder}")
+            run, settings = self.run(name), flat(self.settings(name))
+            sums = run.config().get("sha256", {})
+            other, others = first.setdefault(tuple(settings[key] for key in FILES), (run, sums))
+            if keys := [key for key in FILES if sums.get(key) != others.get(key)]:
+                changed.append(f"{run.path}: the {' and the '.join(keys)} changed between this run "
+                               f"and {other.path}")
+        if changed:
+            more = f" (and {len(changed) - 1} runs more)" if len(changed) > 1 else ""
+            raise UserError(f"{changed[0]}{more}: restore the files, remove the runs of others, "
+                            f"and go on by: sweep {self.folder}")
         return names
 
 
@@ -139,15 +149,15 @@ def make_runs(grids: list[dict[str, list]]) -> dict[str, dict]:
     """The runs of all grids by name, each with its flags."""
     if sum(math.prod(map(len, grid.values())) for grid in grids) > MOST:
         raise UserError(f"more than {MOST} runs: give fewer values, or several sweeps")
-    runs, known = [], set()
+    runs = []
     for grid in filter(None, grids):
         names = sorted(grid, key=_place)
         for values in product(*(grid[name] for name in names)):
             flags = resolved({n: value for n, value in zip(names, values) if value is not None})
             settings = flat(Settings.from_flags(flags).complete())  # with paths that are absolute
-            if (key := json.dumps(settings, sort_keys=True)) not in known:
-                known.add(key)
-                runs.append({name: settings[name] for name in flags})
+            flags = {name: settings[name] for name in flags}
+            if flags not in runs:
+                runs.append(flags)
     # The best of a cell's rates is chosen by questions that are neither trained on nor evaluated.
     rates = {(cell_key(flags), rate_of(flags)) for flags in runs}
     if len(rates) > len(set(map(cell_key, runs))):

@@ -375,6 +375,12 @@ def with_flags(settings: Settings, given: dict) -> Settings:
     return Settings.from_flags(values)
 
 
+# Settings that a run may go on with otherwise than it began. The first name files, which must be
+# the same in another place; a prior's, earlier runs.
+MAY_MOVE = ("model", "data", "eval_data", "forget", "reference", "prior")
+MAY_CHANGE = ("out", "steps", "eval_every", "snapshot_every", "skip_bad_steps", "device")
+
+
 def differences(stored: Settings, given: dict) -> list[str]:
     """The flags whose values differ from the run's, as a user reads them."""
     values, requested = flat(stored), flat(with_flags(stored, given).complete())

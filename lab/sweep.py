@@ -29,14 +29,13 @@ from lab.console import Diverged, Stopped, UserError, one_line, say
 from lab.files import SMALL, Folder, Locked, NotWritten, check_folder, write_file
 from lab.folder import CONFIG, Run
 from lab.inputs import Shared
-from lab.plan import Plan, cell_key, make_runs, read_grids, read_plan
+from lab.plan import DIVERGED, Plan, cell_key, make_runs, rate_of, read_grids, read_plan
 from lab.processes import raise_signals, use_threads
 from lab.settings import from_flags
 from lab.sweep_table import show_table
 from lab.train import train_run
 
 MARGIN = 2.0  # points
-DIVERGED = "diverged: "  # begins the reason of a run with too high a rate, or too wide a prior
 PROGRAM = Path(__file__).resolve().parent.parent / "promptprior.py"
 
 
@@ -115,15 +114,13 @@ def take(plan: Plan, name: str, shared: Shared, finished: set[str]) -> bool:
                 with contextlib.redirect_stdout(sys.stderr):  # the table alone is the answer
                     train_or_resume(plan, name, run, shared)
                 finished.add(name)
-            except Diverged as e:
-                say(f"{name} {DIVERGED}{e.what}")
-                write_file(plan.failure(name), f"{DIVERGED}{e.what}\n".encode())
             except Exception as e:
                 if isinstance(e, Stopped) and e.status < 0:
                     raise Stopped(f"{e}; with all runs of it: sweep {plan.folder}", e.status) from e
                 kind = "" if isinstance(e, (ValueError, OSError, Stopped)) \
                     else f"{type(e).__name__}: "
-                reason = one_line(f"{kind}{e}")
+                reason = one_line(f"{DIVERGED}: {e.what}" if isinstance(e, Diverged)
+                                  else f"{kind}{e}")
                 say(f"{name} failed: {reason}")
                 write_file(plan.failure(name), f"{reason}\n".encode())
     except Locked:
@@ -196,19 +193,28 @@ def command_sweep(given: dict) -> None:
 
     failed = {name: one_line(data.read_text(path, SMALL)) for name in plan.runs
               if (path := plan.failure(name)).exists()}
-    finished = plan.finished()
     for name, reason in failed.items():
-        say(f"{name} {reason}" if reason.startswith(DIVERGED) else f"failed: {name}: {reason}")
+        say(f"failed: {name}: {reason}")
+    finished = plan.finished()
     left = len(plan.runs) - len(finished) - len(failed)
     if left:
         say(f"{left} of {len(plan.runs)} runs have not ended: sweep {plan.folder} goes on with "
             "those that no other process trains; with --table it shows the others")
     if finished and (options.table or not left):  # of several processes the last one shows it
         show_table(plan, finished, margin)
-    # That a rate diverged is an answer, if another rate of its cell ended.
-    answered = {cell_key(plan.runs[name]) for name in finished}
-    failed = [name for name, reason in failed.items() if not (
+    # That a rate diverged is an answer, if all runs at another rate of its cell ended.
+    lost = {place_of(plan.runs[name]) for name in failed}
+    answered = {place[0] for name in finished if (place := place_of(plan.runs[name])) not in lost}
+    unanswered = [name for name, reason in failed.items() if not (
         reason.startswith(DIVERGED) and cell_key(plan.runs[name]) in answered)]
-    if failed and not options.table:
+    if unanswered and not options.table:
+        only_diverged = all(failed[name].startswith(DIVERGED) for name in unanswered)
+        remedy = ("give lower rates, or --skip-bad-steps, in another --out" if only_diverged else
+                  f"mend what is wrong, then try them by: sweep {plan.folder} --retry")
         raise Stopped(f"{plan.folder}: {len(failed)} of {len(plan.runs)} runs failed, see above: "
-                      f"mend what is wrong, then try them by: sweep {plan.folder} --retry", 1)
+                      f"{remedy}", 1)
+
+
+def place_of(flags: dict) -> tuple:
+    """A run's cell and rate."""
+    return cell_key(flags), rate_of(flags)

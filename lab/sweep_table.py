@@ -24,7 +24,8 @@ from lab.console import SCORES, UserError, say, show, table
 from lab.files import reading, write_file
 from lab.folder import Run, objective
 from lab.inputs import evaluation_examples, independent_units
-from lab.plan import RATES, Plan, cell_key, rate_of, setting_name, varied_settings
+from lab.plan import (DIVERGED, RATES, Plan, cell_key, rate_of, setting_name,
+                      varied_settings)
 from lab.settings import DataSettings, Settings, numbered
 
 LEVEL, POWER = 0.05, 0.8
@@ -67,7 +68,7 @@ class Cell(NamedTuple):
     settings: Settings  # of one of them
     rate: tuple  # the values of RATES
     held_out: dict[tuple, float]  # of every rate, the mean loss by which it was chosen
-    left_out: dict[tuple, str]  # of every other rate, how many of its runs have ended
+    left_out: dict[tuple, str]  # of every other rate, why it was not compared
 
     @property
     def key(self) -> str:
@@ -94,6 +95,7 @@ def cells_of(plan: Plan, finished: set[str]) -> list[Cell]:
     # The name of every cell, and by rate {seed: run} of those that have ended
     grouped: dict[str, tuple[str, dict]] = {}
     planned: Counter = Counter()
+    diverged = set()
     for name, flags in plan.runs.items():
         key, rate = cell_key(flags), rate_of(flags)
         words = [setting_name(setting, flags[setting]) for setting in varied if setting in flags]
@@ -103,14 +105,16 @@ def cells_of(plan: Plan, finished: set[str]) -> list[Cell]:
         runs = by_rate.setdefault(rate, {})
         if name in finished:
             runs[flags.get("seed", 0)] = name
+        elif plan.has_diverged(name):
+            diverged.add((key, rate))
     grouped = {key: cell for key, cell in grouped.items() if any(cell[1].values())}
 
     cells = []
     names = numbered([name for name, _ in grouped.values()])
     for name, (key, (_, by_rate)) in zip(names, grouped.items()):
         logs = {run: plan.run(run).metrics() for runs in by_rate.values() for run in runs.values()}
-        # Of a rate with other seeds than the most, a failed one among them, nobody knows how good
-        # it is.
+        # Of a rate with other seeds than that with most runs, a failed one among them, nobody knows
+        # how good it is.
         most = max((runs.keys() for runs in by_rate.values()), key=len)
         losses = {}
         mix = plan.settings(next(iter(logs))).teacher.teacher_mix  # one in a cell
@@ -119,7 +123,8 @@ def cells_of(plan: Plan, finished: set[str]) -> list[Cell]:
             if runs.keys() == most and None not in lines:
                 losses[rate] = float(np.mean([objective(line, mix) for line in lines]))
         rate = min(losses, key=losses.get) if losses else next(filter(by_rate.get, by_rate))
-        left_out = {other: f"{len(runs)} of {planned[key, other]}"
+        left_out = {other: DIVERGED if (key, other) in diverged else
+                    f"{len(runs)} of {planned[key, other]} runs ended"
                     for other, runs in by_rate.items() if other not in losses and other != rate}
         runs = dict(sorted(by_rate[rate].items()))
         cells.append(Cell(name, {seed: plan.run(run) for seed, run in runs.items()},
@@ -170,8 +175,8 @@ def compare_cells(cells: list[Cell], margin: float
         if i == j:
             continue
         if not seeds:
-            left_out.append(f"{cell.name} and {first.name}: not compared: they have no seed in "
-                            "common: give both the same --seed")
+            left_out.append(f"{cell.name} and {first.name}: not compared: no seed of both has "
+                            "ended")
             continue
         if j not in units:
             units[j] = question_units(first.settings.data, asked[j])
@@ -244,8 +249,8 @@ def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> 
                  f"difference of {numbers['detectable']:.1f} points would be found in "
                  f"{POWER:.0%} of such sweeps")
         if numbers["detectable_any_seeds"] >= 0.05:  # else the scatter of few seeds hides it
-            words += (", and with any number of seeds no difference below "
-                      f"{numbers['detectable_any_seeds']:.1f} would be")
+            words += (f"; a smaller one than {numbers['detectable_any_seeds']:.1f} would not, with "
+                      "any number of seeds")
     alone = f", for seed {numbers['only_seed']} alone" if "only_seed" in numbers else ""
     return f"{name} and {first}{alone}: {words}"
 
@@ -351,10 +356,11 @@ def rates_of(cells: list[Cell]) -> list[str]:
     for cell in cells:
         if len(cell.held_out) + len(cell.left_out) > 1:
             words = [f"{rate_name(rate)} {loss:.3f}" for rate, loss in cell.held_out.items()]
-            words += [f"{rate_name(rate)} not compared ({ended} runs ended)"
-                      for rate, ended in cell.left_out.items()]
+            words += [f"{rate_name(rate)} not compared ({why})"
+                      for rate, why in cell.left_out.items()]
             edge = ""
-            for chosen, *tried in zip(cell.rate, *cell.held_out, *cell.left_out):
+            diverged = [rate for rate, why in cell.left_out.items() if why == DIVERGED]
+            for chosen, *tried in zip(cell.rate, *cell.held_out, *diverged):
                 values = {value for value in tried if value is not None}
                 if len(values) > 1 and chosen in (min(values), max(values)):
                     end = "lowest" if chosen == min(values) else "highest"

@@ -40,14 +40,8 @@ from lab.populations import Reference, norm_ratio
 from lab.processes import (SIGNALS, all_reduce_gradients, all_reduce_sum, barrier, broadcast,
                            collect_signals, init_processes, keep_freed_memory, only_first,
                            rank_and_size)
-from lab.settings import (Settings, differences, flag_name, flags_like, flags_of, flat, free_name,
-                          from_config, from_flags, spec_name, with_flags)
-
-# Settings that a run may go on with otherwise than it began. The first name files, which must be
-# the same in another place; a prior's, earlier runs.
-MAY_MOVE = ("model", "data", "eval_data", "forget", "reference", "prior")
-MAY_CHANGE = ("out", "steps", "eval_every", "snapshot_every", "skip_bad_steps", "device")
-
+from lab.settings import (MAY_CHANGE, MAY_MOVE, Settings, differences, flag_name, flags_like,
+                          flags_of, flat, free_name, from_config, from_flags, spec_name, with_flags)
 
 # --------------------------------------------------------------------------------------------------
 # the loop
@@ -220,9 +214,9 @@ class Training:
             peak = max(group["peak"] for group in self.optimiser.param_groups)
             raise Diverged(
                 f"loss {loss:.4g}, gradient norm {norm:.4g} at step {self.step + 1}, learning rate "
-                f"{rate:.3g}, on {listed}: not finite, stopped before it could spoil the rows",
+                f"{rate:.3g}, on {listed}: not finite, stopped before it could spoil the rows: "
                 f"lower --lr (now at most {peak:.3g}), or leave such steps out by "
-                f"--skip-bad-steps; {self._how_to_go_on()}")
+                f"--skip-bad-steps", f"; {self._how_to_go_on()}")
         self.run.log({"step": self.step + 1, "split": "skipped", "lr": rate, "ids": ids})
 
     def _finish_step(self) -> None:

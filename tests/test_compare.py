@@ -249,6 +249,8 @@ def test_compare_collections(tmp_path, monkeypatch, capsys):
         same = apart[f"layer {layer}: squad - again"]
         assert same["auc_low"] <= 0.5 <= same["auc_high"]
         assert apart[f"layer {layer}: squad - math"]["mmd_p"] < 0.05 < same["mmd_p"]
+        assert apart[f"layer {layer}: squad - math"]["variance_between"] > 2 * same[
+            "variance_between"] > 0
     file = Collection(path)
     paths, index = locality.paths_of(file, "squad")
     for p in paths:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,8 +91,6 @@ def test_grids():
     assert sorted((flags["cut"], *flags["reference"]) for flags in runs.values()) == [
         (False, "squad", "math"), (False, "vocab"), (True, "squad", "math"), (True, "vocab")]
     assert all("hold_out" not in flags for flags in runs.values())
-    # A default that is given is the run without it, even if the two flags are written otherwise.
-    assert len(plan.make_runs([{"seed": [0, None]}, {"tokens": [20, None]}])) == 1
     assert len({*runs}) == 4 and all(plan.NAME.fullmatch(name) for name in runs)
     # Cells with a rate each have none to choose; one with two has, and then all hold out.
     cells = [{"prior": ["vocab"], "lr_factor": [3.0]}, {"prior": ["fitted"], "lr_factor": [1.0]}]
@@ -286,28 +285,47 @@ def test_a_rate_that_diverged_lost(tmp_path, capsys):
     assert main("sweep", "--out", out, *grid, "--lr", "1e-2", "9e29") == 0
     text = capsys.readouterr()
     (failed,) = (out / "failed").iterdir()
-    assert f"{failed.stem} diverged: loss " in text.err and "failed" not in text.err
-    assert "9e+29 not compared (0 of 1 runs ended): the best is the lowest one tried" in text.out
+    assert f"failed: {failed.stem}: diverged: loss " in text.err
+    assert "9e+29 not compared (diverged): the best is the lowest one tried" in text.out
     assert rows(out)[0]["cell"] == "isotropic" and rows(out)[0]["lr"] == "0.01"
     assert main("sweep", out) == 0
     assert main("sweep", "--out", tmp_path / "b", *grid, "--lr", "9e29") == 1
-    assert "1 of 1 runs failed" in capsys.readouterr().err
+    assert "1 of 1 runs failed, see above: give lower rates" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--steps 4 (the run has 1)", "--lr 0.01 (the run has 0.02)"])
-def test_another_run_in_a_runs_place_is_not_taken_for_it(copy, capsys, flag):
+def test_a_cell_needs_a_rate_that_never_diverged(copy, capsys):
+    """The mean of the seeds that did not diverge says nothing of a rate."""
+    (copy / "failed").mkdir()
+    for rate, status in (("0.01", 0), ("0.003", 1)):
+        (copy / f"failed/vocab-seed1-lr{rate}.txt").write_text("diverged: loss nan")
+        assert main("sweep", copy) == status
+    assert "2 of 8 runs failed, see above: give lower rates" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other, flag", [
+    ({"--steps": 1}, "--steps 4 (the run has 1)"),
+    ({"--lr": 0.02}, "--lr 0.01 (the run has 0.02)"),
+    ({"--deep-layers": 1}, "--deep-layers 0 (the run has 1)")])  # a flag that the plan lacks
+def test_another_run_in_a_runs_place_is_not_taken_for_it(copy, capsys, other, flag):
     """Whether it has ended or not."""
     run = copy / "runs/vocab-seed0-lr0.01"
-    steps = ["--steps", 1] if "steps" in flag else []
-    assert main("train", "--config", run / "config.json", "--out", run, "--overwrite", "--lr",
-                "0.02", *steps) == 0
-    if not steps:
+    assert main("train", "--config", run / "config.json", "--out", run, "--overwrite",
+                *chain(*other.items())) == 0
+    if "--steps" not in other:
         assert main("sweep", copy, "--table") == 2
         assert f"trained otherwise, with {flag}: remove it" in capsys.readouterr().err
     assert main("sweep", copy) == 1
     assert f"trained otherwise, with {flag}: remove it" in capsys.readouterr().err
     shutil.rmtree(run)
     assert main("sweep", copy, "--retry") == 0
+
+
+def test_runs_that_went_on_elsewhere_are_taken(copy, tmp_path):
+    """With their data in another place."""
+    shutil.copytree(ROOT / "tiny/math", tmp_path / "math")
+    assert main("train", "--resume", "--out", copy / "runs/fitted-seed1-lr0.01", "--data",
+                f"math:{tmp_path / 'math/train-easy'}") == 0
+    assert main("sweep", copy, "--table") == 0
 
 
 def test_runs_of_other_data_are_not_mixed(copy, capsys):
@@ -317,7 +335,8 @@ def test_runs_of_other_data_are_not_mixed(copy, capsys):
     path.write_text(json.dumps({**config, "sha256": {**config["sha256"], "data": "0" * 64}}))
     assert main("sweep", copy, "--table") == 2
     error = capsys.readouterr().err
-    assert f"{path.parent}: its data are not those of {copy}/runs/vocab-seed0-lr0.003: " in error
+    assert (f"{path.parent}: the data changed between this run and {copy}/runs/vocab-seed0-lr0.003"
+            ": restore the files") in error
     path.write_text(json.dumps(config))
     path = copy / "runs/fitted-seed1-lr0.01/predictions.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -432,11 +451,11 @@ def test_the_rate_is_chosen_by_held_out_questions_alone(copy, capsys):
     (copy / "failed").mkdir()
     (copy / "failed/vocab-seed1-lr0.003.txt").write_text("why")
     assert main("sweep", copy, "--table") == 0 and rows(copy)[0]["lr"] == "0.01"
-    assert "vocab: 0.01 1.000, 0.003 not compared (1 of 2 runs ended): the best is the hi" in (
+    assert "vocab: 0.01 1.000, 0.003 not compared (1 of 2 runs ended)\n" in (
         capsys.readouterr().out)
     (copy / "failed/vocab-seed0-lr0.01.txt").write_text("why")
     assert main("sweep", copy, "--table") == 0 and rows(copy)[0]["lr"] == "0.003"
-    assert "vocab: 0.003 1.500, 0.01 not compared (1 of 2 runs ended): the best is the lo" in (
+    assert "vocab: 0.003 1.500, 0.01 not compared (1 of 2 runs ended)\n" in (
         capsys.readouterr().out)
 
 
@@ -491,8 +510,8 @@ def test_numbers_of_the_table(copy, capsys):
     found, more_seeds = (float(second[key]) for key in ("detectable", "detectable_any_seeds"))
     assert found > float(second["wide_high"]) - float(second["wide"]) > 0  # half the interval
     assert 0 < more_seeds < found
-    assert f"difference of {found:.1f} points would be found in 80% of such sweeps, and with " \
-           f"any number of seeds no difference below {more_seeds:.1f} would be\n" in out
+    assert f"difference of {found:.1f} points would be found in 80% of such sweeps; a " \
+           f"smaller one than {more_seeds:.1f} would not, with any number of seeds\n" in out
 
 
 def test_of_many_layers_a_few_are_printed():
@@ -558,7 +577,7 @@ def test_of_other_seeds_nothing_is_tested(tmp_path, capsys):
     grid = tmp_path / "grid.json"
     grid.write_text(json.dumps([{"prior": "vocab", "seed": 0}, {"prior": "fitted", "seed": 1}]))
     assert main("sweep", "--out", tmp_path / "a", "--grid", grid, *FEW, "--steps", "0") == 0
-    assert "fitted and vocab: not compared: they have no seed in common" in capsys.readouterr().out
+    assert "fitted and vocab: not compared: no seed of both has ended" in capsys.readouterr().out
 
 
 def test_the_page_is_safe(whole, tmp_path):
