@@ -249,7 +249,7 @@ def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> 
                  f"difference of {numbers['detectable']:.1f} points would be found in "
                  f"{POWER:.0%} of such sweeps")
         if numbers["detectable_any_seeds"] >= 0.05:  # else the scatter of few seeds hides it
-            words += (f"; a smaller one than {numbers['detectable_any_seeds']:.1f} would not, with "
+            words += (f"; one smaller than {numbers['detectable_any_seeds']:.1f} would not, with "
                       "any number of seeds")
     alone = f", for seed {numbers['only_seed']} alone" if "only_seed" in numbers else ""
     return f"{name} and {first}{alone}: {words}"

@@ -510,8 +510,8 @@ def test_numbers_of_the_table(copy, capsys):
     found, more_seeds = (float(second[key]) for key in ("detectable", "detectable_any_seeds"))
     assert found > float(second["wide_high"]) - float(second["wide"]) > 0  # half the interval
     assert 0 < more_seeds < found
-    assert f"difference of {found:.1f} points would be found in 80% of such sweeps; a " \
-           f"smaller one than {more_seeds:.1f} would not, with any number of seeds\n" in out
+    assert f"difference of {found:.1f} points would be found in 80% of such sweeps; one " \
+           f"smaller than {more_seeds:.1f} would not, with any number of seeds\n" in out
 
 
 def test_of_many_layers_a_few_are_printed():
