@@ -76,7 +76,10 @@ class Diverged(Stopped):
     def __init__(self, what: str, then: str = ""):
         """what: the problem and its remedy; then: how to go on with this very work."""
         super().__init__(f"{what}{then}", 1)
-        self.what = what
+        self.what, self.then = what, then
+
+    def __reduce__(self):
+        return Diverged, (self.what, self.then)
 
 
 # Escape sequences, control characters except line break and tab, and the marks that change the
