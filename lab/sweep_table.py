@@ -245,9 +245,11 @@ def verdict(name: str, first: str, numbers: dict[str, float], margin: float) -> 
     elif is_other:
         words = "different"
     else:
-        words = (f"cannot be told: neither different, nor equal within {margin:g} points; a true "
-                 f"difference of {numbers['detectable']:.1f} points would be found in "
-                 f"{POWER:.0%} of such sweeps")
+        found = f"a true difference of {numbers['detectable']:.1f} points"
+        if numbers["detectable"] > 100:  # scores are percentages
+            found = "not even a true difference of 100 points"
+        words = (f"cannot be told: neither different, nor equal within {margin:g} points; {found} "
+                 f"would be found in {POWER:.0%} of such sweeps")
         if numbers["detectable_any_seeds"] >= 0.05:  # else the scatter of few seeds hides it
             words += (f"; one smaller than {numbers['detectable_any_seeds']:.1f} would not, with "
                       "any number of seeds")

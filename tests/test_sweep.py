@@ -510,7 +510,8 @@ def test_numbers_of_the_table(copy, capsys):
     found, more_seeds = (float(second[key]) for key in ("detectable", "detectable_any_seeds"))
     assert found > float(second["wide_high"]) - float(second["wide"]) > 0  # half the interval
     assert 0 < more_seeds < found
-    assert f"difference of {found:.1f} points would be found in 80% of such sweeps; one " \
+    assert found > 100  # of two seeds whose answers are drawn
+    assert "not even a true difference of 100 points would be found in 80% of such sweeps; one " \
            f"smaller than {more_seeds:.1f} would not, with any number of seeds\n" in out
 
 
@@ -681,6 +682,9 @@ def test_a_small_difference_is_told_in_plain_words():
     assert sweep_table.verdict("a", "b", numbers | {"holm_different": 0.5}, 2.5).endswith(
         ": equal within 2.5 points")
     assert sweep_table.verdict("a", "b", numbers | {"holm_equal": 0.5}, 2).endswith(": different")
+    numbers |= {"holm_equal": 0.5, "holm_different": 0.5, "detectable_any_seeds": 0.0}
+    assert sweep_table.verdict("a", "b", numbers | {"detectable": 7.21}, 2).endswith(
+        "; a true difference of 7.2 points would be found in 80% of such sweeps")
 
 
 def test_what_reads_evaluation_data_alone_needs_no_training_data(tmp_path, capsys):
