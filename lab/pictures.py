@@ -10,6 +10,7 @@ alone and the prompt's rows are projected into it, so that they cannot bend it.
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from itertools import cycle
@@ -138,10 +139,10 @@ def curves(runs: list[Run]) -> str:
         steps, values = by_step(group.logs, "train", "loss")
         if len(steps):
             steps, values = _smoothed(steps, values)
-            losses.append(banded("", steps, values, group.colour)._replace(faint=True))
-        for curves_of, key in ((losses, "loss"), (scores, group.score)):
+            losses.append(banded("", steps, values, group.colour, 0)._replace(faint=True))
+        for curves_of, key, most in ((losses, "loss", math.inf), (scores, group.score, 100)):
             steps, values = by_step(group.logs, "eval", key)
-            curve = banded(group.name, steps, values, group.colour, dots=True)
+            curve = banded(group.name, steps, values, group.colour, 0, most, dots=True)
             curves_of.append(curve._replace(shape=group.shape))
 
     kinds = list(dict.fromkeys(group.score for group in groups))
@@ -230,15 +231,15 @@ def by_step(logs: list[list[dict]], split: str, key: str) -> tuple[np.ndarray, n
     return np.array(steps, float), np.array(table, float)
 
 
-def banded(name: str, x: np.ndarray, values: np.ndarray, colour: str,
-           dots: bool = False) -> viz.Curve:
-    """The mean of k curves, values (k, T), in its 95 % confidence interval by Student's t. One has
-    no interval."""
+def banded(name: str, x: np.ndarray, values: np.ndarray, colour: str, least: float = -math.inf,
+           most: float = math.inf, dots: bool = False) -> viz.Curve:
+    """The mean of k curves, values (k, T), in its 95 % confidence interval by Student's t, as far
+    as that is between the least and the most that a value can be. One has no interval."""
     mean, k = values.mean(axis=0), len(values)
     if k == 1:
         return viz.Curve(name, x, mean, colour=colour, dots=dots)
     low, high = interval(mean, values.std(axis=0, ddof=1) / np.sqrt(k), k)
-    return viz.Curve(name, x, mean, low, high, colour, dots)
+    return viz.Curve(name, x, mean, low.clip(min=least), high.clip(max=most), colour, dots)
 
 
 # --------------------------------------------------------------------------------------------------

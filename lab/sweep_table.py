@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -339,7 +340,8 @@ def show_table(plan: Plan, finished: list[str], margin: float) -> None:
         rows = [(f"{name} against {first}", numbers) for name, first, numbers in differences]
         text.append(f"points of {kinds}\n{table(rows, DIFFERENCE_TITLES)}\n\n"
                     f"{ABOUT_DIFFERENCES.format(margin=margin)}")
-        text.append("\n".join(verdict(*row, margin) for row in differences))
+        text += ["\n".join(textwrap.fill(verdict(*row, margin), 100, subsequent_indent="    ")
+                           for row in differences)]
     if left_out:
         text.append("\n".join(left_out))
     shown = some_layers(ends)

@@ -202,6 +202,8 @@ def test_curves_of_seeds_have_a_band(folder, tmp_path):
         runs.append(Run(path))
     steps, values = pictures.by_step([r.metrics() for r in runs], "eval", "loss")
     np.testing.assert_allclose(values, losses)
+    cut = pictures.banded("x", steps, values, viz.BLUE, values.mean(), values.mean())
+    assert (cut.low >= values.mean()).all() and (cut.high <= values.mean()).all()
     band = pictures.banded("x", steps, values, viz.BLUE)
     low, high = stats.t.interval(0.95, 2, np.mean(losses, 0), stats.sem(losses, axis=0))
     np.testing.assert_allclose((band.low, band.high), (low, high), rtol=2e-3)

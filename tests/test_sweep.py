@@ -512,7 +512,7 @@ def test_numbers_of_the_table(copy, capsys):
     assert 0 < more_seeds < found
     assert found > 100  # of two seeds whose answers are drawn
     assert "not even a true difference of 100 points would be found in 80% of such sweeps; one " \
-           f"smaller than {more_seeds:.1f} would not, with any number of seeds\n" in out
+           f"smaller than {more_seeds:.1f} would not, with any number of seeds " in " ".join(out.split())
 
 
 def test_of_many_layers_a_few_are_printed():
